@@ -1,0 +1,132 @@
+"""Plain PyTorch: the formulas of every operator and the study guides' modules as a user would write them.
+
+Tests and benchmarks compare with this file; nothing here calls an ffn_ops operator, and nothing in the package's
+operators falls back to it. Shapes use the letters of ``ffn_ops/__init__.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "relu": lambda z, beta: torch.relu(z),
+    "relu_squared": lambda z, beta: torch.relu(z).square(),
+    "sigmoid": lambda z, beta: torch.sigmoid(z),
+    "tanh": lambda z, beta: torch.tanh(z),
+    "gelu": lambda z, beta: F.gelu(z),
+    "gelu_tanh": lambda z, beta: F.gelu(z, approximate="tanh"),
+    "silu": lambda z, beta: F.silu(z),
+    "swish": lambda z, beta: z * torch.sigmoid(beta * z),
+    "identity": lambda z, beta: z,
+}
+
+
+def gated_act(gate: Tensor, up: Tensor | None = None, *, activation: str = "silu", beta: float = 1.0) -> Tensor:
+    """``act(gate) * up``, or ``act(gate)`` where ``up`` is None."""
+    value = ACTIVATIONS[activation](gate, beta)
+    return value if up is None else value * up
+
+
+def gated_linear(
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    *,
+    b_gate: Tensor | None = None,
+    b_up: Tensor | None = None,
+    activation: str = "sigmoid",
+    beta: float = 1.0,
+) -> Tensor:
+    """``act(x w_gate^T + b_gate) * (x w_up^T + b_up)``."""
+    return gated_act(F.linear(x, w_gate, b_gate), F.linear(x, w_up, b_up), activation=activation, beta=beta)
+
+
+def ffn(
+    x: Tensor,
+    w_in: Tensor,
+    w_down: Tensor,
+    *,
+    w_up: Tensor | None = None,
+    gated: bool | None = None,
+    b_in: Tensor | None = None,
+    b_up: Tensor | None = None,
+    b_down: Tensor | None = None,
+    activation: str = "silu",
+    beta: float = 1.0,
+    recompute: bool = False,
+) -> Tensor:
+    """``(act(x w_in^T + b_in) [* (x w_up^T + b_up)]) w_down^T + b_down``; ``gated`` without ``w_up``: gate rows first."""
+    pre = F.linear(x, w_in, b_in)
+    if w_up is not None:
+        gate, up = pre, F.linear(x, w_up, b_up)
+    elif gated:
+        gate, up = pre.chunk(2, -1)
+    else:
+        gate, up = pre, None
+    return F.linear(gated_act(gate, up, activation=activation, beta=beta), w_down, b_down)
+
+
+class FeedForward(nn.Module):
+    """``dropout(w2(act(w1 x) * w3 x))``: the guide's SwiGLU block with its parenthesis put right."""
+
+    def __init__(self, dim: int, hidden_dim: int, multiple_of: int, dropout: float, activation: str = "silu") -> None:
+        super().__init__()
+        hidden = multiple_of * ((2 * hidden_dim // 3 + multiple_of - 1) // multiple_of)
+        self.w1 = nn.Linear(dim, hidden)
+        self.w2 = nn.Linear(hidden, dim)
+        self.w3 = nn.Linear(dim, hidden)
+        self.dropout = nn.Dropout(dropout)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.w2(ACTIVATIONS[self.activation](self.w1(x), 1.0) * self.w3(x)))
+
+
+class PlainFFN(nn.Module):
+    """``linear2(act(linear1 x))``: the guide's ReLUFFN, GELUFFN and Swish FFN."""
+
+    def __init__(self, d_model: int, d_ff: int, activation: str = "relu", beta: float = 1.0) -> None:
+        super().__init__()
+        self.linear1 = nn.Linear(d_model, d_ff)
+        self.linear2 = nn.Linear(d_ff, d_model)
+        self.activation = activation
+        self.beta = beta
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear2(ACTIVATIONS[self.activation](self.linear1(x), self.beta))
+
+
+class GLU(nn.Module):
+    """``linear_value(x) * sigmoid(linear_gate(x))``."""
+
+    def __init__(self, d_in: int, d_out: int) -> None:
+        super().__init__()
+        self.linear_value = nn.Linear(d_in, d_out)
+        self.linear_gate = nn.Linear(d_in, d_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_value(x) * torch.sigmoid(self.linear_gate(x))
+
+
+class GatedFFN(nn.Module):
+    """``sum_g value_g(x) * sigmoid(gate_g(x))``, optionally projected back to ``d_model``."""
+
+    def __init__(self, d_model: int, d_ff: int, num_gates: int = 4, *, out_proj: bool = False) -> None:
+        super().__init__()
+        self.value_layers = nn.ModuleList([nn.Linear(d_model, d_ff) for _ in range(num_gates)])
+        self.gate_layers = nn.ModuleList([nn.Linear(d_model, d_ff) for _ in range(num_gates)])
+        self.out_proj = nn.Linear(d_ff, d_model) if out_proj else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor | None = None
+        for value, gate in zip(self.value_layers, self.gate_layers, strict=True):
+            gated = value(x) * torch.sigmoid(gate(x))
+            output = gated if output is None else output + gated
+        assert output is not None
+        return output if self.out_proj is None else self.out_proj(output)
+
+
