@@ -1,0 +1,36 @@
+// The names of the activations for host code, read off the one list in activations.h. A normal header, no vector code.
+#pragma once
+
+#include <string_view>
+
+#include "dtypes.h"
+
+namespace ffn_ops {
+namespace activation_list {
+#include "activations.h"
+}
+
+struct ActivationInfo {
+  const char* name;
+  bool uses_beta;
+};
+
+template <class... As>
+struct ActivationTable {
+  explicit constexpr ActivationTable(TypeList<As...>) {}
+  static constexpr int kSize = sizeof...(As);
+  ActivationInfo rows[kSize] = {{As::name, As::uses_beta}...};
+};
+
+// Indexed like `dispatch_activation`.
+inline constexpr ActivationTable kActivations{activation_list::Activations{}};
+
+// The index of `name` in the list, or -1.
+constexpr int activation_index(std::string_view name) {
+  for (int i = 0; i < kActivations.kSize; ++i) {
+    if (name == kActivations.rows[i].name) return i;
+  }
+  return -1;
+}
+
+}  // namespace ffn_ops

@@ -1,0 +1,67 @@
+// What the boundary asserts before any work: dtype, device, rank and extent of every tensor, with name, expected and
+// actual in the message. The Python functions check first and raise ValueError or TypeError; this guards torch.ops.
+#pragma once
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include "../common/activation_names.h"
+#include "kernels.h"
+
+namespace ffn_ops {
+
+using torch::stable::Tensor;
+
+inline std::string shape_text(const Tensor& t) {
+  std::string text = "[";
+  for (int64_t i = 0; i < t.dim(); ++i) text += (i ? ", " : "") + std::to_string(t.size(i));
+  return text + "]";
+}
+
+inline DType storage_dtype(const Tensor& t, const char* name) {
+  using torch::headeronly::ScalarType;
+  switch (t.scalar_type()) {
+    case ScalarType::Double:
+      return DType::kFloat64;
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    default:
+      STD_TORCH_CHECK(false, name, ": expected dtype float64, float32, float16 or bfloat16, got scalar type ",
+                      static_cast<int>(t.scalar_type()));
+  }
+}
+
+// A defined, strided CPU tensor of the dtype of the call with these extents (-1: any).
+inline void check_tensor(const Tensor& t, const char* name, DType dtype, const std::vector<int64_t>& sizes) {
+  STD_TORCH_CHECK(t.defined(), name, ": expected a tensor, got none");
+  STD_TORCH_CHECK(t.is_cpu(), name, ": expected a tensor on the CPU");
+  STD_TORCH_CHECK(storage_dtype(t, name) == dtype, name, ": expected dtype ", kDTypeNames[static_cast<int>(dtype)],
+                  ", got ", kDTypeNames[static_cast<int>(storage_dtype(t, name))]);
+  bool fits = t.dim() == static_cast<int64_t>(sizes.size());
+  std::string expected = "[";
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    expected += (i ? ", " : "") + (sizes[i] < 0 ? std::string("*") : std::to_string(sizes[i]));
+    fits = fits && (sizes[i] < 0 || t.size(static_cast<int64_t>(i)) == sizes[i]);
+  }
+  STD_TORCH_CHECK(fits, name, ": expected shape ", expected, "], got ", shape_text(t));
+}
+
+inline int check_activation(const std::string& name) {
+  const int index = activation_index(name);
+  if (index < 0) {
+    std::string known;
+    for (const ActivationInfo& each : kActivations.rows) known += (known.empty() ? "" : ", ") + std::string(each.name);
+    STD_TORCH_CHECK(false, "activation: expected one of ", known, ", got '", name, "'");
+  }
+  return index;
+}
+
+}  // namespace ffn_ops

@@ -1,0 +1,108 @@
+// CPU detection behind isa.h.
+#include "isa.h"
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace ffn_ops {
+namespace {
+
+// Null or empty reads as not set.
+const char* environment(const char* name) {
+  const char* value = std::getenv(name);
+  return value && *value ? value : nullptr;
+}
+
+#if defined(__x86_64__)
+// The state components that the operating system saves; 0 if it saves none.
+uint64_t saved_state() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx) || !(ecx & (1u << 27))) return 0;
+  asm volatile("xgetbv" : "=a"(eax), "=d"(edx) : "c"(0));
+  return (uint64_t(edx) << 32) | eax;
+}
+
+bool detect_amx() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
+  constexpr unsigned amx_bf16 = 1u << 22, amx_tile = 1u << 24;
+  constexpr uint64_t tile_state = 3u << 17;
+  return (edx & amx_bf16) && (edx & amx_tile) && (saved_state() & tile_state) == tile_state;
+}
+
+// CPUID leaf 1; clang 14 does not know the name "f16c".
+bool has_f16c() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & (1u << 29));
+}
+#endif
+
+}  // namespace
+
+bool isa_supported(Isa isa) {
+#if defined(__x86_64__)
+  // __builtin_cpu_supports is false for registers that the operating system does not save.
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  switch (isa) {
+    case Isa::baseline:
+      return true;
+    case Isa::avx2:
+      return avx2;
+    case Isa::avx512:
+      return avx512;
+    case Isa::avx512_bf16:
+      return avx512 && __builtin_cpu_supports("avx512bf16");
+  }
+  return false;
+#else
+  return isa == Isa::baseline;
+#endif
+}
+
+bool has_amx() {
+  if (const char* forced = environment("FFN_OPS_AMX")) {
+    if (!std::strcmp(forced, "1")) return true;
+    if (!std::strcmp(forced, "0")) return false;
+  }
+#if defined(__x86_64__)
+  return detect_amx();
+#else
+  return false;
+#endif
+}
+
+IsaChoice choose_isa(const char* name) {
+  const char* source = "instruction set";
+  if (!name) {
+    name = environment("FFN_OPS_ISA");
+    source = "FFN_OPS_ISA";
+  }
+  Isa best = Isa::baseline;
+  std::string all, supported;
+  for (const Isa isa : kIsas) {
+    const bool runs = isa_supported(isa);
+    if (name && !std::strcmp(name, isa_name(isa)) && runs) return {isa, ""};
+    all += (all.empty() ? "" : ", ") + std::string(isa_name(isa));
+    if (runs) {
+      best = isa;
+      supported += (supported.empty() ? "" : ", ") + std::string(isa_name(isa));
+    }
+  }
+  if (!name) return {best, ""};
+  for (const Isa isa : kIsas) {
+    if (!std::strcmp(name, isa_name(isa))) {
+      return {best, std::string(source) + ": this CPU does not support '" + name + "'; it supports " + supported};
+    }
+  }
+  return {best, std::string(source) + ": unknown name '" + name + "', expected one of " + all};
+}
+
+}  // namespace ffn_ops

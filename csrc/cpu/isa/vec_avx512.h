@@ -1,0 +1,144 @@
+// AVX-512 F, BW, DQ, VL: 64-byte registers and mask registers. Included inside the namespace and target region of
+// avx512.cpp and avx512_bf16.cpp.
+
+constexpr int kVectorBytes = 64;
+constexpr bool kHasFma = true;
+
+#include "vec_common.h"
+
+FFN_FN FloatLanes round_even_lanes(FloatLanes a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT); }
+FFN_FN DoubleLanes round_even_lanes(DoubleLanes a) { return _mm512_roundscale_pd(a, _MM_FROUND_TO_NEAREST_INT); }
+
+FFN_FN FloatLanes fma_lanes(FloatLanes a, FloatLanes b, FloatLanes c) { return _mm512_fmadd_ps(a, b, c); }
+FFN_FN DoubleLanes fma_lanes(DoubleLanes a, DoubleLanes b, DoubleLanes c) { return _mm512_fmadd_pd(a, b, c); }
+
+template <class T>
+struct MaskType;
+template <>
+struct MaskType<float> {
+  using Type = __mmask16;
+};
+template <>
+struct MaskType<double> {
+  using Type = __mmask8;
+};
+template <class T>
+using MaskOf = typename MaskType<T>::Type;
+
+FFN_FN __mmask16 less_lanes(FloatLanes a, FloatLanes b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
+FFN_FN __mmask8 less_lanes(DoubleLanes a, DoubleLanes b) { return _mm512_cmp_pd_mask(a, b, _CMP_LT_OQ); }
+FFN_FN __mmask16 less_equal_lanes(FloatLanes a, FloatLanes b) { return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ); }
+FFN_FN __mmask8 less_equal_lanes(DoubleLanes a, DoubleLanes b) { return _mm512_cmp_pd_mask(a, b, _CMP_LE_OQ); }
+FFN_FN __mmask16 equal_lanes(FloatLanes a, FloatLanes b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
+FFN_FN __mmask8 equal_lanes(DoubleLanes a, DoubleLanes b) { return _mm512_cmp_pd_mask(a, b, _CMP_EQ_OQ); }
+
+FFN_FN FloatLanes select_lanes(__mmask16 m, FloatLanes a, FloatLanes b) { return _mm512_mask_blend_ps(m, b, a); }
+FFN_FN DoubleLanes select_lanes(__mmask8 m, DoubleLanes a, DoubleLanes b) { return _mm512_mask_blend_pd(m, b, a); }
+
+FFN_FN FloatLanes min_lanes(FloatLanes a, FloatLanes b) { return _mm512_min_ps(a, b); }
+FFN_FN DoubleLanes min_lanes(DoubleLanes a, DoubleLanes b) { return _mm512_min_pd(a, b); }
+FFN_FN FloatLanes max_lanes(FloatLanes a, FloatLanes b) { return _mm512_max_ps(a, b); }
+FFN_FN DoubleLanes max_lanes(DoubleLanes a, DoubleLanes b) { return _mm512_max_pd(a, b); }
+
+FFN_FN FloatLanes scale_lanes(FloatLanes a, FloatLanes k) { return _mm512_scalef_ps(a, k); }
+FFN_FN DoubleLanes scale_lanes(DoubleLanes a, DoubleLanes k) { return _mm512_scalef_pd(a, k); }
+
+FFN_FN float reduce_add_lanes(FloatLanes v) {
+  const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+  __m128 sum = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+  return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
+}
+FFN_FN double reduce_add_lanes(DoubleLanes v) {
+  const __m256d four = _mm256_add_pd(_mm512_castpd512_pd256(v), _mm512_extractf64x4_pd(v, 1));
+  const __m128d sum = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(sum, _mm_unpackhi_pd(sum, sum)));
+}
+
+// ---- loads and stores -----------------------------------------------------------------------------------------------
+
+FFN_FN __mmask16 tail_mask16(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
+FFN_FN __mmask8 tail_mask8(int n) { return static_cast<__mmask8>((1u << n) - 1u); }
+
+FFN_FN FloatLanes widen_bfloat16(__m256i bits) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+FFN_FN __m256i narrow_bfloat16(FloatLanes v) {
+  const __m512i bits = _mm512_castps_si512(v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  const __m512i chosen = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(chosen, 16));
+}
+FFN_FN __m256i narrow_half(FloatLanes v) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+
+FFN_FN FloatLanes load_lanes(const float* p) { return _mm512_loadu_ps(p); }
+FFN_FN FloatLanes load_lanes(const float* p, int n) { return _mm512_maskz_loadu_ps(tail_mask16(n), p); }
+FFN_FN DoubleLanes load_lanes(const double* p) { return _mm512_loadu_pd(p); }
+FFN_FN DoubleLanes load_lanes(const double* p, int n) { return _mm512_maskz_loadu_pd(tail_mask8(n), p); }
+FFN_FN FloatLanes load_lanes(const BFloat16* p) { return widen_bfloat16(_mm256_loadu_si256((const __m256i*)p)); }
+FFN_FN FloatLanes load_lanes(const BFloat16* p, int n) {
+  return widen_bfloat16(_mm256_maskz_loadu_epi16(tail_mask16(n), p));
+}
+FFN_FN FloatLanes load_lanes(const Half* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+FFN_FN FloatLanes load_lanes(const Half* p, int n) {
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(tail_mask16(n), p));
+}
+
+FFN_FN void store_lanes(float* p, FloatLanes v) { _mm512_storeu_ps(p, v); }
+FFN_FN void store_lanes(float* p, FloatLanes v, int n) { _mm512_mask_storeu_ps(p, tail_mask16(n), v); }
+FFN_FN void store_lanes(double* p, DoubleLanes v) { _mm512_storeu_pd(p, v); }
+FFN_FN void store_lanes(double* p, DoubleLanes v, int n) { _mm512_mask_storeu_pd(p, tail_mask8(n), v); }
+FFN_FN void store_lanes(BFloat16* p, FloatLanes v) { _mm256_storeu_si256((__m256i*)p, narrow_bfloat16(v)); }
+FFN_FN void store_lanes(BFloat16* p, FloatLanes v, int n) {
+  _mm256_mask_storeu_epi16(p, tail_mask16(n), narrow_bfloat16(v));
+}
+FFN_FN void store_lanes(Half* p, FloatLanes v) { _mm256_storeu_si256((__m256i*)p, narrow_half(v)); }
+FFN_FN void store_lanes(Half* p, FloatLanes v, int n) { _mm256_mask_storeu_epi16(p, tail_mask16(n), narrow_half(v)); }
+
+// ---- transposition --------------------------------------------------------------------------------------------------
+
+// 4x4 blocks within the 128-bit quarters first, then two rounds move the quarters.
+FFN_FN void transpose_lanes(FloatLanes (&r)[16]) {
+  __m512 pairs[16], quads[16], halves[16];
+  for (int i = 0; i < 16; i += 2) {
+    pairs[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+    pairs[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    quads[i] = _mm512_shuffle_ps(pairs[i], pairs[i + 2], 0x44);
+    quads[i + 1] = _mm512_shuffle_ps(pairs[i], pairs[i + 2], 0xee);
+    quads[i + 2] = _mm512_shuffle_ps(pairs[i + 1], pairs[i + 3], 0x44);
+    quads[i + 3] = _mm512_shuffle_ps(pairs[i + 1], pairs[i + 3], 0xee);
+  }
+  for (int i = 0; i < 16; i += 8) {
+    for (int j = 0; j < 4; ++j) {
+      halves[i + j] = _mm512_shuffle_f32x4(quads[i + j], quads[i + j + 4], 0x88);
+      halves[i + j + 4] = _mm512_shuffle_f32x4(quads[i + j], quads[i + j + 4], 0xdd);
+    }
+  }
+  for (int j = 0; j < 8; ++j) {
+    r[j] = _mm512_shuffle_f32x4(halves[j], halves[j + 8], 0x88);
+    r[j + 8] = _mm512_shuffle_f32x4(halves[j], halves[j + 8], 0xdd);
+  }
+}
+FFN_FN void transpose_lanes(DoubleLanes (&r)[8]) {
+  __m512d pairs[8], halves[8];
+  for (int i = 0; i < 8; i += 2) {
+    pairs[i] = _mm512_unpacklo_pd(r[i], r[i + 1]);
+    pairs[i + 1] = _mm512_unpackhi_pd(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    for (int j = 0; j < 2; ++j) {
+      halves[i + j] = _mm512_shuffle_f64x2(pairs[i + j], pairs[i + j + 2], 0x88);
+      halves[i + j + 2] = _mm512_shuffle_f64x2(pairs[i + j], pairs[i + j + 2], 0xdd);
+    }
+  }
+  for (int j = 0; j < 4; ++j) {
+    r[j] = _mm512_shuffle_f64x2(halves[j], halves[j + 4], 0x88);
+    r[j + 4] = _mm512_shuffle_f64x2(halves[j], halves[j + 4], 0xdd);
+  }
+}
+
+#include "vec.h"

@@ -1,0 +1,36 @@
+// Comparisons and scaling for instruction sets whose masks are vectors of all-ones and all-zeros integers.
+// Included inside the namespace and target region, after vec_common.h, by vec_baseline.h and vec_avx2.h.
+
+template <class T>
+using MaskOf = RegisterOf<IntOf<T>>;
+
+template <class R>
+FFN_FN auto less_lanes(R a, R b) {
+  return a < b;
+}
+template <class R>
+FFN_FN auto less_equal_lanes(R a, R b) {
+  return a <= b;
+}
+template <class R>
+FFN_FN auto equal_lanes(R a, R b) {
+  return a == b;
+}
+template <class M, class R>
+FFN_FN R select_lanes(M mask, R a, R b) {
+  return mask ? a : b;
+}
+// 2^k by its exponent bits, for integral k in the normal range: the sum leaves the biased exponent in the lowest bits.
+FFN_FN FloatLanes power_of_two_lanes(FloatLanes k) {
+  return (FloatLanes)((Int32Lanes)(k + (0x1.8p23f + 127.0f)) << 23);
+}
+FFN_FN DoubleLanes power_of_two_lanes(DoubleLanes k) {
+  return (DoubleLanes)((Int64Lanes)(k + (0x1.8p52 + 1023.0)) << 52);
+}
+
+// In two factors, as 2^k itself may be out of range; the first product is exact wherever the second one rounds.
+template <class R>
+FFN_FN R scale_lanes(R a, R k) {
+  const R half = round_even_lanes(k * 0.5f);
+  return a * power_of_two_lanes(half) * power_of_two_lanes(k - half);
+}

@@ -1,0 +1,114 @@
+// Textual, per instruction set: the packed product. A is packed once for all tasks; a task packs its group of B panels
+// chunk by chunk, runs the register tile over its A panels and hands finished tiles, hot in L1, to the epilogue.
+
+// tile[H][2 vectors] (+)= sum over kc of a[k][H] * b[k][2 vectors].
+template <class V, int H>
+void micro_kernel(int64_t kc, const typename V::Scalar* a, const typename V::Scalar* b, typename V::Scalar* tile,
+                  bool add) {
+    constexpr int W = V::kLanes;
+    V acc[H][2];
+    FFN_UNROLL
+    for (int i = 0; i < H; ++i) acc[i][0] = acc[i][1] = V::zero();
+    for (int64_t k = 0; k < kc; ++k) {
+        const V b0 = load<V>(b + k * 2 * W);
+        const V b1 = load<V>(b + k * 2 * W + W);
+        FFN_UNROLL
+        for (int i = 0; i < H; ++i) {
+            const V ai(a[k * H + i]);
+            acc[i][0] = fma(ai, b0, acc[i][0]);
+            acc[i][1] = fma(ai, b1, acc[i][1]);
+        }
+    }
+    FFN_UNROLL
+    for (int i = 0; i < H; ++i) {
+        typename V::Scalar* row = tile + i * 2 * W;
+        if (add) {
+            acc[i][0] = load<V>(row) + acc[i][0];
+            acc[i][1] = load<V>(row + W) + acc[i][1];
+        }
+        store(row, acc[i][0]);
+        store(row + W, acc[i][1]);
+    }
+}
+
+template <class V>
+using MicroKernel = void (*)(int64_t, const typename V::Scalar*, const typename V::Scalar*, typename V::Scalar*, bool);
+
+template <class V, int... H>
+MicroKernel<V> micro_kernel_of(int64_t rows, std::integer_sequence<int, H...>) {
+    static constexpr MicroKernel<V> kernels[] = {micro_kernel<V, H + 1>...};
+    return kernels[rows - 1];
+}
+
+template <class V>
+void pack_a_as(const Gemm& g, int64_t panel_begin, int64_t panel_end) {
+    using T = typename V::Scalar;
+    const int64_t padded_rows = g.panels_m * g.panel_rows;
+    const int64_t stretch = g.stretch();
+    for (int64_t s = 0; s < g.K; s += stretch) {
+        for (int64_t c = 0; c < stretch; c += kChunkK) {
+            const int64_t kc = stretch - c < kChunkK ? stretch - c : kChunkK;
+            T* chunk = static_cast<T*>(g.packed_a) + (s + c) * padded_rows;
+            pack_panels<V>(g.a, panel_begin * g.panel_rows, g.M, s + c, kc, g.panel_rows,
+                           chunk + panel_begin * kc * g.panel_rows, g.panel_rows, kc * g.panel_rows,
+                           panel_end - panel_begin);
+        }
+    }
+}
+
+template <class V>
+void gemm_task(const Gemm& g, int64_t task, void* scratch) {
+    using T = typename V::Scalar;
+    constexpr int64_t W = V::kLanes;
+    constexpr int64_t kWidth = 2 * W;
+    const int64_t H = g.panel_rows;
+    const int64_t q0 = task % g.tasks_n() * g.group_n;
+    const int64_t q1 = q0 + g.group_n < g.panels_n ? q0 + g.group_n : g.panels_n;
+    const int64_t p0 = task / g.tasks_n() * g.block_m;
+    const int64_t p1 = p0 + g.block_m < g.panels_m ? p0 + g.block_m : g.panels_m;
+    const int64_t groups = q1 - q0;
+    const int64_t padded_rows = g.panels_m * H;
+    const int64_t stretch = g.stretch();
+    const int64_t columns = g.gated ? W : kWidth;  // output columns of a panel
+
+    T* packed_b = static_cast<T*>(scratch);
+    T* tiles = packed_b + g.group_n * kWidth * kChunkK + kPanelPad / sizeof(T);
+    T* sums = tiles + g.block_m * g.group_n * H * kWidth;  // branches: act(gate) * up so far
+    const MicroKernel<V> micro = micro_kernel_of<V>(H, std::make_integer_sequence<int, kTileRows>{});
+    const bool one_chunk = stretch <= kChunkK && stretch == g.K;
+
+    for (int64_t branch = 0; branch < g.branches(); ++branch) {
+        for (int64_t s = 0; s < g.K || s == 0; s += stretch ? stretch : 1) {
+            for (int64_t c = 0; c < stretch || c == 0; c += kChunkK) {
+                const int64_t kc = stretch - c < kChunkK ? stretch - c : kChunkK;
+                const int64_t panel_step = kc * kWidth;
+                if (g.gated) {
+                    for (int half = 0; half < 2; ++half)
+                        pack_panels<V>(g.b[2 * branch + half], q0 * W, g.N, c, kc, W, packed_b + half * W, kWidth,
+                                       panel_step, groups);
+                } else {
+                    pack_panels<V>(g.b[stretch ? s / stretch : 0], q0 * kWidth, g.N, c, kc, kWidth, packed_b, kWidth,
+                                   panel_step, groups);
+                }
+                const T* chunk = static_cast<const T*>(g.packed_a) + (s + c) * padded_rows;
+                const bool first = s + c == 0;
+                const bool last = s + c + kc >= g.K;
+                for (int64_t pb = p0; pb < p1; pb += kPanelBlock) {
+                    const int64_t pe = pb + kPanelBlock < p1 ? pb + kPanelBlock : p1;
+                    for (int64_t q = 0; q < groups; ++q) {
+                        for (int64_t p = pb; p < pe; ++p) {
+                            const int64_t slot = (p - p0) * groups + q;
+                            T* tile = one_chunk ? tiles : tiles + slot * H * kWidth;
+                            micro(kc, chunk + p * kc * H, packed_b + q * panel_step, tile, !first);
+                            if (!last) continue;
+                            const int64_t rows = g.M - p * H < H ? g.M - p * H : H;
+                            const int64_t col = (q0 + q) * columns;
+                            const int64_t cols = g.N - col < columns ? g.N - col : columns;
+                            finish_tile<V>(g, branch, tile, p * H, rows, col, cols, sums + slot * H * W);
+                        }
+                    }
+                }
+            }
+        }
+    }
+}

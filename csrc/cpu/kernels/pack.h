@@ -1,0 +1,142 @@
+// Textual, per instruction set: panels for the micro kernel, out[k * stride + lane], read from any strided, gathered,
+// 16-bit or recomputed operand. Storage dtypes and layouts end here; behind it everything is dense float32 or float64.
+
+#define FFN_UNROLL _Pragma("GCC unroll 16")
+
+// Calls f with the tag of the storage dtype; only those whose arithmetic is in Scalar are compiled.
+template <class Scalar, class F>
+FFN_FN void dispatch_storage(DType dtype, const F& f) {
+  dispatch_dtype(dtype, [&](auto storage) {
+    if constexpr (__is_same(typename Codec<typename decltype(storage)::Type>::Compute, Scalar)) f(storage);
+  });
+}
+
+template <class S>
+FFN_FN const S* row_pointer(const Matrix& m, int64_t r) {
+    return static_cast<const S*>(m.data) + (m.rows ? m.rows[r] : r) * m.row_stride;
+}
+
+// n <= lanes elements of one row from column c on, the rest zero.
+template <class V, class S>
+FFN_FN V load_columns(const S* row, int64_t col_stride, int64_t c, int64_t n) {
+    if (col_stride == 1) return n == V::kLanes ? load<V>(row + c) : load<V>(row + c, static_cast<int>(n));
+    S buffer[V::kLanes] = {};
+    for (int64_t i = 0; i < n; ++i) buffer[i] = row[(c + i) * col_stride];
+    return load<V>(buffer, static_cast<int>(n));
+}
+
+template <class V>
+FFN_FN void store_first(typename V::Scalar* out, V v, int64_t n) {
+    if (n == V::kLanes) store(out, v);
+    else store(out, v, static_cast<int>(n));
+}
+
+// Lanes are rows: blocks of kLanes x kLanes are transposed in registers, whole cache lines of every row at a time
+// (half lines of rows a power of two apart would be evicted before their second half is used).
+template <class V, class S>
+void pack_transposed(const Matrix& m, int64_t lane0, int64_t lanes, int64_t valid, int64_t k0, int64_t kc,
+                     typename V::Scalar* out, int64_t stride) {
+    constexpr int64_t W = V::kLanes;
+    const S* row[W];
+    for (int64_t i = 0; i < W; ++i) row[i] = row_pointer<S>(m, lane0 + (i < valid ? i : 0));
+    const bool dense = m.col_stride == 1 && valid == W;
+    // A full store may run over the end of its k row where the next row is written after it, so not in the last row.
+    const int64_t width = lanes == stride ? W : lanes;
+    V block[W];
+    for (int64_t k = 0; k < kc; k += W) {
+        const int64_t n = kc - k < W ? kc - k : W;
+        if (dense && n == W) {
+            FFN_UNROLL
+            for (int64_t i = 0; i < W; ++i) {
+                block[i] = load<V>(row[i] + k0 + k);
+                prefetch(row[i] + k0 + k + kPrefetchBytes / sizeof(S));
+            }
+        } else {
+            for (int64_t i = 0; i < W; ++i)
+                block[i] = i < valid ? load_columns<V>(row[i], m.col_stride, k0 + k, n) : V::zero();
+        }
+        transpose(block);
+        typename V::Scalar* to = out + k * stride;
+        if (n == W && width == W && (lanes == W || k + W < kc)) {
+            FFN_UNROLL
+            for (int64_t i = 0; i < W; ++i) store(to + i * stride, block[i]);
+        } else {
+            for (int64_t i = 0; i < n; ++i) store_first(to + i * stride, block[i], k + i + 1 < kc ? width : lanes);
+        }
+    }
+}
+
+template <class V, class S>
+struct PlainColumns {
+    const Matrix& m;
+    FFN_FN V operator()(int64_t r, int64_t c, int64_t n) const {
+        return load_columns<V>(row_pointer<S>(m, r), m.col_stride, c, n);
+    }
+};
+
+template <class V, class S, class Act>
+struct ActivatedColumns {
+    const Operand& op;
+    V beta;
+    FFN_FN V operator()(int64_t r, int64_t c, int64_t n) const {
+        const V gate = load_columns<V>(row_pointer<S>(op.matrix, r), op.matrix.col_stride, c, n);
+        const V value = Act::fwd(gate, beta);
+        if (!op.up.data) return value;
+        return value * load_columns<V>(row_pointer<S>(op.up, r), op.up.col_stride, c, n);
+    }
+};
+
+// Lanes are columns: rows are copied. `stride` is that of one panel, `panel_step` the distance between the panels that
+// the stretch of `lanes` columns fills one after the other, `panel_lanes` columns each.
+template <class V, class Columns>
+void pack_copied(const Columns& columns, int64_t lane0, int64_t valid, int64_t k0, int64_t kc, int64_t panel_lanes,
+                 typename V::Scalar* out, int64_t stride, int64_t panel_step, int64_t panels) {
+    constexpr int64_t W = V::kLanes;
+    for (int64_t k = 0; k < kc; ++k) {
+        for (int64_t p = 0; p < panels; ++p) {
+            typename V::Scalar* to = out + p * panel_step + k * stride;
+            for (int64_t i = 0; i < panel_lanes; i += W) {
+                const int64_t lane = p * panel_lanes + i;
+                const int64_t room = panel_lanes - i < W ? panel_lanes - i : W;
+                const int64_t left = valid - lane;
+                const int64_t n = left >= room ? room : (left > 0 ? left : 0);
+                const V v = n > 0 ? columns(k0 + k, lane0 + lane, n) : V::zero();
+                store_first(to + i, v, panel_lanes == stride && k + 1 < kc ? W : room);
+            }
+        }
+    }
+}
+
+// Packs `panels` panels of `panel_lanes` lanes each, starting at lane0; lanes from `lane_end` on are zero.
+template <class V>
+void pack_panels(const Operand& op, int64_t lane0, int64_t lane_end, int64_t k0, int64_t kc, int64_t panel_lanes,
+                 typename V::Scalar* out, int64_t stride, int64_t panel_step, int64_t panels) {
+    constexpr int64_t W = V::kLanes;
+    dispatch_storage<typename V::Scalar>(op.matrix.dtype, [&](auto storage) {
+        using S = typename decltype(storage)::Type;
+        if (op.activation >= 0) {
+            dispatch_activation(op.activation, [&](auto act_tag) {
+        using Act = typename decltype(act_tag)::Type;
+                const ActivatedColumns<V, S, Act> columns{op, V(static_cast<typename V::Scalar>(op.beta))};
+                pack_copied<V>(columns, lane0, lane_end - lane0, k0, kc, panel_lanes, out, stride, panel_step, panels);
+            });
+        } else if (op.k_along_rows) {
+            const PlainColumns<V, S> columns{op.matrix};
+            pack_copied<V>(columns, lane0, lane_end - lane0, k0, kc, panel_lanes, out, stride, panel_step, panels);
+        } else {
+            for (int64_t p = 0; p < panels; ++p) {
+                for (int64_t i = 0; i < panel_lanes; i += W) {
+                    const int64_t lane = lane0 + p * panel_lanes + i;
+                    const int64_t room = panel_lanes - i < W ? panel_lanes - i : W;
+                    const int64_t left = lane_end - lane;
+                    typename V::Scalar* to = out + p * panel_step + i;
+                    if (left > 0) {
+                        pack_transposed<V, S>(op.matrix, lane, room, left < room ? left : room, k0, kc, to, stride);
+                    } else {
+                        for (int64_t k = 0; k < kc; ++k) store_first(to + k * stride, V::zero(), room);
+                    }
+                }
+            }
+        }
+    });
+}

@@ -1,0 +1,48 @@
+// Textual, per instruction set: all kernels and the table that the boundary calls them through. The including file
+// sets kTileRows, the register tile's height (its width is two vectors), before.
+
+constexpr int64_t kPanelBlock = 16;      // A panels that stay in L2 while a B panel stays in L1
+constexpr int64_t kPrefetchBytes = 512;  // ahead in each row while packing
+
+#include "pack.h"
+
+#include "epilogue.h"
+
+#include "gemm.h"
+
+#include "elementwise.h"
+
+void pack_a(const Gemm& g, int64_t panel_begin, int64_t panel_end) {
+  if (g.wide) pack_a_as<Vec<double>>(g, panel_begin, panel_end);
+  else pack_a_as<Vec<float>>(g, panel_begin, panel_end);
+}
+
+void gemm(const Gemm& g, int64_t task, void* scratch) {
+  if (g.wide) gemm_task<Vec<double>>(g, task, scratch);
+  else gemm_task<Vec<float>>(g, task, scratch);
+}
+
+void gated_act(const GatedAct& g, int64_t r0, int64_t r1, int64_t c0, int64_t c1) {
+  if (g.gate.dtype == DType::kFloat64) gated_act_as<Vec<double>>(g, r0, r1, c0, c1);
+  else gated_act_as<Vec<float>>(g, r0, r1, c0, c1);
+}
+
+void gated_act_backward(const GatedAct& g, int64_t r0, int64_t r1, int64_t c0, int64_t c1) {
+  if (g.gate.dtype == DType::kFloat64) gated_act_backward_as<Vec<double>>(g, r0, r1, c0, c1);
+  else gated_act_backward_as<Vec<float>>(g, r0, r1, c0, c1);
+}
+
+void gated_act_double_backward(const GatedAct& g, int64_t r0, int64_t r1, int64_t c0, int64_t c1) {
+  if (g.gate.dtype == DType::kFloat64) gated_act_double_backward_as<Vec<double>>(g, r0, r1, c0, c1);
+  else gated_act_double_backward_as<Vec<float>>(g, r0, r1, c0, c1);
+}
+
+void column_sum(const ColumnSum& s, int64_t c0, int64_t c1) {
+  if (s.matrix.dtype == DType::kFloat64) column_sum_as<Vec<double>>(s, c0, c1);
+  else column_sum_as<Vec<float>>(s, c0, c1);
+}
+
+extern const KernelTable kTable;
+const KernelTable kTable = {Vec<float>::kLanes, kTileRows,          pack_a,
+                            gemm,               gated_act,          gated_act_backward,
+                            gated_act_double_backward, column_sum};

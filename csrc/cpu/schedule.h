@@ -1,0 +1,77 @@
+// Threads and memory of one operator call: phases of tasks in a single parallel region, the cached workspace, and the
+// choice of tiles for a product. Nothing here changes a bit of a result.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+#include "kernels.h"
+
+namespace ffn_ops {
+
+// Memory for one call, handed out piece by piece and given back together. A block of up to kKeepBytes is kept for the
+// next call, because touching fresh memory costs more than using it.
+class Workspace {
+ public:
+  Workspace() = default;
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+  ~Workspace();
+  void* take(size_t bytes);
+
+ private:
+  struct Block {
+    char* data;
+    size_t bytes;
+  };
+  static Block fresh(size_t bytes);
+  std::vector<Block> blocks_;
+  size_t used_ = 0;   // of the last block
+  size_t total_ = 0;  // of all
+};
+
+// Asks for huge pages behind a large fresh output: one fault for 2 MiB in place of 512.
+void advise_huge_pages(void* data, size_t bytes);
+
+// Tasks of a phase start when every task of the phases before it has ended. One parallel region; workers take the next
+// task as they become free. Which worker runs a task never matters to its result.
+class Phases {
+ public:
+  using Task = std::function<void(int64_t task, int64_t worker)>;
+  void add(int64_t tasks, Task run);
+  void run(int64_t workers) const;
+
+ private:
+  struct Phase {
+    int64_t begin;
+    int64_t end;
+    Task run;
+  };
+  std::vector<Phase> phases_;
+};
+
+// The steps of one call in order: products, which it cuts into tiles, and plain passes. A packed A operand lives only
+// for its product, so all share one region; M is cut where that would exceed kPackedBytes.
+class Steps {
+ public:
+  Steps(const KernelTable& table, Workspace& workspace, int64_t workers)
+      : table_(table), workspace_(workspace), workers_(workers) {}
+  void product(Gemm g);
+  void pass(int64_t tasks, Phases::Task run);
+  void run();
+
+ private:
+  struct Step {
+    Gemm gemm;
+    int64_t tasks;
+    Phases::Task task;  // empty: the product `gemm`
+  };
+  const KernelTable& table_;
+  Workspace& workspace_;
+  int64_t workers_;
+  std::vector<Step> steps_;
+};
+
+}  // namespace ffn_ops

@@ -1,0 +1,65 @@
+"""What every public function asserts before any work. One message form: argument, expected, actual."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def tensor(name: str, value: Any, shape: Sequence[int | str] | None = None, like: Tensor | None = None) -> None:
+    """``shape`` holds extents, or letters where any extent will do; ``like`` is the tensor that sets dtype and device."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if value.layout is not torch.strided:
+        raise ValueError(f"{name}: expected a strided tensor, got layout {value.layout}")
+    if like is None:
+        if value.dtype not in DTYPES:
+            raise TypeError(f"{name}: expected dtype float64, float32, float16 or bfloat16, got {_dtype(value)}")
+    else:
+        if value.dtype is not like.dtype:
+            raise TypeError(f"{name}: expected dtype {_dtype(like)} as x has, got {_dtype(value)}")
+        if value.device != like.device:
+            raise ValueError(f"{name}: expected device {like.device} as x has, got {value.device}")
+    if shape is not None:
+        actual = value.shape
+        if len(actual) != len(shape) or any(
+            not isinstance(extent, str) and extent != actual[i] for i, extent in enumerate(shape)
+        ):
+            wanted = ", ".join(str(extent) for extent in shape)
+            raise ValueError(f"{name}: expected shape [{wanted}], got {list(actual)}")
+
+
+def _dtype(value: Tensor) -> str:
+    return str(value.dtype).removeprefix("torch.")
+
+
+def activation(value: Any, names: Sequence[str]) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"activation: expected a name, one of {', '.join(names)}, got {type(value).__name__}")
+    if value not in names:
+        raise ValueError(f"activation: expected one of {', '.join(names)}, got {value!r}")
+
+
+def number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value}")
+
+
+def flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {type(value).__name__}")
+
+
+def positive(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name}: expected at least 1, got {value}")

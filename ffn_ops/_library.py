@@ -1,0 +1,107 @@
+"""Loads the operator libraries and makes an operator differentiable. No operator is defined here."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sysconfig
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+LIBRARY = Path(__file__).with_name("libffn_ops_cpu.so")
+
+
+def _load() -> None:
+    if not LIBRARY.exists():
+        raise ImportError(
+            f"ffn_ops: {LIBRARY.name} is not built for this installation. Run `pip install -e .` in the source folder"
+            f" (platform {sysconfig.get_platform()})."
+        )
+    torch.ops.load_library(str(LIBRARY))
+    # A wrong FFN_OPS_ISA must fail at import, not in the middle of a model.
+    if "FFN_OPS_ISA" in os.environ:
+        torch.ops.ffn_ops._isa()
+
+
+_load()
+
+
+def overload(name: str) -> Any:
+    return getattr(torch.ops.ffn_ops, name).default
+
+
+def fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    decorator: Callable[[Callable[..., Any]], Callable[..., Any]] = torch.library.register_fake(f"ffn_ops::{name}")
+    return decorator
+
+
+def differentiable(
+    name: str, setup_context: Callable[..., None], backward: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Registers ``backward`` for the operator and returns the function that calls it.
+
+    ``torch.library.register_autograd`` serves eager, compile and export; torch.func needs an autograd.Function with
+    ``setup_context``, so inside its transforms the same pair of functions is used through one.
+    """
+    op = overload(name)
+    torch.library.register_autograd(f"ffn_ops::{name}", backward, setup_context=setup_context)
+
+    class Function(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(spec: Any, *flat: Any) -> Any:
+            return op(*pytree.tree_unflatten(list(flat), spec))
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            ctx.spec = inputs[0]
+            setup_context(ctx, tuple(pytree.tree_unflatten(list(inputs[1:]), inputs[0])), output)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            flat_needs = ctx.needs_input_grad
+            ctx.needs_input_grad = tuple(pytree.tree_unflatten(list(flat_needs[1:]), ctx.spec))
+            try:
+                result = backward(ctx, *grads)
+            finally:
+                ctx.needs_input_grad = flat_needs
+            flat: list[Any] = [None]
+            for grad, child in zip(result, ctx.spec.children_specs, strict=True):
+                flat.extend(grad if isinstance(grad, (list, tuple)) else [grad] * child.num_leaves)
+            return tuple(flat)
+
+    @functools.wraps(op)
+    def call(*args: Any) -> Any:
+        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+            flat, spec = pytree.tree_flatten(args)
+            return Function.apply(spec, *flat)
+        return op(*args)
+
+    return call
+
+
+def vmap_by_loop(name: str) -> None:
+    """``torch.vmap`` of an operator: one call for each example, stacked. Right for any batched argument."""
+    op = overload(name)
+
+    def rule(info: Any, in_dims: Sequence[Any], *args: Any) -> Any:
+        def example(i: int) -> list[Any]:
+            return [pick(arg, dim, i) for arg, dim in zip(args, in_dims, strict=True)]
+
+        def pick(arg: Any, dim: Any, i: int) -> Any:
+            if isinstance(arg, (list, tuple)) and isinstance(dim, (list, tuple)):
+                return [pick(each, d, i) for each, d in zip(arg, dim, strict=True)]
+            return arg.select(dim, i) if isinstance(arg, Tensor) and isinstance(dim, int) else arg
+
+        results = [op(*example(i)) for i in range(info.batch_size)]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        return tuple(torch.stack(column) for column in zip(*results, strict=True)), (0,) * len(results[0])
+
+    torch.library.register_vmap(f"ffn_ops::{name}", rule)
