@@ -1,5 +1,26 @@
-"""Fused feed-forward layers for PyTorch."""
+"""Fused feed-forward layers for PyTorch: one schema per operator, a kernel for each device behind it.
 
+Letters in names and docstrings: T tokens, D model width (d_model), F FFN width (d_ff), E experts, K experts per token,
+R routed rows (T * K), G gate branches.
+"""
+
+from ._info import info
+from .modules import GELUFFN, GLU, FeedForward, GatedFFN, PlainFFN, ReLUFFN, SwishFFN
 from .ops import activations, ffn, gated_act, gated_linear
 
-__all__ = ["activations", "ffn", "gated_act", "gated_linear"]
+__version__ = "0.1.0"
+
+__all__ = [
+    "GELUFFN",
+    "GLU",
+    "FeedForward",
+    "GatedFFN",
+    "PlainFFN",
+    "ReLUFFN",
+    "SwishFFN",
+    "activations",
+    "ffn",
+    "gated_act",
+    "gated_linear",
+    "info",
+]

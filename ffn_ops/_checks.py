@@ -16,8 +16,9 @@ def tensor(name: str, value: Any, shape: Sequence[int | str] | None = None, like
     """``shape`` holds extents, or letters where any extent will do; ``like`` is the tensor that sets dtype and device."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
-    if value.layout is not torch.strided:
-        raise ValueError(f"{name}: expected a strided tensor, got layout {value.layout}")
+    if value.layout is not torch.strided or value.is_nested:
+        layout = "nested" if value.is_nested else value.layout
+        raise ValueError(f"{name}: expected a strided tensor, got layout {layout}")
     if like is None:
         if value.dtype not in DTYPES:
             raise TypeError(f"{name}: expected dtype float64, float32, float16 or bfloat16, got {_dtype(value)}")

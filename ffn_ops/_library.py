@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 LIBRARY = Path(__file__).with_name("libffn_ops_cpu.so")
@@ -46,7 +47,8 @@ def differentiable(
     """Registers ``backward`` for the operator and returns the function that calls it.
 
     ``torch.library.register_autograd`` serves eager, compile and export; torch.func needs an autograd.Function with
-    ``setup_context``, so inside its transforms the same pair of functions is used through one.
+    ``setup_context``, so inside its transforms the same pair of functions is used through one. So it is in forward
+    mode, where the operator itself would silently drop the tangent and the Function raises.
     """
     op = overload(name)
     torch.library.register_autograd(f"ffn_ops::{name}", backward, setup_context=setup_context)
@@ -72,13 +74,15 @@ def differentiable(
             finally:
                 ctx.needs_input_grad = flat_needs
             flat: list[Any] = [None]
-            for grad, child in zip(result, ctx.spec.children_specs, strict=True):
+            for grad, child in zip(result, ctx.spec.children(), strict=True):
                 flat.extend(grad if isinstance(grad, (list, tuple)) else [grad] * child.num_leaves)
             return tuple(flat)
 
     @functools.wraps(op)
     def call(*args: Any) -> Any:
-        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        if not torch.compiler.is_compiling() and (
+            torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+        ):
             flat, spec = pytree.tree_flatten(args)
             return Function.apply(spec, *flat)
         return op(*args)
@@ -97,9 +101,14 @@ def vmap_by_loop(name: str) -> None:
         def pick(arg: Any, dim: Any, i: int) -> Any:
             if isinstance(arg, (list, tuple)) and isinstance(dim, (list, tuple)):
                 return [pick(each, d, i) for each, d in zip(arg, dim, strict=True)]
-            return arg.select(dim, i) if isinstance(arg, Tensor) and isinstance(dim, int) else arg
+            if not isinstance(arg, Tensor) or not isinstance(dim, int):
+                return arg
+            return arg.select(dim, i) if info.batch_size else arg.sum(dim)  # no examples: one of the right shape
 
-        results = [op(*example(i)) for i in range(info.batch_size)]
+        results = [op(*example(i)) for i in range(max(1, info.batch_size))]
+        if info.batch_size == 0:
+            empty = [t.new_empty(0, *t.shape) for t in pytree.tree_leaves(results)]
+            return (empty[0], 0) if isinstance(results[0], Tensor) else (tuple(empty), (0,) * len(empty))
         if isinstance(results[0], Tensor):
             return torch.stack(results), 0
         return tuple(torch.stack(column) for column in zip(*results, strict=True)), (0,) * len(results[0])

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import _checks as check
-from ._library import differentiable, fake, overload, vmap_by_loop
+from ._library import differentiable, fake, vmap_by_loop
 from .reference import ACTIVATIONS
 
 _NAMES = tuple(ACTIVATIONS)
@@ -25,16 +25,21 @@ def activations() -> tuple[str, ...]:
 
 
 def _rows(x: Tensor) -> Tensor:
-    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    if x.dim() == 2:
+        return x
+    return x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)  # reshape(-1, ...) fails on a last dimension of 0
 
 
 def _autocast(x: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Under autocast every tensor of the call is cast, as for a native matrix product; float64 stays as it is."""
+    """Casts what a native matrix product under autocast casts; the rest, right or wrong, is left to the checks."""
     device = x.device.type
-    if not torch.is_autocast_enabled(device) or x.dtype is torch.float64:
+    if device == "meta" or not torch.is_autocast_enabled(device) or x.dtype is torch.float64:
         return (x, *tensors)
     dtype = torch.get_autocast_dtype(device)
-    return tuple(t if t is None or t.dtype is dtype or not isinstance(t, Tensor) else t.to(dtype) for t in (x, *tensors))
+    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in _CAST_FROM else t for t in (x, *tensors))
+
+
+_CAST_FROM = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def _split(x: Tensor | None, width: int) -> tuple[Any, Any]:
@@ -74,8 +79,8 @@ def gated_act(gate: Tensor, up: Tensor | None = None, *, activation: str = "silu
         gate = gate.reshape(1, -1)
         up = None if up is None else up.reshape(1, -1)
     else:
-        gate = gate.reshape(-1, shape[-1])
-        up = None if up is None else up.reshape(-1, shape[-1])
+        gate = _rows(gate)
+        up = None if up is None else _rows(up)
     return _gated_act(gate, up, activation, float(beta)).reshape(shape)  # type: ignore[no-any-return]
 
 
@@ -145,7 +150,16 @@ def _gated_act_double_backward_formula(ctx: Any, dd_gate: Tensor | None, dd_up: 
     return by_d, by_gate, None if up is None else by_up, None, None, None
 
 
-_gated_act_double_backward = overload("gated_act_double_backward")
+def _third_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    pass
+
+
+def _third_order(ctx: Any, *grads: Any) -> Any:
+    """Without this torch would only warn and drop the third derivative."""
+    raise NotImplementedError("ffn_ops: third derivatives are not implemented, gradients and their gradients are")
+
+
+_gated_act_double_backward = differentiable("gated_act_double_backward", _third_setup, _third_order)
 _gated_act_backward = differentiable("gated_act_backward", _gated_act_backward_setup, _gated_act_double_backward_formula)
 _gated_act = differentiable("gated_act", _gated_act_setup, _gated_act_backward_formula)
 
@@ -183,10 +197,9 @@ def gated_linear(
     """
     lists = [_as_list(n, v) for n, v in (("w_gate", w_gate), ("w_up", w_up), ("b_gate", b_gate), ("b_up", b_up))]
     check.tensor("x", x)
-    if any(t is not None for t in lists):
-        cast = iter(_autocast(x, *(t for each in lists for t in each))) if isinstance(x, Tensor) else iter(())
-        x = next(cast)  # type: ignore[assignment]
-        lists = [[next(cast) for _ in each] for each in lists]  # type: ignore[misc]
+    cast = iter(_autocast(x, *(t for each in lists for t in each)))
+    x = next(cast)  # type: ignore[assignment]
+    lists = [[next(cast) for _ in each] for each in lists]  # type: ignore[misc]
     gates, ups, gate_biases, up_biases = lists
     if x.dim() < 1:
         raise ValueError(f"x: expected shape [..., D], got {list(x.shape)}")

@@ -65,17 +65,19 @@ FFN_FN ExpParts<V> exp_parts(V x, [[maybe_unused]] V correction = V::zero()) {
   return {head, fma(exp_tail(r), r * r, low), k};
 }
 
-// 0.8 ULP: half from the sum, the rest from `rest` and the fit. One more rounding if the result is denormal.
+// exp(x + correction) for x up to 40, within 0.8 ULP: half from the sum, the rest from `rest` and the fit. One more
+// rounding if the result is denormal.
 template <bool kCorrected = false, class V>
-FFN_FN V exp_in_range(V x, V correction = V::zero()) {
+FFN_FN V exp_up_to_40(V x, V correction = V::zero()) {
   const auto [head, rest, exponent] = exp_parts<kCorrected>(x, correction);
-  return scale_by_power_of_two(head + rest, exponent);
+  return scale_down(head + rest, exponent);
 }
 
 // 1 ULP; exp(-inf) = 0, overflow gives inf, NaN gives NaN.
 template <class V>
 FFN_FN V exp(V x) {
-  return exp_in_range(max(V(kExpLowest<V>), min(V(kExpHighest<V>), x)));
+  const auto [head, rest, exponent] = exp_parts(max(V(kExpLowest<V>), min(V(kExpHighest<V>), x)));
+  return scale_by_power_of_two(head + rest, exponent);
 }
 
 template <class V>
@@ -88,7 +90,7 @@ struct SigmoidPair {
 // e. Both 2 ULP, of which exp has 1.4 where e lies at the bottom and the result at the top of a binade.
 template <class V>
 FFN_FN SigmoidPair<V> sigmoid_pair(V z) {
-  const V e = exp_in_range(max(V(kExpLowest<V>), -abs(z)));
+  const V e = exp_up_to_40(max(V(kExpLowest<V>), -abs(z)));
   const V larger = V(1) / (V(1) + e);
   const V smaller = fma(-e, e * larger, e);
   const auto negative = z < V::zero();
@@ -125,8 +127,8 @@ FFN_FN V tanh(V x) {
   const V capped = min(V(20), magnitude);
   const auto [head, rest, exponent] = exp_parts(capped + capped);
   const V mantissa = head + rest;
-  const V e = scale_by_power_of_two(mantissa, exponent);
-  const V e_low = scale_by_power_of_two((head - mantissa) + rest, exponent);
+  const V e = scale_down(mantissa, exponent);
+  const V e_low = scale_down((head - mantissa) + rest, exponent);
   const V sum = e + V(1);
   const V sum_low = (V(1) - (sum - e)) + e_low;
   const V q = V(2) / sum;
@@ -191,7 +193,7 @@ FFN_FN NormalPoint<V> normal_point(V z) {
   using T = typename V::Scalar;
   const V magnitude = min(V(T(kIsFloat<V> ? 14.5 : 39)), abs(z));
   const V square = magnitude * magnitude;
-  const V e = exp_in_range<true>(V(T(-0.5)) * square, V(T(-0.5)) * square_error(magnitude, square));
+  const V e = exp_up_to_40<true>(V(T(-0.5)) * square, V(T(-0.5)) * square_error(magnitude, square));
   const V tail = e * scaled_normal_tail(magnitude);
   return {select(z < V::zero(), tail, V(1) - tail), e * V(T(0x1.9884533d43651p-2))};
 }
@@ -218,7 +220,7 @@ FFN_FN V erf(V x) {
   const V magnitude = abs(x);
   const V small = fma(erf_tail(x * x), magnitude, magnitude);
   const V capped = min(V(6), magnitude);
-  const V e = exp_in_range(-(capped * capped));
+  const V e = exp_up_to_40(-(capped * capped));
   const V large = V(1) - (e + e) * scaled_normal_tail(V(T(0x1.6a09e667f3bcdp0)) * capped);
   return copysign(select(magnitude < V(1), small, large), x);
 }

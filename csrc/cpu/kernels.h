@@ -90,6 +90,10 @@ struct GatedAct {
     double beta = 1.0;
 };
 
+struct Range {
+    int64_t row_begin, row_end, col_begin, col_end;
+};
+
 struct ColumnSum {
     int64_t rows = 0, cols = 0;
     Matrix matrix;
@@ -102,10 +106,9 @@ struct KernelTable {
     int64_t tile_rows;        // rows of the register tile, its width is two vectors
     void (*pack_a)(const Gemm&, int64_t panel_begin, int64_t panel_end);
     void (*gemm)(const Gemm&, int64_t task, void* scratch);
-    void (*gated_act)(const GatedAct&, int64_t row_begin, int64_t row_end, int64_t col_begin, int64_t col_end);
-    void (*gated_act_backward)(const GatedAct&, int64_t row_begin, int64_t row_end, int64_t col_begin, int64_t col_end);
-    void (*gated_act_double_backward)(const GatedAct&, int64_t row_begin, int64_t row_end, int64_t col_begin,
-                                      int64_t col_end);
+    void (*gated_act)(const GatedAct&, const Range&);
+    void (*gated_act_backward)(const GatedAct&, const Range&);
+    void (*gated_act_double_backward)(const GatedAct&, const Range&);
     void (*column_sum)(const ColumnSum&, int64_t col_begin, int64_t col_end);
 };
 

@@ -17,9 +17,6 @@ namespace {
 
 constexpr size_t kHugePage = size_t{2} << 20;
 constexpr size_t kKeepBytes = size_t{128} << 20;
-constexpr int64_t kPackedBytes = int64_t{32} << 20;
-constexpr int64_t kTileBytes = int64_t{1} << 20;  // partial sums of one task: they stay in L2 or L3
-constexpr int64_t kGroupLanes = 256;              // columns of B that a task packs at a time: 256 KiB in L2
 
 std::mutex kept_mutex;
 void* kept_data = nullptr;
@@ -129,55 +126,8 @@ void Phases::run(int64_t workers) const {
 
 void Steps::pass(int64_t tasks, Phases::Task run) { steps_.push_back({{}, tasks, std::move(run)}); }
 
-// Rows [begin, end) of a product.
-Gemm slice_rows(const Gemm& g, int64_t begin, int64_t end) {
-  Gemm part = g;
-  part.M = end - begin;
-  Matrix& a = part.a.matrix;
-  if (a.rows && !part.a.k_along_rows) {
-    a.rows += begin;
-  } else {
-    const int64_t step = part.a.k_along_rows ? a.col_stride : a.row_stride;
-    a.data = static_cast<const char*>(a.data) + begin * step * storage_size(a.dtype);
-  }
-  Epilogue& e = part.epilogue;
-  const auto advance = [&](void* p, int64_t stride) -> void* {
-    return p ? static_cast<char*>(p) + begin * stride * storage_size(e.dtype) : nullptr;
-  };
-  e.out = advance(e.out, e.out_stride);
-  e.out_up = advance(e.out_up, e.out_stride);
-  e.gate = advance(e.gate, e.pre_stride);
-  e.up = advance(e.up, e.pre_stride);
-  return part;
-}
-
-void Steps::product(Gemm g) {
-  if (g.M == 0 || g.N == 0) return;
-  const int64_t element = compute_size(g.wide);
-  const int64_t fit_rows = kPackedBytes / std::max<int64_t>(1, g.K * element);
-  const int64_t fit = std::max<int64_t>(1, fit_rows / table_.tile_rows) * table_.tile_rows;
-  if (g.M > fit) {
-    const int64_t rows = divide_up(divide_up(g.M, divide_up(g.M, fit)), table_.tile_rows) * table_.tile_rows;
-    for (int64_t m = 0; m < g.M; m += rows) product(slice_rows(g, m, std::min(g.M, m + rows)));
-    return;
-  }
-  const int64_t lanes = table_.lanes * 4 / element;
-  g.panels_m = divide_up(g.M, table_.tile_rows);
-  g.panel_rows = divide_up(g.M, g.panels_m);
-  g.panels_m = divide_up(g.M, g.panel_rows);
-  g.panels_n = divide_up(g.N, g.gated ? lanes : 2 * lanes);
-
-  // A few rows: weights are streamed, each read once, so a task takes whole rows of them from end to end.
-  const bool streamed = g.panels_m == 1 && !g.b[0].k_along_rows;
-  g.group_n = streamed ? 1 : std::min(g.panels_n, std::max<int64_t>(1, kGroupLanes * 4 / element / (2 * lanes)));
-  const int64_t tile = g.panel_rows * 2 * lanes * element;
-  int64_t most = std::max<int64_t>(1, kTileBytes / (tile * g.group_n));
-  if (workers_ > 1) {
-    const int64_t cuts = divide_up(4 * workers_, g.tasks_n());
-    most = std::min(most, std::max<int64_t>(1, divide_up(g.panels_m, cuts)));
-  }
-  g.block_m = divide_up(g.panels_m, divide_up(g.panels_m, most));
-  steps_.push_back({g, 0, nullptr});
+void Steps::product(const Gemm& g) {
+  for (const Gemm& part : plan_product(g, table_, workers_)) steps_.push_back({part, 0, nullptr});
 }
 
 void Steps::run() {

@@ -1,5 +1,4 @@
-// Threads and memory of one operator call: phases of tasks in a single parallel region, the cached workspace, and the
-// choice of tiles for a product. Nothing here changes a bit of a result.
+// Threads and memory of one operator call: phases of tasks in a single parallel region, and the cached workspace. Nothing here changes a bit of a result.
 #pragma once
 
 #include <cstddef>
@@ -7,7 +6,7 @@
 #include <functional>
 #include <vector>
 
-#include "kernels.h"
+#include "plan.h"
 
 namespace ffn_ops {
 
@@ -58,7 +57,7 @@ class Steps {
  public:
   Steps(const KernelTable& table, Workspace& workspace, int64_t workers)
       : table_(table), workspace_(workspace), workers_(workers) {}
-  void product(Gemm g);
+  void product(const Gemm& g);
   void pass(int64_t tasks, Phases::Task run);
   void run();
 

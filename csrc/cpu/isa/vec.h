@@ -54,8 +54,10 @@ struct Vec {
   }
   FFN_FN friend Vec round_even(Vec a) { return Vec(round_even_lanes(a.reg)); }
 
-  // a · 2^k for integral k, |k| <= 1200 (double) or 200 (float); a result below the normal range is rounded once.
+  // a · 2^k for |a| < 2 and integral k, |k| <= 200 (float) or 1200 (double); a result below the normal range is rounded
+  // once. `scale_down` is cheaper, and for k <= 60 only.
   FFN_FN friend Vec scale_by_power_of_two(Vec a, Vec k) { return Vec(scale_lanes(a.reg, k.reg)); }
+  FFN_FN friend Vec scale_down(Vec a, Vec k) { return Vec(scale_down_lanes(a.reg, k.reg)); }
 
   // Sum in one fixed order: upper half onto lower half, until one lane is left.
   FFN_FN friend T reduce_add(Vec a) { return reduce_add_lanes(a.reg); }

@@ -43,6 +43,9 @@ FFN_FN DoubleLanes max_lanes(DoubleLanes a, DoubleLanes b) { return _mm512_max_p
 FFN_FN FloatLanes scale_lanes(FloatLanes a, FloatLanes k) { return _mm512_scalef_ps(a, k); }
 FFN_FN DoubleLanes scale_lanes(DoubleLanes a, DoubleLanes k) { return _mm512_scalef_pd(a, k); }
 
+FFN_FN FloatLanes scale_down_lanes(FloatLanes a, FloatLanes k) { return scale_lanes(a, k); }
+FFN_FN DoubleLanes scale_down_lanes(DoubleLanes a, DoubleLanes k) { return scale_lanes(a, k); }
+
 FFN_FN float reduce_add_lanes(FloatLanes v) {
   const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
   __m128 sum = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));

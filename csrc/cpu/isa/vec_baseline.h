@@ -16,8 +16,8 @@ FFN_FN DoubleLanes round_even_lanes(DoubleLanes a) { return vrndnq_f64(a); }
 FFN_FN FloatLanes fma_lanes(FloatLanes a, FloatLanes b, FloatLanes c) { return vfmaq_f32(c, a, b); }
 FFN_FN DoubleLanes fma_lanes(DoubleLanes a, DoubleLanes b, DoubleLanes c) { return vfmaq_f64(c, a, b); }
 #else
-// Adding and taking away 1.5 · 2^(mantissa bits) rounds to an integer; larger magnitudes are integers already, and the
-// sum keeps no sign of zero. Callers in math.h need neither, but the name promises both.
+// Adding 2^(mantissa bits) to a magnitude rounds it to an integer; larger magnitudes are integers already, and the
+// sign is put back.
 template <class R, class I, class T>
 FFN_FN R round_even_by_magic(R a, T magic) {
   const R m = (R)((I)a & ~(I)(T(-0.0) - R{}));

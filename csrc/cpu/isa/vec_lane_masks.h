@@ -20,12 +20,15 @@ template <class M, class R>
 FFN_FN R select_lanes(M mask, R a, R b) {
   return mask ? a : b;
 }
-// 2^k by its exponent bits, for integral k in the normal range: the sum leaves the biased exponent in the lowest bits.
+// 2^(k + offset) by its exponent bits, for integral k and a result in the normal range: the sum leaves the biased
+// exponent in the lowest bits.
+template <int kOffset = 0>
 FFN_FN FloatLanes power_of_two_lanes(FloatLanes k) {
-  return (FloatLanes)((Int32Lanes)(k + (0x1.8p23f + 127.0f)) << 23);
+  return (FloatLanes)((Int32Lanes)(k + (0x1.8p23f + 127 + kOffset)) << 23);
 }
+template <int kOffset = 0>
 FFN_FN DoubleLanes power_of_two_lanes(DoubleLanes k) {
-  return (DoubleLanes)((Int64Lanes)(k + (0x1.8p52 + 1023.0)) << 52);
+  return (DoubleLanes)((Int64Lanes)(k + (0x1.8p52 + 1023 + kOffset)) << 52);
 }
 
 // In two factors, as 2^k itself may be out of range; the first product is exact wherever the second one rounds.
@@ -34,3 +37,5 @@ FFN_FN R scale_lanes(R a, R k) {
   const R half = round_even_lanes(k * 0.5f);
   return a * power_of_two_lanes(half) * power_of_two_lanes(k - half);
 }
+FFN_FN FloatLanes scale_down_lanes(FloatLanes a, FloatLanes k) { return a * power_of_two_lanes<64>(k) * 0x1p-64f; }
+FFN_FN DoubleLanes scale_down_lanes(DoubleLanes a, DoubleLanes k) { return a * power_of_two_lanes<512>(k) * 0x1p-512; }

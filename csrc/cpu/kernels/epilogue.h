@@ -1,130 +1,129 @@
-// Textual, per instruction set: what happens to a finished tile [rows][2 vectors] of accumulators: bias, activation or
-// its gradient, and the one rounding to the storage dtype.
-
-template <class V, class S>
-FFN_FN S* tile_row(void* base, int64_t row_stride, int64_t row, int64_t col) {
-    return static_cast<S*>(base) + row * row_stride + col;
-}
+// Textual, per instruction set: what happens to a finished tile [rows][2 vectors] of accumulators, hot in L1: bias,
+// activation or its gradient, and the one rounding to the storage dtype.
 
 template <class V, class S>
 FFN_FN void store_part(S* to, V v, int64_t n) {
-    if (n == V::kLanes) store(to, v);
-    else store(to, v, static_cast<int>(n));
+  if (n == V::kLanes) store(to, v);
+  else store(to, v, static_cast<int>(n));
 }
 
 template <class V, class S>
 FFN_FN V load_part(const S* from, int64_t n) {
-    return n == V::kLanes ? load<V>(from) : load<V>(from, static_cast<int>(n));
+  return n == V::kLanes ? load<V>(from) : load<V>(from, static_cast<int>(n));
 }
 
-template <class V, class S>
-FFN_FN V bias_part(const void* bias, int64_t col, int64_t n) {
-    return bias ? load_part<V>(static_cast<const S*>(bias) + col, n) : V::zero();
-}
+// A part of a matrix under the tile: `cols` columns from (row0, col) on, `rows` rows.
+struct TilePart {
+  int64_t row0, rows, col, cols;
+};
 
-template <class V, class S>
-void finish_store(const Epilogue& e, const typename V::Scalar* tile, int64_t row0, int64_t rows, int64_t col,
-                  int64_t cols) {
-    constexpr int64_t W = V::kLanes;
-    const void* bias = e.bias ? e.bias[0] : nullptr;
-    for (int64_t j = 0; j < cols; j += W) {
-        const int64_t n = cols - j < W ? cols - j : W;
-        const V b = bias_part<V, S>(bias, col + j, n);
-        for (int64_t i = 0; i < rows; ++i) {
-            V v = load<V>(tile + i * 2 * W + j);
-            if (bias) v = v + b;
-            store_part(tile_row<V, S>(e.out, e.out_stride, row0 + i, col + j), v, n);
-        }
+// Copies between storage [.., row_stride] and scratch rows of two vectors; the part may be one or two vectors wide.
+template <class V>
+void tile_to_storage(const TilePart& t, DType dtype, const typename V::Scalar* tile, void* base, int64_t row_stride) {
+  constexpr int64_t W = V::kLanes;
+  dispatch_storage<typename V::Scalar>(dtype, [&](auto tag) {
+    using S = typename decltype(tag)::Type;
+    for (int64_t j = 0; j < t.cols; j += W) {
+      const int64_t n = t.cols - j < W ? t.cols - j : W;
+      S* to = static_cast<S*>(base) + t.row0 * row_stride + t.col + j;
+      for (int64_t i = 0; i < t.rows; ++i) store_part(to + i * row_stride, load<V>(tile + i * 2 * W + j), n);
     }
-}
-
-// Gated: vector 0 of a tile row is gate, vector 1 up, of the same columns.
-template <class V, class S, class Act>
-void finish_gated(const Gemm& g, int64_t branch, const typename V::Scalar* tile, int64_t row0, int64_t rows,
-                  int64_t col, int64_t n, typename V::Scalar* sums) {
-    constexpr int64_t W = V::kLanes;
-    const Epilogue& e = g.epilogue;
-    const V beta(static_cast<typename V::Scalar>(e.beta));
-    const void* bias_gate = e.bias ? e.bias[2 * branch] : nullptr;
-    const void* bias_up = e.bias ? e.bias[2 * branch + 1] : nullptr;
-    const V b0 = bias_part<V, S>(bias_gate, col, n);
-    const V b1 = bias_part<V, S>(bias_up, col, n);
-    const bool first = branch == 0, last = branch + 1 == g.branches();
-    for (int64_t i = 0; i < rows; ++i) {
-        V gate = load<V>(tile + i * 2 * W);
-        V up = load<V>(tile + i * 2 * W + W);
-        if (bias_gate) gate = gate + b0;
-        if (bias_up) up = up + b1;
-        if (e.gate) {
-            const int64_t at = branch * e.pre_branch_stride + (row0 + i) * e.pre_stride + col;
-            store_part(static_cast<S*>(e.gate) + at, gate, n);
-            store_part(static_cast<S*>(e.up) + at, up, n);
-        }
-        V value = Act::fwd(gate, beta) * up;
-        if (!first) value = load<V>(sums + i * W) + value;
-        if (!last) store(sums + i * W, value);
-        else if (e.out) store_part(tile_row<V, S>(e.out, e.out_stride, row0 + i, col), value, n);
-    }
-}
-
-template <class V, class S, class Act>
-void finish_plain(const Gemm& g, const typename V::Scalar* tile, int64_t row0, int64_t rows, int64_t col,
-                  int64_t cols) {
-    constexpr int64_t W = V::kLanes;
-    const Epilogue& e = g.epilogue;
-    const V beta(static_cast<typename V::Scalar>(e.beta));
-    const void* bias = e.bias ? e.bias[0] : nullptr;
-    for (int64_t j = 0; j < cols; j += W) {
-        const int64_t n = cols - j < W ? cols - j : W;
-        const V b = bias_part<V, S>(bias, col + j, n);
-        for (int64_t i = 0; i < rows; ++i) {
-            V pre = load<V>(tile + i * 2 * W + j);
-            if (bias) pre = pre + b;
-            if (e.gate) store_part(static_cast<S*>(e.gate) + (row0 + i) * e.pre_stride + col + j, pre, n);
-            if (e.out) store_part(tile_row<V, S>(e.out, e.out_stride, row0 + i, col + j), Act::fwd(pre, beta), n);
-        }
-    }
-}
-
-template <class V, class S, class Act>
-void finish_activate_grad(const Epilogue& e, const typename V::Scalar* tile, int64_t row0, int64_t rows, int64_t col,
-                          int64_t cols) {
-    constexpr int64_t W = V::kLanes;
-    const V beta(static_cast<typename V::Scalar>(e.beta));
-    for (int64_t j = 0; j < cols; j += W) {
-        const int64_t n = cols - j < W ? cols - j : W;
-        for (int64_t i = 0; i < rows; ++i) {
-            const int64_t at = (row0 + i) * e.pre_stride + col + j;
-            const V dh = load<V>(tile + i * 2 * W + j);
-            const auto act = Act::grad(load_part<V>(static_cast<const S*>(e.gate) + at, n), beta);
-            V d_gate = dh * act.slope;
-            if (e.up) {
-                d_gate = d_gate * load_part<V>(static_cast<const S*>(e.up) + at, n);
-                store_part(tile_row<V, S>(e.out_up, e.out_stride, row0 + i, col + j), dh * act.value, n);
-            }
-            store_part(tile_row<V, S>(e.out, e.out_stride, row0 + i, col + j), d_gate, n);
-        }
-    }
+  });
 }
 
 template <class V>
-void finish_tile(const Gemm& g, int64_t branch, const typename V::Scalar* tile, int64_t row0, int64_t rows,
-                 int64_t col, int64_t cols, typename V::Scalar* sums) {
-    const Epilogue& e = g.epilogue;
-    dispatch_storage<typename V::Scalar>(e.dtype, [&](auto storage) {
-        using S = typename decltype(storage)::Type;
-        if (e.kind == Epilogue::Kind::kStore) {
-            finish_store<V, S>(e, tile, row0, rows, col, cols);
-            return;
-        }
-        dispatch_activation(e.activation, [&](auto act_tag) {
-        using Act = typename decltype(act_tag)::Type;
-            if (e.kind == Epilogue::Kind::kActivateGrad)
-                finish_activate_grad<V, S, Act>(e, tile, row0, rows, col, cols);
-            else if (g.gated)
-                finish_gated<V, S, Act>(g, branch, tile, row0, rows, col, cols, sums);
-            else
-                finish_plain<V, S, Act>(g, tile, row0, rows, col, cols);
-        });
-    });
+void storage_to_tile(const TilePart& t, DType dtype, const void* base, int64_t row_stride, typename V::Scalar* tile) {
+  constexpr int64_t W = V::kLanes;
+  dispatch_storage<typename V::Scalar>(dtype, [&](auto tag) {
+    using S = typename decltype(tag)::Type;
+    for (int64_t j = 0; j < t.cols; j += W) {
+      const int64_t n = t.cols - j < W ? t.cols - j : W;
+      const S* from = static_cast<const S*>(base) + t.row0 * row_stride + t.col + j;
+      for (int64_t i = 0; i < t.rows; ++i) store(tile + i * 2 * W + j, load_part<V>(from + i * row_stride, n));
+    }
+  });
+}
+
+template <class V>
+void add_bias(const TilePart& t, DType dtype, const void* bias, typename V::Scalar* tile) {
+  constexpr int64_t W = V::kLanes;
+  if (!bias) return;
+  dispatch_storage<typename V::Scalar>(dtype, [&](auto tag) {
+    using S = typename decltype(tag)::Type;
+    for (int64_t j = 0; j < t.cols; j += W) {
+      const V b = load_part<V>(static_cast<const S*>(bias) + t.col + j, t.cols - j < W ? t.cols - j : W);
+      for (int64_t i = 0; i < t.rows; ++i) {
+        typename V::Scalar* at = tile + i * 2 * W + j;
+        store(at, load<V>(at) + b);
+      }
+    }
+  });
+}
+
+// Vector 0 of a tile row is gate, vector 1 up, of the same columns.
+template <class V>
+void finish_gated(const Gemm& g, int64_t branch, typename V::Scalar* tile, const TilePart& t, typename V::Scalar* sums) {
+  constexpr int64_t W = V::kLanes;
+  const Epilogue& e = g.epilogue;
+  if (e.bias) {
+    add_bias<V>(t, e.dtype, e.bias[2 * branch], tile);
+    add_bias<V>(t, e.dtype, e.bias[2 * branch + 1], tile + W);
+  }
+  if (e.gate) {
+    const int64_t skip = branch * e.pre_branch_stride * storage_size(e.dtype);
+    tile_to_storage<V>(t, e.dtype, tile, static_cast<char*>(e.gate) + skip, e.pre_stride);
+    tile_to_storage<V>(t, e.dtype, tile + W, static_cast<char*>(e.up) + skip, e.pre_stride);
+  }
+  if (!e.out) return;
+  act_kernels<V>(e.activation).forward({t.rows, 2 * W, tile, tile + W, nullptr, nullptr, nullptr, {tile},
+                                        static_cast<typename V::Scalar>(e.beta)});
+  if (g.branches() > 1) {
+    for (int64_t i = 0; i < t.rows; ++i) {
+      V sum = load<V>(tile + i * 2 * W);
+      if (branch > 0) sum = load<V>(sums + i * W) + sum;
+      store(sums + i * W, sum);
+      store(tile + i * 2 * W, sum);
+    }
+    if (branch + 1 < g.branches()) return;
+  }
+  tile_to_storage<V>(t, e.dtype, tile, e.out, e.out_stride);
+}
+
+template <class V>
+void finish_plain(const Epilogue& e, typename V::Scalar* tile, const TilePart& t) {
+  if (e.bias) add_bias<V>(t, e.dtype, e.bias[0], tile);
+  if (e.kind == Epilogue::Kind::kActivate) {
+    if (e.gate) tile_to_storage<V>(t, e.dtype, tile, e.gate, e.pre_stride);
+    if (!e.out) return;
+    act_kernels<V>(e.activation).forward({2 * t.rows, V::kLanes, tile, nullptr, nullptr, nullptr, nullptr, {tile},
+                                          static_cast<typename V::Scalar>(e.beta)});
+  }
+  tile_to_storage<V>(t, e.dtype, tile, e.out, e.out_stride);
+}
+
+// The tile is dH.
+template <class V>
+void finish_activate_grad(const Epilogue& e, typename V::Scalar* tile, const TilePart& t) {
+  using T = typename V::Scalar;
+  constexpr int64_t W = V::kLanes;
+  alignas(64) T gate[kTileRows * 2 * W];
+  alignas(64) T up[kTileRows * 2 * W];
+  storage_to_tile<V>(t, e.dtype, e.gate, e.pre_stride, gate);
+  if (e.up) storage_to_tile<V>(t, e.dtype, e.up, e.pre_stride, up);
+  const int64_t columns = t.cols > W ? 2 : 1;  // a narrow part leaves the second vector of each row unset
+  for (int64_t j = 0; j < columns; ++j) {
+    T *at = gate + j * W, *at_up = up + j * W;
+    act_kernels<V>(e.activation).backward({t.rows, 2 * W, at, e.up ? at_up : nullptr, tile + j * W, nullptr, nullptr,
+                                           {at, at_up}, static_cast<T>(e.beta)});
+  }
+  tile_to_storage<V>(t, e.dtype, gate, e.out, e.out_stride);
+  if (e.up) tile_to_storage<V>(t, e.dtype, up, e.out_up, e.out_stride);
+}
+
+template <class V>
+void finish_tile(const Gemm& g, int64_t branch, typename V::Scalar* tile, const TilePart& t,
+                 typename V::Scalar* sums) {
+  if (g.epilogue.kind == Epilogue::Kind::kActivateGrad) finish_activate_grad<V>(g.epilogue, tile, t);
+  else if (g.gated) finish_gated<V>(g, branch, tile, t, sums);
+  else finish_plain<V>(g.epilogue, tile, t);
 }

@@ -104,7 +104,7 @@ void gemm_task(const Gemm& g, int64_t task, void* scratch) {
                             const int64_t rows = g.M - p * H < H ? g.M - p * H : H;
                             const int64_t col = (q0 + q) * columns;
                             const int64_t cols = g.N - col < columns ? g.N - col : columns;
-                            finish_tile<V>(g, branch, tile, p * H, rows, col, cols, sums + slot * H * W);
+                            finish_tile<V>(g, branch, tile, {p * H, rows, col, cols}, sums + slot * H * W);
                         }
                     }
                 }

@@ -11,6 +11,8 @@ FFN_FN void dispatch_storage(DType dtype, const F& f) {
   });
 }
 
+constexpr int64_t kMaxColumns = 512;  // of a group of panels packed together
+
 template <class S>
 FFN_FN const S* row_pointer(const Matrix& m, int64_t r) {
     return static_cast<const S*>(m.data) + (m.rows ? m.rows[r] : r) * m.row_stride;
@@ -49,7 +51,7 @@ void pack_transposed(const Matrix& m, int64_t lane0, int64_t lanes, int64_t vali
             FFN_UNROLL
             for (int64_t i = 0; i < W; ++i) {
                 block[i] = load<V>(row[i] + k0 + k);
-                prefetch(row[i] + k0 + k + kPrefetchBytes / sizeof(S));
+                prefetch_l2(row[i] + k0 + k + kPrefetchBytes / sizeof(S));
             }
         } else {
             for (int64_t i = 0; i < W; ++i)
@@ -74,22 +76,43 @@ struct PlainColumns {
     }
 };
 
-template <class V, class S, class Act>
+// act(gate) * up of up to kMaxColumns columns of one row, computed before the row is cut into panels.
+template <class V>
 struct ActivatedColumns {
-    const Operand& op;
-    V beta;
-    FFN_FN V operator()(int64_t r, int64_t c, int64_t n) const {
-        const V gate = load_columns<V>(row_pointer<S>(op.matrix, r), op.matrix.col_stride, c, n);
-        const V value = Act::fwd(gate, beta);
-        if (!op.up.data) return value;
-        return value * load_columns<V>(row_pointer<S>(op.up, r), op.up.col_stride, c, n);
+  const Operand& op;
+  int64_t first, end;  // columns
+  int64_t row = -1;
+  alignas(64) typename V::Scalar values[kMaxColumns];
+  alignas(64) typename V::Scalar up[kMaxColumns];
+
+  ActivatedColumns(const Operand& o, int64_t f, int64_t e) : op(o), first(f), end(e) {}
+
+  void read(const Matrix& m, int64_t r, typename V::Scalar* to) {
+    dispatch_storage<typename V::Scalar>(m.dtype, [&](auto tag) {
+      using S = typename decltype(tag)::Type;
+      const S* from = row_pointer<S>(m, r);
+      for (int64_t c = first; c < end; c += V::kLanes)
+        store(to + c - first, load_columns<V>(from, m.col_stride, c, end - c < V::kLanes ? end - c : V::kLanes));
+    });
+  }
+
+  FFN_FN V operator()(int64_t r, int64_t c, int64_t n) {
+    if (r != row) {
+      row = r;
+      read(op.matrix, r, values);
+      if (op.up.data) read(op.up, r, up);
+      act_kernels<V>(op.activation).forward({(end - first + V::kLanes - 1) / V::kLanes, V::kLanes, values,
+                                             op.up.data ? up : nullptr, nullptr, nullptr, nullptr, {values},
+                                             static_cast<typename V::Scalar>(op.beta)});
     }
+    return n == V::kLanes ? load<V>(values + c - first) : load<V>(values + c - first, static_cast<int>(n));
+  }
 };
 
 // Lanes are columns: rows are copied. `stride` is that of one panel, `panel_step` the distance between the panels that
 // the stretch of `lanes` columns fills one after the other, `panel_lanes` columns each.
 template <class V, class Columns>
-void pack_copied(const Columns& columns, int64_t lane0, int64_t valid, int64_t k0, int64_t kc, int64_t panel_lanes,
+void pack_copied(Columns& columns, int64_t lane0, int64_t valid, int64_t k0, int64_t kc, int64_t panel_lanes,
                  typename V::Scalar* out, int64_t stride, int64_t panel_step, int64_t panels) {
     constexpr int64_t W = V::kLanes;
     for (int64_t k = 0; k < kc; ++k) {
@@ -112,16 +135,17 @@ template <class V>
 void pack_panels(const Operand& op, int64_t lane0, int64_t lane_end, int64_t k0, int64_t kc, int64_t panel_lanes,
                  typename V::Scalar* out, int64_t stride, int64_t panel_step, int64_t panels) {
     constexpr int64_t W = V::kLanes;
+    if (op.activation >= 0) {
+        const int64_t wanted = panels * panel_lanes;
+        const int64_t end = lane_end - lane0 < wanted ? lane_end : lane0 + wanted;
+        ActivatedColumns<V> columns(op, lane0, end);
+        pack_copied<V>(columns, lane0, lane_end - lane0, k0, kc, panel_lanes, out, stride, panel_step, panels);
+        return;
+    }
     dispatch_storage<typename V::Scalar>(op.matrix.dtype, [&](auto storage) {
         using S = typename decltype(storage)::Type;
-        if (op.activation >= 0) {
-            dispatch_activation(op.activation, [&](auto act_tag) {
-        using Act = typename decltype(act_tag)::Type;
-                const ActivatedColumns<V, S, Act> columns{op, V(static_cast<typename V::Scalar>(op.beta))};
-                pack_copied<V>(columns, lane0, lane_end - lane0, k0, kc, panel_lanes, out, stride, panel_step, panels);
-            });
-        } else if (op.k_along_rows) {
-            const PlainColumns<V, S> columns{op.matrix};
+        if (op.k_along_rows) {
+            PlainColumns<V, S> columns{op.matrix};
             pack_copied<V>(columns, lane0, lane_end - lane0, k0, kc, panel_lanes, out, stride, panel_step, panels);
         } else {
             for (int64_t p = 0; p < panels; ++p) {

@@ -4,6 +4,8 @@
 constexpr int64_t kPanelBlock = 16;      // A panels that stay in L2 while a B panel stays in L1
 constexpr int64_t kPrefetchBytes = 512;  // ahead in each row while packing
 
+#include "act.h"
+
 #include "pack.h"
 
 #include "epilogue.h"
@@ -22,19 +24,19 @@ void gemm(const Gemm& g, int64_t task, void* scratch) {
   else gemm_task<Vec<float>>(g, task, scratch);
 }
 
-void gated_act(const GatedAct& g, int64_t r0, int64_t r1, int64_t c0, int64_t c1) {
-  if (g.gate.dtype == DType::kFloat64) gated_act_as<Vec<double>>(g, r0, r1, c0, c1);
-  else gated_act_as<Vec<float>>(g, r0, r1, c0, c1);
+void gated_act(const GatedAct& g, const Range& range) {
+  if (g.gate.dtype == DType::kFloat64) gated_act_range<Vec<double>>(g, &ActKernels<Vec<double>>::forward, range);
+  else gated_act_range<Vec<float>>(g, &ActKernels<Vec<float>>::forward, range);
 }
 
-void gated_act_backward(const GatedAct& g, int64_t r0, int64_t r1, int64_t c0, int64_t c1) {
-  if (g.gate.dtype == DType::kFloat64) gated_act_backward_as<Vec<double>>(g, r0, r1, c0, c1);
-  else gated_act_backward_as<Vec<float>>(g, r0, r1, c0, c1);
+void gated_act_backward(const GatedAct& g, const Range& range) {
+  if (g.gate.dtype == DType::kFloat64) gated_act_range<Vec<double>>(g, &ActKernels<Vec<double>>::backward, range);
+  else gated_act_range<Vec<float>>(g, &ActKernels<Vec<float>>::backward, range);
 }
 
-void gated_act_double_backward(const GatedAct& g, int64_t r0, int64_t r1, int64_t c0, int64_t c1) {
-  if (g.gate.dtype == DType::kFloat64) gated_act_double_backward_as<Vec<double>>(g, r0, r1, c0, c1);
-  else gated_act_double_backward_as<Vec<float>>(g, r0, r1, c0, c1);
+void gated_act_double_backward(const GatedAct& g, const Range& range) {
+  if (g.gate.dtype == DType::kFloat64) gated_act_range<Vec<double>>(g, &ActKernels<Vec<double>>::double_backward, range);
+  else gated_act_range<Vec<float>>(g, &ActKernels<Vec<float>>::double_backward, range);
 }
 
 void column_sum(const ColumnSum& s, int64_t c0, int64_t c1) {

@@ -1,0 +1,54 @@
+// The instruction set in use, and what `info` reports of this build and machine.
+#include <atomic>
+#include <string>
+
+#include <torch/csrc/stable/library.h>
+
+#include "ops.h"
+
+namespace ffn_ops {
+namespace {
+
+std::atomic<int> chosen_isa{-1};
+
+Isa current_isa() {
+  int isa = chosen_isa.load(std::memory_order_relaxed);
+  if (isa < 0) {
+    const IsaChoice choice = choose_isa();
+    STD_TORCH_CHECK(choice.error.empty(), choice.error);
+    isa = static_cast<int>(choice.isa);
+    chosen_isa.store(isa, std::memory_order_relaxed);
+  }
+  return static_cast<Isa>(isa);
+}
+
+}  // namespace
+
+const KernelTable& kernels() { return *kernel_table(current_isa()); }
+
+namespace {
+
+std::string isa() { return isa_name(current_isa()); }
+
+std::string isas() {
+  std::string names;
+  for (const Isa each : kIsas)
+    if (kernel_table(each) && isa_supported(each)) names += (names.empty() ? "" : " ") + std::string(isa_name(each));
+  return names;
+}
+
+void use_isa(std::string name) {
+  const IsaChoice choice = choose_isa(name.c_str());
+  STD_TORCH_CHECK(choice.error.empty(), choice.error);
+  chosen_isa.store(static_cast<int>(choice.isa), std::memory_order_relaxed);
+}
+
+}  // namespace
+}  // namespace ffn_ops
+
+STABLE_TORCH_LIBRARY_IMPL(ffn_ops, CompositeExplicitAutograd, m) {
+  m.impl("_isa", TORCH_BOX(&ffn_ops::isa));
+  m.impl("_isas", TORCH_BOX(&ffn_ops::isas));
+  m.impl("_use_isa", TORCH_BOX(&ffn_ops::use_isa));
+  m.impl("_has_amx", TORCH_BOX(&ffn_ops::has_amx));
+}

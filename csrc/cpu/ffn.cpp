@@ -1,0 +1,252 @@
+// ffn on the CPU: plain and gated feed-forward layers, and their backward.
+#include <algorithm>
+#include <tuple>
+
+#include <torch/csrc/stable/library.h>
+
+#include "ops.h"
+
+namespace ffn_ops {
+namespace {
+
+struct Ffn {
+  DType dtype;
+  int64_t T, D, F, O;      // tokens, model width, FFN width, output width
+  bool gated;
+  std::vector<Operand> in;         // gate and up weights, or the one input weight: lanes = rows
+  std::vector<const void*> bias;   // of the same
+  std::vector<Operand> in_by_k;    // the input weights for d_x: k = rows, in the order of d_hidden
+  int activation;
+  double beta;
+  std::vector<Tensor> keep;
+
+  int64_t hidden() const { return gated ? 2 * F : F; }  // width of d_hidden
+};
+
+Ffn check_ffn(const Tensor& x, const Tensor& w_in, const std::optional<Tensor>& w_up, const Tensor& w_down,
+              const std::optional<Tensor>& b_in, const std::optional<Tensor>& b_up, bool gated,
+              const std::string& activation, double beta) {
+  Ffn c;
+  c.dtype = storage_dtype(x, "x");
+  check_tensor(x, "x", c.dtype, {-1, -1});
+  c.T = x.size(0);
+  c.D = x.size(1);
+  c.gated = gated || w_up.has_value();
+  check_tensor(w_in, "w_in", c.dtype, {-1, c.D});
+  const bool fused = c.gated && !w_up;
+  STD_TORCH_CHECK(!fused || w_in.size(0) % 2 == 0, "w_in: expected [2F, D], gate rows first, got ", shape_text(w_in));
+  c.F = fused ? w_in.size(0) / 2 : w_in.size(0);
+  if (w_up) check_tensor(*w_up, "w_up", c.dtype, {c.F, c.D});
+  check_tensor(w_down, "w_down", c.dtype, {-1, c.F});
+  c.O = w_down.size(0);
+  if (b_in) check_tensor(*b_in, "b_in", c.dtype, {w_in.size(0)});
+  STD_TORCH_CHECK(!b_up || w_up, "b_up: expected none where w_up is none");
+  if (b_up) check_tensor(*b_up, "b_up", c.dtype, {c.F});
+  c.activation = check_activation(activation);
+  c.beta = beta;
+
+  c.in.push_back(lanes_are_rows(matrix(w_in, c.dtype)));
+  c.in_by_k.push_back(lanes_are_columns(matrix(w_in, c.dtype)));
+  c.bias.push_back(bias_data(b_in, c.keep));
+  if (w_up) {
+    c.in.push_back(lanes_are_rows(matrix(*w_up, c.dtype)));
+    c.in_by_k.push_back(lanes_are_columns(matrix(*w_up, c.dtype)));
+    c.bias.push_back(bias_data(b_up, c.keep));
+  } else if (fused) {
+    c.in.push_back(lanes_are_rows(matrix(w_in, c.dtype, c.F)));
+    c.bias.push_back(advance(c.bias[0], c.F, c.dtype));
+  }
+  return c;
+}
+
+// Rows [begin, end) of gate and up (saved where given) and of h (where given).
+Gemm pre_activations(const Ffn& c, const Tensor& x, int64_t begin, int64_t end, void* gate, void* up, void* h) {
+  Gemm g;
+  g.M = end - begin;
+  g.N = c.F;
+  g.K = c.D;
+  g.wide = c.dtype == DType::kFloat64;
+  g.a = lanes_are_rows(matrix(x, c.dtype, begin));
+  g.b = c.in.data();
+  g.num_b = static_cast<int64_t>(c.in.size());
+  g.gated = c.gated;
+  Epilogue& e = g.epilogue;
+  e.kind = Epilogue::Kind::kActivate;
+  e.dtype = c.dtype;
+  e.out = h;
+  e.out_stride = c.F;
+  e.gate = advance(gate, begin * c.F, c.dtype);
+  e.up = advance(up, begin * c.F, c.dtype);
+  e.pre_stride = c.F;
+  e.bias = c.bias.data();
+  e.activation = c.activation;
+  e.beta = c.beta;
+  return g;
+}
+
+std::tuple<Tensor, Tensor, Tensor> ffn(const Tensor& x, const Tensor& w_in, std::optional<Tensor> w_up,
+                                       const Tensor& w_down, std::optional<Tensor> b_in, std::optional<Tensor> b_up,
+                                       std::optional<Tensor> b_down, bool gated, std::string activation, double beta,
+                                       bool save) {
+  Ffn c = check_ffn(x, w_in, w_up, w_down, b_in, b_up, gated, activation, beta);
+  if (b_down) check_tensor(*b_down, "b_down", c.dtype, {c.O});
+  const void* bias_down = bias_data(b_down, c.keep);
+  Tensor y = fresh(x, c.dtype, {c.T, c.O});
+  Tensor gate = save ? fresh(x, c.dtype, {c.T, c.F}) : nothing(x);
+  Tensor up = save && c.gated ? fresh(x, c.dtype, {c.T, c.F}) : nothing(x);
+  const Operand down = lanes_are_rows(matrix(w_down, c.dtype));
+
+  // Blocks of tokens, so that h and the packed operands of a block stay in the last-level cache.
+  constexpr int64_t kBlockBytes = int64_t{32} << 20;
+  const int64_t row_bytes = (c.D + 2 * c.F) * compute_size(c.dtype == DType::kFloat64);
+  const int64_t most = std::max<int64_t>(256, kBlockBytes / std::max<int64_t>(1, row_bytes));
+  const int64_t blocks = std::max<int64_t>(1, (c.T + most - 1) / most);
+  const int64_t rows = (c.T + blocks - 1) / blocks;
+
+  Workspace workspace;
+  Steps steps(kernels(), workspace, threads());
+  void* h = workspace.take(static_cast<size_t>(rows * c.F * storage_size(c.dtype)));
+  for (int64_t begin = 0; begin < c.T; begin += rows) {
+    const int64_t end = std::min(c.T, begin + rows);
+    steps.product(pre_activations(c, x, begin, end, save ? gate.mutable_data_ptr() : nullptr,
+                                  save && c.gated ? up.mutable_data_ptr() : nullptr, h));
+    Gemm g;
+    g.M = end - begin;
+    g.N = c.O;
+    g.K = c.F;
+    g.wide = c.dtype == DType::kFloat64;
+    g.a = lanes_are_rows(dense(h, c.F, c.dtype));
+    g.b = &down;
+    g.epilogue.dtype = c.dtype;
+    g.epilogue.out = advance(y.mutable_data_ptr(), begin * c.O, c.dtype);
+    g.epilogue.out_stride = c.O;
+    g.epilogue.bias = &bias_down;
+    steps.product(g);
+  }
+  steps.run();
+  return {y, gate, up};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_backward(
+    const Tensor& d_y, const Tensor& x, const Tensor& w_in, std::optional<Tensor> w_up, const Tensor& w_down,
+    std::optional<Tensor> b_in, std::optional<Tensor> b_up, const Tensor& gate, const Tensor& up, bool gated,
+    std::string activation, double beta, std::vector<bool> needs) {
+  Ffn c = check_ffn(x, w_in, w_up, w_down, b_in, b_up, gated, activation, beta);
+  check_tensor(d_y, "d_y", c.dtype, {c.T, c.O});
+  const bool recompute = gate.dim() == 1;  // an empty vector stands for "not saved"
+  if (!recompute) {
+    check_tensor(gate, "gate", c.dtype, {c.T, c.F});
+    if (c.gated) check_tensor(up, "up", c.dtype, {c.T, c.F});
+    STD_TORCH_CHECK(gate.is_contiguous() && up.is_contiguous(), "gate, up: expected the tensors that ffn saved");
+  }
+  const bool need_x = needs.at(0), need_in = needs.at(1), need_up = needs.at(2) && w_up, need_down = needs.at(3);
+  const bool need_b_in = needs.at(4), need_b_up = needs.at(5) && w_up, need_b_down = needs.at(6);
+  const bool need_hidden = need_x || need_in || need_up || need_b_in || need_b_up;
+  const int64_t element = storage_size(c.dtype);
+
+  Workspace workspace;
+  Steps steps(kernels(), workspace, threads());
+  void* gate_data = const_cast<void*>(gate.const_data_ptr());
+  void* up_data = c.gated ? const_cast<void*>(up.const_data_ptr()) : nullptr;
+  if (recompute && (need_hidden || need_down)) {
+    gate_data = workspace.take(static_cast<size_t>(c.T * c.F * element));
+    if (c.gated) up_data = workspace.take(static_cast<size_t>(c.T * c.F * element));
+    steps.product(pre_activations(c, x, 0, c.T, gate_data, up_data, nullptr));
+  }
+
+  Gemm g;
+  g.wide = c.dtype == DType::kFloat64;
+  g.epilogue.dtype = c.dtype;
+
+  // d_hidden [T, 2F]: d_gate, then d_up.
+  const Operand down_by_k = lanes_are_columns(matrix(w_down, c.dtype));
+  void* d_hidden = nullptr;
+  if (need_hidden) {
+    d_hidden = workspace.take(static_cast<size_t>(c.T * c.hidden() * element));
+    Gemm d = g;
+    d.M = c.T;
+    d.N = c.F;
+    d.K = c.O;
+    d.a = lanes_are_rows(matrix(d_y, c.dtype));
+    d.b = &down_by_k;
+    Epilogue& e = d.epilogue;
+    e.kind = Epilogue::Kind::kActivateGrad;
+    e.out = d_hidden;
+    e.out_up = c.gated ? advance(d_hidden, c.F, c.dtype) : nullptr;
+    e.out_stride = c.hidden();
+    e.gate = gate_data;
+    e.up = up_data;
+    e.pre_stride = c.F;
+    e.activation = c.activation;
+    e.beta = beta;
+    steps.product(d);
+  }
+
+  Tensor d_w_down = need_down ? fresh(x, c.dtype, {c.O, c.F}) : nothing(x);
+  Operand h;
+  if (need_down) {
+    h.matrix = dense(gate_data, c.F, c.dtype);
+    if (c.gated) h.up = dense(up_data, c.F, c.dtype);
+    h.activation = c.activation;
+    h.beta = beta;
+    h.k_along_rows = true;
+    g.M = c.O;
+    g.N = c.F;
+    g.K = c.T;
+    g.a = lanes_are_columns(matrix(d_y, c.dtype));
+    g.b = &h;
+    g.epilogue.out = d_w_down.mutable_data_ptr();
+    g.epilogue.out_stride = c.F;
+    steps.product(g);
+  }
+
+  Tensor d_x = need_x ? fresh(x, c.dtype, {c.T, c.D}) : nothing(x);
+  g.N = c.D;
+  g.epilogue.out_stride = c.D;
+  if (need_x) {
+    g.M = c.T;
+    g.K = c.hidden();
+    g.a = lanes_are_rows(dense(d_hidden, c.hidden(), c.dtype));
+    g.b = c.in_by_k.data();
+    g.num_b = static_cast<int64_t>(c.in_by_k.size());
+    g.epilogue.out = d_x.mutable_data_ptr();
+    steps.product(g);
+  }
+
+  // Rows of d_hidden that belong to w_in and to w_up.
+  const Operand tokens = lanes_are_columns(matrix(x, c.dtype));
+  const int64_t in_rows = w_up ? c.F : c.hidden();
+  Tensor d_w[2] = {nothing(x), nothing(x)};
+  Tensor d_b[2] = {nothing(x), nothing(x)};
+  const bool need_w[2] = {need_in, need_up};
+  const bool need_b[2] = {need_b_in, need_b_up};
+  for (int i = 0; i < 2; ++i) {
+    const Matrix part = dense(advance(d_hidden, i * in_rows, c.dtype), c.hidden(), c.dtype);
+    if (need_w[i]) {
+      d_w[i] = fresh(x, c.dtype, {in_rows, c.D});
+      g.M = in_rows;
+      g.K = c.T;
+      g.a = lanes_are_columns(part);
+      g.b = &tokens;
+      g.num_b = 1;
+      g.epilogue.out = d_w[i].mutable_data_ptr();
+      steps.product(g);
+    }
+    if (need_b[i]) {
+      d_b[i] = fresh(x, c.dtype, {in_rows});
+      add_column_sum(steps, part, c.T, in_rows, d_b[i].mutable_data_ptr());
+    }
+  }
+  Tensor d_b_down = need_b_down ? fresh(x, c.dtype, {c.O}) : nothing(x);
+  if (need_b_down) add_column_sum(steps, matrix(d_y, c.dtype), c.T, c.O, d_b_down.mutable_data_ptr());
+  steps.run();
+  return {d_x, d_w[0], d_w[1], d_w_down, d_b[0], d_b[1], d_b_down};
+}
+
+}  // namespace
+}  // namespace ffn_ops
+
+STABLE_TORCH_LIBRARY_IMPL(ffn_ops, CPU, m) {
+  m.impl("ffn", TORCH_BOX(&ffn_ops::ffn));
+  m.impl("ffn_backward", TORCH_BOX(&ffn_ops::ffn_backward));
+}

@@ -1,0 +1,116 @@
+// gated_act on the CPU: forward, backward and the derivatives of backward.
+#include <algorithm>
+#include <tuple>
+
+#include <torch/csrc/stable/library.h>
+
+#include "ops.h"
+
+namespace ffn_ops {
+namespace {
+
+void check_same(const Tensor& t, const char* name, const Tensor& gate, DType dtype) {
+  const auto sizes = gate.sizes();
+  check_tensor(t, name, dtype, std::vector<int64_t>(sizes.begin(), sizes.end()));
+}
+
+GatedAct elementwise(const Tensor& gate, const std::optional<Tensor>& up, const std::string& activation, double beta) {
+  const DType dtype = storage_dtype(gate, "gate");
+  STD_TORCH_CHECK(gate.dim() == 2, "gate: expected shape [rows, columns], got ", shape_text(gate));
+  check_same(gate, "gate", gate, dtype);
+  if (up) check_same(*up, "up", gate, dtype);
+  GatedAct g;
+  g.rows = gate.size(0);
+  g.cols = gate.size(1);
+  g.gate = matrix(gate, dtype);
+  if (up) g.up = matrix(*up, dtype);
+  g.out_stride = g.cols;
+  g.activation = check_activation(activation);
+  g.beta = beta;
+  return g;
+}
+
+using ElementwiseKernel = void (*)(const GatedAct&, const Range&);
+
+// Cuts rows, or the columns of a few long rows, into stretches of about 32 Ki elements.
+void run_elementwise(GatedAct& g, ElementwiseKernel kernel) {
+  constexpr int64_t kStretch = 1 << 15;
+  if (g.rows == 0 || g.cols == 0) return;
+  const bool flat = [&] {
+    for (const Matrix* m : {&g.gate, &g.up, &g.d_out, &g.dd_gate, &g.dd_up})
+      if (m->data && (m->col_stride != 1 || m->row_stride != g.cols)) return false;
+    return true;
+  }();
+  if (flat) {
+    g.cols *= g.rows;
+    g.rows = 1;
+  }
+  const int64_t col_step = std::min(g.cols, kStretch);
+  const int64_t row_step = std::max<int64_t>(1, kStretch / g.cols);
+  const int64_t col_tasks = (g.cols + col_step - 1) / col_step;
+  const int64_t tasks = col_tasks * ((g.rows + row_step - 1) / row_step);
+  Phases phases;
+  phases.add(tasks, [&](int64_t task, int64_t) {
+    const int64_t r = task / col_tasks * row_step;
+    const int64_t c = task % col_tasks * col_step;
+    kernel(g, {r, std::min(g.rows, r + row_step), c, std::min(g.cols, c + col_step)});
+  });
+  phases.run(std::min(tasks, threads()));
+}
+
+Tensor gated_act(const Tensor& gate, std::optional<Tensor> up, std::string activation, double beta) {
+  GatedAct g = elementwise(gate, up, activation, beta);
+  Tensor out = fresh(gate, g.gate.dtype, {g.rows, g.cols});
+  g.out[0] = out.mutable_data_ptr();
+  run_elementwise(g, kernels().gated_act);
+  return out;
+}
+
+std::tuple<Tensor, Tensor> gated_act_backward(const Tensor& d_out, const Tensor& gate, std::optional<Tensor> up,
+                                              std::string activation, double beta, std::vector<bool> needs) {
+  GatedAct g = elementwise(gate, up, activation, beta);
+  check_same(d_out, "d_out", gate, g.gate.dtype);
+  g.d_out = matrix(d_out, g.gate.dtype);
+  Tensor d_gate = needs.at(0) ? fresh(gate, g.gate.dtype, {g.rows, g.cols}) : nothing(gate);
+  Tensor d_up = needs.at(1) && up ? fresh(gate, g.gate.dtype, {g.rows, g.cols}) : nothing(gate);
+  if (needs[0]) g.out[0] = d_gate.mutable_data_ptr();
+  if (needs[1] && up) g.out[1] = d_up.mutable_data_ptr();
+  run_elementwise(g, kernels().gated_act_backward);
+  return {d_gate, d_up};
+}
+
+std::tuple<Tensor, Tensor, Tensor> gated_act_double_backward(std::optional<Tensor> dd_gate,
+                                                             std::optional<Tensor> dd_up, const Tensor& d_out,
+                                                             const Tensor& gate, std::optional<Tensor> up,
+                                                             std::string activation, double beta) {
+  GatedAct g = elementwise(gate, up, activation, beta);
+  const DType dtype = g.gate.dtype;
+  check_same(d_out, "d_out", gate, dtype);
+  g.d_out = matrix(d_out, dtype);
+  if (dd_gate) {
+    check_same(*dd_gate, "dd_gate", gate, dtype);
+    g.dd_gate = matrix(*dd_gate, dtype);
+  }
+  if (dd_up) {
+    STD_TORCH_CHECK(up.has_value(), "dd_up: expected none where up is none");
+    check_same(*dd_up, "dd_up", gate, dtype);
+    g.dd_up = matrix(*dd_up, dtype);
+  }
+  Tensor by_d = fresh(gate, dtype, {g.rows, g.cols});
+  Tensor by_gate = fresh(gate, dtype, {g.rows, g.cols});
+  Tensor by_up = up ? fresh(gate, dtype, {g.rows, g.cols}) : nothing(gate);
+  g.out[0] = by_d.mutable_data_ptr();
+  g.out[1] = by_gate.mutable_data_ptr();
+  if (up) g.out[2] = by_up.mutable_data_ptr();
+  run_elementwise(g, kernels().gated_act_double_backward);
+  return {by_d, by_gate, by_up};
+}
+
+}  // namespace
+}  // namespace ffn_ops
+
+STABLE_TORCH_LIBRARY_IMPL(ffn_ops, CPU, m) {
+  m.impl("gated_act", TORCH_BOX(&ffn_ops::gated_act));
+  m.impl("gated_act_backward", TORCH_BOX(&ffn_ops::gated_act_backward));
+  m.impl("gated_act_double_backward", TORCH_BOX(&ffn_ops::gated_act_double_backward));
+}

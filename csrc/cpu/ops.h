@@ -1,0 +1,88 @@
+// What the operators share: tensors as the kernels read them, fresh outputs, biases, sums over tokens.
+#pragma once
+
+#include <algorithm>
+#include <initializer_list>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include <torch/csrc/stable/ops.h>
+
+#include "checks.h"
+#include "schedule.h"
+
+namespace ffn_ops {
+
+// The table of the instruction set in use.
+const KernelTable& kernels();
+
+inline int64_t threads() { return torch::stable::get_num_threads(); }
+
+inline Matrix matrix(const Tensor& t, DType dtype, int64_t from_row = 0) {
+  Matrix m;
+  m.row_stride = t.stride(0);
+  m.col_stride = t.size(1) > 1 ? t.stride(1) : 1;
+  m.dtype = dtype;
+  m.data = static_cast<const char*>(t.const_data_ptr()) + from_row * m.row_stride * storage_size(dtype);
+  return m;
+}
+
+inline Matrix dense(const void* data, int64_t row_stride, DType dtype) { return {data, row_stride, 1, dtype, nullptr}; }
+
+// Element (lane, k) of the product is matrix(lane, k).
+inline Operand lanes_are_rows(Matrix m) {
+  Operand op;
+  op.matrix = m;
+  // A transposed weight: its columns are dense, so it is read as the other kind.
+  if (m.col_stride != 1 && m.row_stride == 1 && !m.rows) {
+    std::swap(op.matrix.row_stride, op.matrix.col_stride);
+    op.k_along_rows = true;
+  }
+  return op;
+}
+
+// Element (lane, k) of the product is matrix(k, lane).
+inline Operand lanes_are_columns(Matrix m) {
+  Operand op;
+  op.matrix = m;
+  op.k_along_rows = true;
+  if (m.col_stride != 1 && m.row_stride == 1 && !m.rows) {
+    std::swap(op.matrix.row_stride, op.matrix.col_stride);
+    op.k_along_rows = false;
+  }
+  return op;
+}
+
+inline Tensor fresh(const Tensor& like, DType dtype, std::initializer_list<int64_t> sizes) {
+  Tensor t = torch::stable::new_empty(like, std::vector<int64_t>(sizes));
+  advise_huge_pages(t.mutable_data_ptr(), static_cast<size_t>(t.numel() * storage_size(dtype)));
+  return t;
+}
+
+inline Tensor nothing(const Tensor& like) { return torch::stable::new_empty(like, std::vector<int64_t>{0}); }
+
+// A bias as the kernels read it. `keep` holds the dense copy of a strided one.
+inline const void* bias_data(const std::optional<Tensor>& bias, std::vector<Tensor>& keep) {
+  if (!bias) return nullptr;
+  keep.push_back(bias->numel() < 2 || bias->stride(0) == 1 ? *bias : torch::stable::contiguous(*bias));
+  return keep.back().const_data_ptr();
+}
+
+inline const void* advance(const void* data, int64_t elements, DType dtype) {
+  return data ? static_cast<const char*>(data) + elements * storage_size(dtype) : nullptr;
+}
+
+inline void* advance(void* data, int64_t elements, DType dtype) {
+  return data ? static_cast<char*>(data) + elements * storage_size(dtype) : nullptr;
+}
+
+inline void add_column_sum(Steps& steps, const Matrix& m, int64_t rows, int64_t cols, void* out) {
+  constexpr int64_t kColumns = 64;
+  const KernelTable& table = kernels();
+  steps.pass((cols + kColumns - 1) / kColumns, [=, &table](int64_t task, int64_t) {
+    table.column_sum({rows, cols, m, out}, task * kColumns, std::min(cols, (task + 1) * kColumns));
+  });
+}
+
+}  // namespace ffn_ops

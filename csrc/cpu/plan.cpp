@@ -1,0 +1,72 @@
+// See plan.h.
+#include "plan.h"
+
+#include <algorithm>
+
+namespace ffn_ops {
+namespace {
+
+constexpr int64_t kPackedBytes = int64_t{32} << 20;  // a packed A operand, shared by all tasks
+constexpr int64_t kTileBytes = int64_t{1} << 20;     // partial sums of one task: they stay in L2 or L3
+constexpr int64_t kGroupBytes = int64_t{256} << 10;  // packed B of one task: it stays in L2
+
+int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
+
+// Rows [begin, end) of a product.
+Gemm slice_rows(const Gemm& g, int64_t begin, int64_t end) {
+  Gemm part = g;
+  part.M = end - begin;
+  Matrix& a = part.a.matrix;
+  if (a.rows && !part.a.k_along_rows) {
+    a.rows += begin;
+  } else {
+    const int64_t step = part.a.k_along_rows ? a.col_stride : a.row_stride;
+    a.data = static_cast<const char*>(a.data) + begin * step * storage_size(a.dtype);
+  }
+  Epilogue& e = part.epilogue;
+  const auto advance = [&](void* p, int64_t stride) -> void* {
+    return p ? static_cast<char*>(p) + begin * stride * storage_size(e.dtype) : nullptr;
+  };
+  e.out = advance(e.out, e.out_stride);
+  e.out_up = advance(e.out_up, e.out_stride);
+  e.gate = advance(e.gate, e.pre_stride);
+  e.up = advance(e.up, e.pre_stride);
+  return part;
+}
+
+void fill_schedule(Gemm& g, const KernelTable& table, int64_t workers) {
+  const int64_t element = compute_size(g.wide);
+  const int64_t lanes = table.lanes * 4 / element;
+  g.panels_m = divide_up(g.M, table.tile_rows);
+  g.panel_rows = divide_up(g.M, g.panels_m);
+  g.panels_m = divide_up(g.M, g.panel_rows);
+  g.panels_n = divide_up(g.N, g.gated ? lanes : 2 * lanes);
+
+  // A few rows: weights are streamed, each read once, so a task takes whole rows of them from end to end.
+  const bool streamed = g.panels_m == 1 && !g.b[0].k_along_rows;
+  g.group_n = streamed ? 1 : std::min(g.panels_n, kGroupBytes / (2 * lanes * element * kChunkK));
+  const int64_t tile = g.panel_rows * 2 * lanes * element;
+  int64_t most = std::max<int64_t>(1, kTileBytes / (tile * g.group_n));
+  if (workers > 1) {
+    const int64_t cuts = divide_up(4 * workers, g.tasks_n());
+    most = std::min(most, std::max<int64_t>(1, divide_up(g.panels_m, cuts)));
+  }
+  g.block_m = divide_up(g.panels_m, divide_up(g.panels_m, most));
+}
+
+}  // namespace
+
+std::vector<Gemm> plan_product(const Gemm& g, const KernelTable& table, int64_t workers) {
+  std::vector<Gemm> parts;
+  if (g.M == 0 || g.N == 0) return parts;
+  const int64_t fit_rows = kPackedBytes / std::max<int64_t>(1, g.K * compute_size(g.wide));
+  const int64_t fit = std::max<int64_t>(1, fit_rows / table.tile_rows) * table.tile_rows;
+  const int64_t rows = divide_up(divide_up(g.M, divide_up(g.M, fit)), table.tile_rows) * table.tile_rows;
+  for (int64_t m = 0; m < g.M; m += rows) {
+    parts.push_back(slice_rows(g, m, std::min(g.M, m + rows)));
+    fill_schedule(parts.back(), table, workers);
+  }
+  return parts;
+}
+
+}  // namespace ffn_ops

@@ -1,0 +1,44 @@
+"""Facts about this build and this machine."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("model name", "Model name")):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def info() -> dict[str, Any]:
+    """What this installation is and what it runs on.
+
+    Returns:
+        ``version``, ``torch``, ``python``, ``cpu``, ``isa`` (chosen), ``isas`` (that this machine has), ``amx``
+        (16-bit layers go through torch's products), ``threads``, ``cuda`` (the CUDA library, or why there is none).
+    """
+    try:
+        version = metadata.version("ffn_ops")
+    except metadata.PackageNotFoundError:
+        version = "not installed"
+    return {
+        "version": version,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "cpu": _cpu_name(),
+        "isa": torch.ops.ffn_ops._isa(),
+        "isas": torch.ops.ffn_ops._isas().split(),
+        "amx": torch.ops.ffn_ops._has_amx(),
+        "threads": torch.get_num_threads(),
+        "cuda": "not built: this version has no CUDA kernels yet",
+    }

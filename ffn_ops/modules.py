@@ -1,0 +1,224 @@
+"""The study guides' layers as modules: parameters and one operator call each; no kernel is chosen here.
+
+Child layers are real ``nn.Linear`` modules, so checkpoints load with ``strict=True`` and a seed gives PyTorch's own
+initialisation. The whole layer is fused only while every child is a plain ``nn.Linear``: adapters, quantisation, hooks
+and parametrisations wrap or replace children, and an operator that read their ``weight`` would ignore them. Then the
+children are called and only the gate is fused.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from . import _checks as check
+from . import ops
+
+
+def is_plain_linear(layer: nn.Module) -> bool:
+    """True where calling ``layer`` computes ``F.linear(x, layer.weight, layer.bias)`` and nothing else."""
+    return (
+        type(layer) is nn.Linear
+        and type(layer.weight) in (nn.Parameter, Tensor, FakeTensor)  # torch.export traces with fake ones
+        and "forward" not in layer.__dict__
+        and not layer._forward_hooks
+        and not layer._forward_pre_hooks
+        and not layer._backward_hooks
+        and not layer._backward_pre_hooks
+    )
+
+
+def _alike(layers: list[nn.Linear]) -> bool:
+    """All with a bias or none, as the operator takes them."""
+    return len({layer.bias is None for layer in layers}) == 1
+
+
+def _check_dropout(value: object) -> None:
+    check.number("dropout", value)
+    if not 0.0 <= float(value) <= 1.0:  # type: ignore[arg-type]
+        raise ValueError(f"dropout: expected a probability between 0 and 1, got {value}")
+
+
+class FeedForward(nn.Module):
+    """``dropout(w2(act(w1 x) * w3 x))``: SwiGLU by default; ``activation=`` gives GeGLU, GLU and the others.
+
+    Args:
+        dim: width D of input and output.
+        hidden_dim: width of the plain FFN that this one stands for; two thirds of it, rounded up to a multiple of
+            ``multiple_of``, is the width F here, so that the number of parameters stays.
+        multiple_of: what F is a multiple of.
+        dropout: probability of the dropout behind ``w2``.
+        activation, beta: see :func:`ffn_ops.gated_act`.
+        bias: whether the three layers have biases.
+        recompute: save x alone for backward, see :func:`ffn_ops.ffn`.
+
+    Shapes: x ``[..., dim]`` to ``[..., dim]``. State: ``w1``, ``w2``, ``w3``.
+
+    Raises: TypeError, ValueError for sizes, names and inputs that do not fit.
+
+    Source: Shazeer, GLU Variants Improve Transformer (2020), equation 6; Touvron et al., LLaMA (2023), section 2.2.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        multiple_of: int,
+        dropout: float,
+        *,
+        activation: str = "silu",
+        beta: float = 1.0,
+        bias: bool = True,
+        recompute: bool = False,
+    ) -> None:
+        super().__init__()
+        for name, value in (("dim", dim), ("hidden_dim", hidden_dim), ("multiple_of", multiple_of)):
+            check.positive(name, value)
+        _check_dropout(dropout)
+        check.activation(activation, ops.activations())
+        check.number("beta", beta)
+        check.flag("recompute", recompute)
+        hidden = multiple_of * ((2 * hidden_dim // 3 + multiple_of - 1) // multiple_of)
+        if hidden < 1:
+            raise ValueError(f"hidden_dim: expected at least 2, so that two thirds of it are a width, got {hidden_dim}")
+        self.w1 = nn.Linear(dim, hidden, bias=bias)
+        self.w2 = nn.Linear(hidden, dim, bias=bias)
+        self.w3 = nn.Linear(dim, hidden, bias=bias)
+        self.dropout = nn.Dropout(dropout)
+        self.activation, self.beta, self.recompute = activation, beta, recompute
+
+    def forward(self, x: Tensor) -> Tensor:
+        w1, w2, w3 = self.w1, self.w2, self.w3
+        act = {"activation": self.activation, "beta": self.beta}
+        if is_plain_linear(w1) and is_plain_linear(w2) and is_plain_linear(w3):
+            y = ops.ffn(
+                x, w1.weight, w2.weight, w_up=w3.weight, b_in=w1.bias, b_up=w3.bias, b_down=w2.bias,
+                recompute=self.recompute, **act,
+            )  # fmt: skip
+        else:
+            y = w2(ops.gated_act(w1(x), w3(x), **act))
+        return self.dropout(y)  # type: ignore[no-any-return]
+
+
+class PlainFFN(nn.Module):
+    """``linear2(act(linear1 x))``.
+
+    Shapes: x ``[..., d_model]`` to ``[..., d_model]``, width F = ``d_ff`` between. State: ``linear1``, ``linear2``.
+
+    Raises: TypeError, ValueError for sizes, names and inputs that do not fit.
+
+    Source: Vaswani et al., Attention Is All You Need (2017), equation 2.
+    """
+
+    def __init__(
+        self, d_model: int, d_ff: int, *, activation: str = "gelu", beta: float = 1.0, recompute: bool = False
+    ) -> None:
+        super().__init__()
+        check.positive("d_model", d_model)
+        check.positive("d_ff", d_ff)
+        check.activation(activation, ops.activations())
+        check.number("beta", beta)
+        check.flag("recompute", recompute)
+        self.linear1 = nn.Linear(d_model, d_ff)
+        self.linear2 = nn.Linear(d_ff, d_model)
+        self.activation, self.beta, self.recompute = activation, beta, recompute
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.linear1, self.linear2
+        act = {"activation": self.activation, "beta": self.beta}
+        if is_plain_linear(first) and is_plain_linear(second):
+            return ops.ffn(
+                x, first.weight, second.weight, b_in=first.bias, b_down=second.bias, recompute=self.recompute, **act
+            )
+        return second(ops.gated_act(first(x), **act))  # type: ignore[no-any-return]
+
+
+class ReLUFFN(PlainFFN):
+    """``linear2(relu(linear1 x))``, the original transformer's FFN. See :class:`PlainFFN`."""
+
+    def __init__(self, d_model: int, d_ff: int, *, recompute: bool = False) -> None:
+        super().__init__(d_model, d_ff, activation="relu", recompute=recompute)
+
+
+class GELUFFN(PlainFFN):
+    """``linear2(gelu(linear1 x))`` with the erf form, as BERT and GPT have it. See :class:`PlainFFN`."""
+
+    def __init__(self, d_model: int, d_ff: int, *, recompute: bool = False) -> None:
+        super().__init__(d_model, d_ff, activation="gelu", recompute=recompute)
+
+
+class SwishFFN(PlainFFN):
+    """``linear2(swish(linear1 x))`` with ``swish(z) = z * sigmoid(beta * z)``. See :class:`PlainFFN`."""
+
+    def __init__(self, d_model: int, d_ff: int, beta: float = 1.0, *, recompute: bool = False) -> None:
+        super().__init__(d_model, d_ff, activation="swish", beta=beta, recompute=recompute)
+
+
+class GLU(nn.Module):
+    """``linear_value(x) * sigmoid(linear_gate(x))``; ``activation=`` replaces the sigmoid.
+
+    Shapes: x ``[..., d_in]`` to ``[..., d_out]``. State: ``linear_value``, ``linear_gate``.
+
+    Raises: TypeError, ValueError for sizes, names and inputs that do not fit.
+
+    Source: Dauphin et al., Language Modeling with Gated Convolutional Networks (2017), equation 1.
+    """
+
+    def __init__(self, d_in: int, d_out: int, *, activation: str = "sigmoid", beta: float = 1.0) -> None:
+        super().__init__()
+        check.positive("d_in", d_in)
+        check.positive("d_out", d_out)
+        check.activation(activation, ops.activations())
+        check.number("beta", beta)
+        self.linear_value = nn.Linear(d_in, d_out)
+        self.linear_gate = nn.Linear(d_in, d_out)
+        self.activation, self.beta = activation, beta
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.linear_value, self.linear_gate
+        act = {"activation": self.activation, "beta": self.beta}
+        if is_plain_linear(value) and is_plain_linear(gate):
+            return ops.gated_linear(x, gate.weight, value.weight, b_gate=gate.bias, b_up=value.bias, **act)
+        return ops.gated_act(gate(x), value(x), **act)
+
+
+class GatedFFN(nn.Module):
+    """``sum over g of value_g(x) * sigmoid(gate_g(x))``, of width ``d_ff``; ``out_proj=True`` projects it to ``d_model``.
+
+    Shapes: x ``[..., d_model]`` to ``[..., d_ff]``, or ``[..., d_model]`` with the projection. State:
+    ``value_layers.{g}``, ``gate_layers.{g}`` and, with the projection, ``out_proj``.
+
+    Raises: TypeError, ValueError for sizes, names and inputs that do not fit.
+
+    Source: the study guide's multi-gate FFN; each branch is Dauphin et al. (2017), equation 1.
+    """
+
+    def __init__(
+        self, d_model: int, d_ff: int, num_gates: int = 4, *, out_proj: bool = False, activation: str = "sigmoid",
+        beta: float = 1.0,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        for name, value in (("d_model", d_model), ("d_ff", d_ff), ("num_gates", num_gates)):
+            check.positive(name, value)
+        check.flag("out_proj", out_proj)
+        check.activation(activation, ops.activations())
+        check.number("beta", beta)
+        self.value_layers = nn.ModuleList([nn.Linear(d_model, d_ff) for _ in range(num_gates)])
+        self.gate_layers = nn.ModuleList([nn.Linear(d_model, d_ff) for _ in range(num_gates)])
+        self.out_proj = nn.Linear(d_ff, d_model) if out_proj else None
+        self.activation, self.beta = activation, beta
+
+    def forward(self, x: Tensor) -> Tensor:
+        values, gates = list(self.value_layers), list(self.gate_layers)
+        act = {"activation": self.activation, "beta": self.beta}
+        if all(is_plain_linear(layer) for layer in (*values, *gates)) and _alike(values) and _alike(gates):
+            biases = {
+                "b_gate": [layer.bias for layer in gates if layer.bias is not None],
+                "b_up": [layer.bias for layer in values if layer.bias is not None],
+            }
+            y = ops.gated_linear(x, [g.weight for g in gates], [v.weight for v in values], **biases, **act)
+        else:
+            y = ops.gated_act(gates[0](x), values[0](x), **act)
+            for gate, value in zip(gates[1:], values[1:], strict=True):
+                y = y + ops.gated_act(gate(x), value(x), **act)
+        return y if self.out_proj is None else self.out_proj(y)  # type: ignore[no-any-return]

@@ -1,0 +1,307 @@
+// Tests the kernels of every instruction set that this machine has against naive loops in double, without torch: built
+// with the sanitizers, and for aarch64, where it runs under an emulator. Prints a line per case that fails.
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <vector>
+
+#include "../../csrc/common/activation_names.h"
+#include "../../csrc/cpu/plan.h"
+
+namespace {
+
+using namespace ffn_ops;
+
+int failures = 0;
+uint64_t state = 1;
+
+double uniform() {  // in [-1, 1)
+  state = state * 6364136223846793005u + 1442695040888963407u;
+  return static_cast<double>(static_cast<int64_t>(state) >> 11) / 4503599627370496.0;
+}
+
+// A storage of any dtype with guard elements behind it, read and written as double.
+struct Buffer {
+  DType dtype;
+  int64_t size;
+  std::unique_ptr<char[]> data;  // exactly as long as needed: the address sanitizer sees every step outside
+
+  Buffer(DType type, int64_t n) : dtype(type), size(n), data(new char[static_cast<size_t>(n * storage_size(type))]) {
+    for (int64_t i = 0; i < n; ++i) set(i, uniform());
+  }
+  void set(int64_t i, double value) {
+    visit_type(StorageTypes{}, static_cast<int>(dtype), [&](auto tag) {
+      using S = typename decltype(tag)::Type;
+      const S stored = Codec<S>::encode(static_cast<typename Codec<S>::Compute>(value));
+      std::memcpy(data.get() + i * static_cast<int64_t>(sizeof(S)), &stored, sizeof(S));
+    });
+  }
+  double get(int64_t i) const {
+    double value = 0;
+    visit_type(StorageTypes{}, static_cast<int>(dtype), [&](auto tag) {
+      using S = typename decltype(tag)::Type;
+      S stored;
+      std::memcpy(&stored, data.get() + i * static_cast<int64_t>(sizeof(S)), sizeof(S));
+      value = static_cast<double>(Codec<S>::decode(stored));
+    });
+    return value;
+  }
+};
+
+double epsilon(DType dtype) {
+  constexpr double values[] = {2.3e-16, 1.2e-7, 9.8e-4, 7.9e-3};
+  return values[static_cast<int>(dtype)];
+}
+
+// SiLU and its slope, or ReLU's; enough to see that the epilogue passes the right numbers to the right place (the
+// activations themselves are tested in vector_test.cpp).
+struct Act {
+  double value, slope;
+};
+Act silu(double z) {
+  const double s = 1 / (1 + std::exp(-z));
+  return {z * s, s * (1 + z * (1 - s))};
+}
+
+void expect(const char* what, const char* isa, DType dtype, double actual, double wanted, double magnitude,
+            double terms) {
+  const double arithmetic = dtype == DType::kFloat64 ? 2.3e-16 : 1.2e-7;
+  const double bound = (epsilon(dtype) + arithmetic * (4 + terms)) * (magnitude + std::fabs(wanted));
+  if (std::fabs(actual - wanted) <= bound) return;
+  if (++failures <= 20)
+    std::printf("%s %s %s: %.17g, expected %.17g within %.3g\n", isa, what, kDTypeNames[static_cast<int>(dtype)],
+                actual, wanted, bound);
+}
+
+struct Shape {
+  int64_t M, N, K;
+};
+
+void run(const KernelTable& table, const Gemm& whole) {
+  for (Gemm g : plan_product(whole, table, 2)) {
+    std::vector<char> packed(static_cast<size_t>(g.panels_m * g.panel_rows * g.K * compute_size(g.wide) + kPanelPad));
+    std::vector<double> scratch(static_cast<size_t>(gemm_scratch_bytes(g, table)) / sizeof(double) + 1,
+                                std::numeric_limits<double>::quiet_NaN());
+    g.packed_a = packed.data();
+    // Last panels first: a store over a panel's end must not touch its neighbour.
+    for (int64_t p = g.panels_m - 1; p >= 0; --p) table.pack_a(g, p, p + 1);
+    for (int64_t t = 0; t < g.tasks_m() * g.tasks_n(); ++t) table.gemm(g, t, scratch.data());
+  }
+}
+
+Gemm product(const Shape& s, DType dtype) {
+  Gemm g;
+  g.M = s.M;
+  g.N = s.N;
+  g.K = s.K;
+  g.wide = dtype == DType::kFloat64;
+  g.epilogue.dtype = dtype;
+  g.epilogue.out_stride = s.N;
+  return g;
+}
+
+// Both operands in every layout: dense rows, dense columns, neither; A gathered.
+void test_store(const char* isa, const KernelTable& table, DType dtype, const Shape& s, int layout) {
+  const int64_t step = layout == 2 ? 3 : 1;
+  const bool columns = layout == 1;
+  Buffer a(dtype, s.M * s.K * step), b(dtype, s.N * s.K * step), bias(dtype, s.N), out(dtype, s.M * s.N);
+  std::vector<int64_t> rows;
+  for (int64_t i = 0; i < s.M; ++i) rows.push_back((i * 7) % (s.M ? s.M : 1));
+  Gemm g = product(s, dtype);
+  g.a.matrix = {a.data.get(), columns ? s.M : s.K * step, step, dtype, layout == 0 ? rows.data() : nullptr};
+  g.a.k_along_rows = columns;
+  Operand op;
+  op.matrix = {b.data.get(), columns ? s.N : s.K * step, step, dtype, nullptr};
+  op.k_along_rows = columns;
+  g.b = &op;
+  const void* biases[] = {bias.data.get()};
+  g.epilogue.out = out.data.get();
+  g.epilogue.bias = biases;
+  run(table, g);
+  for (int64_t m = 0; m < s.M; ++m) {
+    for (int64_t n = 0; n < s.N; ++n) {
+      double sum = bias.get(n), magnitude = 1;
+      for (int64_t k = 0; k < s.K; ++k) {
+        const int64_t row = layout == 0 ? rows[static_cast<size_t>(m)] : m;
+        const double term = columns ? a.get(k * s.M + m) * b.get(k * s.N + n)
+                                    : a.get((row * s.K + k) * step) * b.get((n * s.K + k) * step);
+        sum += term;
+        magnitude += std::fabs(term);
+      }
+      expect("store", isa, dtype, out.get(m * s.N + n), sum, magnitude, 0.1 * static_cast<double>(s.K));
+    }
+  }
+}
+
+// Two branches of act(gate) * up with biases, pre-activations saved.
+void test_gated(const char* isa, const KernelTable& table, DType dtype, const Shape& s, int activation) {
+  constexpr int64_t kBranches = 2;
+  Buffer x(dtype, s.M * s.K), out(dtype, s.M * s.N), gate(dtype, kBranches * s.M * s.N), up(dtype, kBranches * s.M * s.N);
+  std::vector<Buffer> weights, biases;
+  std::vector<Operand> operands;
+  std::vector<const void*> bias_data;
+  for (int64_t i = 0; i < 2 * kBranches; ++i) {
+    weights.emplace_back(dtype, s.N * s.K);
+    biases.emplace_back(dtype, s.N);
+    Operand op;
+    op.matrix = {weights.back().data.get(), s.K, 1, dtype, nullptr};
+    operands.push_back(op);
+    bias_data.push_back(biases.back().data.get());
+  }
+  Gemm g = product(s, dtype);
+  g.a.matrix = {x.data.get(), s.K, 1, dtype, nullptr};
+  g.b = operands.data();
+  g.num_b = 2 * kBranches;
+  g.gated = true;
+  Epilogue& e = g.epilogue;
+  e.kind = Epilogue::Kind::kActivate;
+  e.out = out.data.get();
+  e.gate = gate.data.get();
+  e.up = up.data.get();
+  e.pre_stride = s.N;
+  e.pre_branch_stride = s.M * s.N;
+  e.bias = bias_data.data();
+  e.activation = activation;
+  run(table, g);
+  for (int64_t m = 0; m < s.M; ++m) {
+    for (int64_t n = 0; n < s.N; ++n) {
+      double total = 0, magnitude = 1;
+      for (int64_t branch = 0; branch < kBranches; ++branch) {
+        double pre[2];
+        for (int64_t half = 0; half < 2; ++half) {
+          const size_t i = static_cast<size_t>(2 * branch + half);
+          pre[half] = biases[i].get(n);
+          for (int64_t k = 0; k < s.K; ++k) pre[half] += x.get(m * s.K + k) * weights[i].get(n * s.K + k);
+          const Buffer& saved = half ? up : gate;
+          expect("gated pre", isa, dtype, saved.get((branch * s.M + m) * s.N + n), pre[half], 1,
+                 static_cast<double>(s.K));
+        }
+        total += silu(pre[0]).value * pre[1];
+        magnitude += (1 + std::fabs(pre[0])) * (1 + std::fabs(pre[1]));
+      }
+      expect("gated out", isa, dtype, out.get(m * s.N + n), total, magnitude, static_cast<double>(s.K));
+    }
+  }
+}
+
+// dH = A B^T with B along k in two stretches; gate and up gradients, and act(gate) * up recomputed as an operand.
+void test_grad(const char* isa, const KernelTable& table, DType dtype, const Shape& s, int activation) {
+  const int64_t half = s.K / 2, K = 2 * half;
+  Buffer d(dtype, s.M * K), b0(dtype, half * s.N), b1(dtype, half * s.N);
+  Buffer gate(dtype, s.M * s.N), up(dtype, s.M * s.N), out(dtype, s.M * 2 * s.N);
+  Operand ops[2];
+  ops[0].matrix = {b0.data.get(), s.N, 1, dtype, nullptr};
+  ops[1].matrix = {b1.data.get(), s.N, 1, dtype, nullptr};
+  ops[0].k_along_rows = ops[1].k_along_rows = true;
+  Gemm g = product({s.M, s.N, K}, dtype);
+  g.a.matrix = {d.data.get(), K, 1, dtype, nullptr};
+  g.b = ops;
+  g.num_b = 2;
+  Epilogue& e = g.epilogue;
+  e.kind = Epilogue::Kind::kActivateGrad;
+  e.out = out.data.get();
+  e.out_up = out.data.get() + s.N * storage_size(dtype);
+  e.out_stride = 2 * s.N;
+  e.gate = gate.data.get();
+  e.up = up.data.get();
+  e.pre_stride = s.N;
+  e.activation = activation;
+  run(table, g);
+  for (int64_t m = 0; m < s.M; ++m) {
+    for (int64_t n = 0; n < s.N; ++n) {
+      double dh = 0;
+      for (int64_t k = 0; k < K; ++k)
+        dh += d.get(m * K + k) * (k < half ? b0.get(k * s.N + n) : b1.get((k - half) * s.N + n));
+      const Act act = silu(gate.get(m * s.N + n));
+      const double magnitude = 1 + static_cast<double>(K) * 0.1;
+      expect("d_gate", isa, dtype, out.get(m * 2 * s.N + n), dh * act.slope * up.get(m * s.N + n), magnitude, 9);
+      expect("d_up", isa, dtype, out.get(m * 2 * s.N + s.N + n), dh * act.value, magnitude, 9);
+    }
+  }
+
+  // out2[M', N] = sum over tokens of x(token, M') * h(token, N)
+  const int64_t rows = s.K;
+  Buffer x(dtype, s.M * rows), out2(dtype, rows * s.N);
+  Gemm w = product({rows, s.N, s.M}, dtype);
+  w.a.matrix = {x.data.get(), rows, 1, dtype, nullptr};
+  w.a.k_along_rows = true;
+  Operand h;
+  h.matrix = {gate.data.get(), s.N, 1, dtype, nullptr};
+  h.up = {up.data.get(), s.N, 1, dtype, nullptr};
+  h.activation = activation;
+  h.k_along_rows = true;
+  w.b = &h;
+  w.epilogue.out = out2.data.get();
+  run(table, w);
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t n = 0; n < s.N; ++n) {
+      double sum = 0;
+      for (int64_t t = 0; t < s.M; ++t)
+        sum += x.get(t * rows + r) * silu(gate.get(t * s.N + n)).value * up.get(t * s.N + n);
+      expect("recomputed", isa, dtype, out2.get(r * s.N + n), sum, 1 + 0.1 * static_cast<double>(s.M), 9);
+    }
+  }
+}
+
+void test_elementwise(const char* isa, const KernelTable& table, DType dtype, int64_t rows, int64_t cols,
+                      int activation) {
+  const int64_t n = rows * cols;
+  Buffer gate(dtype, n), up(dtype, n), d(dtype, n), out(dtype, n), d_gate(dtype, n), d_up(dtype, n), sums(dtype, cols);
+  const auto matrix = [&](const Buffer& b) { return Matrix{b.data.get(), cols, 1, dtype, nullptr}; };
+  GatedAct g;
+  g.rows = rows;
+  g.cols = cols;
+  g.gate = matrix(gate);
+  g.up = matrix(up);
+  g.d_out = matrix(d);
+  g.out_stride = cols;
+  g.activation = activation;
+  g.out[0] = out.data.get();
+  table.gated_act(g, {0, rows, 0, cols});
+  g.out[0] = d_gate.data.get();
+  g.out[1] = d_up.data.get();
+  table.gated_act_backward(g, {0, rows, 0, cols});
+  table.column_sum({rows, cols, matrix(gate), sums.data.get()}, 0, cols);
+  for (int64_t i = 0; i < n; ++i) {
+    const Act act = silu(gate.get(i));
+    expect("gated_act", isa, dtype, out.get(i), act.value * up.get(i), 1, 9);
+    expect("gated_act d_gate", isa, dtype, d_gate.get(i), d.get(i) * act.slope * up.get(i), 1, 9);
+    expect("gated_act d_up", isa, dtype, d_up.get(i), d.get(i) * act.value, 1, 9);
+  }
+  for (int64_t c = 0; c < cols; ++c) {
+    double sum = 0, magnitude = 1;
+    for (int64_t r = 0; r < rows; ++r) {
+      sum += gate.get(r * cols + c);
+      magnitude += std::fabs(gate.get(r * cols + c));
+    }
+    expect("column_sum", isa, dtype, sums.get(c), sum, magnitude, 9);
+  }
+}
+
+}  // namespace
+
+int main() {
+  const int activation = activation_index("silu");
+  // One row, the register tile's edges, primes, more than one chunk of k, more than one task in both directions.
+  const Shape shapes[] = {{1, 1, 1}, {1, 37, 300}, {6, 16, 64}, {14, 32, 256}, {15, 33, 257}, {3, 2, 0}, {61, 307, 131}};
+  for (const Isa isa : kIsas) {
+    const KernelTable* table = kernel_table(isa);
+    if (!table || !isa_supported(isa)) continue;
+    const int before = failures;
+    for (int type = 0; type < StorageTypes::kSize; ++type) {
+      const DType dtype = static_cast<DType>(type);
+      for (const Shape& shape : shapes) {
+        for (int layout = 0; layout < 3; ++layout) test_store(isa_name(isa), *table, dtype, shape, layout);
+        test_gated(isa_name(isa), *table, dtype, shape, activation);
+        test_grad(isa_name(isa), *table, dtype, shape, activation);
+      }
+      test_elementwise(isa_name(isa), *table, dtype, 5, 77, activation);
+      test_elementwise(isa_name(isa), *table, dtype, 1100, 3, activation);
+    }
+    std::printf("%s: %s\n", isa_name(isa), failures == before ? "passed" : "FAILED");
+  }
+  return failures ? 1 : 0;
+}
