@@ -1,0 +1,49 @@
+# The project's commands; CI runs the same ones.
+PYTHON ?= python
+CXX ?= g++
+CPP_SOURCES := $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'tests/cpp/*.cpp' 'tests/cpp/*.h' 'benchmarks/*.cpp')
+KERNELS := $(wildcard csrc/cpu/isa/*.cpp) csrc/cpu/kernel_table.cpp csrc/cpu/plan.cpp
+KERNEL_FLAGS := -std=c++20 -ffp-contract=off -fno-math-errno -fno-trapping-math -Wall -Wextra -Wno-psabi -Wno-unknown-pragmas
+TMP := build/kernels
+
+.PHONY: build test lint bench sanitize aarch64 kernels format
+
+build:
+	$(PYTHON) -m pip install -e ".[compare,test,lint]"
+
+test:
+	$(PYTHON) -m pytest
+
+lint:
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+	$(PYTHON) -m clang_format --dry-run -Werror $(CPP_SOURCES) 2>/dev/null || clang-format --dry-run -Werror $(CPP_SOURCES)
+
+format:
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+	clang-format -i $(CPP_SOURCES)
+
+bench:
+	$(PYTHON) -m benchmarks.dense
+
+# The kernel tests need no torch: plain, under the sanitizers, and for aarch64 under an emulator.
+define kernel_tests
+	mkdir -p $(TMP)/$(1)
+	for f in $(KERNELS) tests/cpp/kernel_test.cpp; do echo $$f; done | xargs -P 2 -I{} sh -c \
+	  '$(2) $(KERNEL_FLAGS) $(3) -c {} -o $(TMP)/$(1)/$$(basename {} .cpp).o'
+	$(2) $(3) -o $(TMP)/$(1)/kernel_test $(TMP)/$(1)/*.o $(4)
+	$(5) $(TMP)/$(1)/kernel_test
+endef
+
+kernels:
+	$(call kernel_tests,plain,$(CXX),-O2 -Werror,,)
+
+sanitize:
+	$(call kernel_tests,sanitize,$(CXX),-O1 -g1 -fsanitize=address$(comma)undefined -fno-sanitize-recover=undefined,,)
+
+aarch64:
+	$(call kernel_tests,aarch64,aarch64-linux-gnu-g++,-O2,-static,qemu-aarch64)
+
+comma := ,
