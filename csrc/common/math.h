@@ -91,7 +91,10 @@ struct SigmoidPair {
 template <class V>
 FFN_FN SigmoidPair<V> sigmoid_pair(V z) {
   const V e = exp_up_to_40(max(V(kExpLowest<V>), -abs(z)));
-  const V larger = V(1) / (V(1) + e);
+  const V sum = V(1) + e;
+  V larger = V(1) / sum;
+  // Without FMA the last form rounds once more; taking back the sum's rounding keeps the bound.
+  if constexpr (!kHasFma) larger -= larger * larger * (e - (sum - V(1)));
   const V smaller = fma(-e, e * larger, e);
   const auto negative = z < V::zero();
   return {select(negative, smaller, larger), select(negative, larger, smaller)};

@@ -45,6 +45,7 @@ struct Epilogue {
     void* out = nullptr;                 // [M, N]
     void* out_up = nullptr;              // kActivateGrad, gated
     int64_t out_stride = 0;
+    bool transposed = false;             // kStore: element (m, n) of the tile goes to out[n][m], its bias is bias[m]
     void* gate = nullptr;                // pre-activations [branches, M, N]; written by kActivate, read by kActivateGrad
     void* up = nullptr;
     int64_t pre_stride = 0;              // between rows
@@ -66,6 +67,8 @@ struct Gemm {
     Epilogue epilogue;
 
     // Schedule, filled by plan_gemm(); it never changes a bit of the result.
+    bool swapped = false;         // the product is computed as its transpose: M and N above are exchanged, b is shared
+    int64_t first_row = 0;        // of the shared operand: this is a part of the product
     bool wide = false;            // float64 arithmetic
     int64_t panel_rows = 0;       // rows of an A panel, 1 .. tile rows
     int64_t panels_m = 0;         // A panels

@@ -2,6 +2,7 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <utility>
 
 namespace ffn_ops {
 namespace {
@@ -12,22 +13,27 @@ constexpr int64_t kGroupBytes = int64_t{256} << 10;  // packed B of one task: it
 
 int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
+// The shared packed operand should be the small one: a plain product with more rows than columns is computed as its
+// transpose. Every element is the same sum in the same order, and a product of two factors does not know their order.
+Gemm small_operand_first(const Gemm& g) {
+  if (g.epilogue.kind != Epilogue::Kind::kStore || g.b[0].activation >= 0 || g.M <= g.N) return g;
+  Gemm swapped = g;
+  std::swap(swapped.M, swapped.N);
+  swapped.swapped = true;
+  swapped.epilogue.transposed = true;
+  return swapped;
+}
+
 // Rows [begin, end) of a product.
 Gemm slice_rows(const Gemm& g, int64_t begin, int64_t end) {
   Gemm part = g;
   part.M = end - begin;
-  Matrix& a = part.a.matrix;
-  if (a.rows && !part.a.k_along_rows) {
-    a.rows += begin;
-  } else {
-    const int64_t step = part.a.k_along_rows ? a.col_stride : a.row_stride;
-    a.data = static_cast<const char*>(a.data) + begin * step * storage_size(a.dtype);
-  }
+  part.first_row = begin;
   Epilogue& e = part.epilogue;
   const auto advance = [&](void* p, int64_t stride) -> void* {
     return p ? static_cast<char*>(p) + begin * stride * storage_size(e.dtype) : nullptr;
   };
-  e.out = advance(e.out, e.out_stride);
+  e.out = advance(e.out, e.transposed ? 1 : e.out_stride);
   e.out_up = advance(e.out_up, e.out_stride);
   e.gate = advance(e.gate, e.pre_stride);
   e.up = advance(e.up, e.pre_stride);
@@ -43,7 +49,7 @@ void fill_schedule(Gemm& g, const KernelTable& table, int64_t workers) {
   g.panels_n = divide_up(g.N, g.gated ? lanes : 2 * lanes);
 
   // A few rows: weights are streamed, each read once, so a task takes whole rows of them from end to end.
-  const bool streamed = g.panels_m == 1 && !g.b[0].k_along_rows;
+  const bool streamed = g.panels_m == 1 && !(g.swapped ? g.a : g.b[0]).k_along_rows;
   g.group_n = streamed ? 1 : std::min(g.panels_n, kGroupBytes / (2 * lanes * element * kChunkK));
   const int64_t tile = g.panel_rows * 2 * lanes * element;
   int64_t most = std::max<int64_t>(1, kTileBytes / (tile * g.group_n));
@@ -56,9 +62,10 @@ void fill_schedule(Gemm& g, const KernelTable& table, int64_t workers) {
 
 }  // namespace
 
-std::vector<Gemm> plan_product(const Gemm& g, const KernelTable& table, int64_t workers) {
+std::vector<Gemm> plan_product(const Gemm& wanted, const KernelTable& table, int64_t workers) {
   std::vector<Gemm> parts;
-  if (g.M == 0 || g.N == 0) return parts;
+  if (wanted.M == 0 || wanted.N == 0) return parts;
+  const Gemm g = small_operand_first(wanted);
   const int64_t fit_rows = kPackedBytes / std::max<int64_t>(1, g.K * compute_size(g.wide));
   const int64_t fit = std::max<int64_t>(1, fit_rows / table.tile_rows) * table.tile_rows;
   const int64_t rows = divide_up(divide_up(g.M, divide_up(g.M, fit)), table.tile_rows) * table.tile_rows;

@@ -89,6 +89,28 @@ void finish_gated(const Gemm& g, int64_t branch, typename V::Scalar* tile, const
   tile_to_storage<V>(t, e.dtype, tile, e.out, e.out_stride);
 }
 
+// out[n][m]: blocks are transposed in registers, so that stores run along m.
+template <class V>
+void finish_transposed(const Epilogue& e, const typename V::Scalar* tile, const TilePart& t) {
+  constexpr int64_t W = V::kLanes;
+  dispatch_storage<typename V::Scalar>(e.dtype, [&](auto tag) {
+    using S = typename decltype(tag)::Type;
+    const S* bias = static_cast<const S*>(e.bias ? e.bias[0] : nullptr);
+    for (int64_t i = 0; i < t.rows; i += W) {
+      const int64_t n = t.rows - i < W ? t.rows - i : W;
+      const V b = bias ? load_part<V>(bias + t.row0 + i, n) : V::zero();
+      for (int64_t j = 0; j < t.cols; j += W) {
+        V block[W];
+        for (int64_t r = 0; r < W; ++r) block[r] = r < n ? load<V>(tile + (i + r) * 2 * W + j) : V::zero();
+        transpose(block);
+        S* to = static_cast<S*>(e.out) + (t.col + j) * e.out_stride + t.row0 + i;
+        for (int64_t c = 0; c < W && c < t.cols - j; ++c)
+          store_part(to + c * e.out_stride, bias ? block[c] + b : block[c], n);
+      }
+    }
+  });
+}
+
 template <class V>
 void finish_plain(const Epilogue& e, typename V::Scalar* tile, const TilePart& t) {
   if (e.bias) add_bias<V>(t, e.dtype, e.bias[0], tile);
@@ -125,5 +147,6 @@ void finish_tile(const Gemm& g, int64_t branch, typename V::Scalar* tile, const 
                  typename V::Scalar* sums) {
   if (g.epilogue.kind == Epilogue::Kind::kActivateGrad) finish_activate_grad<V>(g.epilogue, tile, t);
   else if (g.gated) finish_gated<V>(g, branch, tile, t, sums);
+  else if (g.epilogue.transposed) finish_transposed<V>(g.epilogue, tile, t);
   else finish_plain<V>(g.epilogue, tile, t);
 }

@@ -40,6 +40,15 @@ MicroKernel<V> micro_kernel_of(int64_t rows, std::integer_sequence<int, H...>) {
     return kernels[rows - 1];
 }
 
+// One side of the product at stretch s, chunk c of k: the operand and where the chunk starts in it.
+struct Side {
+  const Operand& operand;
+  int64_t k;
+};
+
+FFN_FN Side whole_side(const Gemm& g, int64_t s, int64_t c) { return {g.a, s + c}; }
+FFN_FN Side listed_side(const Gemm& g, int64_t s, int64_t c) { return {g.b[s ? s / g.stretch() : 0], c}; }
+
 template <class V>
 void pack_a_as(const Gemm& g, int64_t panel_begin, int64_t panel_end) {
     using T = typename V::Scalar;
@@ -49,8 +58,9 @@ void pack_a_as(const Gemm& g, int64_t panel_begin, int64_t panel_end) {
         for (int64_t c = 0; c < stretch; c += kChunkK) {
             const int64_t kc = stretch - c < kChunkK ? stretch - c : kChunkK;
             T* chunk = static_cast<T*>(g.packed_a) + (s + c) * padded_rows;
-            pack_panels<V>(g.a, panel_begin * g.panel_rows, g.M, s + c, kc, g.panel_rows,
-                           chunk + panel_begin * kc * g.panel_rows, g.panel_rows, kc * g.panel_rows,
+            const Side side = g.swapped ? listed_side(g, s, c) : whole_side(g, s, c);
+            pack_panels<V>(side.operand, g.first_row + panel_begin * g.panel_rows, g.first_row + g.M, side.k, kc,
+                           g.panel_rows, chunk + panel_begin * kc * g.panel_rows, g.panel_rows, kc * g.panel_rows,
                            panel_end - panel_begin);
         }
     }
@@ -87,14 +97,17 @@ void gemm_task(const Gemm& g, int64_t task, void* scratch) {
                         pack_panels<V>(g.b[2 * branch + half], q0 * W, g.N, c, kc, W, packed_b + half * W, kWidth,
                                        panel_step, groups);
                 } else {
-                    pack_panels<V>(g.b[stretch ? s / stretch : 0], q0 * kWidth, g.N, c, kc, kWidth, packed_b, kWidth,
-                                   panel_step, groups);
+                    const Side side = g.swapped ? whole_side(g, s, c) : listed_side(g, s, c);
+                    pack_panels<V>(side.operand, q0 * kWidth, g.N, side.k, kc, kWidth, packed_b, kWidth, panel_step,
+                                   groups);
                 }
                 const T* chunk = static_cast<const T*>(g.packed_a) + (s + c) * padded_rows;
                 const bool first = s + c == 0;
                 const bool last = s + c + kc >= g.K;
-                for (int64_t pb = p0; pb < p1; pb += kPanelBlock) {
-                    const int64_t pe = pb + kPanelBlock < p1 ? pb + kPanelBlock : p1;
+                // Short sums are bound by their stores: whole rows of the output are finished one after the other.
+                const int64_t block = kc < 64 ? 1 : kPanelBlock;
+                for (int64_t pb = p0; pb < p1; pb += block) {
+                    const int64_t pe = pb + block < p1 ? pb + block : p1;
                     for (int64_t q = 0; q < groups; ++q) {
                         for (int64_t p = pb; p < pe; ++p) {
                             const int64_t slot = (p - p0) * groups + q;

@@ -2,7 +2,7 @@
 // sets kTileRows, the register tile's height (its width is two vectors), before.
 
 constexpr int64_t kPanelBlock = 16;      // A panels that stay in L2 while a B panel stays in L1
-constexpr int64_t kPrefetchBytes = 512;  // ahead in each row while packing
+constexpr int64_t kPrefetchBytes = 4 * kChunkK;  // ahead in each row while packing: the next chunk, while this one is used
 
 #include "act.h"
 
