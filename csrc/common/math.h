@@ -87,15 +87,20 @@ struct SigmoidPair {
 
 // s = 1/(1+exp(−z)) and 1 − s. With e = exp(−|z|) <= 1 nothing overflows: the larger of the two is q = 1/(1+e), the
 // smaller e·q = e − e·(e·q). The last form is the more accurate one, as the rounding of q and of e·q is scaled down by
-// e. Both 2 ULP, of which exp has 1.4 where e lies at the bottom and the result at the top of a binade.
+// e; without FMA it rounds once too often, and e/(1+e), less what the sum lost, takes its place.
+// Both 2 ULP, of which exp has 1.4 where e lies at the bottom and the result at the top of a binade.
 template <class V>
 FFN_FN SigmoidPair<V> sigmoid_pair(V z) {
   const V e = exp_up_to_40(max(V(kExpLowest<V>), -abs(z)));
   const V sum = V(1) + e;
-  V larger = V(1) / sum;
-  // Without FMA the last form rounds once more; taking back the sum's rounding keeps the bound.
-  if constexpr (!kHasFma) larger -= larger * larger * (e - (sum - V(1)));
-  const V smaller = fma(-e, e * larger, e);
+  const V larger = V(1) / sum;
+  V smaller;
+  if constexpr (kHasFma) {
+    smaller = fma(-e, e * larger, e);
+  } else {
+    const V ratio = e / sum;
+    smaller = ratio - ratio * larger * (e - (sum - V(1)));
+  }
   const auto negative = z < V::zero();
   return {select(negative, smaller, larger), select(negative, larger, smaller)};
 }

@@ -59,7 +59,7 @@ struct Epilogue {
 struct Gemm {
     int64_t M = 0, N = 0, K = 0;
     Operand a;
-    // Gated: b[2g], b[2g + 1] are gate and up weights of branch g, interleaved by whole vectors in a panel.
+    // Gated: b[2g], b[2g + 1] are gate and up weights of branch g; half of a panel's vectors are gate, half up.
     // Else b[j] holds the j-th stretch of K / num_b along k.
     const Operand* b = nullptr;
     int64_t num_b = 1;
@@ -106,7 +106,8 @@ struct ColumnSum {
 // Entry points of one instruction set. Each works on a range and is single-threaded.
 struct KernelTable {
     int64_t lanes;            // float32 lanes of a vector; float64: half
-    int64_t tile_rows;        // rows of the register tile, its width is two vectors
+    int64_t tile_rows;        // the register tile: rows, and vectors in each
+    int64_t tile_vectors;
     void (*pack_a)(const Gemm&, int64_t panel_begin, int64_t panel_end);
     void (*gemm)(const Gemm&, int64_t task, void* scratch);
     void (*gated_act)(const GatedAct&, const Range&);
@@ -121,7 +122,7 @@ inline int64_t compute_size(bool wide) { return wide ? 8 : 4; }
 
 // Bytes of thread-private memory that `gemm` needs: the packed B group and the partial sums of the task's tiles.
 inline int64_t gemm_scratch_bytes(const Gemm& g, const KernelTable& table) {
-    const int64_t width = 2 * table.lanes / (g.wide ? 2 : 1);
+    const int64_t width = table.tile_vectors * table.lanes / (g.wide ? 2 : 1);
     const int64_t b = g.group_n * width * kChunkK;
     const int64_t tiles = g.block_m * g.group_n * g.panel_rows * width;
     const int64_t sums = g.branches() > 1 ? tiles / 2 : 0;

@@ -46,12 +46,14 @@ void fill_schedule(Gemm& g, const KernelTable& table, int64_t workers) {
   g.panels_m = divide_up(g.M, table.tile_rows);
   g.panel_rows = divide_up(g.M, g.panels_m);
   g.panels_m = divide_up(g.M, g.panel_rows);
-  g.panels_n = divide_up(g.N, g.gated ? lanes : 2 * lanes);
+  const int64_t width = table.tile_vectors * lanes;
+  g.panels_n = divide_up(g.N, g.gated ? width / 2 : width);
 
   // A few rows: weights are streamed, each read once, so a task takes whole rows of them from end to end.
-  const bool streamed = g.panels_m == 1 && !(g.swapped ? g.a : g.b[0]).k_along_rows;
-  g.group_n = streamed ? 1 : std::min(g.panels_n, kGroupBytes / (2 * lanes * element * kChunkK));
-  const int64_t tile = g.panel_rows * 2 * lanes * element;
+  constexpr int64_t kStreamedRows = 32;
+  const bool streamed = g.M <= kStreamedRows && !(g.swapped ? g.a : g.b[0]).k_along_rows;
+  g.group_n = streamed ? 1 : std::min(g.panels_n, std::max<int64_t>(1, kGroupBytes / (width * element * kChunkK)));
+  const int64_t tile = g.panel_rows * width * element;
   int64_t most = std::max<int64_t>(1, kTileBytes / (tile * g.group_n));
   if (workers > 1) {
     const int64_t cuts = divide_up(4 * workers, g.tasks_n());

@@ -26,6 +26,7 @@ namespace ffn_ops::avx2 {
 #include "../../common/activations.h"
 
 constexpr int kTileRows = 6;
+constexpr int kTileVectors = 2;
 
 #include "../kernels/table.h"
 }  // namespace ffn_ops::avx2

@@ -31,7 +31,8 @@ namespace ffn_ops::avx512 {
 
 #include "../../common/activations.h"
 
-constexpr int kTileRows = 14;
+constexpr int kTileRows = 6;
+constexpr int kTileVectors = 4;
 
 #include "../kernels/table.h"
 }  // namespace ffn_ops::avx512

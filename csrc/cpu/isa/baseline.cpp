@@ -18,6 +18,7 @@ namespace ffn_ops::baseline {
 #include "../../common/activations.h"
 
 constexpr int kTileRows = 6;
+constexpr int kTileVectors = 2;
 
 #include "../kernels/table.h"
 }  // namespace ffn_ops::baseline

@@ -1,4 +1,4 @@
-// Textual, per instruction set: what happens to a finished tile [rows][2 vectors] of accumulators, hot in L1: bias,
+// Textual, per instruction set: what happens to a finished tile [rows][vectors] of accumulators, hot in L1: bias,
 // activation or its gradient, and the one rounding to the storage dtype.
 
 template <class V, class S>
@@ -17,7 +17,7 @@ struct TilePart {
   int64_t row0, rows, col, cols;
 };
 
-// Copies between storage [.., row_stride] and scratch rows of two vectors; the part may be one or two vectors wide.
+// Copies between storage [.., row_stride] and tile rows; the part may be narrower than the tile.
 template <class V>
 void tile_to_storage(const TilePart& t, DType dtype, const typename V::Scalar* tile, void* base, int64_t row_stride) {
   constexpr int64_t W = V::kLanes;
@@ -26,7 +26,7 @@ void tile_to_storage(const TilePart& t, DType dtype, const typename V::Scalar* t
     for (int64_t j = 0; j < t.cols; j += W) {
       const int64_t n = t.cols - j < W ? t.cols - j : W;
       S* to = static_cast<S*>(base) + t.row0 * row_stride + t.col + j;
-      for (int64_t i = 0; i < t.rows; ++i) store_part(to + i * row_stride, load<V>(tile + i * 2 * W + j), n);
+      for (int64_t i = 0; i < t.rows; ++i) store_part(to + i * row_stride, load<V>(tile + i * kTileVectors * W + j), n);
     }
   });
 }
@@ -39,7 +39,7 @@ void storage_to_tile(const TilePart& t, DType dtype, const void* base, int64_t r
     for (int64_t j = 0; j < t.cols; j += W) {
       const int64_t n = t.cols - j < W ? t.cols - j : W;
       const S* from = static_cast<const S*>(base) + t.row0 * row_stride + t.col + j;
-      for (int64_t i = 0; i < t.rows; ++i) store(tile + i * 2 * W + j, load_part<V>(from + i * row_stride, n));
+      for (int64_t i = 0; i < t.rows; ++i) store(tile + i * kTileVectors * W + j, load_part<V>(from + i * row_stride, n));
     }
   });
 }
@@ -53,36 +53,41 @@ void add_bias(const TilePart& t, DType dtype, const void* bias, typename V::Scal
     for (int64_t j = 0; j < t.cols; j += W) {
       const V b = load_part<V>(static_cast<const S*>(bias) + t.col + j, t.cols - j < W ? t.cols - j : W);
       for (int64_t i = 0; i < t.rows; ++i) {
-        typename V::Scalar* at = tile + i * 2 * W + j;
+        typename V::Scalar* at = tile + i * kTileVectors * W + j;
         store(at, load<V>(at) + b);
       }
     }
   });
 }
 
-// Vector 0 of a tile row is gate, vector 1 up, of the same columns.
+// The first half of a tile row's vectors is gate, the second up, of the same columns.
 template <class V>
 void finish_gated(const Gemm& g, int64_t branch, typename V::Scalar* tile, const TilePart& t, typename V::Scalar* sums) {
   constexpr int64_t W = V::kLanes;
+  constexpr int64_t kHalf = kTileVectors / 2 * W;
   const Epilogue& e = g.epilogue;
   if (e.bias) {
     add_bias<V>(t, e.dtype, e.bias[2 * branch], tile);
-    add_bias<V>(t, e.dtype, e.bias[2 * branch + 1], tile + W);
+    add_bias<V>(t, e.dtype, e.bias[2 * branch + 1], tile + kHalf);
   }
   if (e.gate) {
     const int64_t skip = branch * e.pre_branch_stride * storage_size(e.dtype);
     tile_to_storage<V>(t, e.dtype, tile, static_cast<char*>(e.gate) + skip, e.pre_stride);
-    tile_to_storage<V>(t, e.dtype, tile + W, static_cast<char*>(e.up) + skip, e.pre_stride);
+    tile_to_storage<V>(t, e.dtype, tile + kHalf, static_cast<char*>(e.up) + skip, e.pre_stride);
   }
   if (!e.out) return;
-  act_kernels<V>(e.activation).forward({t.rows, 2 * W, tile, tile + W, nullptr, nullptr, nullptr, {tile},
-                                        static_cast<typename V::Scalar>(e.beta)});
+  for (int64_t j = 0; j < kHalf; j += W)
+    act_kernels<V>(e.activation).forward({t.rows, 2 * kHalf, tile + j, tile + kHalf + j, nullptr, nullptr, nullptr,
+                                          {tile + j}, static_cast<typename V::Scalar>(e.beta)});
   if (g.branches() > 1) {
     for (int64_t i = 0; i < t.rows; ++i) {
-      V sum = load<V>(tile + i * 2 * W);
-      if (branch > 0) sum = load<V>(sums + i * W) + sum;
-      store(sums + i * W, sum);
-      store(tile + i * 2 * W, sum);
+      for (int64_t j = 0; j < kHalf; j += W) {
+        typename V::Scalar* at = tile + i * 2 * kHalf + j;
+        V sum = load<V>(at);
+        if (branch > 0) sum = load<V>(sums + i * kHalf + j) + sum;
+        store(sums + i * kHalf + j, sum);
+        store(at, sum);
+      }
     }
     if (branch + 1 < g.branches()) return;
   }
@@ -101,7 +106,7 @@ void finish_transposed(const Epilogue& e, const typename V::Scalar* tile, const 
       const V b = bias ? load_part<V>(bias + t.row0 + i, n) : V::zero();
       for (int64_t j = 0; j < t.cols; j += W) {
         V block[W];
-        for (int64_t r = 0; r < W; ++r) block[r] = r < n ? load<V>(tile + (i + r) * 2 * W + j) : V::zero();
+        for (int64_t r = 0; r < W; ++r) block[r] = r < n ? load<V>(tile + (i + r) * kTileVectors * W + j) : V::zero();
         transpose(block);
         S* to = static_cast<S*>(e.out) + (t.col + j) * e.out_stride + t.row0 + i;
         for (int64_t c = 0; c < W && c < t.cols - j; ++c)
@@ -117,7 +122,7 @@ void finish_plain(const Epilogue& e, typename V::Scalar* tile, const TilePart& t
   if (e.kind == Epilogue::Kind::kActivate) {
     if (e.gate) tile_to_storage<V>(t, e.dtype, tile, e.gate, e.pre_stride);
     if (!e.out) return;
-    act_kernels<V>(e.activation).forward({2 * t.rows, V::kLanes, tile, nullptr, nullptr, nullptr, nullptr, {tile},
+    act_kernels<V>(e.activation).forward({kTileVectors * t.rows, V::kLanes, tile, nullptr, nullptr, nullptr, nullptr, {tile},
                                           static_cast<typename V::Scalar>(e.beta)});
   }
   tile_to_storage<V>(t, e.dtype, tile, e.out, e.out_stride);
@@ -128,15 +133,14 @@ template <class V>
 void finish_activate_grad(const Epilogue& e, typename V::Scalar* tile, const TilePart& t) {
   using T = typename V::Scalar;
   constexpr int64_t W = V::kLanes;
-  alignas(64) T gate[kTileRows * 2 * W];
-  alignas(64) T up[kTileRows * 2 * W];
+  alignas(64) T gate[kTileRows * kTileVectors * W];
+  alignas(64) T up[kTileRows * kTileVectors * W];
   storage_to_tile<V>(t, e.dtype, e.gate, e.pre_stride, gate);
   if (e.up) storage_to_tile<V>(t, e.dtype, e.up, e.pre_stride, up);
-  const int64_t columns = t.cols > W ? 2 : 1;  // a narrow part leaves the second vector of each row unset
-  for (int64_t j = 0; j < columns; ++j) {
-    T *at = gate + j * W, *at_up = up + j * W;
-    act_kernels<V>(e.activation).backward({t.rows, 2 * W, at, e.up ? at_up : nullptr, tile + j * W, nullptr, nullptr,
-                                           {at, at_up}, static_cast<T>(e.beta)});
+  for (int64_t j = 0; j < t.cols; j += W) {  // vectors behind the part are not set
+    T *at = gate + j, *at_up = up + j;
+    act_kernels<V>(e.activation).backward({t.rows, kTileVectors * W, at, e.up ? at_up : nullptr, tile + j, nullptr,
+                                           nullptr, {at, at_up}, static_cast<T>(e.beta)});
   }
   tile_to_storage<V>(t, e.dtype, gate, e.out, e.out_stride);
   if (e.up) tile_to_storage<V>(t, e.dtype, up, e.out_up, e.out_stride);

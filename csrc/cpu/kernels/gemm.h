@@ -1,34 +1,37 @@
 // Textual, per instruction set: the packed product. A is packed once for all tasks; a task packs its group of B panels
 // chunk by chunk, runs the register tile over its A panels and hands finished tiles, hot in L1, to the epilogue.
 
-// tile[H][2 vectors] (+)= sum over kc of a[k][H] * b[k][2 vectors].
+// tile[H][vectors] (+)= sum over kc of a[k][H] * b[k][vectors].
 template <class V, int H>
 void micro_kernel(int64_t kc, const typename V::Scalar* a, const typename V::Scalar* b, typename V::Scalar* tile,
                   bool add) {
-    constexpr int W = V::kLanes;
-    V acc[H][2];
+  constexpr int W = V::kLanes;
+  constexpr int N = kTileVectors;
+  V acc[H][N];
+  FFN_UNROLL
+  for (int i = 0; i < H; ++i) {
     FFN_UNROLL
-    for (int i = 0; i < H; ++i) acc[i][0] = acc[i][1] = V::zero();
-    for (int64_t k = 0; k < kc; ++k) {
-        const V b0 = load<V>(b + k * 2 * W);
-        const V b1 = load<V>(b + k * 2 * W + W);
-        FFN_UNROLL
-        for (int i = 0; i < H; ++i) {
-            const V ai(a[k * H + i]);
-            acc[i][0] = fma(ai, b0, acc[i][0]);
-            acc[i][1] = fma(ai, b1, acc[i][1]);
-        }
-    }
+    for (int j = 0; j < N; ++j) acc[i][j] = V::zero();
+  }
+  for (int64_t k = 0; k < kc; ++k) {
+    V bk[N];
+    FFN_UNROLL
+    for (int j = 0; j < N; ++j) bk[j] = load<V>(b + (k * N + j) * W);
     FFN_UNROLL
     for (int i = 0; i < H; ++i) {
-        typename V::Scalar* row = tile + i * 2 * W;
-        if (add) {
-            acc[i][0] = load<V>(row) + acc[i][0];
-            acc[i][1] = load<V>(row + W) + acc[i][1];
-        }
-        store(row, acc[i][0]);
-        store(row + W, acc[i][1]);
+      const V ai(a[k * H + i]);
+      FFN_UNROLL
+      for (int j = 0; j < N; ++j) acc[i][j] = fma(ai, bk[j], acc[i][j]);
     }
+  }
+  FFN_UNROLL
+  for (int i = 0; i < H; ++i) {
+    FFN_UNROLL
+    for (int j = 0; j < N; ++j) {
+      typename V::Scalar* at = tile + (i * N + j) * W;
+      store(at, add ? load<V>(at) + acc[i][j] : acc[i][j]);
+    }
+  }
 }
 
 template <class V>
@@ -70,7 +73,7 @@ template <class V>
 void gemm_task(const Gemm& g, int64_t task, void* scratch) {
     using T = typename V::Scalar;
     constexpr int64_t W = V::kLanes;
-    constexpr int64_t kWidth = 2 * W;
+    constexpr int64_t kWidth = kTileVectors * W;
     const int64_t H = g.panel_rows;
     const int64_t q0 = task % g.tasks_n() * g.group_n;
     const int64_t q1 = q0 + g.group_n < g.panels_n ? q0 + g.group_n : g.panels_n;
@@ -79,7 +82,7 @@ void gemm_task(const Gemm& g, int64_t task, void* scratch) {
     const int64_t groups = q1 - q0;
     const int64_t padded_rows = g.panels_m * H;
     const int64_t stretch = g.stretch();
-    const int64_t columns = g.gated ? W : kWidth;  // output columns of a panel
+    const int64_t columns = g.gated ? kWidth / 2 : kWidth;  // output columns of a panel
 
     T* packed_b = static_cast<T*>(scratch);
     T* tiles = packed_b + g.group_n * kWidth * kChunkK + kPanelPad / sizeof(T);
@@ -94,8 +97,8 @@ void gemm_task(const Gemm& g, int64_t task, void* scratch) {
                 const int64_t panel_step = kc * kWidth;
                 if (g.gated) {
                     for (int half = 0; half < 2; ++half)
-                        pack_panels<V>(g.b[2 * branch + half], q0 * W, g.N, c, kc, W, packed_b + half * W, kWidth,
-                                       panel_step, groups);
+                        pack_panels<V>(g.b[2 * branch + half], q0 * columns, g.N, c, kc, columns,
+                                       packed_b + half * columns, kWidth, panel_step, groups);
                 } else {
                     const Side side = g.swapped ? whole_side(g, s, c) : listed_side(g, s, c);
                     pack_panels<V>(side.operand, q0 * kWidth, g.N, side.k, kc, kWidth, packed_b, kWidth, panel_step,
@@ -117,7 +120,7 @@ void gemm_task(const Gemm& g, int64_t task, void* scratch) {
                             const int64_t rows = g.M - p * H < H ? g.M - p * H : H;
                             const int64_t col = (q0 + q) * columns;
                             const int64_t cols = g.N - col < columns ? g.N - col : columns;
-                            finish_tile<V>(g, branch, tile, {p * H, rows, col, cols}, sums + slot * H * W);
+                            finish_tile<V>(g, branch, tile, {p * H, rows, col, cols}, sums + slot * H * columns);
                         }
                     }
                 }

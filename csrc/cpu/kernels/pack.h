@@ -42,8 +42,8 @@ void pack_transposed(const Matrix& m, int64_t lane0, int64_t lanes, int64_t vali
     const S* row[W];
     for (int64_t i = 0; i < W; ++i) row[i] = row_pointer<S>(m, lane0 + (i < valid ? i : 0));
     const bool dense = m.col_stride == 1 && valid == W;
-    // A full store may run over the end of its k row where the next row is written after it, so not in the last row.
-    const int64_t width = lanes == stride ? W : lanes;
+    // A full store may run over the end of its k row where the rows behind are written later, within the panel.
+    const int64_t room = lanes == stride ? kc * stride - W : -1;  // last place of a full store
     V block[W];
     for (int64_t k = 0; k < kc; k += W) {
         const int64_t n = kc - k < W ? kc - k : W;
@@ -59,11 +59,11 @@ void pack_transposed(const Matrix& m, int64_t lane0, int64_t lanes, int64_t vali
         }
         transpose(block);
         typename V::Scalar* to = out + k * stride;
-        if (n == W && width == W && (lanes == W || k + W < kc)) {
+        if (n == W && (lanes == W || (k + W - 1) * stride <= room)) {
             FFN_UNROLL
             for (int64_t i = 0; i < W; ++i) store(to + i * stride, block[i]);
         } else {
-            for (int64_t i = 0; i < n; ++i) store_first(to + i * stride, block[i], k + i + 1 < kc ? width : lanes);
+            for (int64_t i = 0; i < n; ++i) store_first(to + i * stride, block[i], (k + i) * stride <= room ? W : lanes);
         }
     }
 }
@@ -124,7 +124,7 @@ void pack_copied(Columns& columns, int64_t lane0, int64_t valid, int64_t k0, int
                 const int64_t left = valid - lane;
                 const int64_t n = left >= room ? room : (left > 0 ? left : 0);
                 const V v = n > 0 ? columns(k0 + k, lane0 + lane, n) : V::zero();
-                store_first(to + i, v, panel_lanes == stride && k + 1 < kc ? W : room);
+                store_first(to + i, v, panel_lanes == stride && k * stride + i + W <= kc * stride ? W : room);
             }
         }
     }

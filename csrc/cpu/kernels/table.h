@@ -1,5 +1,5 @@
 // Textual, per instruction set: all kernels and the table that the boundary calls them through. The including file
-// sets kTileRows, the register tile's height (its width is two vectors), before.
+// sets the register tile, kTileRows x kTileVectors (even: gate and up), before.
 
 constexpr int64_t kPanelBlock = 16;      // A panels that stay in L2 while a B panel stays in L1
 constexpr int64_t kPrefetchBytes = 4 * kChunkK;  // ahead in each row while packing: the next chunk, while this one is used
@@ -45,6 +45,6 @@ void column_sum(const ColumnSum& s, int64_t c0, int64_t c1) {
 }
 
 extern const KernelTable kTable;
-const KernelTable kTable = {Vec<float>::kLanes, kTileRows,          pack_a,
+const KernelTable kTable = {Vec<float>::kLanes, kTileRows, kTileVectors, pack_a,
                             gemm,               gated_act,          gated_act_backward,
                             gated_act_double_backward, column_sum};
