@@ -17,8 +17,8 @@ STABLE_TORCH_LIBRARY(ffn_ops, m) {
       "gated_linear(Tensor x, Tensor[] w_gate, Tensor[] w_up, Tensor[] b_gate, Tensor[] b_up, str activation,"
       " float beta, bool save) -> (Tensor y, Tensor gate, Tensor up)");
   m.def(
-      "gated_linear_backward(Tensor d_y, Tensor x, Tensor[] w_gate, Tensor[] w_up, Tensor gate, Tensor up,"
-      " str activation, float beta, bool[5] needs)"
+      "gated_linear_backward(Tensor d_y, Tensor x, Tensor[] w_gate, Tensor[] w_up, Tensor[] b_gate, Tensor[] b_up,"
+      " Tensor gate, Tensor up, str activation, float beta, bool[5] needs)"
       " -> (Tensor d_x, Tensor d_w_gate, Tensor d_w_up, Tensor d_b_gate, Tensor d_b_up)");
 
   m.def(

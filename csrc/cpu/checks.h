@@ -54,6 +54,10 @@ inline void check_tensor(const Tensor& t, const char* name, DType dtype, const s
   STD_TORCH_CHECK(fits, name, ": expected shape ", expected, "], got ", shape_text(t));
 }
 
+inline void check_needs(const std::vector<bool>& needs, size_t count) {
+  STD_TORCH_CHECK(needs.size() == count, "needs: expected ", count, " flags, got ", needs.size());
+}
+
 inline int check_activation(const std::string& name) {
   const int index = activation_index(name);
   if (index < 0) {

@@ -131,6 +131,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_backward(
     const Tensor& d_y, const Tensor& x, const Tensor& w_in, std::optional<Tensor> w_up, const Tensor& w_down,
     std::optional<Tensor> b_in, std::optional<Tensor> b_up, const Tensor& gate, const Tensor& up, bool gated,
     std::string activation, double beta, std::vector<bool> needs) {
+  check_needs(needs, 7);
   Ffn c = check_ffn(x, w_in, w_up, w_down, b_in, b_up, gated, activation, beta);
   check_tensor(d_y, "d_y", c.dtype, {c.T, c.O});
   const bool recompute = gate.dim() == 1;  // an empty vector stands for "not saved"

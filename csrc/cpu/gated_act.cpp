@@ -68,6 +68,7 @@ Tensor gated_act(const Tensor& gate, std::optional<Tensor> up, std::string activ
 
 std::tuple<Tensor, Tensor> gated_act_backward(const Tensor& d_out, const Tensor& gate, std::optional<Tensor> up,
                                               std::string activation, double beta, std::vector<bool> needs) {
+  check_needs(needs, 2);
   GatedAct g = elementwise(gate, up, activation, beta);
   check_same(d_out, "d_out", gate, g.gate.dtype);
   g.d_out = matrix(d_out, g.gate.dtype);

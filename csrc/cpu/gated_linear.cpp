@@ -41,22 +41,22 @@ GatedLinear check_gated_linear(const Tensor& x, const std::vector<Tensor>& w_gat
   return c;
 }
 
+void check_biases(const std::vector<Tensor>& biases, const char* name, const GatedLinear& c) {
+  STD_TORCH_CHECK(biases.empty() || static_cast<int64_t>(biases.size()) == c.G, name,
+                  ": expected none or one for each weight (", c.G, "), got ", biases.size());
+  for (const Tensor& bias : biases) check_tensor(bias, name, c.dtype, {c.F});
+}
+
 std::tuple<Tensor, Tensor, Tensor> gated_linear(const Tensor& x, std::vector<Tensor> w_gate, std::vector<Tensor> w_up,
                                                 std::vector<Tensor> b_gate, std::vector<Tensor> b_up,
                                                 std::string activation, double beta, bool save) {
   const GatedLinear c = check_gated_linear(x, w_gate, w_up, activation);
+  check_biases(b_gate, "b_gate", c);
+  check_biases(b_up, "b_up", c);
   std::vector<Tensor> keep;
   std::vector<const void*> bias(static_cast<size_t>(2 * c.G), nullptr);
-  for (int half = 0; half < 2; ++half) {
-    const std::vector<Tensor>& list = half ? b_up : b_gate;
-    const char* name = half ? "b_up" : "b_gate";
-    STD_TORCH_CHECK(list.empty() || list.size() == w_gate.size(), name, ": expected none or one for each weight, got ",
-                    list.size());
-    for (size_t i = 0; i < list.size(); ++i) {
-      check_tensor(list[i], name, c.dtype, {c.F});
-      bias[2 * i + static_cast<size_t>(half)] = bias_data(list[i], keep);
-    }
-  }
+  for (size_t i = 0; i < b_gate.size(); ++i) bias[2 * i] = bias_data(b_gate[i], keep);
+  for (size_t i = 0; i < b_up.size(); ++i) bias[2 * i + 1] = bias_data(b_up[i], keep);
   Tensor y = fresh(x, c.dtype, {c.T, c.F});
   Tensor gate = save ? fresh(x, c.dtype, {c.G, c.T, c.F}) : nothing(x);
   Tensor up = save ? fresh(x, c.dtype, {c.G, c.T, c.F}) : nothing(x);
@@ -92,9 +92,13 @@ std::tuple<Tensor, Tensor, Tensor> gated_linear(const Tensor& x, std::vector<Ten
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_linear_backward(
-    const Tensor& d_y, const Tensor& x, std::vector<Tensor> w_gate, std::vector<Tensor> w_up, const Tensor& gate,
-    const Tensor& up, std::string activation, double beta, std::vector<bool> needs) {
+    const Tensor& d_y, const Tensor& x, std::vector<Tensor> w_gate, std::vector<Tensor> w_up,
+    std::vector<Tensor> b_gate, std::vector<Tensor> b_up, const Tensor& gate, const Tensor& up, std::string activation,
+    double beta, std::vector<bool> needs) {
+  check_needs(needs, 5);
   const GatedLinear c = check_gated_linear(x, w_gate, w_up, activation);
+  check_biases(b_gate, "b_gate", c);
+  check_biases(b_up, "b_up", c);
   check_tensor(d_y, "d_y", c.dtype, {c.T, c.F});
   check_tensor(gate, "gate", c.dtype, {c.G, c.T, c.F});
   check_tensor(up, "up", c.dtype, {c.G, c.T, c.F});

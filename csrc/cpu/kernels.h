@@ -120,10 +120,14 @@ constexpr int64_t kPanelPad = 64;  // bytes a packed panel may be overwritten be
 
 inline int64_t compute_size(bool wide) { return wide ? 8 : 4; }
 
+// Chunks of B panels that a task holds packed: one of each panel of its group, or several of a single panel.
+constexpr int64_t kSingleChunks = 4;
+inline int64_t packed_chunks(const Gemm& g) { return g.group_n == 1 ? kSingleChunks : g.group_n; }
+
 // Bytes of thread-private memory that `gemm` needs: the packed B group and the partial sums of the task's tiles.
 inline int64_t gemm_scratch_bytes(const Gemm& g, const KernelTable& table) {
     const int64_t width = table.tile_vectors * table.lanes / (g.wide ? 2 : 1);
-    const int64_t b = g.group_n * width * kChunkK;
+    const int64_t b = packed_chunks(g) * width * kChunkK;
     const int64_t tiles = g.block_m * g.group_n * g.panel_rows * width;
     const int64_t sums = g.branches() > 1 ? tiles / 2 : 0;
     return (b + tiles + sums) * compute_size(g.wide) + 4 * kPanelPad;

@@ -7,6 +7,7 @@
 namespace ffn_ops {
 namespace {
 
+constexpr int64_t kShortK = 64;                      // below, a product is bound by its stores, which should run along rows
 constexpr int64_t kPackedBytes = int64_t{32} << 20;  // a packed A operand, shared by all tasks
 constexpr int64_t kTileBytes = int64_t{1} << 20;     // partial sums of one task: they stay in L2 or L3
 constexpr int64_t kGroupBytes = int64_t{256} << 10;  // packed B of one task: it stays in L2
@@ -16,7 +17,7 @@ int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 // The shared packed operand should be the small one: a plain product with more rows than columns is computed as its
 // transpose. Every element is the same sum in the same order, and a product of two factors does not know their order.
 Gemm small_operand_first(const Gemm& g) {
-  if (g.epilogue.kind != Epilogue::Kind::kStore || g.b[0].activation >= 0 || g.M <= g.N) return g;
+  if (g.epilogue.kind != Epilogue::Kind::kStore || g.b[0].activation >= 0 || g.M <= g.N || g.K < kShortK) return g;
   Gemm swapped = g;
   std::swap(swapped.M, swapped.N);
   swapped.swapped = true;
@@ -59,7 +60,7 @@ void fill_schedule(Gemm& g, const KernelTable& table, int64_t workers) {
     const int64_t cuts = divide_up(4 * workers, g.tasks_n());
     most = std::min(most, std::max<int64_t>(1, divide_up(g.panels_m, cuts)));
   }
-  g.block_m = divide_up(g.panels_m, divide_up(g.panels_m, most));
+  g.block_m = streamed ? g.panels_m : divide_up(g.panels_m, divide_up(g.panels_m, most));
 }
 
 }  // namespace

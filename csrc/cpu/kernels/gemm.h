@@ -85,7 +85,7 @@ void gemm_task(const Gemm& g, int64_t task, void* scratch) {
     const int64_t columns = g.gated ? kWidth / 2 : kWidth;  // output columns of a panel
 
     T* packed_b = static_cast<T*>(scratch);
-    T* tiles = packed_b + g.group_n * kWidth * kChunkK + kPanelPad / sizeof(T);
+    T* tiles = packed_b + packed_chunks(g) * kWidth * kChunkK + kPanelPad / sizeof(T);
     T* sums = tiles + g.block_m * g.group_n * H * kWidth;  // branches: act(gate) * up so far
     const MicroKernel<V> micro = micro_kernel_of<V>(H, std::make_integer_sequence<int, kTileRows>{});
     const bool one_chunk = stretch <= kChunkK && stretch == g.K;
@@ -94,14 +94,19 @@ void gemm_task(const Gemm& g, int64_t task, void* scratch) {
         for (int64_t s = 0; s < g.K || s == 0; s += stretch ? stretch : 1) {
             for (int64_t c = 0; c < stretch || c == 0; c += kChunkK) {
                 const int64_t kc = stretch - c < kChunkK ? stretch - c : kChunkK;
+                // A single panel holds several chunks: rows are then read in longer runs, which the hardware follows.
+                const int64_t run = g.group_n == 1 ? kSingleChunks * kChunkK : kChunkK;
+                const int64_t packed = stretch - c < run ? stretch - c : run;
                 const int64_t panel_step = kc * kWidth;
-                if (g.gated) {
+                if (c % run != 0) {
+                    // packed with an earlier chunk
+                } else if (g.gated) {
                     for (int half = 0; half < 2; ++half)
-                        pack_panels<V>(g.b[2 * branch + half], q0 * columns, g.N, c, kc, columns,
+                        pack_panels<V>(g.b[2 * branch + half], q0 * columns, g.N, c, packed, columns,
                                        packed_b + half * columns, kWidth, panel_step, groups);
                 } else {
                     const Side side = g.swapped ? whole_side(g, s, c) : listed_side(g, s, c);
-                    pack_panels<V>(side.operand, q0 * kWidth, g.N, side.k, kc, kWidth, packed_b, kWidth, panel_step,
+                    pack_panels<V>(side.operand, q0 * kWidth, g.N, side.k, packed, kWidth, packed_b, kWidth, panel_step,
                                    groups);
                 }
                 const T* chunk = static_cast<const T*>(g.packed_a) + (s + c) * padded_rows;
@@ -115,7 +120,7 @@ void gemm_task(const Gemm& g, int64_t task, void* scratch) {
                         for (int64_t p = pb; p < pe; ++p) {
                             const int64_t slot = (p - p0) * groups + q;
                             T* tile = one_chunk ? tiles : tiles + slot * H * kWidth;
-                            micro(kc, chunk + p * kc * H, packed_b + q * panel_step, tile, !first);
+                            micro(kc, chunk + p * kc * H, packed_b + q * panel_step + c % run * kWidth, tile, !first);
                             if (!last) continue;
                             const int64_t rows = g.M - p * H < H ? g.M - p * H : H;
                             const int64_t col = (q0 + q) * columns;

@@ -74,6 +74,10 @@ struct PlainColumns {
     FFN_FN V operator()(int64_t r, int64_t c, int64_t n) const {
         return load_columns<V>(row_pointer<S>(m, r), m.col_stride, c, n);
     }
+    FFN_FN void prefetch_row(int64_t r, int64_t c, int64_t n) const {
+        const char* row = reinterpret_cast<const char*>(row_pointer<S>(m, r) + c * m.col_stride);
+        for (int64_t i = 0; i < n * static_cast<int64_t>(sizeof(S)); i += 64) prefetch_l2(row + i);
+    }
 };
 
 // act(gate) * up of up to kMaxColumns columns of one row, computed before the row is cut into panels.
@@ -96,6 +100,7 @@ struct ActivatedColumns {
     });
   }
 
+  FFN_FN void prefetch_row(int64_t, int64_t, int64_t) const {}
   FFN_FN V operator()(int64_t r, int64_t c, int64_t n) {
     if (r != row) {
       row = r;
@@ -115,7 +120,10 @@ template <class V, class Columns>
 void pack_copied(Columns& columns, int64_t lane0, int64_t valid, int64_t k0, int64_t kc, int64_t panel_lanes,
                  typename V::Scalar* out, int64_t stride, int64_t panel_step, int64_t panels) {
     constexpr int64_t W = V::kLanes;
+    const int64_t wanted = panels * panel_lanes < valid ? panels * panel_lanes : valid;
     for (int64_t k = 0; k < kc; ++k) {
+        // Rows lie pages apart, where the hardware does not look ahead.
+        if (k + kRowsAhead < kc) columns.prefetch_row(k0 + k + kRowsAhead, lane0, wanted);
         for (int64_t p = 0; p < panels; ++p) {
             typename V::Scalar* to = out + p * panel_step + k * stride;
             for (int64_t i = 0; i < panel_lanes; i += W) {

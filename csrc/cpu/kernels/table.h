@@ -2,6 +2,8 @@
 // sets the register tile, kTileRows x kTileVectors (even: gate and up), before.
 
 constexpr int64_t kPanelBlock = 16;      // A panels that stay in L2 while a B panel stays in L1
+constexpr int64_t kRowsAhead = 16;       // rows, where rows are copied
+constexpr int64_t kStreamBytes = 512;    // ahead in each row while streaming
 constexpr int64_t kPrefetchBytes = 4 * kChunkK;  // ahead in each row while packing: the next chunk, while this one is used
 
 #include "act.h"
@@ -12,6 +14,8 @@ constexpr int64_t kPrefetchBytes = 4 * kChunkK;  // ahead in each row while pack
 
 #include "gemm.h"
 
+#include "stream.h"
+
 #include "elementwise.h"
 
 void pack_a(const Gemm& g, int64_t panel_begin, int64_t panel_end) {
@@ -20,8 +24,14 @@ void pack_a(const Gemm& g, int64_t panel_begin, int64_t panel_end) {
 }
 
 void gemm(const Gemm& g, int64_t task, void* scratch) {
-  if (g.wide) gemm_task<Vec<double>>(g, task, scratch);
-  else gemm_task<Vec<float>>(g, task, scratch);
+  if (can_stream(g)) {
+    if (g.wide) stream_task<Vec<double>>(g, task, scratch);
+    else stream_task<Vec<float>>(g, task, scratch);
+  } else if (g.wide) {
+    gemm_task<Vec<double>>(g, task, scratch);
+  } else {
+    gemm_task<Vec<float>>(g, task, scratch);
+  }
 }
 
 void gated_act(const GatedAct& g, const Range& range) {

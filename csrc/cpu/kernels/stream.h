@@ -1,0 +1,101 @@
+// Textual, per instruction set: products of a few rows, bound by reading the weights. A vector of weight rows is read
+// from end to end, as one stream per row that the hardware can follow, transposed in registers and multiplied at once:
+// nothing is packed. The sums run in the same order as those of the packed product, so results have the same bits.
+
+// Where the product of these rows can be streamed: one A panel, and weights whose rows run along k.
+FFN_FN bool can_stream(const Gemm& g) {
+  if (g.panels_m != 1 || g.swapped || g.K == 0) return false;
+  for (int64_t i = 0; i < g.num_b; ++i) {
+    const Operand& b = g.b[i];
+    if (b.k_along_rows || b.activation >= 0 || b.matrix.col_stride != 1) return false;
+  }
+  return g.gated || g.num_b == 1;
+}
+
+// acc[t] += sum over n of a[k][t] * block[k].
+template <int H, class V>
+FFN_FN void multiply_block(const typename V::Scalar* a, const V* block, int64_t n, V (&acc)[H]) {
+  if (n == V::kLanes) {
+    FFN_UNROLL
+    for (int64_t i = 0; i < V::kLanes; ++i) {
+      FFN_UNROLL
+      for (int t = 0; t < H; ++t) acc[t] = fma(V(a[i * H + t]), block[i], acc[t]);
+    }
+  } else {
+    for (int64_t i = 0; i < n; ++i)
+      for (int t = 0; t < H; ++t) acc[t] = fma(V(a[i * H + t]), block[i], acc[t]);
+  }
+}
+
+// One vector of columns of the tile: lanes lane0 .. of `m`, the last of which is repeated where there are fewer.
+template <class V, class S, int H>
+void stream_vector(const Matrix& m, int64_t lane0, int64_t valid, int64_t K, const typename V::Scalar* a,
+                   typename V::Scalar* tile) {
+  constexpr int64_t W = V::kLanes;
+  const S* row[W];
+  for (int64_t i = 0; i < W; ++i) row[i] = row_pointer<S>(m, lane0 + (i < valid ? i : valid - 1));
+  V total[H];
+  for (int64_t c = 0; c < K; c += kChunkK) {
+    const int64_t end = K - c < kChunkK ? K : c + kChunkK;
+    V acc[H];
+    FFN_UNROLL
+    for (int t = 0; t < H; ++t) acc[t] = V::zero();
+    for (int64_t k = c; k < end; k += W) {
+      const int64_t n = end - k < W ? end - k : W;
+      V block[W];
+      if (n == W) {
+        FFN_UNROLL
+        for (int64_t i = 0; i < W; ++i) {
+          block[i] = load<V>(row[i] + k);
+          prefetch(row[i] + k + kStreamBytes / sizeof(S));
+        }
+      } else {
+        for (int64_t i = 0; i < W; ++i) block[i] = load<V>(row[i] + k, static_cast<int>(n));
+      }
+      transpose(block);
+      multiply_block<H>(a + k * H, block, n, acc);
+    }
+    FFN_UNROLL
+    for (int t = 0; t < H; ++t) total[t] = c == 0 ? acc[t] : total[t] + acc[t];
+  }
+  FFN_UNROLL
+  for (int t = 0; t < H; ++t) store(tile + t * kTileVectors * W, total[t]);
+}
+
+template <class V, class S>
+using StreamKernel = void (*)(const Matrix&, int64_t, int64_t, int64_t, const typename V::Scalar*, typename V::Scalar*);
+
+template <class V, class S, int... H>
+StreamKernel<V, S> stream_kernel_of(int64_t rows, std::integer_sequence<int, H...>) {
+  static constexpr StreamKernel<V, S> kernels[] = {stream_vector<V, S, H + 1>...};
+  return kernels[rows - 1];
+}
+
+template <class V>
+void stream_task(const Gemm& g, int64_t task, void* scratch) {
+  using T = typename V::Scalar;
+  constexpr int64_t W = V::kLanes;
+  constexpr int64_t kWidth = kTileVectors * W;
+  const int64_t columns = g.gated ? kWidth / 2 : kWidth;
+  T* tile = static_cast<T*>(scratch);
+  T* sums = tile + kTileRows * kWidth;
+  // One panel: its chunks follow each other, so k runs on through them.
+  const T* a = static_cast<const T*>(g.packed_a);
+  for (int64_t q = task * g.group_n; q < g.panels_n && q < (task + 1) * g.group_n; ++q) {
+    const int64_t col = q * columns;
+    const int64_t cols = g.N - col < columns ? g.N - col : columns;
+    for (int64_t branch = 0; branch < g.branches(); ++branch) {
+      for (int64_t j = 0; j < kWidth; j += W) {
+        const Matrix& m = g.b[g.gated ? 2 * branch + j / columns : 0].matrix;
+        const int64_t lane = j % columns;
+        if (lane >= cols) continue;
+        dispatch_storage<T>(m.dtype, [&](auto tag) {
+          using S = typename decltype(tag)::Type;
+          const auto kernel = stream_kernel_of<V, S>(g.panel_rows, std::make_integer_sequence<int, kTileRows>{});
+          kernel(m, col + lane, cols - lane < W ? cols - lane : W, g.K, a, tile + j);
+        });
+      }
+      finish_tile<V>(g, branch, tile, {0, g.M, col, cols}, sums);
+    }
+  }
+}

@@ -1,0 +1,49 @@
+// What vector_test.cpp calls of each instruction set: plain functions over arrays, so that the test itself is compiled
+// for the baseline only. No vectors.
+#pragma once
+
+#include <stdint.h>
+
+#include "../../csrc/common/dtypes.h"
+#include "../../csrc/cpu/isa/isa.h"
+
+namespace ffn_ops {
+
+// In this order in `Arithmetic::math`.
+inline constexpr const char* kMathNames[] = {"exp", "tanh", "erf", "sigmoid", "normal_cdf"};
+constexpr int kMathCount = 5;
+
+template <class T>
+struct Arithmetic {
+  int lanes;
+  void (*math[kMathCount])(const T* x, T* out, int64_t count);  // count: a multiple of lanes
+  // out: fwd, then value and slope of grad, then value, slope and curvature of grad2.
+  void (*activation)(int index, T beta, const T* z, T* const (&out)[6], int64_t count);
+  void (*transpose)(T* square);
+  T (*reduce_add)(const T* x);
+  // One vector of each result, in the order of `check_basics`.
+  void (*basics)(const T* a, const T* b, const T* c, T* out);
+};
+
+template <class S>
+struct Storage {
+  using T = typename Codec<S>::Compute;
+  void (*load)(const S* p, int n, T* lanes);  // n < 0: the load of a whole vector
+  void (*store)(const T* lanes, S* p, int n);
+};
+
+struct VectorTable {
+  Isa isa;
+  bool has_fma;
+  Arithmetic<float> arithmetic_float;
+  Arithmetic<double> arithmetic_double;
+  Storage<double> storage_double;
+  Storage<float> storage_float;
+  Storage<Half> storage_half;
+  Storage<BFloat16> storage_bfloat16;
+};
+
+// Null where this build does not have it.
+const VectorTable* vector_table(Isa isa);
+
+}  // namespace ffn_ops
