@@ -33,17 +33,19 @@ define kernel_tests
 	mkdir -p $(TMP)/$(1)
 	for f in $(KERNELS) tests/cpp/kernel_test.cpp; do echo $$f; done | xargs -P 2 -I{} sh -c \
 	  '$(2) $(KERNEL_FLAGS) $(3) -c {} -o $(TMP)/$(1)/$$(basename {} .cpp).o'
-	$(2) $(3) -o $(TMP)/$(1)/kernel_test $(TMP)/$(1)/*.o $(4)
-	$(5) $(TMP)/$(1)/kernel_test
+	$(2) $(3) -o $(TMP)/$(1)/kernel_test $(TMP)/$(1)/*.o
+	$(2) $(KERNEL_FLAGS) $(3) -o $(TMP)/$(1)/vector_test tests/cpp/vector_test.cpp tests/cpp/vector_isas.cpp csrc/cpu/isa/isa.cpp
+	$(4) $(TMP)/$(1)/kernel_test
+	$(4) $(TMP)/$(1)/vector_test
 endef
 
 kernels:
-	$(call kernel_tests,plain,$(CXX),-O2 -Werror,,)
+	$(call kernel_tests,plain,$(CXX),-O2 -Werror,)
 
 sanitize:
-	$(call kernel_tests,sanitize,$(CXX),-O1 -g1 -fsanitize=address$(comma)undefined -fno-sanitize-recover=undefined,,)
+	$(call kernel_tests,sanitize,$(CXX),-O1 -g1 -fsanitize=address$(comma)undefined -fno-sanitize-recover=undefined,)
 
 aarch64:
-	$(call kernel_tests,aarch64,aarch64-linux-gnu-g++,-O2,-static,qemu-aarch64)
+	$(call kernel_tests,aarch64,aarch64-linux-gnu-g++,-O2 -static,qemu-aarch64)
 
 comma := ,

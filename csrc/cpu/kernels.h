@@ -10,9 +10,12 @@
 
 namespace ffn_ops {
 
-// Every sum over k is cut into chunks of kChunkK: a chunk is added in order from zero, chunks are added in order. The
-// cut depends on k alone, so a token's result has the same bits for every number of tokens; and chunks keep the
-// rounding error of long sums (K = 11008) at that of a chunk.
+// Every sum over k is cut into runs of kRunK: a run is added in order from zero, runs are added in order. The cut depends
+// on k alone, so a token's result has the same bits for every number of tokens; and runs keep the rounding error of long
+// sums (K = 11008) near that of a short one.
+constexpr int64_t kRunK = 64;
+// Operands are packed in chunks of kChunkK: a B panel of that length stays in the caches near the core. A multiple of
+// kRunK, else without influence on results.
 constexpr int64_t kChunkK = 256;
 
 // A strided matrix: element (r, c) is data[rows ? rows[r] : r][c]. Lanes of a packed panel run along rows or columns.

@@ -7,30 +7,34 @@ void micro_kernel(int64_t kc, const typename V::Scalar* a, const typename V::Sca
                   bool add) {
   constexpr int W = V::kLanes;
   constexpr int N = kTileVectors;
-  V acc[H][N];
-  FFN_UNROLL
-  for (int i = 0; i < H; ++i) {
-    FFN_UNROLL
-    for (int j = 0; j < N; ++j) acc[i][j] = V::zero();
-  }
-  for (int64_t k = 0; k < kc; ++k) {
-    V bk[N];
-    FFN_UNROLL
-    for (int j = 0; j < N; ++j) bk[j] = load<V>(b + (k * N + j) * W);
+  for (int64_t run = 0; run < kc || run == 0; run += kRunK) {
+    const int64_t end = kc - run < kRunK ? kc : run + kRunK;
+    V acc[H][N];
     FFN_UNROLL
     for (int i = 0; i < H; ++i) {
-      const V ai(a[k * H + i]);
       FFN_UNROLL
-      for (int j = 0; j < N; ++j) acc[i][j] = fma(ai, bk[j], acc[i][j]);
+      for (int j = 0; j < N; ++j) acc[i][j] = V::zero();
     }
-  }
-  FFN_UNROLL
-  for (int i = 0; i < H; ++i) {
+    for (int64_t k = run; k < end; ++k) {
+      V bk[N];
+      FFN_UNROLL
+      for (int j = 0; j < N; ++j) bk[j] = load<V>(b + (k * N + j) * W);
+      FFN_UNROLL
+      for (int i = 0; i < H; ++i) {
+        const V ai(a[k * H + i]);
+        FFN_UNROLL
+        for (int j = 0; j < N; ++j) acc[i][j] = fma(ai, bk[j], acc[i][j]);
+      }
+    }
     FFN_UNROLL
-    for (int j = 0; j < N; ++j) {
-      typename V::Scalar* at = tile + (i * N + j) * W;
-      store(at, add ? load<V>(at) + acc[i][j] : acc[i][j]);
+    for (int i = 0; i < H; ++i) {
+      FFN_UNROLL
+      for (int j = 0; j < N; ++j) {
+        typename V::Scalar* at = tile + (i * N + j) * W;
+        store(at, add ? load<V>(at) + acc[i][j] : acc[i][j]);
+      }
     }
+    add = true;
   }
 }
 
