@@ -1,4 +1,4 @@
-"""Builds the operator libraries. Every compiler flag of the project stands in this file; metadata is in pyproject.toml."""
+"""Builds the operator libraries. Every compiler flag of the project stands here; metadata is in pyproject.toml."""
 
 import os
 import shutil
@@ -49,7 +49,9 @@ def check_compiler() -> None:
     )
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "probe.cpp"
-        source.write_text("#include <concepts>\n#include <bit>\ntemplate <std::integral T> T f(T t) { return t; }\nint x = f(1);\n")
+        source.write_text(
+            "#include <concepts>\n#include <bit>\ntemplate <std::integral T> T f(T t) { return t; }\nint x = f(1);\n"
+        )
         probe = subprocess.run(
             [*compiler.split(), "-std=c++20", "-c", str(source), "-o", str(source.with_suffix(".o"))],
             capture_output=True,

@@ -1,7 +1,7 @@
 // Every operator's schema on one screen. Kernels are registered for their device in cpu/ and cuda/.
 //
-// Shapes: x [T, D], weights [out, in] as nn.Linear has them, gate and up [T, F]. `save` asks for the pre-activations that
-// backward needs (else those results are empty). Gradients that `needs` does not ask for come back empty.
+// Shapes: x [T, D], weights [out, in] as nn.Linear has them, gate and up [T, F]. `save` asks for the pre-activations
+// that backward needs (else those results are empty). Gradients that `needs` does not ask for come back empty.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(ffn_ops, m) {

@@ -4,6 +4,7 @@ Letters in names and docstrings: T tokens, D model width (d_model), F FFN width 
 R routed rows (T * K), G gate branches.
 """
 
+from . import _flops  # noqa: F401  (registers the formulas)
 from ._info import info
 from .modules import GELUFFN, GLU, FeedForward, GatedFFN, PlainFFN, ReLUFFN, SwishFFN
 from .ops import activations, ffn, gated_act, gated_linear

@@ -13,7 +13,7 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def tensor(name: str, value: Any, shape: Sequence[int | str] | None = None, like: Tensor | None = None) -> None:
-    """``shape`` holds extents, or letters where any extent will do; ``like`` is the tensor that sets dtype and device."""
+    """``shape`` holds extents, or letters where any extent will do; ``like`` sets dtype and device."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
     if value.layout is not torch.strided or value.is_nested:

@@ -41,9 +41,7 @@ def fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return decorator
 
 
-def differentiable(
-    name: str, setup_context: Callable[..., None], backward: Callable[..., Any]
-) -> Callable[..., Any]:
+def differentiable(name: str, setup_context: Callable[..., None], backward: Callable[..., Any]) -> Callable[..., Any]:
     """Registers ``backward`` for the operator and returns the function that calls it.
 
     ``torch.library.register_autograd`` serves eager, compile and export; torch.func needs an autograd.Function with

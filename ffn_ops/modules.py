@@ -8,6 +8,8 @@ children are called and only the gate is fused.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -89,14 +91,13 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         w1, w2, w3 = self.w1, self.w2, self.w3
-        act = {"activation": self.activation, "beta": self.beta}
         if is_plain_linear(w1) and is_plain_linear(w2) and is_plain_linear(w3):
             y = ops.ffn(
                 x, w1.weight, w2.weight, w_up=w3.weight, b_in=w1.bias, b_up=w3.bias, b_down=w2.bias,
-                recompute=self.recompute, **act,
+                recompute=self.recompute, activation=self.activation, beta=self.beta,
             )  # fmt: skip
         else:
-            y = w2(ops.gated_act(w1(x), w3(x), **act))
+            y = w2(ops.gated_act(w1(x), w3(x), activation=self.activation, beta=self.beta))
         return self.dropout(y)  # type: ignore[no-any-return]
 
 
@@ -125,12 +126,18 @@ class PlainFFN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         first, second = self.linear1, self.linear2
-        act = {"activation": self.activation, "beta": self.beta}
         if is_plain_linear(first) and is_plain_linear(second):
             return ops.ffn(
-                x, first.weight, second.weight, b_in=first.bias, b_down=second.bias, recompute=self.recompute, **act
+                x,
+                first.weight,
+                second.weight,
+                b_in=first.bias,
+                b_down=second.bias,
+                recompute=self.recompute,
+                activation=self.activation,
+                beta=self.beta,
             )
-        return second(ops.gated_act(first(x), **act))  # type: ignore[no-any-return]
+        return second(ops.gated_act(first(x), activation=self.activation, beta=self.beta))  # type: ignore[no-any-return]
 
 
 class ReLUFFN(PlainFFN):
@@ -176,14 +183,21 @@ class GLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         value, gate = self.linear_value, self.linear_gate
-        act = {"activation": self.activation, "beta": self.beta}
         if is_plain_linear(value) and is_plain_linear(gate):
-            return ops.gated_linear(x, gate.weight, value.weight, b_gate=gate.bias, b_up=value.bias, **act)
-        return ops.gated_act(gate(x), value(x), **act)
+            return ops.gated_linear(
+                x,
+                gate.weight,
+                value.weight,
+                b_gate=gate.bias,
+                b_up=value.bias,
+                activation=self.activation,
+                beta=self.beta,
+            )
+        return ops.gated_act(gate(x), value(x), activation=self.activation, beta=self.beta)
 
 
 class GatedFFN(nn.Module):
-    """``sum over g of value_g(x) * sigmoid(gate_g(x))``, of width ``d_ff``; ``out_proj=True`` projects it to ``d_model``.
+    """``sum over g of value_g(x) * sigmoid(gate_g(x))``, of width ``d_ff``; ``out_proj=True`` adds a way back to ``d_model``.
 
     Shapes: x ``[..., d_model]`` to ``[..., d_ff]``, or ``[..., d_model]`` with the projection. State:
     ``value_layers.{g}``, ``gate_layers.{g}`` and, with the projection, ``out_proj``.
@@ -209,16 +223,20 @@ class GatedFFN(nn.Module):
         self.activation, self.beta = activation, beta
 
     def forward(self, x: Tensor) -> Tensor:
-        values, gates = list(self.value_layers), list(self.gate_layers)
-        act = {"activation": self.activation, "beta": self.beta}
+        values: list[Any] = list(self.value_layers)
+        gates: list[Any] = list(self.gate_layers)
         if all(is_plain_linear(layer) for layer in (*values, *gates)) and _alike(values) and _alike(gates):
-            biases = {
-                "b_gate": [layer.bias for layer in gates if layer.bias is not None],
-                "b_up": [layer.bias for layer in values if layer.bias is not None],
-            }
-            y = ops.gated_linear(x, [g.weight for g in gates], [v.weight for v in values], **biases, **act)
+            y = ops.gated_linear(
+                x,
+                [g.weight for g in gates],
+                [v.weight for v in values],
+                b_gate=[g.bias for g in gates if g.bias is not None],
+                b_up=[v.bias for v in values if v.bias is not None],
+                activation=self.activation,
+                beta=self.beta,
+            )
         else:
-            y = ops.gated_act(gates[0](x), values[0](x), **act)
+            y = ops.gated_act(gates[0](x), values[0](x), activation=self.activation, beta=self.beta)
             for gate, value in zip(gates[1:], values[1:], strict=True):
-                y = y + ops.gated_act(gate(x), value(x), **act)
+                y = y + ops.gated_act(gate(x), value(x), activation=self.activation, beta=self.beta)
         return y if self.out_proj is None else self.out_proj(y)  # type: ignore[no-any-return]

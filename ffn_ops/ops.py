@@ -6,6 +6,7 @@ The kernels see two-dimensional tensors; leading dimensions are folded here, as 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -113,7 +114,13 @@ def _(d_out: Tensor, gate: Tensor, up: Tensor | None, activation: str, beta: flo
 
 @fake("gated_act_double_backward")
 def _(
-    dd_gate: Tensor | None, dd_up: Tensor | None, d_out: Tensor, gate: Tensor, up: Tensor | None, activation: str, beta: float
+    dd_gate: Tensor | None,
+    dd_up: Tensor | None,
+    d_out: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    activation: str,
+    beta: float,
 ) -> Any:
     _check_gated_act(gate, up, activation, d_out=d_out, dd_gate=dd_gate, dd_up=dd_up)
     none = _dense(gate, 0)
@@ -160,7 +167,9 @@ def _third_order(ctx: Any, *grads: Any) -> Any:
 
 
 _gated_act_double_backward = differentiable("gated_act_double_backward", _third_setup, _third_order)
-_gated_act_backward = differentiable("gated_act_backward", _gated_act_backward_setup, _gated_act_double_backward_formula)
+_gated_act_backward = differentiable(
+    "gated_act_backward", _gated_act_backward_setup, _gated_act_double_backward_formula
+)
 _gated_act = differentiable("gated_act", _gated_act_setup, _gated_act_backward_formula)
 
 
@@ -232,7 +241,12 @@ def _as_list(name: str, value: Any) -> list[Tensor]:
 
 
 def _check_gated_linear(
-    x: Tensor, w_gate: Sequence[Tensor], w_up: Sequence[Tensor], b_gate: Sequence[Tensor], b_up: Sequence[Tensor], activation: str
+    x: Tensor,
+    w_gate: Sequence[Tensor],
+    w_up: Sequence[Tensor],
+    b_gate: Sequence[Tensor],
+    b_up: Sequence[Tensor],
+    activation: str,
 ) -> None:
     check.tensor("x", x)
     if not w_gate:
@@ -263,10 +277,20 @@ def _(x: Tensor, w_gate: Any, w_up: Any, b_gate: Any, b_up: Any, activation: str
 
 @fake("gated_linear_backward")
 def _(
-    d_y: Tensor, x: Tensor, w_gate: Any, w_up: Any, gate: Tensor, up: Tensor, activation: str, beta: float, needs: list[bool]
+    d_y: Tensor,
+    x: Tensor,
+    w_gate: Any,
+    w_up: Any,
+    b_gate: Any,
+    b_up: Any,
+    gate: Tensor,
+    up: Tensor,
+    activation: str,
+    beta: float,
+    needs: list[bool],
 ) -> Any:
     check.tensor("x", x, ("T", "D"))
-    _check_gated_linear(x, w_gate, w_up, (), (), activation)
+    _check_gated_linear(x, w_gate, w_up, b_gate, b_up, activation)
     G, T, D, F_ = len(w_gate), x.shape[0], x.shape[1], w_gate[0].shape[0]
     check.tensor("d_y", d_y, (T, F_), like=x)
     check.tensor("gate", gate, (G, T, F_), like=x)
@@ -280,31 +304,37 @@ def _any(needs: Any) -> bool:
 
 
 def _gated_linear_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    x, w_gate, w_up, b_gate, _b_up, ctx.activation, ctx.beta, save = inputs
+    x, w_gate, w_up, b_gate, b_up, ctx.activation, ctx.beta, save = inputs
     _y, gate, up = output
     ctx.mark_non_differentiable(gate, up)
     ctx.set_materialize_grads(False)
-    ctx.G, ctx.biases, ctx.save = len(w_gate), bool(b_gate), save
-    ctx.save_for_backward(x, gate, up, *w_gate, *w_up)
+    ctx.save = save
+    ctx.lengths = [len(each) for each in (w_gate, w_up, b_gate, b_up)]
+    ctx.save_for_backward(x, gate, up, *w_gate, *w_up, *b_gate, *b_up)
+
+
+def _lists(tensors: Sequence[Any], lengths: Sequence[int]) -> list[list[Any]]:
+    ends = list(accumulate(lengths))
+    return [list(tensors[end - length : end]) for length, end in zip(lengths, ends, strict=True)]
 
 
 def _gated_linear_backward_formula(ctx: Any, d_y: Tensor | None, _gate: Any, _up: Any) -> Any:
+    none = [[None] * length for length in ctx.lengths]  # torch wants a list for a list, asked for or not
     if d_y is None:
-        return (None,) * 8
+        return None, *none, None, None, None
     if not ctx.save:
         raise RuntimeError("gated_linear: backward needs the pre-activations; call the operator with save=True")
-    x, gate, up, *weights = ctx.saved_tensors
+    x, gate, up, *others = ctx.saved_tensors
     needs = [_any(each) for each in ctx.needs_input_grad[:5]]
-    grads = _gated_linear_backward(
-        d_y, x, weights[: ctx.G], weights[ctx.G :], gate, up, ctx.activation, ctx.beta, needs
-    )
-    lists = [list(g.unbind(0)) if need else None for g, need in zip(grads[1:], needs[1:], strict=True)]
+    lists = _lists(others, ctx.lengths)
+    grads = _gated_linear_backward(d_y, x, *lists, gate, up, ctx.activation, ctx.beta, needs)
+    lists = [list(g.unbind(0)) if need else n for g, need, n in zip(grads[1:], needs[1:], none, strict=True)]
     return (grads[0] if needs[0] else None, *lists, None, None, None)
 
 
 def _gated_linear_backward_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    d_y, x, w_gate, w_up, gate, up, ctx.activation, ctx.beta, _needs = inputs
-    ctx.G = len(w_gate)
+    d_y, x, w_gate, w_up, b_gate, b_up, gate, up, ctx.activation, ctx.beta, _needs = inputs
+    ctx.lengths = [len(each) for each in (w_gate, w_up, b_gate, b_up)]
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(d_y, x, gate, up, *w_gate, *w_up)
 
@@ -327,13 +357,14 @@ def _linear_cotangent(
 
 
 def _gated_linear_double_backward(ctx: Any, *grads: Tensor | None) -> Any:
-    """Differentiates the backward with gate and up as functions of x, weights and biases (their totals, not partials)."""
+    """Differentiates the backward, with gate and up as functions of x, weights and biases."""
     d_y, x, gate, up, *weights = ctx.saved_tensors
-    w_gate, w_up = weights[: ctx.G], weights[ctx.G :]
+    G, _G, gate_biases, up_biases = ctx.lengths
+    w_gate, w_up = _lists(weights, (G, G))
     dd_x, dd_w_gate, dd_w_up, dd_b_gate, dd_b_up = (_given(g) for g in grads)
     by_d_y, by_x = torch.zeros_like(d_y), torch.zeros_like(x)
-    by_w_gate, by_w_up = [], []
-    for i in range(ctx.G):
+    by_w_gate, by_w_up, by_b_gate, by_b_up = [], [], [], []
+    for i in range(G):
         part = [None if t is None else t[i] for t in (dd_w_gate, dd_w_up, dd_b_gate, dd_b_up)]
         dd_g = _linear_cotangent(x, w_gate[i], dd_x, part[0], part[2])
         dd_u = _linear_cotangent(x, w_up[i], dd_x, part[1], part[3])
@@ -347,7 +378,9 @@ def _gated_linear_double_backward(ctx: Any, *grads: Tensor | None) -> Any:
             by_x = by_x + d_u @ part[1]
         by_w_gate.append(by_g.t() @ x if dd_x is None else by_g.t() @ x + d_g.t() @ dd_x)
         by_w_up.append(by_u.t() @ x if dd_x is None else by_u.t() @ x + d_u.t() @ dd_x)
-    return by_d_y, by_x, by_w_gate, by_w_up, None, None, None, None, None
+        by_b_gate.append(by_g.sum(0))
+        by_b_up.append(by_u.sum(0))
+    return by_d_y, by_x, by_w_gate, by_w_up, by_b_gate[:gate_biases], by_b_up[:up_biases], *(None,) * 5
 
 
 _gated_linear_backward = differentiable(
@@ -552,9 +585,7 @@ def _ffn_backward_formula(ctx: Any, d_y: Tensor | None, _gate: Any, _up: Any) ->
         return (None,) * 11
     x, w_in, w_up, w_down, b_in, b_up, gate, up = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:7])
-    grads = _ffn_backward(
-        d_y, x, w_in, w_up, w_down, b_in, b_up, gate, up, ctx.gated, ctx.activation, ctx.beta, needs
-    )
+    grads = _ffn_backward(d_y, x, w_in, w_up, w_down, b_in, b_up, gate, up, ctx.gated, ctx.activation, ctx.beta, needs)
     return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), None, None, None, None)
 
 
@@ -565,7 +596,7 @@ def _ffn_backward_setup(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _ffn_double_backward(ctx: Any, *grads: Tensor | None) -> Any:
-    """Differentiates the backward with gate and up as functions of x, weights and biases (their totals, not partials)."""
+    """Differentiates the backward, with gate and up as functions of x, weights and biases."""
     d_y, x, w_in, w_up, w_down, b_in, b_up, gate, up = ctx.saved_tensors
     dd_x, dd_w_in, dd_w_up, dd_w_down, dd_b_in, dd_b_up, dd_b_down = (_given(g) for g in grads)
     fused = ctx.gated and w_up is None

@@ -59,7 +59,7 @@ def ffn(
     beta: float = 1.0,
     recompute: bool = False,
 ) -> Tensor:
-    """``(act(x w_in^T + b_in) [* (x w_up^T + b_up)]) w_down^T + b_down``; ``gated`` without ``w_up``: gate rows first."""
+    """``(act(x w_in^T + b_in) [* (x w_up^T + b_up)]) w_down^T + b_down``; fused weights have gate rows first."""
     pre = F.linear(x, w_in, b_in)
     if w_up is not None:
         gate, up = pre, F.linear(x, w_up, b_up)
@@ -128,5 +128,3 @@ class GatedFFN(nn.Module):
             output = gated if output is None else output + gated
         assert output is not None
         return output if self.out_proj is None else self.out_proj(output)
-
-

@@ -11,11 +11,11 @@ namespace {
 
 struct Ffn {
   DType dtype;
-  int64_t T, D, F, O;      // tokens, model width, FFN width, output width
+  int64_t T, D, F, O;  // tokens, model width, FFN width, output width
   bool gated;
-  std::vector<Operand> in;         // gate and up weights, or the one input weight: lanes = rows
-  std::vector<const void*> bias;   // of the same
-  std::vector<Operand> in_by_k;    // the input weights for d_x: k = rows, in the order of d_hidden
+  std::vector<Operand> in;        // gate and up weights, or the one input weight: lanes = rows
+  std::vector<const void*> bias;  // of the same
+  std::vector<Operand> in_by_k;   // the input weights for d_x: k = rows, in the order of d_hidden
   int activation;
   double beta;
   std::vector<Tensor> keep;

@@ -80,10 +80,10 @@ std::tuple<Tensor, Tensor> gated_act_backward(const Tensor& d_out, const Tensor&
   return {d_gate, d_up};
 }
 
-std::tuple<Tensor, Tensor, Tensor> gated_act_double_backward(std::optional<Tensor> dd_gate,
-                                                             std::optional<Tensor> dd_up, const Tensor& d_out,
-                                                             const Tensor& gate, std::optional<Tensor> up,
-                                                             std::string activation, double beta) {
+std::tuple<Tensor, Tensor, Tensor> gated_act_double_backward(std::optional<Tensor> dd_gate, std::optional<Tensor> dd_up,
+                                                             const Tensor& d_out, const Tensor& gate,
+                                                             std::optional<Tensor> up, std::string activation,
+                                                             double beta) {
   GatedAct g = elementwise(gate, up, activation, beta);
   const DType dtype = g.gate.dtype;
   check_same(d_out, "d_out", gate, dtype);

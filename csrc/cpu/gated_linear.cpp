@@ -23,8 +23,8 @@ GatedLinear check_gated_linear(const Tensor& x, const std::vector<Tensor>& w_gat
   c.dtype = storage_dtype(x, "x");
   check_tensor(x, "x", c.dtype, {-1, -1});
   c.G = static_cast<int64_t>(w_gate.size());
-  STD_TORCH_CHECK(c.G > 0 && w_up.size() == w_gate.size(), "w_up: expected as many weights as w_gate, at least one, got ",
-                  w_up.size(), " and ", w_gate.size());
+  STD_TORCH_CHECK(c.G > 0 && w_up.size() == w_gate.size(),
+                  "w_up: expected as many weights as w_gate, at least one, got ", w_up.size(), " and ", w_gate.size());
   c.T = x.size(0);
   c.D = x.size(1);
   STD_TORCH_CHECK(w_gate[0].dim() == 2, "w_gate: expected shape [F, D], got ", shape_text(w_gate[0]));

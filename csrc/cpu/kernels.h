@@ -10,9 +10,9 @@
 
 namespace ffn_ops {
 
-// Every sum over k is cut into runs of kRunK: a run is added in order from zero, runs are added in order. The cut depends
-// on k alone, so a token's result has the same bits for every number of tokens; and runs keep the rounding error of long
-// sums (K = 11008) near that of a short one.
+// Every sum over k is cut into runs of kRunK: a run is added in order from zero, runs are added in order. The cut
+// depends on k alone, so a token's result has the same bits for every number of tokens; and runs keep the rounding
+// error of long sums (K = 11008) near that of a short one.
 constexpr int64_t kRunK = 64;
 // Operands are packed in chunks of kChunkK: a B panel of that length stays in the caches near the core. A multiple of
 // kRunK, else without influence on results.
@@ -20,103 +20,103 @@ constexpr int64_t kChunkK = 256;
 
 // A strided matrix: element (r, c) is data[rows ? rows[r] : r][c]. Lanes of a packed panel run along rows or columns.
 struct Matrix {
-    const void* data = nullptr;
-    int64_t row_stride = 0;
-    int64_t col_stride = 1;
-    DType dtype = DType::kFloat32;
-    const int64_t* rows = nullptr;  // row gather
+  const void* data = nullptr;
+  int64_t row_stride = 0;
+  int64_t col_stride = 1;
+  DType dtype = DType::kFloat32;
+  const int64_t* rows = nullptr;  // row gather
 };
 
 // One operand of a product, read as element (lane, k).
 struct Operand {
-    Matrix matrix;
-    bool k_along_rows = false;  // false: lane = row, k = column (a Linear's weight); true: k = row, lane = column
-    // With `up` the operand is act(matrix) * up, without but with activation >= 0 act(matrix); needs k_along_rows.
-    Matrix up;
-    int activation = -1;
-    double beta = 1.0;
+  Matrix matrix;
+  bool k_along_rows = false;  // false: lane = row, k = column (a Linear's weight); true: k = row, lane = column
+  // With `up` the operand is act(matrix) * up, without but with activation >= 0 act(matrix); needs k_along_rows.
+  Matrix up;
+  int activation = -1;
+  double beta = 1.0;
 };
 
 struct Epilogue {
-    enum class Kind {
-        kStore,         // out = acc + bias
-        kActivate,      // out = sum over branches of act(gate) * up, or act(gate); saves gate and up where asked
-        kActivateGrad,  // acc = dH: out = act'(gate) * up * dH and out_up = act(gate) * dH
-    };
-    Kind kind = Kind::kStore;
-    DType dtype = DType::kFloat32;       // storage of everything below
-    void* out = nullptr;                 // [M, N]
-    void* out_up = nullptr;              // kActivateGrad, gated
-    int64_t out_stride = 0;
-    bool transposed = false;             // kStore: element (m, n) of the tile goes to out[n][m], its bias is bias[m]
-    void* gate = nullptr;                // pre-activations [branches, M, N]; written by kActivate, read by kActivateGrad
-    void* up = nullptr;
-    int64_t pre_stride = 0;              // between rows
-    int64_t pre_branch_stride = 0;       // between branches
-    const void* const* bias = nullptr;   // one per B operand, each may be null
-    int activation = 0;
-    double beta = 1.0;
+  enum class Kind {
+    kStore,         // out = acc + bias
+    kActivate,      // out = sum over branches of act(gate) * up, or act(gate); saves gate and up where asked
+    kActivateGrad,  // acc = dH: out = act'(gate) * up * dH and out_up = act(gate) * dH
+  };
+  Kind kind = Kind::kStore;
+  DType dtype = DType::kFloat32;  // storage of everything below
+  void* out = nullptr;            // [M, N]
+  void* out_up = nullptr;         // kActivateGrad, gated
+  int64_t out_stride = 0;
+  bool transposed = false;  // kStore: element (m, n) of the tile goes to out[n][m], its bias is bias[m]
+  void* gate = nullptr;     // pre-activations [branches, M, N]; written by kActivate, read by kActivateGrad
+  void* up = nullptr;
+  int64_t pre_stride = 0;             // between rows
+  int64_t pre_branch_stride = 0;      // between branches
+  const void* const* bias = nullptr;  // one per B operand, each may be null
+  int activation = 0;
+  double beta = 1.0;
 };
 
 // out[M, N] = epilogue(sum over k of A(m, k) * B(n, k)).
 struct Gemm {
-    int64_t M = 0, N = 0, K = 0;
-    Operand a;
-    // Gated: b[2g], b[2g + 1] are gate and up weights of branch g; half of a panel's vectors are gate, half up.
-    // Else b[j] holds the j-th stretch of K / num_b along k.
-    const Operand* b = nullptr;
-    int64_t num_b = 1;
-    bool gated = false;
-    Epilogue epilogue;
+  int64_t M = 0, N = 0, K = 0;
+  Operand a;
+  // Gated: b[2g], b[2g + 1] are gate and up weights of branch g; half of a panel's vectors are gate, half up.
+  // Else b[j] holds the j-th stretch of K / num_b along k.
+  const Operand* b = nullptr;
+  int64_t num_b = 1;
+  bool gated = false;
+  Epilogue epilogue;
 
-    // Schedule, filled by plan_gemm(); it never changes a bit of the result.
-    bool swapped = false;         // the product is computed as its transpose: M and N above are exchanged, b is shared
-    int64_t first_row = 0;        // of the shared operand: this is a part of the product
-    bool wide = false;            // float64 arithmetic
-    int64_t panel_rows = 0;       // rows of an A panel, 1 .. tile rows
-    int64_t panels_m = 0;         // A panels
-    int64_t panels_n = 0;         // B panels of one tile's width
-    int64_t group_n = 0;          // B panels a task packs at a time
-    int64_t block_m = 0;          // A panels of one task
-    void* packed_a = nullptr;     // [K chunk][panel][k][panel_rows]
+  // Schedule, filled by plan_gemm(); it never changes a bit of the result.
+  bool swapped = false;      // the product is computed as its transpose: M and N above are exchanged, b is shared
+  int64_t first_row = 0;     // of the shared operand: this is a part of the product
+  bool wide = false;         // float64 arithmetic
+  int64_t panel_rows = 0;    // rows of an A panel, 1 .. tile rows
+  int64_t panels_m = 0;      // A panels
+  int64_t panels_n = 0;      // B panels of one tile's width
+  int64_t group_n = 0;       // B panels a task packs at a time
+  int64_t block_m = 0;       // A panels of one task
+  void* packed_a = nullptr;  // [K chunk][panel][k][panel_rows]
 
-    int64_t branches() const { return gated ? num_b / 2 : 1; }
-    int64_t stretch() const { return gated ? K : K / num_b; }  // length of one B operand along k
-    int64_t tasks_n() const { return (panels_n + group_n - 1) / group_n; }
-    int64_t tasks_m() const { return (panels_m + block_m - 1) / block_m; }
+  int64_t branches() const { return gated ? num_b / 2 : 1; }
+  int64_t stretch() const { return gated ? K : K / num_b; }  // length of one B operand along k
+  int64_t tasks_n() const { return (panels_n + group_n - 1) / group_n; }
+  int64_t tasks_m() const { return (panels_m + block_m - 1) / block_m; }
 };
 
 struct GatedAct {
-    int64_t rows = 0, cols = 0;
-    Matrix gate, up, d_out;           // up.data null: plain
-    Matrix dd_gate, dd_up;            // double backward: cotangents of d_gate and d_up
-    void* out[3] = {};                // forward: out. backward: d_gate, d_up. double: d_d_out, d_gate, d_up (null: skip)
-    int64_t out_stride = 0;
-    int activation = 0;
-    double beta = 1.0;
+  int64_t rows = 0, cols = 0;
+  Matrix gate, up, d_out;  // up.data null: plain
+  Matrix dd_gate, dd_up;   // double backward: cotangents of d_gate and d_up
+  void* out[3] = {};       // forward: out. backward: d_gate, d_up. double: d_d_out, d_gate, d_up (null: skip)
+  int64_t out_stride = 0;
+  int activation = 0;
+  double beta = 1.0;
 };
 
 struct Range {
-    int64_t row_begin, row_end, col_begin, col_end;
+  int64_t row_begin, row_end, col_begin, col_end;
 };
 
 struct ColumnSum {
-    int64_t rows = 0, cols = 0;
-    Matrix matrix;
-    void* out = nullptr;
+  int64_t rows = 0, cols = 0;
+  Matrix matrix;
+  void* out = nullptr;
 };
 
 // Entry points of one instruction set. Each works on a range and is single-threaded.
 struct KernelTable {
-    int64_t lanes;            // float32 lanes of a vector; float64: half
-    int64_t tile_rows;        // the register tile: rows, and vectors in each
-    int64_t tile_vectors;
-    void (*pack_a)(const Gemm&, int64_t panel_begin, int64_t panel_end);
-    void (*gemm)(const Gemm&, int64_t task, void* scratch);
-    void (*gated_act)(const GatedAct&, const Range&);
-    void (*gated_act_backward)(const GatedAct&, const Range&);
-    void (*gated_act_double_backward)(const GatedAct&, const Range&);
-    void (*column_sum)(const ColumnSum&, int64_t col_begin, int64_t col_end);
+  int64_t lanes;      // float32 lanes of a vector; float64: half
+  int64_t tile_rows;  // the register tile: rows, and vectors in each
+  int64_t tile_vectors;
+  void (*pack_a)(const Gemm&, int64_t panel_begin, int64_t panel_end);
+  void (*gemm)(const Gemm&, int64_t task, void* scratch);
+  void (*gated_act)(const GatedAct&, const Range&);
+  void (*gated_act_backward)(const GatedAct&, const Range&);
+  void (*gated_act_double_backward)(const GatedAct&, const Range&);
+  void (*column_sum)(const ColumnSum&, int64_t col_begin, int64_t col_end);
 };
 
 constexpr int64_t kPanelPad = 64;  // bytes a packed panel may be overwritten behind its end
@@ -129,11 +129,11 @@ inline int64_t packed_chunks(const Gemm& g) { return g.group_n == 1 ? kSingleChu
 
 // Bytes of thread-private memory that `gemm` needs: the packed B group and the partial sums of the task's tiles.
 inline int64_t gemm_scratch_bytes(const Gemm& g, const KernelTable& table) {
-    const int64_t width = table.tile_vectors * table.lanes / (g.wide ? 2 : 1);
-    const int64_t b = packed_chunks(g) * width * kChunkK;
-    const int64_t tiles = g.block_m * g.group_n * g.panel_rows * width;
-    const int64_t sums = g.branches() > 1 ? tiles / 2 : 0;
-    return (b + tiles + sums) * compute_size(g.wide) + 4 * kPanelPad;
+  const int64_t width = table.tile_vectors * table.lanes / (g.wide ? 2 : 1);
+  const int64_t b = packed_chunks(g) * width * kChunkK;
+  const int64_t tiles = g.block_m * g.group_n * g.panel_rows * width;
+  const int64_t sums = g.branches() > 1 ? tiles / 2 : 0;
+  return (b + tiles + sums) * compute_size(g.wide) + 4 * kPanelPad;
 }
 
 // The table of an instruction set, null where this build does not have it.

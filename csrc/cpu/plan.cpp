@@ -7,7 +7,7 @@
 namespace ffn_ops {
 namespace {
 
-constexpr int64_t kShortK = 64;                      // below, a product is bound by its stores, which should run along rows
+constexpr int64_t kShortK = 64;  // below, a product is bound by its stores, which should run along rows
 constexpr int64_t kPackedBytes = int64_t{32} << 20;  // a packed A operand, shared by all tasks
 constexpr int64_t kTileBytes = int64_t{1} << 20;     // partial sums of one task: they stay in L2 or L3
 constexpr int64_t kGroupBytes = int64_t{256} << 10;  // packed B of one task: it stays in L2

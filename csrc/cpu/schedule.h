@@ -1,4 +1,5 @@
-// Threads and memory of one operator call: phases of tasks in a single parallel region, and the cached workspace. Nothing here changes a bit of a result.
+// Threads and memory of one operator call: phases of tasks in a single parallel region, and the cached workspace.
+// Nothing here changes a bit of a result.
 #pragma once
 
 #include <cstddef>

@@ -139,7 +139,8 @@ void test_store(const char* isa, const KernelTable& table, DType dtype, const Sh
 // Two branches of act(gate) * up with biases, pre-activations saved.
 void test_gated(const char* isa, const KernelTable& table, DType dtype, const Shape& s, int activation) {
   constexpr int64_t kBranches = 2;
-  Buffer x(dtype, s.M * s.K), out(dtype, s.M * s.N), gate(dtype, kBranches * s.M * s.N), up(dtype, kBranches * s.M * s.N);
+  Buffer x(dtype, s.M * s.K), out(dtype, s.M * s.N), gate(dtype, kBranches * s.M * s.N),
+      up(dtype, kBranches * s.M * s.N);
   std::vector<Buffer> weights, biases;
   std::vector<Operand> operands;
   std::vector<const void*> bias_data;
@@ -286,7 +287,8 @@ void test_elementwise(const char* isa, const KernelTable& table, DType dtype, in
 int main() {
   const int activation = activation_index("silu");
   // One row, the register tile's edges, primes, more than one chunk of k, more than one task in both directions.
-  const Shape shapes[] = {{1, 1, 1}, {1, 37, 300}, {6, 16, 64}, {14, 32, 256}, {15, 33, 257}, {3, 2, 0}, {61, 307, 131}};
+  const Shape shapes[] = {{1, 1, 1},     {1, 37, 300}, {6, 16, 64},   {14, 32, 256},
+                          {15, 33, 257}, {3, 2, 0},    {61, 307, 131}};
   for (const Isa isa : kIsas) {
     const KernelTable* table = kernel_table(isa);
     if (!table || !isa_supported(isa)) continue;

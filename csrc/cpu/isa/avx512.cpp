@@ -3,7 +3,8 @@
 // No torch or std inline function may be instantiated inside: the linker could keep that copy for an older CPU.
 #if defined(__x86_64__)
 
-// GCC 12's own headers start many AVX-512 intrinsics from an undefined register and then warn about it (GCC bug 105593).
+// GCC 12's own headers start many AVX-512 intrinsics from an undefined register and then warn about it (GCC bug
+// 105593).
 #ifndef __clang__
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
@@ -18,7 +19,8 @@
 #include "../kernels.h"
 
 #ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl"))), \
+                             apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")

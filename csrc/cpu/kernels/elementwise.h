@@ -35,9 +35,15 @@ void gated_act_range(const GatedAct& g, void (*ActKernels<V>::*pick)(const ActVe
   for (int64_t r = range.row_begin; r < range.row_end; ++r) {
     for (int64_t c = range.col_begin; c < range.col_end; c += kStretch) {
       const int64_t n = range.col_end - c < kStretch ? range.col_end - c : kStretch;
-      kernel({(n + V::kLanes - 1) / V::kLanes, V::kLanes, gate.read(g.gate, r, c, n), up.read(g.up, r, c, n),
-              d.read(g.d_out, r, c, n), dd_gate.read(g.dd_gate, r, c, n), dd_up.read(g.dd_up, r, c, n),
-              {out[0].values, out[1].values, out[2].values}, static_cast<typename V::Scalar>(g.beta)});
+      kernel({(n + V::kLanes - 1) / V::kLanes,
+              V::kLanes,
+              gate.read(g.gate, r, c, n),
+              up.read(g.up, r, c, n),
+              d.read(g.d_out, r, c, n),
+              dd_gate.read(g.dd_gate, r, c, n),
+              dd_up.read(g.dd_up, r, c, n),
+              {out[0].values, out[1].values, out[2].values},
+              static_cast<typename V::Scalar>(g.beta)});
       for (int i = 0; i < 3; ++i) out[i].write(g.gate.dtype, g.out[i], r * g.out_stride + c, n);
     }
   }

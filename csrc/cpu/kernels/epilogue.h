@@ -39,7 +39,8 @@ void storage_to_tile(const TilePart& t, DType dtype, const void* base, int64_t r
     for (int64_t j = 0; j < t.cols; j += W) {
       const int64_t n = t.cols - j < W ? t.cols - j : W;
       const S* from = static_cast<const S*>(base) + t.row0 * row_stride + t.col + j;
-      for (int64_t i = 0; i < t.rows; ++i) store(tile + i * kTileVectors * W + j, load_part<V>(from + i * row_stride, n));
+      for (int64_t i = 0; i < t.rows; ++i)
+        store(tile + i * kTileVectors * W + j, load_part<V>(from + i * row_stride, n));
     }
   });
 }
@@ -62,7 +63,8 @@ void add_bias(const TilePart& t, DType dtype, const void* bias, typename V::Scal
 
 // The first half of a tile row's vectors is gate, the second up, of the same columns.
 template <class V>
-void finish_gated(const Gemm& g, int64_t branch, typename V::Scalar* tile, const TilePart& t, typename V::Scalar* sums) {
+void finish_gated(const Gemm& g, int64_t branch, typename V::Scalar* tile, const TilePart& t,
+                  typename V::Scalar* sums) {
   constexpr int64_t W = V::kLanes;
   constexpr int64_t kHalf = kTileVectors / 2 * W;
   const Epilogue& e = g.epilogue;
@@ -77,8 +79,16 @@ void finish_gated(const Gemm& g, int64_t branch, typename V::Scalar* tile, const
   }
   if (!e.out) return;
   for (int64_t j = 0; j < kHalf; j += W)
-    act_kernels<V>(e.activation).forward({t.rows, 2 * kHalf, tile + j, tile + kHalf + j, nullptr, nullptr, nullptr,
-                                          {tile + j}, static_cast<typename V::Scalar>(e.beta)});
+    act_kernels<V>(e.activation)
+        .forward({t.rows,
+                  2 * kHalf,
+                  tile + j,
+                  tile + kHalf + j,
+                  nullptr,
+                  nullptr,
+                  nullptr,
+                  {tile + j},
+                  static_cast<typename V::Scalar>(e.beta)});
   if (g.branches() > 1) {
     for (int64_t i = 0; i < t.rows; ++i) {
       for (int64_t j = 0; j < kHalf; j += W) {
@@ -122,8 +132,16 @@ void finish_plain(const Epilogue& e, typename V::Scalar* tile, const TilePart& t
   if (e.kind == Epilogue::Kind::kActivate) {
     if (e.gate) tile_to_storage<V>(t, e.dtype, tile, e.gate, e.pre_stride);
     if (!e.out) return;
-    act_kernels<V>(e.activation).forward({kTileVectors * t.rows, V::kLanes, tile, nullptr, nullptr, nullptr, nullptr, {tile},
-                                          static_cast<typename V::Scalar>(e.beta)});
+    act_kernels<V>(e.activation)
+        .forward({kTileVectors * t.rows,
+                  V::kLanes,
+                  tile,
+                  nullptr,
+                  nullptr,
+                  nullptr,
+                  nullptr,
+                  {tile},
+                  static_cast<typename V::Scalar>(e.beta)});
   }
   tile_to_storage<V>(t, e.dtype, tile, e.out, e.out_stride);
 }
@@ -139,16 +157,23 @@ void finish_activate_grad(const Epilogue& e, typename V::Scalar* tile, const Til
   if (e.up) storage_to_tile<V>(t, e.dtype, e.up, e.pre_stride, up);
   for (int64_t j = 0; j < t.cols; j += W) {  // vectors behind the part are not set
     T *at = gate + j, *at_up = up + j;
-    act_kernels<V>(e.activation).backward({t.rows, kTileVectors * W, at, e.up ? at_up : nullptr, tile + j, nullptr,
-                                           nullptr, {at, at_up}, static_cast<T>(e.beta)});
+    act_kernels<V>(e.activation)
+        .backward({t.rows,
+                   kTileVectors * W,
+                   at,
+                   e.up ? at_up : nullptr,
+                   tile + j,
+                   nullptr,
+                   nullptr,
+                   {at, at_up},
+                   static_cast<T>(e.beta)});
   }
   tile_to_storage<V>(t, e.dtype, gate, e.out, e.out_stride);
   if (e.up) tile_to_storage<V>(t, e.dtype, up, e.out_up, e.out_stride);
 }
 
 template <class V>
-void finish_tile(const Gemm& g, int64_t branch, typename V::Scalar* tile, const TilePart& t,
-                 typename V::Scalar* sums) {
+void finish_tile(const Gemm& g, int64_t branch, typename V::Scalar* tile, const TilePart& t, typename V::Scalar* sums) {
   if (g.epilogue.kind == Epilogue::Kind::kActivateGrad) finish_activate_grad<V>(g.epilogue, tile, t);
   else if (g.gated) finish_gated<V>(g, branch, tile, t, sums);
   else if (g.epilogue.transposed) finish_transposed<V>(g.epilogue, tile, t);

@@ -15,22 +15,22 @@ constexpr int64_t kMaxColumns = 512;  // of a group of panels packed together
 
 template <class S>
 FFN_FN const S* row_pointer(const Matrix& m, int64_t r) {
-    return static_cast<const S*>(m.data) + (m.rows ? m.rows[r] : r) * m.row_stride;
+  return static_cast<const S*>(m.data) + (m.rows ? m.rows[r] : r) * m.row_stride;
 }
 
 // n <= lanes elements of one row from column c on, the rest zero.
 template <class V, class S>
 FFN_FN V load_columns(const S* row, int64_t col_stride, int64_t c, int64_t n) {
-    if (col_stride == 1) return n == V::kLanes ? load<V>(row + c) : load<V>(row + c, static_cast<int>(n));
-    S buffer[V::kLanes] = {};
-    for (int64_t i = 0; i < n; ++i) buffer[i] = row[(c + i) * col_stride];
-    return load<V>(buffer, static_cast<int>(n));
+  if (col_stride == 1) return n == V::kLanes ? load<V>(row + c) : load<V>(row + c, static_cast<int>(n));
+  S buffer[V::kLanes] = {};
+  for (int64_t i = 0; i < n; ++i) buffer[i] = row[(c + i) * col_stride];
+  return load<V>(buffer, static_cast<int>(n));
 }
 
 template <class V>
 FFN_FN void store_first(typename V::Scalar* out, V v, int64_t n) {
-    if (n == V::kLanes) store(out, v);
-    else store(out, v, static_cast<int>(n));
+  if (n == V::kLanes) store(out, v);
+  else store(out, v, static_cast<int>(n));
 }
 
 // Lanes are rows: blocks of kLanes x kLanes are transposed in registers, whole cache lines of every row at a time
@@ -38,46 +38,46 @@ FFN_FN void store_first(typename V::Scalar* out, V v, int64_t n) {
 template <class V, class S>
 void pack_transposed(const Matrix& m, int64_t lane0, int64_t lanes, int64_t valid, int64_t k0, int64_t kc,
                      typename V::Scalar* out, int64_t stride) {
-    constexpr int64_t W = V::kLanes;
-    const S* row[W];
-    for (int64_t i = 0; i < W; ++i) row[i] = row_pointer<S>(m, lane0 + (i < valid ? i : 0));
-    const bool dense = m.col_stride == 1 && valid == W;
-    // A full store may run over the end of its k row where the rows behind are written later, within the panel.
-    const int64_t room = lanes == stride ? kc * stride - W : -1;  // last place of a full store
-    V block[W];
-    for (int64_t k = 0; k < kc; k += W) {
-        const int64_t n = kc - k < W ? kc - k : W;
-        if (dense && n == W) {
-            FFN_UNROLL
-            for (int64_t i = 0; i < W; ++i) {
-                block[i] = load<V>(row[i] + k0 + k);
-                prefetch_l2(row[i] + k0 + k + kPrefetchBytes / sizeof(S));
-            }
-        } else {
-            for (int64_t i = 0; i < W; ++i)
-                block[i] = i < valid ? load_columns<V>(row[i], m.col_stride, k0 + k, n) : V::zero();
-        }
-        transpose(block);
-        typename V::Scalar* to = out + k * stride;
-        if (n == W && (lanes == W || (k + W - 1) * stride <= room)) {
-            FFN_UNROLL
-            for (int64_t i = 0; i < W; ++i) store(to + i * stride, block[i]);
-        } else {
-            for (int64_t i = 0; i < n; ++i) store_first(to + i * stride, block[i], (k + i) * stride <= room ? W : lanes);
-        }
+  constexpr int64_t W = V::kLanes;
+  const S* row[W];
+  for (int64_t i = 0; i < W; ++i) row[i] = row_pointer<S>(m, lane0 + (i < valid ? i : 0));
+  const bool dense = m.col_stride == 1 && valid == W;
+  // A full store may run over the end of its k row where the rows behind are written later, within the panel.
+  const int64_t room = lanes == stride ? kc * stride - W : -1;  // last place of a full store
+  V block[W];
+  for (int64_t k = 0; k < kc; k += W) {
+    const int64_t n = kc - k < W ? kc - k : W;
+    if (dense && n == W) {
+      FFN_UNROLL
+      for (int64_t i = 0; i < W; ++i) {
+        block[i] = load<V>(row[i] + k0 + k);
+        prefetch_l2(row[i] + k0 + k + kPrefetchBytes / sizeof(S));
+      }
+    } else {
+      for (int64_t i = 0; i < W; ++i)
+        block[i] = i < valid ? load_columns<V>(row[i], m.col_stride, k0 + k, n) : V::zero();
     }
+    transpose(block);
+    typename V::Scalar* to = out + k * stride;
+    if (n == W && (lanes == W || (k + W - 1) * stride <= room)) {
+      FFN_UNROLL
+      for (int64_t i = 0; i < W; ++i) store(to + i * stride, block[i]);
+    } else {
+      for (int64_t i = 0; i < n; ++i) store_first(to + i * stride, block[i], (k + i) * stride <= room ? W : lanes);
+    }
+  }
 }
 
 template <class V, class S>
 struct PlainColumns {
-    const Matrix& m;
-    FFN_FN V operator()(int64_t r, int64_t c, int64_t n) const {
-        return load_columns<V>(row_pointer<S>(m, r), m.col_stride, c, n);
-    }
-    FFN_FN void prefetch_row(int64_t r, int64_t c, int64_t n) const {
-        const char* row = reinterpret_cast<const char*>(row_pointer<S>(m, r) + c * m.col_stride);
-        for (int64_t i = 0; i < n * static_cast<int64_t>(sizeof(S)); i += 64) prefetch_l2(row + i);
-    }
+  const Matrix& m;
+  FFN_FN V operator()(int64_t r, int64_t c, int64_t n) const {
+    return load_columns<V>(row_pointer<S>(m, r), m.col_stride, c, n);
+  }
+  FFN_FN void prefetch_row(int64_t r, int64_t c, int64_t n) const {
+    const char* row = reinterpret_cast<const char*>(row_pointer<S>(m, r) + c * m.col_stride);
+    for (int64_t i = 0; i < n * static_cast<int64_t>(sizeof(S)); i += 64) prefetch_l2(row + i);
+  }
 };
 
 // act(gate) * up of up to kMaxColumns columns of one row, computed before the row is cut into panels.
@@ -106,9 +106,16 @@ struct ActivatedColumns {
       row = r;
       read(op.matrix, r, values);
       if (op.up.data) read(op.up, r, up);
-      act_kernels<V>(op.activation).forward({(end - first + V::kLanes - 1) / V::kLanes, V::kLanes, values,
-                                             op.up.data ? up : nullptr, nullptr, nullptr, nullptr, {values},
-                                             static_cast<typename V::Scalar>(op.beta)});
+      act_kernels<V>(op.activation)
+          .forward({(end - first + V::kLanes - 1) / V::kLanes,
+                    V::kLanes,
+                    values,
+                    op.up.data ? up : nullptr,
+                    nullptr,
+                    nullptr,
+                    nullptr,
+                    {values},
+                    static_cast<typename V::Scalar>(op.beta)});
     }
     return n == V::kLanes ? load<V>(values + c - first) : load<V>(values + c - first, static_cast<int>(n));
   }
@@ -119,56 +126,56 @@ struct ActivatedColumns {
 template <class V, class Columns>
 void pack_copied(Columns& columns, int64_t lane0, int64_t valid, int64_t k0, int64_t kc, int64_t panel_lanes,
                  typename V::Scalar* out, int64_t stride, int64_t panel_step, int64_t panels) {
-    constexpr int64_t W = V::kLanes;
-    const int64_t wanted = panels * panel_lanes < valid ? panels * panel_lanes : valid;
-    for (int64_t k = 0; k < kc; ++k) {
-        // Rows lie pages apart, where the hardware does not look ahead.
-        if (k + kRowsAhead < kc) columns.prefetch_row(k0 + k + kRowsAhead, lane0, wanted);
-        for (int64_t p = 0; p < panels; ++p) {
-            typename V::Scalar* to = out + p * panel_step + k * stride;
-            for (int64_t i = 0; i < panel_lanes; i += W) {
-                const int64_t lane = p * panel_lanes + i;
-                const int64_t room = panel_lanes - i < W ? panel_lanes - i : W;
-                const int64_t left = valid - lane;
-                const int64_t n = left >= room ? room : (left > 0 ? left : 0);
-                const V v = n > 0 ? columns(k0 + k, lane0 + lane, n) : V::zero();
-                store_first(to + i, v, panel_lanes == stride && k * stride + i + W <= kc * stride ? W : room);
-            }
-        }
+  constexpr int64_t W = V::kLanes;
+  const int64_t wanted = panels * panel_lanes < valid ? panels * panel_lanes : valid;
+  for (int64_t k = 0; k < kc; ++k) {
+    // Rows lie pages apart, where the hardware does not look ahead.
+    if (k + kRowsAhead < kc) columns.prefetch_row(k0 + k + kRowsAhead, lane0, wanted);
+    for (int64_t p = 0; p < panels; ++p) {
+      typename V::Scalar* to = out + p * panel_step + k * stride;
+      for (int64_t i = 0; i < panel_lanes; i += W) {
+        const int64_t lane = p * panel_lanes + i;
+        const int64_t room = panel_lanes - i < W ? panel_lanes - i : W;
+        const int64_t left = valid - lane;
+        const int64_t n = left >= room ? room : (left > 0 ? left : 0);
+        const V v = n > 0 ? columns(k0 + k, lane0 + lane, n) : V::zero();
+        store_first(to + i, v, panel_lanes == stride && k * stride + i + W <= kc * stride ? W : room);
+      }
     }
+  }
 }
 
 // Packs `panels` panels of `panel_lanes` lanes each, starting at lane0; lanes from `lane_end` on are zero.
 template <class V>
 void pack_panels(const Operand& op, int64_t lane0, int64_t lane_end, int64_t k0, int64_t kc, int64_t panel_lanes,
                  typename V::Scalar* out, int64_t stride, int64_t panel_step, int64_t panels) {
-    constexpr int64_t W = V::kLanes;
-    if (op.activation >= 0) {
-        const int64_t wanted = panels * panel_lanes;
-        const int64_t end = lane_end - lane0 < wanted ? lane_end : lane0 + wanted;
-        ActivatedColumns<V> columns(op, lane0, end);
-        pack_copied<V>(columns, lane0, lane_end - lane0, k0, kc, panel_lanes, out, stride, panel_step, panels);
-        return;
-    }
-    dispatch_storage<typename V::Scalar>(op.matrix.dtype, [&](auto storage) {
-        using S = typename decltype(storage)::Type;
-        if (op.k_along_rows) {
-            PlainColumns<V, S> columns{op.matrix};
-            pack_copied<V>(columns, lane0, lane_end - lane0, k0, kc, panel_lanes, out, stride, panel_step, panels);
-        } else {
-            for (int64_t p = 0; p < panels; ++p) {
-                for (int64_t i = 0; i < panel_lanes; i += W) {
-                    const int64_t lane = lane0 + p * panel_lanes + i;
-                    const int64_t room = panel_lanes - i < W ? panel_lanes - i : W;
-                    const int64_t left = lane_end - lane;
-                    typename V::Scalar* to = out + p * panel_step + i;
-                    if (left > 0) {
-                        pack_transposed<V, S>(op.matrix, lane, room, left < room ? left : room, k0, kc, to, stride);
-                    } else {
-                        for (int64_t k = 0; k < kc; ++k) store_first(to + k * stride, V::zero(), room);
-                    }
-                }
-            }
+  constexpr int64_t W = V::kLanes;
+  if (op.activation >= 0) {
+    const int64_t wanted = panels * panel_lanes;
+    const int64_t end = lane_end - lane0 < wanted ? lane_end : lane0 + wanted;
+    ActivatedColumns<V> columns(op, lane0, end);
+    pack_copied<V>(columns, lane0, lane_end - lane0, k0, kc, panel_lanes, out, stride, panel_step, panels);
+    return;
+  }
+  dispatch_storage<typename V::Scalar>(op.matrix.dtype, [&](auto storage) {
+    using S = typename decltype(storage)::Type;
+    if (op.k_along_rows) {
+      PlainColumns<V, S> columns{op.matrix};
+      pack_copied<V>(columns, lane0, lane_end - lane0, k0, kc, panel_lanes, out, stride, panel_step, panels);
+    } else {
+      for (int64_t p = 0; p < panels; ++p) {
+        for (int64_t i = 0; i < panel_lanes; i += W) {
+          const int64_t lane = lane0 + p * panel_lanes + i;
+          const int64_t room = panel_lanes - i < W ? panel_lanes - i : W;
+          const int64_t left = lane_end - lane;
+          typename V::Scalar* to = out + p * panel_step + i;
+          if (left > 0) {
+            pack_transposed<V, S>(op.matrix, lane, room, left < room ? left : room, k0, kc, to, stride);
+          } else {
+            for (int64_t k = 0; k < kc; ++k) store_first(to + k * stride, V::zero(), room);
+          }
         }
-    });
+      }
+    }
+  });
 }

@@ -1,10 +1,11 @@
 // Textual, per instruction set: all kernels and the table that the boundary calls them through. The including file
 // sets the register tile, kTileRows x kTileVectors (even: gate and up), before.
 
-constexpr int64_t kPanelBlock = 16;      // A panels that stay in L2 while a B panel stays in L1
-constexpr int64_t kRowsAhead = 16;       // rows, where rows are copied
-constexpr int64_t kStreamBytes = 512;    // ahead in each row while streaming
-constexpr int64_t kPrefetchBytes = 4 * kChunkK;  // ahead in each row while packing: the next chunk, while this one is used
+constexpr int64_t kPanelBlock = 16;    // A panels that stay in L2 while a B panel stays in L1
+constexpr int64_t kRowsAhead = 16;     // rows, where rows are copied
+constexpr int64_t kStreamBytes = 512;  // ahead in each row while streaming
+constexpr int64_t kPrefetchBytes =
+    4 * kChunkK;  // ahead in each row while packing: the next chunk, while this one is used
 
 #include "act.h"
 
@@ -45,7 +46,8 @@ void gated_act_backward(const GatedAct& g, const Range& range) {
 }
 
 void gated_act_double_backward(const GatedAct& g, const Range& range) {
-  if (g.gate.dtype == DType::kFloat64) gated_act_range<Vec<double>>(g, &ActKernels<Vec<double>>::double_backward, range);
+  if (g.gate.dtype == DType::kFloat64)
+    gated_act_range<Vec<double>>(g, &ActKernels<Vec<double>>::double_backward, range);
   else gated_act_range<Vec<float>>(g, &ActKernels<Vec<float>>::double_backward, range);
 }
 
@@ -55,6 +57,6 @@ void column_sum(const ColumnSum& s, int64_t c0, int64_t c1) {
 }
 
 extern const KernelTable kTable;
-const KernelTable kTable = {Vec<float>::kLanes, kTileRows, kTileVectors, pack_a,
-                            gemm,               gated_act,          gated_act_backward,
-                            gated_act_double_backward, column_sum};
+const KernelTable kTable = {
+    Vec<float>::kLanes,        kTileRows, kTileVectors, pack_a, gemm, gated_act, gated_act_backward,
+    gated_act_double_backward, column_sum};

@@ -1,0 +1,1 @@
+"""Benchmarks of ffn_ops: one harness, the dense layers' rows, and the targets they are held against."""

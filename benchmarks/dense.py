@@ -1,0 +1,148 @@
+"""``python -m benchmarks.dense``: measures the dense layers, prints the tables, writes JSON and a plot."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import re
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import ffn_ops
+
+from . import peak
+from .harness import QUICK, Budget, Harness
+from .providers import COMPILING, OURS, PROVIDERS
+from .report import LEGEND, Record, machine_text, row_text, summary_text
+from .targets import judged, targets_text
+from .workloads import Row, all_rows, in_order, quick_rows, target_rows
+
+ROOT = Path(__file__).parents[1]
+
+
+def machine(threads: set[int]) -> Record:
+    """What the figures belong to, with the limits of every instruction set before the rows run."""
+    info = ffn_ops.info()
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    chosen = re.search(r"\[(\w+)\]", setting.read_text()) if setting.exists() else None
+    limits = {
+        str(count): {
+            isa: {
+                "fma_gflops": max(peak.fma(isa, count) for _ in range(3)),
+                "read_gbs": max(peak.read(isa, count) for _ in range(2)),
+            }
+            for isa in peak.isas()
+        }
+        for count in sorted(threads)
+    }
+    return {
+        **{key: info[key] for key in ("cpu", "isa", "isas", "torch", "version")},
+        "torch_isa": torch.backends.cpu.get_cpu_capability(),
+        "cpus": os.cpu_count(),
+        "last_level_cache": peak.last_level_cache(),
+        "huge_pages": chosen.group(1) if chosen else "unknown",
+        "date": datetime.date.today().isoformat(),
+        "limits": limits,
+    }
+
+
+def chosen_rows(options: argparse.Namespace) -> list[Row]:
+    if options.quick:
+        rows = quick_rows(options.threads)
+    elif options.targets:
+        rows = target_rows(options.threads)
+    else:
+        rows = all_rows(options.threads)
+    rows = [row for row in rows if all(word in row.name for word in options.only)]
+    if not rows:
+        names = "\n  ".join(row.name for row in in_order(all_rows(options.threads)))
+        raise SystemExit(f"--only {' '.join(options.only)}: no row has all of these in its name. Rows:\n  {names}")
+    return in_order(rows)
+
+
+def default_file(options: argparse.Namespace, facts: Record) -> Path:
+    """A whole run is kept with the repository, a part of one is not."""
+    if options.quick or options.targets or options.only or options.no_compile:
+        return ROOT / "out" / "benchmarks" / "dense.json"
+    cpu = re.sub(r"[^a-z0-9]+", "-", facts["cpu"].lower()).strip("-")
+    return ROOT / "benchmarks" / "results" / f"dense-{cpu}-{facts['isa']}-{options.threads}.json"
+
+
+def save(file: Path, results: dict[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _shown(file: Path) -> str:
+    return str(file.relative_to(ROOT)) if file.is_relative_to(ROOT) else str(file)
+
+
+def run(rows: list[Row], harness: Harness, facts: Record, file: Path) -> int:
+    """Measures the rows, printing each as it ends. 1 where a provider was refused or ours failed."""
+    print(machine_text(facts), flush=True)
+    start = time.perf_counter()
+    results: dict[str, Any] = {"machine": facts, "rows": []}
+    refused = []
+    try:
+        for number, row in enumerate(rows, 1):
+            measured = harness.measure(row)
+            record = measured.record()
+            refused += [
+                f"{row.name}: {each.provider}: {each.note}"
+                for each in measured.timed
+                if each.refused or (each.provider.startswith(OURS) and each.note.startswith("failed"))
+            ]
+            results["rows"].append(record)
+            print(f"\n[{number}/{len(rows)}, {time.perf_counter() - start:.0f} s] {row_text(record)}", flush=True)
+    except KeyboardInterrupt:
+        print("\ninterrupted: the rows so far", flush=True)
+    finally:
+        harness.close()
+    results["targets"] = judged(results["rows"])
+    print(f"\n{LEGEND}\n\n{summary_text(results['rows'])}\n\n{targets_text(results['rows'])}\n")
+    save(file, results)
+    written = [_shown(file)]
+    try:
+        from .plot import plot
+    except ImportError as missing:
+        print(f"no plot: {missing}")
+    else:
+        plot(results, file.with_suffix(".png"))
+        written.append(_shown(file.with_suffix(".png")))
+    print(f"{' and '.join(written)} written after {time.perf_counter() - start:.0f} s")
+    for line in refused:
+        print(f"REFUSED {line}", file=sys.stderr)
+    return 1 if refused else 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.dense", description=__doc__)
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--quick", action="store_true", help="a minute: most targets with few samples")
+    which.add_argument("--targets", action="store_true", help="only the rows that the targets read")
+    parser.add_argument("--threads", type=int, default=1, help="of every row (default 1, and two rows with 2)")
+    parser.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="rows whose name has every TEXT")
+    parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
+    parser.add_argument("--out", type=Path, help="the JSON file; the plot stands beside it")
+    options = parser.parse_args(arguments)
+    if options.threads < 1:
+        parser.error(f"--threads: expected at least 1, got {options.threads}")
+    rows = chosen_rows(options)
+    facts = machine({row.threads for row in rows} | {options.threads})
+    providers = [p for p in PROVIDERS if not (options.no_compile and p.name in COMPILING)]
+    with tempfile.TemporaryDirectory() as folder:
+        if not options.quick:  # a fresh cache, so that a first call says what compilation takes
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+        harness = Harness(QUICK if options.quick else Budget(), facts["isa"], providers)
+        return run(rows, harness, facts, options.out or default_file(options, facts))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,94 @@
+"""Eager in a process of its own, started with torch's huge-page switch: both ends of the pipe.
+
+torch reads the switch once, when it allocates first, so it cannot be a provider in the harness's process. The process
+lives as long as the run and sleeps between samples; its samples interleave with the others round by round.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .workloads import Row, Shape
+
+SWITCH = {"THP_MEM_ALLOC_ENABLE": "1"}
+
+
+def norms(results: Sequence[Tensor]) -> list[float]:
+    """By which the two processes compare their results."""
+    return [float(torch.linalg.vector_norm(t.detach().to(torch.float64))) for t in results]
+
+
+class HugePageProcess:
+    """The harness's end."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **SWITCH, "OMP_WAIT_POLICY": "passive"},  # spinning would disturb the others' samples
+            cwd=Path(__file__).parents[1],
+        )
+
+    def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(json.dumps(question) + "\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"the process with {SWITCH} ended with status {self.process.wait()}")
+        reply: dict[str, Any] = json.loads(answer)
+        return reply
+
+    def prepare(self, row: Row) -> tuple[list[float], float]:
+        """Makes the row's tensors and runs once: the norms of the results and the seconds."""
+        answer = self._ask({"shape": asdict(row.shape), "dtype": row.dtype, "mode": row.mode, "threads": row.threads})
+        return answer["norms"], answer["seconds"]
+
+    def sample(self, repeats: int) -> float:
+        return float(self._ask({"repeats": repeats})["seconds"])
+
+    def close(self) -> None:
+        self.process.communicate()  # the end of its input ends it
+
+
+def main() -> None:
+    """The other end: one line of JSON in, one out."""
+    from .harness import Local
+    from .providers import Inputs, eager_inputs
+
+    runner: Local | None = None
+    inputs: Inputs | None = None
+    of: tuple[Shape, str] | None = None
+    for line in sys.stdin:
+        question = json.loads(line)
+        if "shape" in question:
+            torch.set_num_threads(question["threads"])
+            shape, dtype = Shape(**question["shape"]), question["dtype"]
+            if inputs is None or of != (shape, dtype):
+                runner = inputs = None  # free first
+                inputs, of = eager_inputs(shape, dtype), (shape, dtype)
+            runner = Local(inputs, shape, question["mode"])
+            results = runner.results()
+            answer: dict[str, Any] = {"norms": norms(results), "seconds": runner.first_call}
+            del results
+            runner.begin()
+        else:
+            assert runner is not None
+            answer = {"seconds": runner.sample(question["repeats"])}
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()

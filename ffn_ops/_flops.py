@@ -1,0 +1,64 @@
+"""FLOP formulas for torch.utils.flop_counter: 2 M N K for a product, as torch counts; activations count nothing.
+
+Each argument is the shape of the operator's argument of that name; the letters are those of ``ffn_ops/__init__.py``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from . import _library  # noqa: F401  (loads the operators)
+
+_OPS = torch.ops.ffn_ops
+
+
+def _in_width(w_in: Any, w_up: Any) -> int:
+    """Rows of all input weights: F, or 2F where gated."""
+    return int(w_in[0]) + (0 if w_up is None else int(w_up[0]))
+
+
+@register_flop_formula(_OPS.ffn)  # type: ignore[untyped-decorator]
+def ffn_flops(x: Any, w_in: Any, w_up: Any, w_down: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    T, D = x
+    O, F = w_down
+    return 2 * T * (D * _in_width(w_in, w_up) + F * O)  # type: ignore[no-any-return]
+
+
+@register_flop_formula(_OPS.ffn_backward)  # type: ignore[untyped-decorator]
+def ffn_backward_flops(
+    d_y: Any, x: Any, w_in: Any, w_up: Any, w_down: Any, b_in: Any, b_up: Any, gate: Any, up: Any, gated: bool,
+    activation: str, beta: float, needs: Any, *, out_shape: Any = None, **_: Any
+) -> int:  # fmt: skip
+    T, D = x
+    O, F = w_down
+    need_x, need_in, need_up, need_down, need_b_in, need_b_up, _need_b_down = needs
+    rows = _in_width(w_in, w_up)
+    hidden = need_x or need_in or need_up or need_b_in or need_b_up
+    total = 0
+    if len(gate) == 1 and (hidden or need_down):  # the pre-activations were not saved
+        total += D * rows
+    total += F * O * (bool(hidden) + bool(need_down))
+    total += D * rows * bool(need_x)
+    total += D * w_in[0] * bool(need_in)
+    total += D * w_up[0] * bool(need_up) if w_up is not None else 0
+    return 2 * T * total  # type: ignore[no-any-return]
+
+
+@register_flop_formula(_OPS.gated_linear)  # type: ignore[untyped-decorator]
+def gated_linear_flops(x: Any, w_gate: Any, w_up: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    T, D = x
+    return 2 * T * D * sum(w[0] for w in (*w_gate, *w_up))  # type: ignore[no-any-return]
+
+
+@register_flop_formula(_OPS.gated_linear_backward)  # type: ignore[untyped-decorator]
+def gated_linear_backward_flops(
+    d_y: Any, x: Any, w_gate: Any, w_up: Any, *rest: Any, out_shape: Any = None, **_: Any
+) -> int:
+    T, D = x
+    need_x, need_gate, need_up, *_biases = rest[-1]
+    gates, ups = (sum(w[0] for w in weights) for weights in (w_gate, w_up))
+    width = (gates + ups) * bool(need_x) + gates * bool(need_gate) + ups * bool(need_up)
+    return 2 * T * D * width  # type: ignore[no-any-return]

@@ -1,0 +1,154 @@
+"""``python -m ffn_ops compare``: the study guides' feed-forward layers, counted, timed and trained side by side.
+
+Importing this package needs torch alone; ``run`` checks for matplotlib and rich (the ``compare`` extra) first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .settings import CompareError, Settings
+
+LOG_WIDTH = 140  # of the tables where the output is a file or a pipe
+COMPILE_CHOICES = ("some", "all", "none")
+
+
+def _positive(text: str) -> int:
+    value = int(text) if text.strip().isdecimal() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return value
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--text", type=Path, metavar="FILE", help="text to train on (default: one shipped with Python)")
+    parser.add_argument("--out", type=Path, default=Path("ffn_compare"), metavar="DIR", help="where the report goes")
+    parser.add_argument("--steps", type=_positive, default=Settings.steps, help="training steps per run (%(default)s)")
+    parser.add_argument("--seeds", type=_positive, default=Settings.seeds, help="paired seeds (%(default)s)")
+    parser.add_argument("--repeats", type=_positive, default=Settings.repeats, help="timing rounds (%(default)s)")
+    parser.add_argument(
+        "--compile",
+        choices=COMPILE_CHOICES,
+        default=Settings.compile,
+        help="which layers torch.compile is timed on; some: one plain, one gated, one multi-gate (%(default)s)",
+    )
+    parser.add_argument("--device", help="cpu or cuda (default: cuda where the fused layers run on it)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """The whole command: 0, or 2 with one line on stderr for a caller's mistake, or 1 where a layer was refused."""
+    try:
+        _require_extras()
+        from .machine import choose_device
+
+        settings = Settings(
+            out=args.out,
+            text=args.text,
+            device=choose_device(args.device),
+            steps=args.steps,
+            seeds=args.seeds,
+            repeats=args.repeats,
+            compile=args.compile,
+        )
+        return compare(settings)
+    except CompareError as error:
+        print(f"ffn_ops compare: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _require_extras() -> None:
+    missing = [name for name in ("matplotlib", "rich") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise CompareError(f"{' and '.join(missing)} not installed: pip install 'ffn_ops[compare]'")
+
+
+def _prepare_folder(path: Path) -> None:
+    """Make the folder and write into it once, so that a bad one is known before any work."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except (OSError, ValueError) as error:
+        raise CompareError(f"--out {path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def compare(settings: Settings) -> int:
+    """Check the text and the folder, run every stage, write the report."""
+    from rich.console import Console
+
+    from . import activations, counts, layers, plots, report, tables, terminal, text, train
+    from .advice import choice, limits
+    from .architectures import ARCHITECTURES
+    from .machine import facts
+    from .results import Results, TextFacts, write_json
+
+    data = text.load(settings.text, settings.model.context)
+    _prepare_folder(settings.out)
+    console = Console()
+    if not console.is_terminal:
+        console.width = LOG_WIDTH
+    about = TextFacts(data.name, len(data.train), len(data.validation), data.truncated)
+    results = Results(facts(settings.device), settings, about)
+
+    @contextmanager
+    def stage(name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        results.seconds[name] = round(time.perf_counter() - began, 1)
+
+    with stage("counting"):
+        results.counts = counts.count(settings.layer)
+    terminal.show(console, tables.counts_table(results))
+    compiled = len(layers.compiled_keys(settings.compile))
+    if compiled:
+        console.print(f"torch.compile is timed on {compiled} of {len(ARCHITECTURES)} layers; --compile all|some|none")
+    with terminal.progress_bar(console) as progress:
+        with stage("timing"):
+            task = progress.add_task("timing", total=layers.progress_length(settings))
+            results.activations = activations.measure(settings)
+            results.layers = layers.measure(settings, lambda: progress.advance(task))
+        with stage("training"):
+            task = progress.add_task("training", total=settings.seeds * len(ARCHITECTURES) * settings.steps)
+            for seed in range(settings.seeds):
+                progress.update(task, description=f"training, seed {seed}")
+                results.runs += train.train_together(
+                    ARCHITECTURES,
+                    data,
+                    settings,
+                    seed=seed,
+                    steps=settings.steps,
+                    learning_rate=settings.learning_rate,
+                    advance=lambda: progress.advance(task),
+                )
+        with stage("stress"):
+            stress = progress.add_task("high rate", total=len(ARCHITECTURES) * settings.stress_steps)
+            results.stress = train.train_together(
+                ARCHITECTURES,
+                data,
+                settings,
+                seed=0,
+                steps=settings.stress_steps,
+                learning_rate=settings.learning_rate * settings.stress_factor,
+                advance=lambda: progress.advance(stress),
+            )
+    for table in (tables.layers_table, tables.training_table, tables.dead_table, tables.advice_table):
+        terminal.show(console, table(results))
+    terminal.show_list(console, "From this run's figures", choice(results))
+    terminal.show_list(console, "What this run does not support", limits(results))
+
+    with stage("writing"):
+        written = plots.write(results, settings.out)
+    report.write(results, written, settings.out / "report.md")
+    write_json(results, settings.out / "results.json")
+    console.print(f"Report: {settings.out / 'report.md'}", markup=False, soft_wrap=True)
+    refused = [r.architecture for r in results.layers if r.refused]
+    if refused:
+        print(f"ffn_ops compare: error: fused layer disagrees with float64: {', '.join(refused)}", file=sys.stderr)
+    return 1 if refused else 0

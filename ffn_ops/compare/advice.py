@@ -1,0 +1,256 @@
+"""The guides' advice beside what this run measured. Every sentence is built from a figure; nothing is assumed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+from .architectures import ARCHITECTURES, BASELINE, BY_KEY
+from .layers import Timing
+from .paired import FASTER, HIGHER, LOWER, NOT_SHOWN, SLOWER, UNTESTABLE, Paired, paired, speed_ratio
+from .results import Results, Trained, losses, trained
+
+SUPPORTED, CONTRADICTED, MIXED, OPEN = "supported", "contradicted", "partly", "not shown"
+NOT_TESTED, NOT_CONTRADICTED, BEATEN = "not tested", "not contradicted", "beaten in this run"
+GATED = ("glu", "geglu", "swiglu")
+
+
+@dataclass(frozen=True)
+class Advice:
+    guide: str
+    measured: str
+    verdict: str
+
+
+def signed(value: float) -> str:
+    return f"{value:+.3f}"
+
+
+def describe(key: str, other: str, difference: Paired | None) -> str:
+    names = f"{BY_KEY[key].name} - {BY_KEY[other].name}"
+    if difference is None:
+        return f"{names}: no pair of finished runs"
+    interval = "" if difference.half_width is None else f" ± {difference.half_width:.3f}"
+    return f"{names}: {signed(difference.mean)}{interval} nats/byte ({difference.verdict})"
+
+
+def _difference(results: Results, key: str, other: str) -> Paired | None:
+    return paired(losses(results.runs, key), losses(results.runs, other))
+
+
+def _claim_lower(results: Results, guide: str, pairs: list[tuple[str, str]]) -> Advice:
+    """The guide says that the first of each pair does better than the second."""
+    differences = [_difference(results, *pair) for pair in pairs]
+    verdicts = [d.verdict if d is not None else UNTESTABLE for d in differences]
+    texts = [describe(a, b, d) for (a, b), d in zip(pairs, differences, strict=True)]
+    return Advice(guide, "; ".join(texts), _combine(verdicts))
+
+
+def _combine(verdicts: list[str]) -> str:
+    if all(v == UNTESTABLE for v in verdicts):
+        return NOT_TESTED
+    lower, higher = verdicts.count(LOWER), verdicts.count(HIGHER)
+    if lower == len(verdicts):
+        return SUPPORTED
+    if higher and not lower:
+        return CONTRADICTED
+    return MIXED if lower else OPEN
+
+
+def _best(results: Results) -> Trained | None:
+    rows = [t for t in trained(results.runs) if t.loss is not None]
+    return min(rows, key=lambda t: t.loss.mean if t.loss is not None else float("inf")) if rows else None
+
+
+def _good_enough(results: Results, guide: str, keys: tuple[str, ...]) -> Advice:
+    """The guide recommends ``keys``: does any of them lose to the best layer of this run?"""
+    best = _best(results)
+    if best is None:
+        return Advice(guide, "no finished run", NOT_TESTED)
+    pairs = [(key, best.architecture) for key in keys if key != best.architecture]
+    differences = [_difference(results, *pair) for pair in pairs]
+    verdicts = [UNTESTABLE if d is None else d.verdict for d in differences]
+    texts = [describe(a, b, d) for (a, b), d in zip(pairs, differences, strict=True)]
+    if best.architecture in keys:
+        texts.append(f"{BY_KEY[best.architecture].name} has the lowest mean loss itself")
+    measured = "against this run's lowest mean: " + "; ".join(texts)
+    if UNTESTABLE in verdicts:
+        return Advice(guide, measured, NOT_TESTED)
+    worse = verdicts.count(HIGHER)
+    return Advice(guide, measured, NOT_CONTRADICTED if not worse else BEATEN if worse == len(keys) else MIXED)
+
+
+def _dead(rows: list[Trained], guide: str, where: str) -> Advice:
+    by_key = {t.architecture: t for t in rows if t.units}
+    if "relu" not in by_key or BASELINE not in by_key:
+        return Advice(guide, f"{where}: no finished run", NOT_TESTED)
+    share = {k: t.dead_at_end / t.units for k, t in by_key.items()}
+    parts = [f"{BY_KEY[k].name} {100 * s:.1f} %" for k, s in share.items()]
+    smooth = max(share.get(k, 0.0) for k in ("gelu", "silu"))
+    if share["relu"] == 0 and smooth == 0:
+        verdict = OPEN
+    elif smooth < share["relu"] / 2:
+        verdict = SUPPORTED
+    else:
+        verdict = CONTRADICTED if smooth > share["relu"] else MIXED
+    return Advice(guide, f"{where}, dead after training: " + ", ".join(parts), verdict)
+
+
+def _gradients(rows: list[Trained]) -> Advice:
+    guide = "Gradient flow: ReLU dies, GELU smooth, GLU good, Gated-FFN very good"
+    ratios = {t.architecture: t.gradient_ratio for t in rows if t.gradient_ratio is not None}
+    if not {"relu", "gelu", "glu", "gated_ffn"} <= ratios.keys():
+        return Advice(guide, "not every layer was trained", NOT_TESTED)
+    parts = ", ".join(f"{BY_KEY[k].name} {r:.2f}" for k, r in ratios.items())
+    lowest = min(ratios.values())
+    measured = f"first block's gradient norm / last block's: {parts}. "
+    if lowest < 0.1:
+        return Advice(guide, measured + "A ratio under 0.1 means that little gradient reaches the first block", MIXED)
+    return Advice(guide, measured + "None under 0.1: no layer starved the first block, so no ranking follows", OPEN)
+
+
+def _speed(results: Results) -> Advice:
+    """The same claim at three places: the activation alone (eager), the eager layer, the fused layer."""
+    guide = "Speed: ReLU fastest, Swish next, GELU slower"
+    order = ("relu", "silu", "gelu")
+    layers = {r.architecture: r.providers for r in results.layers}
+    alone = {} if results.activations is None else results.activations.times
+    groups: dict[str, list[Timing]] = {}
+    if all(k in alone for k in order):
+        groups["activation alone, eager"] = [alone[k]["eager"] for k in order]
+    for provider in ("eager", "fused"):
+        if all(provider in layers.get(k, {}) for k in order):
+            groups[f"whole layer, {provider}"] = [layers[k][provider].forward_backward for k in order]
+    parts, verdicts = [], []
+    for label, times in groups.items():
+        listed = " / ".join(f"{t.median:.2f}" for t in times)
+        steps = [speed_ratio(a.rounds, b.rounds).verdict for a, b in pairwise(times)]
+        resolved = " (order not resolved)" if NOT_SHOWN in steps or UNTESTABLE in steps else ""
+        parts.append(f"{label} {listed} ms{resolved}")
+        verdicts += [{FASTER: LOWER, SLOWER: HIGHER}.get(step, step) for step in steps]
+    if not groups:
+        return Advice(guide, "a layer was not timed", NOT_TESTED)
+    return Advice(guide, "ReLU / Swish / GELU, forward+backward: " + "; ".join(parts), _combine(verdicts))
+
+
+def guide_advice(results: Results) -> list[Advice]:
+    rows = trained(results.runs)
+    factor = results.settings.stress_factor
+    dead = "ReLU units die; GELU and Swish avoid it"
+    return [
+        _good_enough(results, "Small task or little compute: ReLU or Swish first", ("relu", "silu")),
+        _good_enough(results, "Standard transformer: GELU", ("gelu",)),
+        _claim_lower(results, "In NLP, GELU and Swish often do better than ReLU", [("gelu", "relu"), ("silu", "relu")]),
+        _claim_lower(
+            results,
+            "Gating raises expressiveness (small data: gain may not show)",
+            [(k, BASELINE) for k in GATED],
+        ),
+        _claim_lower(
+            results, "GELU or Swish as the gate beats the sigmoid gate", [("geglu", "glu"), ("swiglu", "glu")]
+        ),
+        _claim_lower(
+            results,
+            "More expressive power: Gated-FFN with 4 to 8 branches",
+            [("gated_ffn", BASELINE), ("gated_ffn", "glu")],
+        ),
+        _dead(rows, dead, "at the training rate"),
+        _dead(trained(results.stress), dead, f"at {factor:g}x that rate, one seed, so no spread"),
+        _gradients(rows),
+        _speed(results),
+        Advice(
+            "Compute for the same quality: GLU 0.8-0.9x, Gated-FFN 1.2-1.5x, MoE 0.25-0.5x",
+            "needs training to equal loss; here parameters, and so FLOPs per token, are equal instead",
+            NOT_TESTED,
+        ),
+        Advice("Very large models: MoE", "no MoE layer and no large model in this run", NOT_TESTED),
+    ]
+
+
+def choice(results: Results) -> list[str]:
+    """Which layer this run speaks for, and how firmly."""
+    rows = [t for t in trained(results.runs) if t.loss is not None]
+    lines: list[str] = []
+    best = _best(results)
+    if best is not None:
+        name = BY_KEY[best.architecture].name
+        rivals = []
+        for t in rows:
+            difference = _difference(results, t.architecture, best.architecture)
+            if t.architecture != best.architecture and (difference is None or difference.verdict != HIGHER):
+                rivals.append(t)
+        assert best.loss is not None
+        lines.append(f"Quality at equal parameters: {name} has the lowest mean loss, {best.loss.mean:.3f} nats/byte. ")
+        if len(best.losses) < 2:
+            lines[-1] += "One seed cannot tell a difference from luck: no ranking follows; use --seeds 3 or more."
+        elif rivals:
+            others = ", ".join(BY_KEY[t.architecture].name for t in rivals)
+            lines[-1] += f"Its lead is not shown (95 % paired interval contains zero) over: {others}."
+        else:
+            lines[-1] += "Its lead over every other layer is outside the 95 % paired interval."
+        lines.append(_step_line(rows, next((t for t in rows if t.architecture == BASELINE), None)))
+    lines += [_fused_line(results), _memory_line(results)]
+    return [line for line in lines if line]
+
+
+def _step_line(rows: list[Trained], baseline: Trained | None) -> str:
+    """Training steps alternate between the layers, so their times pair up round by round."""
+    if baseline is None or not baseline.step_times:
+        return ""
+    paired_rows = [t for t in rows if len(t.step_times) == len(baseline.step_times)]
+    ratios = [(BY_KEY[t.architecture].name, speed_ratio(baseline.step_times, t.step_times)) for t in paired_rows]
+    parts = [
+        f"{name} {ratio.median:.2f}" + (f" ({ratio.interval[0]:.2f}-{ratio.interval[1]:.2f})" if ratio.interval else "")
+        for name, ratio in sorted(ratios, key=lambda each: each[1].median)
+    ]
+    return (
+        "Time of a training step of the whole model at equal parameters, relative to"
+        f" {BY_KEY[BASELINE].name}'s {baseline.step_ms:.1f} ms: {', '.join(parts)}; median of the steps' ratios (95 %"
+        " interval)."
+    )
+
+
+def _fused_line(results: Results) -> str:
+    found: dict[str, list[str]] = {FASTER: [], SLOWER: [], NOT_SHOWN: [], UNTESTABLE: []}
+    for layer in results.layers:
+        eager, fused = layer.providers.get("eager"), layer.providers.get("fused")
+        if eager is not None and fused is not None:
+            ratio = speed_ratio(fused.forward_backward.rounds, eager.forward_backward.rounds)
+            found[ratio.verdict].append(f"{BY_KEY[layer.architecture].name} ({ratio.median:.2f}x)")
+    parts = [f"{label}: {', '.join(names)}" for label, names in found.items() if names]
+    return f"Fused against eager, forward+backward: {'; '.join(parts)}." if parts else ""
+
+
+def _memory_line(results: Results) -> str:
+    parts = []
+    for layer in results.layers:
+        eager, fused = layer.providers.get("eager"), layer.providers.get("fused")
+        if eager is not None and fused is not None and eager.saved_bytes:
+            parts.append(f"{BY_KEY[layer.architecture].name} {fused.saved_bytes / eager.saved_bytes:.2f}")
+    return f"Memory kept for backward, fused / eager: {', '.join(parts)}." if parts else ""
+
+
+def limits(results: Results) -> list[str]:
+    """What the run cannot carry."""
+    settings, runs = results.settings, results.runs
+    model = runs[0].model_parameters if runs else 0
+    comparisons = len(ARCHITECTURES) - 1
+    lines = [
+        f"A model of {model:,} parameters trained on {settings.steps * settings.batch * settings.model.context:,} bytes"
+        f" of one text ({results.text.name}): nothing follows for large models or long training.",
+        "One learning rate for all, tuned for none: a layer may do better at its own.",
+        "Equal parameters narrow the gated layers; the guides' sizes (same d_ff, more parameters) are not compared.",
+        f"Dead means: activation output within ±0.001 on all {settings.validation_windows} validation windows watched.",
+    ]
+    if settings.seeds > 1:
+        chance = 100 * (1 - 0.95**comparisons)
+        lines.insert(
+            1,
+            f"{settings.seeds} seeds. A difference counts as shown where the paired 95 % t interval excludes zero; in"
+            f" {comparisons} comparisons, chance alone shows at least one in up to {chance:.0f} % of such runs.",
+        )
+    else:
+        lines.insert(1, "One seed: no spread is known, so no difference between layers can be shown.")
+    if results.text.truncated:
+        lines.append("The text was longer than 64 MiB; the rest was not used.")
+    return lines

@@ -1,0 +1,223 @@
+"""One layer at the guides' size: fused against plain PyTorch and torch.compile.
+
+Agreement with float64 first; then time, every layer and provider in one interleaved loop; then memory kept for
+backward.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from statistics import median, quantiles
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .architectures import ARCHITECTURES, Architecture, count_parameters, disagreement
+from .settings import Settings
+
+COMPILED_BY_DEFAULT = ("gelu", "swiglu", "gated_ffn")
+# Times eager's own error against float64, and never below a few roundings: on few tokens eager may be lucky.
+ERROR_FACTOR = 3.0
+ERROR_FLOOR = 8 * torch.finfo(torch.float32).eps
+WARM_UPS = 2
+# torch.compile keeps one entry per layer instance and grad mode for a forward shared by all; its default limit is 8.
+RECOMPILE_LIMIT = 64
+
+Name = TypeVar("Name", bound=Hashable)
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds: the median, the quartiles, and every round in order."""
+
+    median: float
+    low: float
+    high: float
+    rounds: list[float]
+
+
+@dataclass
+class Provider:
+    forward: Timing
+    forward_backward: Timing
+    saved_bytes: int
+    error: float  # largest difference to float64 of output and input gradient, relative to their largest value
+
+
+@dataclass
+class LayerResult:
+    architecture: str
+    parameters: int
+    providers: dict[str, Provider] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    refused: bool = False
+
+
+@dataclass
+class Prepared:
+    """The providers of one architecture that agree with float64, with equal weights, and their errors."""
+
+    layers: dict[str, nn.Module]
+    errors: dict[str, float]
+    result: LayerResult
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def interleaved(calls: dict[Name, Call], repeats: int, device: torch.device, advance: Call) -> dict[Name, Timing]:
+    """Time every call once per round, so that a slow moment of the machine hits all alike.
+
+    Every other round runs backwards: what a call leaves in the caches favours no fixed neighbour.
+    """
+    times: dict[Name, list[float]] = {name: [] for name in calls}
+    order = list(calls.items())
+    for round_index in range(WARM_UPS + repeats):
+        for name, call in order if round_index % 2 == 0 else reversed(order):
+            synchronize(device)
+            began = time.perf_counter()
+            call()
+            synchronize(device)
+            if round_index >= WARM_UPS:
+                times[name].append(1e3 * (time.perf_counter() - began))
+        advance()
+    return {name: _timing(values) for name, values in times.items()}
+
+
+def _timing(values: list[float]) -> Timing:
+    low, _, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else (values[0],) * 3
+    return Timing(median(values), low, high, [round(v, 4) for v in values])
+
+
+def saved_for_backward(layer: nn.Module, x: Tensor) -> int:
+    """Bytes of the distinct storages that the forward keeps for the backward, parameters left out, ``x`` included."""
+    parameters = {p.untyped_storage().data_ptr() for p in layer.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        pointer = tensor.untyped_storage().data_ptr()
+        if pointer not in parameters:
+            kept[pointer] = tensor  # held, so that no later storage gets the same address
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = layer(x)
+    total = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    del y
+    return total
+
+
+def _gradients(layer: nn.Module, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    leaf = x.detach().requires_grad_()
+    y = layer(leaf)
+    (dx,) = torch.autograd.grad(y, leaf, dy)
+    return y.detach(), dx
+
+
+def _error(got: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor]) -> float:
+    pairs = zip(got, exact, strict=True)
+    return max(((a.double() - b).abs().max() / b.abs().max()).item() for a, b in pairs)
+
+
+def _step(layer: nn.Module, x: Tensor, dy: Tensor) -> Call:
+    """Forward and backward for the input and every parameter."""
+    leaf = x.detach().requires_grad_()
+    wanted = [leaf, *layer.parameters()]
+    return lambda: torch.autograd.grad(layer(leaf), wanted, dy)
+
+
+def _forward(layer: nn.Module, x: Tensor) -> Call:
+    def call() -> None:
+        with torch.no_grad():
+            layer(x)
+
+    return call
+
+
+def _inputs(settings: Settings) -> tuple[Tensor, Tensor]:
+    """``x`` and the gradient of the output, both [T, D]."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (settings.layer.tokens, settings.layer.d_model)
+    x, dy = (torch.randn(shape, generator=generator) for _ in range(2))
+    return x.to(settings.device), dy.to(settings.device)
+
+
+def prepare(architecture: Architecture, settings: Settings, x: Tensor, dy: Tensor) -> Prepared:
+    """Build the providers and keep those that agree; a fused layer that does not is marked refused."""
+    size, device = settings.layer, torch.device(settings.device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        eager = architecture.eager(size.d_model, size.d_ff).to(device)
+        fused = architecture.fused(size.d_model, size.d_ff).to(device)
+        exact_layer = architecture.eager(size.d_model, size.d_ff).to(device).double()
+    result = LayerResult(architecture.key, count_parameters(eager))
+    layers: dict[str, nn.Module] = {"eager": eager, "fused": fused}
+    if differing := disagreement(fused, eager):
+        result.refused = True
+        result.notes.append(f"fused refused: the layers' state dicts differ in {', '.join(differing)}")
+        del layers["fused"]
+    else:
+        fused.load_state_dict(eager.state_dict())
+    exact_layer.load_state_dict(eager.state_dict())
+    exact = _gradients(exact_layer, x.double(), dy.double())
+    errors = {"eager": _error(_gradients(eager, x, dy), exact)}
+    limit = max(ERROR_FACTOR * errors["eager"], ERROR_FLOOR)
+    if architecture.key in compiled_keys(settings.compile):
+        compiled = torch.compile(eager)
+        assert isinstance(compiled, nn.Module)
+        layers["compile"] = compiled
+    for name in [n for n in layers if n != "eager"]:
+        try:
+            errors[name] = _error(_gradients(layers[name], x, dy), exact)
+        except Exception as error:  # torch.compile fails in many ways (no compiler, no Triton); the rest goes on
+            if name != "compile":
+                raise
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            result.notes.append(f"torch.compile failed: {reason}")
+            del layers[name]
+            continue
+        if not errors[name] <= limit:
+            result.refused = result.refused or name == "fused"
+            result.notes.append(f"{name} refused: error {errors[name]:.1e} against float64, limit {limit:.1e}")
+            del layers[name]
+    return Prepared(layers, errors, result)
+
+
+def progress_length(settings: Settings) -> int:
+    """How often ``measure`` calls ``advance``."""
+    return len(ARCHITECTURES) + 2 * (WARM_UPS + settings.repeats)
+
+
+def measure(settings: Settings, advance: Call) -> list[LayerResult]:
+    device = torch.device(settings.device)
+    x, dy = _inputs(settings)
+    prepared: dict[str, Prepared] = {}
+    # one setting's name differs between the torch versions served
+    limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
+    with torch._dynamo.config.patch({limit: RECOMPILE_LIMIT}):
+        for architecture in ARCHITECTURES:
+            prepared[architecture.key] = prepare(architecture, settings, x, dy)
+            advance()
+        layers = {(key, name): layer for key, p in prepared.items() for name, layer in p.layers.items()}
+        forward_calls = {at: _forward(layer, x) for at, layer in layers.items()}
+        step_calls = {at: _step(layer, x, dy) for at, layer in layers.items()}
+        forward = interleaved(forward_calls, settings.repeats, device, advance)
+        both = interleaved(step_calls, settings.repeats, device, advance)
+        for (key, name), layer in layers.items():
+            at, found = (key, name), prepared[key]
+            saved = saved_for_backward(layer, x.detach().requires_grad_())
+            found.result.providers[name] = Provider(forward[at], both[at], saved, found.errors[name])
+    return [p.result for p in prepared.values()]
+
+
+def compiled_keys(choice: str) -> list[str]:
+    """The architectures that are also timed under torch.compile."""
+    if choice == "none":
+        return []
+    return [a.key for a in ARCHITECTURES if choice == "all" or a.key in COMPILED_BY_DEFAULT]

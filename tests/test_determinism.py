@@ -1,0 +1,90 @@
+"""Promises 2 and 3, bit for bit: runs, thread counts, Python threads; a row alone and in a batch, wherever it stands."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from problems import DTYPES, FORMS, Problem, assert_same_bits, dtype_name, results
+from torch.nn import functional as F
+
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+
+# Enough work for several threads, several tasks in every direction, k longer than one chunk.
+SPREAD = {"T": 150, "D": 270, "F": 300, "O": 70}
+
+
+@every_dtype
+@pytest.mark.parametrize("form", FORMS)
+def test_threads_and_runs(form: str, dtype: torch.dtype, isa: str, threads: None) -> None:
+    problem = Problem(form, **SPREAD)
+    tensors, d_y = problem.draw(dtype=dtype)
+    torch.set_num_threads(1)
+    expected = results(problem.ours, tensors, d_y)
+    for count in (2, 2, 3, 1):
+        torch.set_num_threads(count)
+        assert_same_bits(results(problem.ours, tensors, d_y), expected, f"{count} threads:")
+
+
+def test_gated_act_threads(threads: None) -> None:
+    """Rows longer than one task's stretch."""
+    problem = Problem("gated_act", T=5, F=50001)
+    tensors, d_y = problem.draw(dtype=torch.float32)
+    torch.set_num_threads(1)
+    expected = results(problem.ours, tensors, d_y)
+    torch.set_num_threads(3)
+    assert_same_bits(results(problem.ours, tensors, d_y), expected)
+
+
+def test_python_threads() -> None:
+    """Calls at the same time share no memory: four threads, different sizes, each gets the bits it gets alone."""
+    problems = [Problem("gated", T=20 + 31 * i, D=64, F=96, O=48) for i in range(4)]
+    drawn = [p.draw(seed, torch.float32) for seed, p in enumerate(problems)]
+    expected = [results(p.ours, *d) for p, d in zip(problems, drawn, strict=True)]
+
+    def repeat(i: int) -> None:
+        for _ in range(10):
+            assert_same_bits(results(problems[i].ours, *drawn[i]), expected[i], f"problem {i}:")
+
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(repeat, i) for i in range(4)]:
+            done.result()
+
+
+BATCH = 257
+# One row; sizes to both sides of the register tiles (6, 12, 14), of the streamed sizes (8) and of blocks (64, 256).
+COUNTS = (1, 2, 3, 5, 6, 7, 8, 9, 12, 13, 14, 15, 28, 29, 63, 65, 256)
+INVARIANT = ("y", "d_x", "d_gate", "d_up")  # rows of tokens; weight gradients are sums over the batch
+
+
+@every_dtype
+@pytest.mark.parametrize("form", FORMS)
+def test_rows_alone_and_in_a_batch(form: str, dtype: torch.dtype, isa: str) -> None:
+    """The first T rows, and rows from other places, have the bits that they have in a batch of 257."""
+    whole = Problem(form, T=BATCH, D=270, F=35, O=40)
+    tensors, d_y = whole.draw(dtype=dtype)
+    tokens = [name for name, t in tensors.items() if t.shape[0] == BATCH]
+    expected = results(whole.ours, tensors, d_y)
+    g = torch.Generator().manual_seed(0)
+    for T in COUNTS:
+        for rows in (torch.arange(T), torch.randperm(BATCH, generator=g)[:T]):
+            part = {name: t[rows] if name in tokens else t for name, t in tensors.items()}
+            actual = results(whole.ours, part, d_y[rows])
+            for name in INVARIANT:
+                if name in expected:
+                    assert torch.equal(actual[name], expected[name][rows]), f"{name}: {T} rows from {rows[0]} on"
+
+
+def test_linear_is_not_batch_invariant() -> None:
+    """The negative control: torch's own product fails the test above at some size, so the test can fail."""
+    g = torch.Generator().manual_seed(0)
+    differs = False
+    for dtype in (torch.float32, torch.bfloat16):
+        for width in (777, 2048):
+            x, w = torch.randn(BATCH, width, generator=g).to(dtype), torch.randn(300, width, generator=g).to(dtype)
+            y = F.linear(x, w)
+            differs |= any(not torch.equal(F.linear(x[:T], w), y[:T]) for T in COUNTS)
+    if not differs:
+        pytest.skip("torch's linear happens to be batch-invariant on this machine at these sizes")
+    assert differs

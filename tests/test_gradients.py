@@ -1,0 +1,179 @@
+"""Derivatives on the real kernels: first and second order, every subset of inputs, and no gradient that nobody asked for."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from problems import ACTIVATIONS, DTYPES, FFN_FORMS, FORMS, Problem, assert_same_bits, dtype_name, results
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import ffn_ops
+
+SMALL = {"T": 3, "D": 4, "F": 5, "O": 2}
+
+
+def leaves(problem: Problem) -> tuple[list[str], list[Tensor]]:
+    tensors, _ = problem.draw()
+    return list(tensors), [t.requires_grad_() for t in tensors.values()]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("form", FORMS)
+def test_gradcheck(form: str, activation: str, isa: str) -> None:
+    """Against finite differences in float64, exactly reproducible. Random inputs lie off the kinks of relu."""
+    problem = Problem(form, **SMALL, activation=activation)
+    names, inputs = leaves(problem)
+
+    def call(*values: Tensor) -> Tensor:
+        return problem.ours(**dict(zip(names, values, strict=True)))
+
+    assert torch.autograd.gradcheck(call, inputs, nondet_tol=0, fast_mode=True)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("form", FORMS)
+def test_gradgradcheck(form: str, activation: str) -> None:
+    problem = Problem(form, **SMALL, activation=activation)
+    names, inputs = leaves(problem)
+
+    def call(*values: Tensor) -> Tensor:
+        return problem.ours(**dict(zip(names, values, strict=True)))
+
+    assert torch.autograd.gradgradcheck(call, inputs, nondet_tol=0, fast_mode=True)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("recompute", [False, True], ids=["saved", "recompute"])
+def test_every_entry_of_the_jacobian(form: str, recompute: bool) -> None:
+    """The two checks above compare random projections; here every entry, once per form."""
+    if recompute and form not in FFN_FORMS:
+        pytest.skip(f"{form} has no recompute option")
+    problem = Problem(form, T=2, D=3, F=2, O=2)
+    names, inputs = leaves(problem)
+    keywords = {"recompute": True} if recompute else {}
+
+    def call(*values: Tensor) -> Tensor:
+        return problem.ours(**dict(zip(names, values, strict=True)), **keywords)
+
+    assert torch.autograd.gradcheck(call, inputs, nondet_tol=0)
+    assert torch.autograd.gradgradcheck(call, inputs, nondet_tol=0)
+
+
+class Asked(TorchDispatchMode):
+    """Records of every backward operator what was asked for and how many numbers each gradient has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, list[bool], list[int]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func._schema.name.startswith("ffn_ops") and func._schema.name.endswith("_backward"):
+            self.calls.append((func._schema.name, list(args[-1]), [t.numel() for t in out]))
+        return out
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_subsets(form: str) -> None:
+    """Every subset of inputs that requires grad: the bits of the full backward, and only those gradients computed."""
+    problem = Problem(form, T=5, D=4, F=9, O=6, bias=form != "branches")
+    tensors, d_y = problem.draw(dtype=torch.float32)
+    expected = results(problem.ours, tensors, d_y)
+    names = list(tensors)
+    for count in range(1, len(names) + 1):
+        for chosen in itertools.combinations(names, count):
+            given = {n: t.detach().requires_grad_(n in chosen) for n, t in tensors.items()}
+            y = problem.ours(**given)
+            assert torch.equal(y, expected["y"])
+            with Asked() as asked:
+                grads = torch.autograd.grad(y, [given[n] for n in chosen], d_y)
+            for name, grad in zip(chosen, grads, strict=True):
+                assert torch.equal(grad, expected[f"d_{name}"]), f"d_{name} when {chosen} are asked for"
+            ((_, needs, sizes),) = asked.calls
+            kinds = {name.rstrip("0123456789") for name in chosen}  # branches of one list are asked for together
+            assert sum(needs) == len(kinds)
+            assert [size > 0 for size in sizes] == needs
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_no_gradient_no_backward(form: str) -> None:
+    """Without a tensor that requires grad nothing is saved and the output has no history; the bits are the same."""
+    problem = Problem(form, T=5, D=4, F=9, O=6)
+    tensors, d_y = problem.draw(dtype=torch.float32)
+    expected = results(problem.ours, tensors, d_y)["y"]
+    assert torch.equal(problem.ours(**tensors), expected)
+    given = {n: t.requires_grad_() for n, t in tensors.items()}
+    with torch.no_grad():
+        y = problem.ours(**given)
+    assert y.grad_fn is None and not y.requires_grad and torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("form", FFN_FORMS)
+def test_recompute(form: str, dtype: torch.dtype, isa: str) -> None:
+    """The same bits as with saved pre-activations, in the output and in every gradient."""
+    for T in (1, 9, 67):
+        problem = Problem(form, T=T, D=37, F=45, O=35)
+        tensors, d_y = problem.draw(dtype=dtype)
+        expected = results(problem.ours, tensors, d_y)
+        actual = results(lambda p=problem, **t: p.ours(recompute=True, **t), tensors, d_y)
+        assert_same_bits(actual, expected, f"T={T}")
+
+
+def test_recompute_of_one_gradient() -> None:
+    """Each gradient alone, recomputed: no step that it needs is left out."""
+    problem = Problem("gated", T=5, D=4, F=9, O=6)
+    tensors, d_y = problem.draw(dtype=torch.float32)
+    expected = results(problem.ours, tensors, d_y)
+    for name in tensors:
+        given = {n: t.detach().requires_grad_(n == name) for n, t in tensors.items()}
+        (grad,) = torch.autograd.grad(problem.ours(recompute=True, **given), given[name], d_y)
+        assert torch.equal(grad, expected[f"d_{name}"]), name
+
+
+def test_inputs_are_not_written() -> None:
+    """Forward, backward and double backward leave every input and every gradient as it was."""
+    for form in FORMS:
+        problem = Problem(form, T=5, D=4, F=9, O=6)
+        tensors, d_y = problem.draw()
+        given = {n: t.clone().requires_grad_() for n, t in tensors.items()}
+        d = d_y.clone().requires_grad_()
+        grads = torch.autograd.grad(problem.ours(**given), list(given.values()), d, create_graph=True)
+        copies = [g.clone() for g in grads]
+        torch.autograd.grad(sum(g.square().sum() for g in grads), [*given.values(), d], allow_unused=True)
+        assert_same_bits({**given, "d": d}, {**tensors, "d": d_y}, form)
+        assert all(torch.equal(a, b) for a, b in zip(grads, copies, strict=True))
+
+
+def test_accumulation_and_reuse() -> None:
+    """One weight in two places and a second backward: gradients add up, and a kept graph gives the same bits again."""
+    x, w, down = torch.randn(5, 4), torch.randn(6, 4, requires_grad=True), torch.randn(3, 6)
+    y = ffn_ops.ffn(x, w, down, w_up=w)
+    (together,) = torch.autograd.grad(y.sum(), w, retain_graph=True)
+    (again,) = torch.autograd.grad(y.sum(), w)
+    assert torch.equal(together, again)
+    gate, up = w.detach().requires_grad_(), w.detach().requires_grad_()
+    parts = torch.autograd.grad(ffn_ops.ffn(x, gate, down, w_up=up).sum(), (gate, up))
+    assert torch.equal(together, parts[0] + parts[1])
+
+
+def test_overwritten_input_is_noticed() -> None:
+    """An input changed between forward and backward: torch's own error, never a wrong gradient."""
+    x, w, down = torch.randn(5, 4), torch.randn(6, 4, requires_grad=True), torch.randn(3, 6)
+    y = ffn_ops.ffn(x, w, down)
+    x.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_third_order_is_refused() -> None:
+    """Not a zero with a warning: an error that says so."""
+    z = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    (d,) = torch.autograd.grad(ffn_ops.gated_act(z, activation="tanh").sum(), z, create_graph=True)
+    (dd,) = torch.autograd.grad(d.sum(), z, create_graph=True)
+    with pytest.raises(NotImplementedError, match="third derivatives"):
+        torch.autograd.grad(dd.sum(), z)

@@ -1,0 +1,101 @@
+"""Memory: what is saved for backward, and that no operator writes outside its outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from problems import DTYPES, FFN_FORMS, FORMS, Problem, dtype_name, results
+from torch import Tensor
+
+import ffn_ops
+
+SIZES = {"T": 64, "D": 12, "F": 20, "O": 16}
+
+
+def saved_bytes(call: Callable[..., Tensor], tensors: dict[str, Tensor]) -> int:
+    """Unique storage that forward keeps for backward, parameters apart."""
+    kept: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    given = {n: t.clone().requires_grad_() for n, t in tensors.items()}
+    parameters = {t.untyped_storage().data_ptr() for n, t in given.items() if n[:2] in ("w_", "b_")}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = call(**given)
+    assert y.requires_grad
+    return sum(size for data, size in kept.items() if data not in parameters)
+
+
+def numbers_saved(problem: Problem, dtype: torch.dtype = torch.float32, **keywords: bool) -> float:
+    tensors, _ = problem.draw(dtype=dtype)
+    return saved_bytes(lambda **t: problem.ours(**t, **keywords), tensors) / torch.finfo(dtype).bits * 8
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_swiglu(dtype: torch.dtype) -> None:
+    """x and two pre-activations; the plain formula keeps five tensors of width F."""
+    T, D, F = SIZES["T"], SIZES["D"], SIZES["F"]
+    assert numbers_saved(Problem("gated", **SIZES), dtype) == T * (D + 2 * F)
+    problem = Problem("gated", **SIZES)
+    tensors, _ = problem.draw(dtype=dtype)
+    plain = saved_bytes(problem.plain, tensors) / torch.finfo(dtype).bits * 8
+    assert plain >= T * (D + 4 * F)  # the measurement sees what eager keeps
+
+
+def test_every_form() -> None:
+    T, D, F = SIZES["T"], SIZES["D"], SIZES["F"]
+    width = {"act": F, "gated_act": 2 * F, "gated_linear": D + 2 * F, "branches": D + 6 * F}
+    width |= {"plain": D + F, "gated": D + 2 * F, "fused": D + 2 * F}
+    assert {form: numbers_saved(Problem(form, **SIZES)) for form in FORMS} == {f: T * w for f, w in width.items()}
+
+
+@pytest.mark.parametrize("form", FFN_FORMS)
+def test_recompute_saves_x_alone(form: str) -> None:
+    assert numbers_saved(Problem(form, **SIZES), recompute=True) == SIZES["T"] * SIZES["D"]
+
+
+def test_modules_save_no_more() -> None:
+    """Through the module and with dropout off: the same."""
+    layer = ffn_ops.FeedForward(12, 30, 4, 0.0)
+    own = {p.untyped_storage().data_ptr() for p in layer.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        layer(torch.randn(64, 12, requires_grad=True))
+    assert sum(n for data, n in kept.items() if data not in own) == 4 * 64 * (12 + 2 * layer.w1.out_features)
+
+
+GUARD = 64  # numbers on either side
+CANARY = -77.0
+
+
+def guarded(t: Tensor) -> tuple[Tensor, Tensor]:
+    """A copy of the tensor between two guard bands, and the whole that holds them."""
+    whole = t.new_full((t.numel() + 2 * GUARD,), CANARY)
+    view = whole[GUARD : GUARD + t.numel()].view(t.shape)
+    return view.copy_(t), whole
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("form", FORMS)
+def test_nothing_is_written_around_inputs(form: str, dtype: torch.dtype, isa: str) -> None:
+    """Inputs, saved tensors and gradients lie between guard bands; partial vectors must not spill into them."""
+    problem = Problem(form, T=13, D=21, F=19, O=11)
+    tensors, d_y = problem.draw(dtype=dtype)
+    pairs = {n: guarded(t) for n, t in {**tensors, "d": d_y}.items()}
+    views = {n: view for n, (view, _) in pairs.items()}
+    d_view = views.pop("d")
+    results(problem.ours, views, d_view)
+    for name, (view, whole) in pairs.items():
+        assert torch.equal(view, {**tensors, "d": d_y}[name]), name
+        bands = torch.cat([whole[:GUARD], whole[-GUARD:]])
+        assert (bands == CANARY).all(), name

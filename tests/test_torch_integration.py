@@ -1,0 +1,297 @@
+"""Promise 6, without the compiler: torch's own operator checks, autocast, checkpointing, hooks, torch.func, FLOP counts.
+
+Everything is compared bit for bit with a plain call, unless it says otherwise.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from problems import FFN_FORMS, FORMS, Problem, assert_same_bits, results
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+import ffn_ops
+
+OPS = torch.ops.ffn_ops
+SMALL = {"T": 5, "D": 4, "F": 9, "O": 6}
+
+
+def operator_calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    """Every operator with arguments that require grad, in every form that changes what it returns."""
+    g = torch.Generator().manual_seed(0)
+
+    def t(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64).requires_grad_()
+
+    T, D, F, O, G = 3, 4, 5, 6, 2  # noqa: E741
+    act = ("swish", 1.5)
+    gates, ups = [t(F, D) for _ in range(G)], [t(F, D) for _ in range(G)]
+    biases = [t(F) for _ in range(G)]
+    backward = str(OPS.gated_linear_backward.default._schema)
+    passed_on = (biases, biases) if "b_gate" in backward.split("->")[0] else ()
+    calls: dict[str, tuple[Any, tuple[Any, ...]]] = {
+        "gated_act": (OPS.gated_act, (t(T, F), t(T, F), *act)),
+        "gated_act plain": (OPS.gated_act, (t(T, F), None, *act)),
+        "gated_act_backward": (OPS.gated_act_backward, (t(T, F), t(T, F), t(T, F), *act, [True, True])),
+        "gated_act_backward of gate": (OPS.gated_act_backward, (t(T, F), t(T, F), None, *act, [True, False])),
+        "gated_act_double_backward": (
+            OPS.gated_act_double_backward,
+            tuple(x.detach() for x in (t(T, F), t(T, F), t(T, F), t(T, F), t(T, F))) + act,
+        ),
+        "gated_linear": (OPS.gated_linear, (t(T, D), gates, ups, biases, biases, *act, True)),
+        "gated_linear_backward": (
+            OPS.gated_linear_backward,
+            (t(T, F), t(T, D), gates, ups, *passed_on, t(G, T, F).detach(), t(G, T, F).detach(), *act, [True] * 5),
+        ),
+        "gated_linear_backward of x": (
+            OPS.gated_linear_backward,
+            (t(T, F), t(T, D), gates, ups, *(() if not passed_on else ([], [])), t(G, T, F).detach(),
+             t(G, T, F).detach(), *act, [True, False, False, False, False]),
+        ),
+    }  # fmt: skip
+    saved = (t(T, F).detach(), t(T, F).detach())
+    none = (torch.empty(0, dtype=torch.float64), torch.empty(0, dtype=torch.float64))
+    for form in FFN_FORMS:
+        rows = 2 * F if form == "fused" else F
+        w_up, b_up = (t(F, D), t(F)) if form == "gated" else (None, None)
+        gated = form != "plain"
+        args = (t(T, D), t(rows, D), w_up, t(O, F), t(rows), b_up)
+        up = saved[1] if gated else none[1]
+        for save in (True, False):
+            calls[f"ffn {form} {save=}"] = (OPS.ffn, (*args, t(O), gated, *act, save))
+            pre = (saved[0], up) if save else none
+            all_of_them = (t(T, O), *args, *pre, gated, *act, [True] * 7)
+            calls[f"ffn_backward {form} {save=}"] = (OPS.ffn_backward, all_of_them)
+    needs = [False, True, False, False, False, False, True]
+    calls["ffn_backward of two"] = (OPS.ffn_backward, (*all_of_them[:-1], needs))
+    return calls
+
+
+CALLS = operator_calls()
+
+
+def test_every_operator_is_listed() -> None:
+    public = {n.split("::")[1] for n in torch._C._dispatch_get_all_op_names() if n.startswith("ffn_ops::")}
+    assert {op._qualified_op_name.split("::")[1] for op, _ in CALLS.values()} == {
+        name for name in public if not name.startswith("_")
+    }
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_opcheck(name: str) -> None:
+    """Schema, autograd registration, fake kernel, and AOT dispatch with dynamic shapes (forward and backward)."""
+    op, args = CALLS[name]
+    torch.library.opcheck(op.default, args)
+
+
+def test_opcheck_can_fail() -> None:
+    """An operator with a wrong fake kernel does not pass."""
+    with torch.library._scoped_library("ffn_ops_test", "DEF") as lib:
+        lib.define("doubled(Tensor x) -> Tensor")
+        lib.impl("doubled", lambda x: x * 2, "CPU")
+        torch.library.register_fake("ffn_ops_test::doubled", lambda x: x.new_empty(x.shape[0] + 1), lib=lib)
+        with pytest.raises(Exception, match="test_faketensor"):
+            torch.library.opcheck(torch.ops.ffn_ops_test.doubled.default, (torch.ones(3),))
+
+
+def test_meta_tensors() -> None:
+    """Shapes without data, as for a model built on the meta device."""
+    x, w, down = (torch.empty(s, device="meta") for s in ((2, 3, 5), (6, 5), (4, 6)))
+    for y, width in ((ffn_ops.ffn(x, w, down), 4), (ffn_ops.gated_linear(x, w, w), 6), (ffn_ops.gated_act(x, x), 5)):
+        assert y.shape == (2, 3, width) and y.device.type == "meta" and y.dtype is torch.float32
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_inference_mode(form: str) -> None:
+    problem = Problem(form, **SMALL)
+    tensors, _ = problem.draw(dtype=torch.float32)
+    expected = problem.ours(**tensors)
+    with torch.inference_mode():
+        y = problem.ours(**tensors)
+    assert y.is_inference() and torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_saved_tensor_hooks(form: str) -> None:
+    """What is saved may be moved away and come back as a copy."""
+    problem = Problem(form, **SMALL)
+    tensors, d_y = problem.draw(dtype=torch.float32)
+    packed = 0
+
+    def pack(t: Tensor) -> Tensor:
+        nonlocal packed
+        packed += 1
+        return t.clone()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t.clone()):
+        actual = results(problem.ours, tensors, d_y)
+    assert packed > 0
+    assert_same_bits(actual, results(problem.ours, tensors, d_y))
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
+@pytest.mark.parametrize("form", FORMS)
+def test_activation_checkpointing(form: str, reentrant: bool) -> None:
+    problem = Problem(form, **SMALL)
+    tensors, d_y = problem.draw(dtype=torch.float32)
+    names = list(tensors)
+    calls = 0
+
+    def call(*values: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return problem.ours(**dict(zip(names, values, strict=True)))
+
+    def checkpointed(**given: Tensor) -> Tensor:
+        return checkpoint(call, *given.values(), use_reentrant=reentrant)
+
+    if reentrant:  # supports backward() only
+        given = {n: t.clone().requires_grad_() for n, t in tensors.items()}
+        y = checkpointed(**given)
+        y.backward(d_y)
+        actual = {"y": y.detach(), **{f"d_{n}": t.grad for n, t in given.items()}}
+    else:
+        actual = results(checkpointed, tensors, d_y)
+    assert calls == 2
+    assert_same_bits(actual, results(problem.ours, tensors, d_y))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("form", [f for f in FORMS if "act" not in f])
+def test_autocast(form: str, dtype: torch.dtype) -> None:
+    """As for torch's products: float32 inputs are cast, gradients come back in float32."""
+    problem = Problem(form, **SMALL)
+    tensors, d_y = problem.draw(dtype=torch.float32)
+
+    def under_autocast(**given: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype):
+            return problem.ours(**given)
+
+    def by_hand(**given: Tensor) -> Tensor:
+        return problem.ours(**{n: t.to(dtype) for n, t in given.items()})
+
+    d_y = d_y.to(dtype)
+    actual = results(under_autocast, tensors, d_y)
+    assert actual["y"].dtype is dtype and all(t.dtype is torch.float32 for n, t in actual.items() if n != "y")
+    assert_same_bits(actual, results(by_hand, tensors, d_y))
+    with torch.autocast("cpu", dtype, enabled=False):
+        assert problem.ours(**tensors).dtype is torch.float32
+    double, d_double = problem.draw()
+    assert_same_bits(results(under_autocast, double, d_double), results(problem.ours, double, d_double))
+
+
+def test_autocast_casts_nothing_else() -> None:
+    """What torch's product would not cast is still refused, and gated_act follows its inputs. (A regression.)"""
+    x, w, down = torch.randn(3, 4), torch.randn(6, 4), torch.randn(5, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        for wrong in (w.double(), w.int(), [w]):
+            with pytest.raises(TypeError, match="w_in: expected"):
+                ffn_ops.ffn(x, wrong, down)
+        assert ffn_ops.gated_act(x).dtype is torch.float32
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_func_grad(form: str) -> None:
+    problem = Problem(form, **SMALL)
+    tensors, d_y = problem.draw(dtype=torch.float32)
+    grads = torch.func.grad(lambda given: (problem.ours(**given) * d_y).sum())(tensors)
+    expected = results(problem.ours, tensors, d_y)
+    assert_same_bits({f"d_{n}": g for n, g in grads.items()}, {n: g for n, g in expected.items() if n != "y"})
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_func_vmap(form: str) -> None:
+    """Over the tokens' tensors alone, over every tensor, and over no example: as a loop."""
+    problem = Problem(form, **SMALL)
+    drawn = [problem.draw(seed, torch.float32)[0] for seed in range(3)]
+    stacked = {n: torch.stack([d[n] for d in drawn]) for n in drawn[0]}
+    y = torch.vmap(lambda given: problem.ours(**given))(stacked)
+    assert torch.equal(y, torch.stack([problem.ours(**d) for d in drawn]))
+    tokens = [n for n in stacked if n in ("x", "gate", "up")]
+    mixed = {n: stacked[n] if n in tokens else drawn[0][n] for n in stacked}
+    dims = {n: 0 if n in tokens else None for n in stacked}
+    y = torch.vmap(lambda given: problem.ours(**given), in_dims=(dims,))(mixed)
+    assert torch.equal(y, torch.stack([problem.ours(**{**drawn[0], **{n: d[n] for n in tokens}}) for d in drawn]))
+    none = torch.vmap(lambda given: problem.ours(**given))({n: t[:0] for n, t in stacked.items()})
+    assert none.shape == (0, *problem.out_shape)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_func_per_example_gradients(form: str) -> None:
+    problem = Problem(form, **SMALL)
+    drawn = [problem.draw(seed, torch.float32)[0] for seed in range(3)]
+    d_y = problem.draw(9, torch.float32)[1]
+    stacked = {n: torch.stack([d[n] for d in drawn]) for n in drawn[0]}
+    per_example = torch.vmap(torch.func.grad(lambda given: (problem.ours(**given) * d_y).sum()))(stacked)
+    for i, each in enumerate(drawn):
+        expected = results(problem.ours, each, d_y)
+        for name in each:
+            assert torch.equal(per_example[name][i], expected[f"d_{name}"]), name
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_func_jacobian_and_hessian(form: str) -> None:
+    """jacrev (a vmap over the backward) and jacrev of jacrev against the plain formula."""
+    problem = Problem(form, T=2, D=3, F=3, O=2, activation="gelu_tanh")
+    tensors, _ = problem.draw()
+    for call in (torch.func.jacrev, lambda f: torch.func.jacrev(torch.func.jacrev(f))):
+        actual = call(lambda given: problem.ours(**given).sum(0))(tensors)
+        expected = call(lambda given: problem.plain(**given).sum(0))(tensors)
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forward_mode_is_refused(form: str) -> None:
+    """There is no forward-mode derivative: an error, not a tangent that gets lost on the way. (A regression.)"""
+    problem = Problem(form, **SMALL)
+    tensors, _ = problem.draw(dtype=torch.float32)
+    with pytest.raises(NotImplementedError, match="jvp"):
+        torch.func.jvp(lambda given: problem.ours(**given), (tensors,), (tensors,))
+    with forward_ad.dual_level():
+        name, value = next(iter(tensors.items()))
+        with pytest.raises(NotImplementedError, match="jvp"):
+            problem.ours(**{**tensors, name: forward_ad.make_dual(value, torch.ones_like(value))})
+        assert torch.equal(problem.ours(**tensors), problem.plain(**tensors)) or problem.ours(**tensors).shape
+
+
+def flops(call: Any) -> int:
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("form", [f for f in FORMS if "act" not in f])
+def test_flop_counter(form: str, bias: bool) -> None:
+    """What torch counts for the plain formula, forward and backward, whichever tensor asks for its gradient."""
+    problem = Problem(form, **SMALL, bias=bias)
+    tensors, d_y = problem.draw(dtype=torch.float32)
+    expected = flops(lambda: problem.plain(**tensors))
+    assert expected > 0 and flops(lambda: problem.ours(**tensors)) == expected
+    for chosen in [tuple(tensors), *((name,) for name in tensors)]:
+
+        def step(call: Any, names: tuple[str, ...] = chosen) -> None:
+            given = {n: t.detach().requires_grad_(n in names) for n, t in tensors.items()}
+            torch.autograd.grad(call(**given), [given[n] for n in names], d_y)
+
+        ours, plain = flops(lambda: step(problem.ours)), flops(lambda: step(problem.plain))  # noqa: B023
+        if form == "branches" and chosen[0] != "x" and "w" in chosen[0]:
+            assert ours == plain + (2 * 2) * d_y.shape[0] * tensors["x"].shape[1] * d_y.shape[1]  # all of a list
+        elif form == "fused" and chosen in (("w_in",), ("b_in",)) or ours != plain:
+            assert ours == plain, f"{chosen}: {ours} against {plain}"
+
+
+@pytest.mark.parametrize("form", FFN_FORMS)
+def test_flop_counter_recompute(form: str) -> None:
+    """The input products once more."""
+    problem = Problem(form, **SMALL)
+    tensors, d_y = problem.draw(dtype=torch.float32)
+    saved = flops(lambda: results(problem.ours, tensors, d_y))
+    again = flops(lambda: results(lambda **t: problem.ours(recompute=True, **t), tensors, d_y))
+    rows = sum(t.shape[0] for n, t in tensors.items() if n in ("w_in", "w_up"))
+    assert again == saved + 2 * problem.T * problem.D * rows
