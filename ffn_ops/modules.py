@@ -197,7 +197,7 @@ class GLU(nn.Module):
 
 
 class GatedFFN(nn.Module):
-    """``sum over g of value_g(x) * sigmoid(gate_g(x))``, of width ``d_ff``; ``out_proj=True`` adds a way back to ``d_model``.
+    """``sum over g of value_g(x) * sigmoid(gate_g(x))``, of width ``d_ff``; ``out_proj=True`` projects back.
 
     Shapes: x ``[..., d_model]`` to ``[..., d_ff]``, or ``[..., d_model]`` with the projection. State:
     ``value_layers.{g}``, ``gate_layers.{g}`` and, with the projection, ``out_proj``.
