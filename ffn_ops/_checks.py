@@ -50,7 +50,7 @@ def activation(value: Any, names: Sequence[str]) -> None:
 def number(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # math.isfinite has no trace where torch.compile makes the number symbolic
         raise ValueError(f"{name}: expected a finite number, got {value}")
 
 

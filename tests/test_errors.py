@@ -106,8 +106,6 @@ def test_does_not_fit_the_others(function: str, name: str, kind: str) -> None:
         return  # x may have any leading dimensions
     arguments[name] = make(arguments[name])
     named = next(n for n in list(arguments)[1:]) if first else name
-    if function == "gated_linear" and named == "w_gate" and kind == "wider":
-        named = "w_gate"
     refused(call, arguments, error, f"{named}: {message}")
 
 

@@ -63,6 +63,13 @@ def assert_accurate(
         errors.check(name)
 
 
+def assert_error_like_eagers(actual: Tensor, eager: Tensor, exact: Tensor) -> None:
+    """The same rule for one result that is at hand in all three forms."""
+    errors = _Errors(actual.dtype)
+    errors.add(actual.detach().double(), exact.detach(), eager.detach().double() - exact.detach())
+    errors.check("result")
+
+
 class _Errors:
     """Running errors of one named result."""
 

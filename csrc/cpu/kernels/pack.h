@@ -41,17 +41,16 @@ void pack_transposed(const Matrix& m, int64_t lane0, int64_t lanes, int64_t vali
   constexpr int64_t W = V::kLanes;
   const S* row[W];
   for (int64_t i = 0; i < W; ++i) row[i] = row_pointer<S>(m, lane0 + (i < valid ? i : 0));
-  const bool dense = m.col_stride == 1 && valid == W;
   // A full store may run over the end of its k row where the rows behind are written later, within the panel.
   const int64_t room = lanes == stride ? kc * stride - W : -1;  // last place of a full store
   V block[W];
   for (int64_t k = 0; k < kc; k += W) {
     const int64_t n = kc - k < W ? kc - k : W;
-    if (dense && n == W) {
+    if (m.col_stride == 1 && n == W) {
       FFN_UNROLL
       for (int64_t i = 0; i < W; ++i) {
-        block[i] = load<V>(row[i] + k0 + k);
-        prefetch_l2(row[i] + k0 + k + kPrefetchBytes / sizeof(S));
+        block[i] = i < valid ? load<V>(row[i] + k0 + k) : V::zero();
+        if (i < valid) prefetch_l2(row[i] + k0 + k + kPrefetchBytes / sizeof(S));
       }
     } else {
       for (int64_t i = 0; i < W; ++i)
@@ -71,6 +70,8 @@ void pack_transposed(const Matrix& m, int64_t lane0, int64_t lanes, int64_t vali
 template <class V, class S>
 struct PlainColumns {
   const Matrix& m;
+  // The row from column c on, where its columns are dense.
+  FFN_FN const S* dense(int64_t r, int64_t c) const { return m.col_stride == 1 ? row_pointer<S>(m, r) + c : nullptr; }
   FFN_FN V operator()(int64_t r, int64_t c, int64_t n) const {
     return load_columns<V>(row_pointer<S>(m, r), m.col_stride, c, n);
   }
@@ -85,7 +86,6 @@ template <class V>
 struct ActivatedColumns {
   const Operand& op;
   int64_t first, end;  // columns
-  int64_t row = -1;
   alignas(64) typename V::Scalar values[kMaxColumns];
   alignas(64) typename V::Scalar up[kMaxColumns];
 
@@ -101,22 +101,20 @@ struct ActivatedColumns {
   }
 
   FFN_FN void prefetch_row(int64_t, int64_t, int64_t) const {}
-  FFN_FN V operator()(int64_t r, int64_t c, int64_t n) {
-    if (r != row) {
-      row = r;
-      read(op.matrix, r, values);
-      if (op.up.data) read(op.up, r, up);
-      act_kernels<V>(op.activation)
-          .forward({(end - first + V::kLanes - 1) / V::kLanes,
-                    V::kLanes,
-                    values,
-                    op.up.data ? up : nullptr,
-                    nullptr,
-                    nullptr,
-                    nullptr,
-                    {values},
-                    static_cast<typename V::Scalar>(op.beta)});
-    }
+  FFN_FN const typename V::Scalar* dense(int64_t r, int64_t c) {
+    read(op.matrix, r, values);
+    if (op.up.data) read(op.up, r, up);
+    ActVectors<V> a{};
+    a.count = (end - first + V::kLanes - 1) / V::kLanes;
+    a.stride = V::kLanes;
+    a.gate = values;
+    a.up = op.up.data ? up : nullptr;
+    a.out[0] = values;
+    a.beta = static_cast<typename V::Scalar>(op.beta);
+    act_kernels<V>(op.activation).forward(a);
+    return values + c - first;
+  }
+  FFN_FN V operator()(int64_t, int64_t c, int64_t n) const {  // of the row last asked for
     return n == V::kLanes ? load<V>(values + c - first) : load<V>(values + c - first, static_cast<int>(n));
   }
 };
@@ -131,7 +129,16 @@ void pack_copied(Columns& columns, int64_t lane0, int64_t valid, int64_t k0, int
   for (int64_t k = 0; k < kc; ++k) {
     // Rows lie pages apart, where the hardware does not look ahead.
     if (k + kRowsAhead < kc) columns.prefetch_row(k0 + k + kRowsAhead, lane0, wanted);
-    for (int64_t p = 0; p < panels; ++p) {
+    const auto* from = columns.dense(k0 + k, lane0);
+    const int64_t whole = (panel_lanes + W - 1) / W * W;  // lanes that whole vectors of a panel touch
+    const bool may_run_over = whole == panel_lanes || (panel_lanes == stride && k * stride + whole <= kc * stride);
+    int64_t p = 0;
+    if (from && may_run_over) {
+      for (; p < panels && p * panel_lanes + whole <= valid; ++p)
+        for (int64_t i = 0; i < whole; i += W)
+          store(out + p * panel_step + k * stride + i, load<V>(from + p * panel_lanes + i));
+    }
+    for (; p < panels; ++p) {
       typename V::Scalar* to = out + p * panel_step + k * stride;
       for (int64_t i = 0; i < panel_lanes; i += W) {
         const int64_t lane = p * panel_lanes + i;

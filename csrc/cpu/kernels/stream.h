@@ -35,6 +35,8 @@ void stream_vector(const Matrix& m, int64_t lane0, int64_t valid, int64_t K, con
   const S* row[W];
   for (int64_t i = 0; i < W; ++i) row[i] = row_pointer<S>(m, lane0 + (i < valid ? i : valid - 1));
   V total[H];
+  FFN_UNROLL
+  for (int t = 0; t < H; ++t) total[t] = V::zero();
   for (int64_t c = 0; c < K; c += kRunK) {
     const int64_t end = K - c < kRunK ? K : c + kRunK;
     V acc[H];

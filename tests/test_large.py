@@ -1,0 +1,96 @@
+"""More than 2^31 elements in one tensor: offsets are 64 bits wide everywhere. Only values past that border are read."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import pytest
+import torch
+
+import ffn_ops
+
+pytestmark = pytest.mark.slow
+
+GIB = 1 << 30
+BORDER = 1 << 31
+
+
+def need(gib: float) -> None:
+    """Skips unless that much memory is free."""
+    try:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
+        with open("/proc/meminfo") as lines:
+            free = next(int(line.split()[1]) / (1 << 20) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, ValueError, StopIteration):
+        free = math.nan
+    if not free >= gib:
+        pytest.skip(f"needs {gib} GiB of free memory, found {free:.1f}")
+
+
+def silu(z: float) -> float:
+    return z / (1 + math.exp(-z))
+
+
+@pytest.mark.parametrize("shape", [(1, BORDER + 67), (BORDER // 64 + 3, 64)], ids=["one row", "many rows"])
+def test_gated_act(shape: tuple[int, int]) -> None:
+    """8 GiB: one long row is cut by columns, many rows by rows."""
+    need(9)
+    gate = torch.zeros(shape, dtype=torch.bfloat16)
+    flat = gate.view(-1)
+    places = [0, 1, BORDER - 1, BORDER, BORDER + 1, gate.numel() - 1]
+    for i, place in enumerate(places):
+        flat[place] = i + 1.0
+    y = ffn_ops.gated_act(gate).view(-1)
+    expected = torch.tensor([silu(i + 1.0) for i in range(len(places))]).bfloat16()
+    assert torch.equal(y[places], expected)
+    # Nothing else was touched: all other numbers are zero.
+    assert sum(int(torch.count_nonzero(part)) for part in y.split(1 << 28)) == len(places)
+
+
+def test_gated_act_strided() -> None:
+    """A view whose last rows start past the border; the result is small."""
+    need(5)
+    gate = torch.zeros(BORDER + 64, dtype=torch.bfloat16).as_strided((33, 65), ((BORDER - 2) // 32, 1))
+    gate[-1, -1], gate[-1, 0] = 2.0, -1.0
+    y = ffn_ops.gated_act(gate)
+    assert y[-1, -1] == torch.tensor(silu(2.0)).bfloat16() and y[-1, 0] == torch.tensor(silu(-1.0)).bfloat16()
+    assert torch.count_nonzero(y) == 2
+
+
+def test_ffn() -> None:
+    """T * F just over 2^31, in forward (4 GiB saved) and backward (4 GiB more): the last token is right."""
+    need(16)
+    T, D, F = BORDER // 4096 + 5, 8, 4096
+    g = torch.Generator().manual_seed(0)
+    x = torch.zeros(T, D)
+    row = torch.randn(1, D, generator=g)
+    x[-1:] = row
+    w_in, w_down = torch.randn(F, D, generator=g) / 4, torch.randn(3, F, generator=g) / 64
+    tensors = [t.bfloat16().requires_grad_() for t in (x, w_in, w_down)]
+    y = ffn_ops.ffn(*tensors, activation="silu")
+    alone = [row.bfloat16().requires_grad_(), *(t.detach().requires_grad_() for t in tensors[1:])]
+    y_alone = ffn_ops.ffn(*alone, activation="silu")
+    assert torch.equal(y[-1:], y_alone) and torch.count_nonzero(y[:-1]) == 0
+    d_y = torch.zeros_like(y)
+    d_y[-1] = 1.0
+    grads = torch.autograd.grad(y, tensors, d_y)
+    expected = torch.autograd.grad(y_alone, alone, d_y[-1:])
+    assert torch.equal(grads[0][-1:], expected[0]) and torch.count_nonzero(grads[0][:-1]) == 0
+    # The sum over tokens has one term; all others are exact zeros.
+    assert torch.equal(grads[1], expected[1]) and torch.equal(grads[2], expected[2])
+
+
+def test_weight() -> None:
+    """A weight with more than 2^31 elements, read to its end by forward and by dX."""
+    need(11)
+    F = 64
+    D = BORDER // F + 3
+    w = torch.zeros(F, D, dtype=torch.bfloat16)
+    x = torch.zeros(2, D, dtype=torch.bfloat16)
+    w[-1, -1], x[-1, -1] = 3.0, 2.0
+    x.requires_grad_()
+    y = ffn_ops.gated_linear(x, w, w, activation="identity")
+    assert y[-1, -1] == 36.0 and torch.count_nonzero(y) == 1
+    (d_x,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    assert d_x[-1, -1] == 36.0 and torch.count_nonzero(d_x) == 1
