@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import sysconfig
 from collections.abc import Callable, Sequence
@@ -76,14 +75,17 @@ def differentiable(name: str, setup_context: Callable[..., None], backward: Call
                 flat.extend(grad if isinstance(grad, (list, tuple)) else [grad] * child.num_leaves)
             return tuple(flat)
 
-    @functools.wraps(op)
-    def call(*args: Any) -> Any:
-        if not torch.compiler.is_compiling() and (
-            torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-        ):
+    def call(*args: Any, grad: bool = True) -> Any:
+        """``grad=False`` says that nothing needs a gradient: autograd is then stepped over."""
+        if torch.compiler.is_compiling():
+            return op(*args)
+        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
             flat, spec = pytree.tree_flatten(args)
             return Function.apply(spec, *flat)
-        return op(*args)
+        if grad:
+            return op(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
 
     return call
 

@@ -21,7 +21,7 @@ def is_plain_linear(layer: nn.Module) -> bool:
     """True where calling ``layer`` computes ``F.linear(x, layer.weight, layer.bias)`` and nothing else."""
     return (
         type(layer) is nn.Linear
-        and type(layer.weight) in (nn.Parameter, Tensor, FakeTensor)  # torch.export traces with fake ones
+        and type(layer._parameters.get("weight")) in (nn.Parameter, Tensor, FakeTensor)  # fake: torch.export
         and "forward" not in layer.__dict__
         and not layer._forward_hooks
         and not layer._forward_pre_hooks

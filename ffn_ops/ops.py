@@ -447,7 +447,7 @@ def ffn(
         t is not None and t.requires_grad for t in (x, w_in, w_up, w_down, b_in, b_up, b_down)
     )
     args = (w_in, w_up, w_down, b_in, b_up, b_down, gated, activation, float(beta), needs_grad and not recompute)
-    y = _ffn(_rows(x), *args)[0]
+    y = _ffn(_rows(x), *args, grad=needs_grad)[0]
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], out)  # type: ignore[no-any-return]
 
 
@@ -492,6 +492,22 @@ def _check_ffn(
     activation: str,
 ) -> tuple[Any, Any]:
     """Returns F and the width of the output."""
+    if not torch.compiler.is_compiling() and isinstance(w_in, Tensor) and w_in.dim() == 2:
+        # The usual case in few steps: everything fits, and only a mistake is looked at more closely below.
+        rows, width = w_in.shape
+        features = rows // 2 if gated and w_up is None else rows
+        out = w_down.shape[0] if isinstance(w_down, Tensor) and w_down.dim() == 2 else -1
+        wanted = (
+            (w_in, (rows, x.shape[-1])),
+            (w_up, (features, width)),
+            (w_down, (out, features)),
+            (b_in, (rows,)),
+            (b_up, (features,) if w_up is not None else ()),
+            (b_down, (out,)),
+        )
+        even = not gated or w_up is not None or rows % 2 == 0
+        if even and activation in _NAMES and all(t is None or check.fits(t, x, shape) for t, shape in wanted):
+            return features, out
     check.tensor("w_in", w_in, ("2F" if gated and w_up is None else "F", x.shape[-1]), like=x)
     rows = w_in.shape[0]
     features = rows

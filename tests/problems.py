@@ -35,13 +35,13 @@ class Problem:
     T: int = 7
     D: int = 5
     F: int = 6
-    O: int = 4  # noqa: E741  (output width)
+    O: int = 4
     activation: str = "silu"
     bias: bool = True
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        T, D, F, O = self.T, self.D, self.F, self.O  # noqa: E741
+        T, D, F, O = self.T, self.D, self.F, self.O
         if self.form == "act":
             return {"gate": (T, F)}
         if self.form == "gated_act":

@@ -16,14 +16,18 @@ pytestmark = pytest.mark.skipif(shutil.which("nm") is None, reason="nm (binutils
 STABLE = re.compile(r"(aoti_torch|torch)_\w+$")
 TORCH_CPP = re.compile(r"_ZT?[A-Z]*K?R?(3c10|2at|5torch|6caffe2)")
 PYTHON = re.compile(r"_?Py[A-Z_]\w*$")
-STANDARD_CPP = re.compile(r"_Z(T[VIS])?(N?K?R?S[tabsiod]|n[wa]|d[la]|NK?10__cxxabiv1|N10__cxxabiv1)|__cxa_|__gxx_|_Unwind_")
+STANDARD_CPP = re.compile(
+    r"_Z(T[VIS])?(N?K?[RO]?S[tabsiod]|n[wa]|d[la]|NK?10__cxxabiv1|N10__cxxabiv1)|__cxa_|__gxx_|_Unwind_"
+)
 WEAK_HOOK = re.compile(r"_ITM_\w+TMCloneTable$|__gmon_start__$")
 
 
 def symbols(which: str) -> list[tuple[str, str]]:
     """Name and version."""
     out = subprocess.run(["nm", "-D", which, str(LIBRARY)], capture_output=True, text=True, check=True).stdout
-    return [(s.rstrip("@"), version) for s, _, version in (line.split()[-1].partition("@") for line in out.splitlines())]
+    return [
+        (s.rstrip("@"), version) for s, _, version in (line.split()[-1].partition("@") for line in out.splitlines())
+    ]
 
 
 def known(name: str, version: str) -> bool:

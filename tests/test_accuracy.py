@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from problems import ACTIVATIONS, DTYPES, FFN_FORMS, FORMS, Problem, dtype_name, results
@@ -40,9 +42,34 @@ def test_every_activation(form: str, activation: str, dtype: torch.dtype, isa: s
     assert_accurate(Problem(form, **RAGGED, activation=activation), dtype)
 
 
+class SecondOrder(Problem):
+    """The gradients of an element-wise problem as its output, so that their gradients are what is compared."""
+
+    def _first(self, call: Callable[..., Tensor], t: dict[str, Tensor]) -> Tensor:
+        d_y = torch.linspace(-2, 2, self.T * self.F).view(self.T, self.F).to(t["gate"].dtype)
+        with torch.enable_grad():
+            return sum(torch.autograd.grad(call(**t), list(t.values()), d_y, create_graph=True))
+
+    def ours(self, **t: Tensor) -> Tensor:  # type: ignore[override]
+        return self._first(super().ours, t)
+
+    def plain(self, **t: Tensor) -> Tensor:
+        return self._first(super().plain, t)
+
+
 @every_dtype
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_second_derivatives(activation: str, dtype: torch.dtype, isa: str) -> None:
+    assert_accurate(SecondOrder("gated_act", T=9, F=75, activation=activation), dtype)
+
+
+# float16 differs from bfloat16 in the load and the store alone, branches from gated in their sum alone.
+FORMS_OF_SHAPES = [(form, dtype) for form in ("plain", "gated") for dtype in DTYPES if dtype is not torch.float16]
+FORMS_OF_SHAPES += [("branches", torch.float32)]
+
+
 @pytest.mark.parametrize("size", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("form", ["plain", "gated", "branches"])
+@pytest.mark.parametrize(("form", "dtype"), FORMS_OF_SHAPES)
 def test_shapes(form: str, size: dict[str, int], dtype: torch.dtype, isa: str) -> None:
     assert_accurate(Problem(form, **size), dtype)
 
@@ -104,10 +131,27 @@ def test_leading_dimensions_of_width_zero() -> None:
 @every_dtype
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_special_values(activation: str, dtype: torch.dtype, isa: str) -> None:
-    """Infinities, NaN, zeros, denormals and overflow: the forward as torch's, the gradient finite wherever torch's is."""
+    """Infinities, NaN, zeros, denormals and overflow: forward as torch, and gradients wherever torch's are finite."""
     tiny, huge = torch.finfo(dtype).smallest_normal, torch.finfo(dtype).max
     inf = float("inf")
-    values = [0.0, -0.0, inf, -inf, float("nan"), tiny, -tiny, tiny / 4, huge, -huge, 12.0, -12.0, 90.0, -90.0, 800.0, -800.0]
+    values = [
+        0.0,
+        -0.0,
+        inf,
+        -inf,
+        float("nan"),
+        tiny,
+        -tiny,
+        tiny / 4,
+        huge,
+        -huge,
+        12.0,
+        -12.0,
+        90.0,
+        -90.0,
+        800.0,
+        -800.0,
+    ]
     z = torch.tensor([values], dtype=dtype, requires_grad=True)
     ours = ffn_ops.gated_act(z, activation=activation)
     torchs = reference.gated_act(z, activation=activation)
@@ -123,14 +167,18 @@ def test_special_values(activation: str, dtype: torch.dtype, isa: str) -> None:
         return same | ((a - b).abs() <= 8 * rounding * b.abs() + atol)
 
     wrong = ~agree(ours, torchs, atol) & ~agree(ours, exact, atol)
-    assert not wrong.any(), f"{activation} at {z[wrong].tolist()}: {ours[wrong].tolist()}, torch {torchs[wrong].tolist()}"
+    assert not wrong.any(), (
+        f"{activation} at {z[wrong].tolist()}: {ours[wrong].tolist()}, torch {torchs[wrong].tolist()}"
+    )
     d_ours, d_torchs = (torch.autograd.grad(y.sum(), z)[0] for y in (ours, torchs))
     (d_exact,) = torch.autograd.grad(exact.sum(), wide)
     atol = torch.full_like(atol, 4 * rounding)
     finite = torch.isfinite(z) & torch.isfinite(d_torchs)
     wrong = finite & ~agree(d_ours, d_torchs, atol) & ~agree(d_ours, d_exact, atol)
     assert not wrong.any(), f"slope at {z[wrong].tolist()}: {d_ours[wrong].tolist()}, torch {d_torchs[wrong].tolist()}"
-    assert torch.isnan(ours[0, 4]) and (activation in ("identity",) or torch.isnan(d_ours[0, 4]) or "relu" in activation)
+    assert torch.isnan(ours[0, 4]) and (
+        activation in ("identity",) or torch.isnan(d_ours[0, 4]) or "relu" in activation
+    )
 
 
 def unaligned(t: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Promises 2 and 3, bit for bit: runs, thread counts, Python threads; a row alone and in a batch, wherever it stands."""
+"""Promises 2 and 3, bit for bit: runs, thread counts, Python threads; a row alone and in a batch, anywhere."""
 
 from __future__ import annotations
 

@@ -48,13 +48,17 @@ WRONG: dict[str, tuple[Callable[[Tensor], Any], type[Exception], str]] = {
     "8-bit float dtype": (lambda t: t.to(torch.float8_e4m3fn), TypeError, "expected dtype .*got float8_e4m3fn"),
     "sparse": (lambda t: t.to_sparse(), ValueError, "expected a strided tensor, got layout torch.sparse_coo"),
     "mkldnn": (lambda t: t.to_mkldnn(), ValueError, "expected a strided tensor, got layout torch._mkldnn"),
-    "nested": (lambda t: torch.nested.as_nested_tensor([t, t]), ValueError, "expected a strided tensor, got layout nested"),
+    "nested": (lambda t: torch.nested.as_nested_tensor([t, t]), ValueError, "expected a strided.*got layout nested"),
 }  # fmt: skip
 
 # Wrong only beside the other arguments; the first one, which sets the standard, is judged by these too, under the name
 # of the first that then differs from it.
 CONFLICTS: dict[str, tuple[Callable[[Tensor], Any], type[Exception], str]] = {
-    "other dtype": (lambda t: t.double(), TypeError, "expected dtype (float32|float64) as x has, got (float64|float32)"),
+    "other dtype": (
+        lambda t: t.double(),
+        TypeError,
+        "expected dtype (float32|float64) as x has, got (float64|float32)",
+    ),
     "other device": (lambda t: t.to("meta"), ValueError, "expected device (cpu|meta) as x has, got (meta|cpu)"),
     "wider": (lambda t: torch.cat([t, t], -1), ValueError, r"expected shape \[.*\], got \["),
     "one dimension more": (lambda t: t[None], ValueError, r"expected shape \[.*\], got \["),
@@ -164,7 +168,7 @@ LINEAR_WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         {"w_gate": [W, W[:5]], "w_up": [W, W], "b_gate": None, "b_up": None},
         ValueError, r"w_gate: expected shape \[6, 4\], got \[5, 4\]",
     ),
-    "None in a list": ({"w_gate": [None]}, TypeError, "w_gate: expected a torch.Tensor or a list of them, got NoneType"),
+    "None in a list": ({"w_gate": [None]}, TypeError, "w_gate: expected a torch.Tensor or a list.*got NoneType"),
     "scalar x": ({"x": torch.tensor(1.0)}, ValueError, r"x: expected shape \[..., D\], got \[\]"),
 }  # fmt: skip
 
@@ -209,7 +213,7 @@ def test_module_sizes_and_inputs(module: Callable[..., Any], sizes: dict[str, An
     for x, error in (
         (torch.ones(3, 5), ValueError), (torch.ones(()), ValueError), (torch.ones(3, 4).double(), TypeError),
         (torch.ones(3, 4).int(), TypeError), (torch.ones(3, 4).to_sparse(), ValueError), ([[1.0] * 4], TypeError),
-        (np.ones((3, 4), dtype=np.float32), TypeError), (torch.ones(3, 4, device="meta"), ValueError), (None, TypeError),
+        (np.ones((3, 4), np.float32), TypeError), (torch.ones(3, 4, device="meta"), ValueError), (None, TypeError),
     ):  # fmt: skip
         with pytest.raises(error, match=r"^\w+: expected .*, got "):
             layer(x)
@@ -219,12 +223,20 @@ def test_module_sizes_and_inputs(module: Callable[..., Any], sizes: dict[str, An
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: ffn_ops.FeedForward(4, 6, 2, 1.5), ValueError, "dropout: expected a probability between 0 and 1, got 1.5"),
+        (
+            lambda: ffn_ops.FeedForward(4, 6, 2, 1.5),
+            ValueError,
+            "dropout: expected a probability between 0 and 1, got 1.5",
+        ),
         (lambda: ffn_ops.FeedForward(4, 6, 2, "0"), TypeError, "dropout: expected a number, got str"),
         (lambda: ffn_ops.FeedForward(4, 6, 2, math.nan), ValueError, "dropout: expected a finite number, got nan"),
         (lambda: ffn_ops.FeedForward(4, 1, 2, 0.0), ValueError, "hidden_dim: expected at least 2"),
         (lambda: ffn_ops.FeedForward(4, 6, 2, 0.0, activation="x"), ValueError, "activation: expected one of"),
-        (lambda: ffn_ops.FeedForward(4, 6, 2, 0.0, recompute=1), TypeError, "recompute: expected True or False, got int"),
+        (
+            lambda: ffn_ops.FeedForward(4, 6, 2, 0.0, recompute=1),
+            TypeError,
+            "recompute: expected True or False, got int",
+        ),
         (lambda: ffn_ops.SwishFFN(4, 6, beta=math.inf), ValueError, "beta: expected a finite number, got inf"),
         (lambda: ffn_ops.PlainFFN(4, 6, activation=3), TypeError, "activation: expected a name"),
         (lambda: ffn_ops.GLU(4, 6, activation="x"), ValueError, "activation: expected one of"),

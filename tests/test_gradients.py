@@ -1,4 +1,4 @@
-"""Derivatives on the real kernels: first and second order, every subset of inputs, and no gradient that nobody asked for."""
+"""Derivatives on the real kernels: first and second order, every subset of inputs, nothing that nobody asked for."""
 
 from __future__ import annotations
 

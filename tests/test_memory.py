@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -99,3 +106,42 @@ def test_nothing_is_written_around_inputs(form: str, dtype: torch.dtype, isa: st
         assert torch.equal(view, {**tensors, "d": d_y}[name]), name
         bands = torch.cat([whole[:GUARD], whole[-GUARD:]])
         assert (bands == CANARY).all(), name
+
+
+TESTS = Path(__file__).parent
+COMPILER = os.environ.get("CXX", "c++").split()
+
+
+@pytest.fixture(scope="session")
+def guard_allocator(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("the guarding allocator is written for glibc")
+    if shutil.which(COMPILER[0]) is None:
+        pytest.skip(f"no C++ compiler {COMPILER[0]!r} to build the guarding allocator")
+    library = tmp_path_factory.mktemp("guard") / "libguard.so"
+    source = str(TESTS / "guard_allocator.cpp")
+    subprocess.run(
+        [*COMPILER, "-std=c++20", "-O1", "-fno-builtin", "-shared", "-fPIC", source, "-o", library], check=True
+    )
+    return library
+
+
+def under_guard(library: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(TESTS / "guarded_run.py"), *arguments]
+    paths = [str(TESTS), str(Path(ffn_ops.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "LD_PRELOAD": str(library), "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_nothing_is_touched_outside_tensors(guard_allocator: Path) -> None:
+    """Every output, workspace and input ends at a page that faults; fresh memory is NaN, and no NaN comes out."""
+    done = under_guard(guard_allocator)
+    assert done.returncode == 0, f"{done.returncode}\n{done.stdout}{done.stderr}"
+    assert int(done.stdout) > 1000  # blocks that were guarded
+
+
+@pytest.mark.parametrize(
+    ("how", "signal_number"), [("write", signal.SIGSEGV), ("read", signal.SIGSEGV), ("gap", signal.SIGABRT)]
+)
+def test_the_guard_notices(guard_allocator: Path, how: str, signal_number: signal.Signals) -> None:
+    assert under_guard(guard_allocator, how).returncode == -signal_number

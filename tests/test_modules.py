@@ -69,7 +69,7 @@ class Seen(TorchDispatchMode):
 
 
 def test_example_of_the_guide() -> None:
-    """dim 128, hidden 256, multiple_of 16, dropout 0.1, input (4, 128): width 176, and a formula that can be computed."""
+    """dim 128, hidden 256, multiple_of 16, dropout 0.1, input (4, 128): width 176, output (4, 128)."""
     torch.manual_seed(0)
     layer = ffn_ops.FeedForward(128, 256, 16, 0.1)
     assert layer.w1.out_features == layer.w3.out_features == layer.w2.in_features == 176
@@ -342,7 +342,10 @@ def test_functional_call(name: str) -> None:
     y = torch.func.functional_call(layer, given, (x,))
     assert torch.equal(y, other(x)) and not torch.equal(y, layer(x))
     grads = torch.autograd.grad(y.sum(), list(given.values()))
-    assert all(torch.equal(a, b) for a, b in zip(grads, torch.autograd.grad(other(x).sum(), list(other.parameters())), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(grads, torch.autograd.grad(other(x).sum(), list(other.parameters())), strict=True)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_name)

@@ -1,4 +1,4 @@
-"""Promise 6, without the compiler: torch's own operator checks, autocast, checkpointing, hooks, torch.func, FLOP counts.
+"""Promise 6, without the compiler: torch's operator checks, autocast, checkpointing, hooks, torch.func, FLOP counts.
 
 Everything is compared bit for bit with a plain call, unless it says otherwise.
 """
@@ -28,7 +28,7 @@ def operator_calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     def t(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=g, dtype=torch.float64).requires_grad_()
 
-    T, D, F, O, G = 3, 4, 5, 6, 2  # noqa: E741
+    T, D, F, O, G = 3, 4, 5, 6, 2
     act = ("swish", 1.5)
     gates, ups = [t(F, D) for _ in range(G)], [t(F, D) for _ in range(G)]
     biases = [t(F) for _ in range(G)]
