@@ -40,6 +40,7 @@ def fits(value: Any, like: Tensor, shape: tuple[int, ...]) -> bool:
     """What :func:`tensor` asserts, without the words: a few attribute look-ups."""
     return (
         isinstance(value, Tensor)
+        and not value.is_nested  # has no shape
         and value.dtype is like.dtype
         and value.shape == shape
         and value.layout is torch.strided

@@ -492,11 +492,11 @@ def _check_ffn(
     activation: str,
 ) -> tuple[Any, Any]:
     """Returns F and the width of the output."""
-    if not torch.compiler.is_compiling() and isinstance(w_in, Tensor) and w_in.dim() == 2:
+    if not torch.compiler.is_compiling() and isinstance(w_in, Tensor) and not w_in.is_nested and w_in.dim() == 2:
         # The usual case in few steps: everything fits, and only a mistake is looked at more closely below.
         rows, width = w_in.shape
         features = rows // 2 if gated and w_up is None else rows
-        out = w_down.shape[0] if isinstance(w_down, Tensor) and w_down.dim() == 2 else -1
+        out = w_down.shape[0] if isinstance(w_down, Tensor) and not w_down.is_nested and w_down.dim() == 2 else -1
         wanted = (
             (w_in, (rows, x.shape[-1])),
             (w_up, (features, width)),

@@ -16,21 +16,21 @@ from ffn_ops import reference
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 
 # Widths that are no multiple of any vector, more than one register tile in every direction.
-RAGGED = {"T": 37, "D": 53, "F": 45, "O": 35}
+RAGGED = {"T": 37, "D": 53, "F": 101, "O": 103}
 
 SHAPES = {
     "T=0: outputs empty, weight gradients zero": {"T": 0, "D": 8, "F": 9, "O": 10},
-    "T=1: one row, streamed weights": {"T": 1, "D": 40, "F": 50, "O": 33},
-    "T=8: the last streamed size": {"T": 8, "D": 40, "F": 50, "O": 33},
+    "T=1: one row, streamed weights": {"T": 1, "D": 40, "F": 110, "O": 101},
+    "T=8: the last streamed size": {"T": 8, "D": 40, "F": 110, "O": 101},
     "everything 1": {"T": 1, "D": 1, "F": 1, "O": 1},
     "D=0: the first product has nothing to add": {"T": 5, "D": 0, "F": 9, "O": 10},
     "F=0: the second product has nothing to add": {"T": 5, "D": 8, "F": 0, "O": 10},
     "O=0: no output": {"T": 5, "D": 8, "F": 9, "O": 0},
-    "primes": {"T": 13, "D": 31, "F": 67, "O": 29},
-    "multiples of every tile": {"T": 84, "D": 64, "F": 128, "O": 64},
-    "T one more than a tile": {"T": 85, "D": 32, "F": 33, "O": 65},
-    "sums just over a chunk of k": {"T": 17, "D": 257, "F": 259, "O": 32},
-    "gradients sum over more than a chunk of tokens, bias sums over two levels": {"T": 1031, "D": 9, "F": 11, "O": 16},
+    "primes": {"T": 13, "D": 31, "F": 103, "O": 101},
+    "multiples of every tile": {"T": 84, "D": 64, "F": 128, "O": 128},
+    "T one more than a tile": {"T": 85, "D": 32, "F": 129, "O": 161},
+    "sums just over a chunk of k": {"T": 17, "D": 257, "F": 259, "O": 101},
+    "gradients sum over more than a chunk of tokens, bias sums over two levels": {"T": 1031, "D": 9, "F": 101, "O": 103},
     "more columns than a task packs at a time": {"T": 19, "D": 24, "F": 523, "O": 290},
 }
 
