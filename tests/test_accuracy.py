@@ -30,7 +30,7 @@ SHAPES = {
     "multiples of every tile": {"T": 84, "D": 64, "F": 128, "O": 128},
     "T one more than a tile": {"T": 85, "D": 32, "F": 129, "O": 161},
     "sums just over a chunk of k": {"T": 17, "D": 257, "F": 259, "O": 101},
-    "gradients sum over more than a chunk of tokens, bias sums over two levels": {"T": 1031, "D": 9, "F": 101, "O": 103},
+    "gradients sum over more than a chunk of tokens, biases over two levels": {"T": 1031, "D": 9, "F": 101, "O": 103},
     "more columns than a task packs at a time": {"T": 19, "D": 24, "F": 523, "O": 290},
 }
 
