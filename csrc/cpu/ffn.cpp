@@ -65,7 +65,6 @@ Gemm pre_activations(const Ffn& c, const Tensor& x, int64_t begin, int64_t end, 
   g.M = end - begin;
   g.N = c.F;
   g.K = c.D;
-  g.wide = c.dtype == DType::kFloat64;
   g.a = lanes_are_rows(matrix(x, c.dtype, begin));
   g.b = c.in.data();
   g.num_b = static_cast<int64_t>(c.in.size());
@@ -98,10 +97,10 @@ std::tuple<Tensor, Tensor, Tensor> ffn(const Tensor& x, const Tensor& w_in, std:
 
   // Blocks of tokens, so that h and the packed operands of a block stay in the last-level cache.
   constexpr int64_t kBlockBytes = int64_t{32} << 20;
-  const int64_t row_bytes = (c.D + 2 * c.F) * compute_size(c.dtype == DType::kFloat64);
+  const int64_t row_bytes = (c.D + 2 * c.F) * (c.dtype == DType::kFloat64 ? 8 : 4);
   const int64_t most = std::max<int64_t>(256, kBlockBytes / std::max<int64_t>(1, row_bytes));
-  const int64_t blocks = std::max<int64_t>(1, (c.T + most - 1) / most);
-  const int64_t rows = (c.T + blocks - 1) / blocks;
+  const int64_t blocks = std::max<int64_t>(1, divide_up(c.T, most));
+  const int64_t rows = divide_up(c.T, blocks);
 
   Workspace workspace;
   Steps steps(kernels(), workspace, threads());
@@ -114,7 +113,6 @@ std::tuple<Tensor, Tensor, Tensor> ffn(const Tensor& x, const Tensor& w_in, std:
     g.M = end - begin;
     g.N = c.O;
     g.K = c.F;
-    g.wide = c.dtype == DType::kFloat64;
     g.a = lanes_are_rows(dense(h, c.F, c.dtype));
     g.b = &down;
     g.epilogue.dtype = c.dtype;
@@ -156,7 +154,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_backward(
   }
 
   Gemm g;
-  g.wide = c.dtype == DType::kFloat64;
   g.epilogue.dtype = c.dtype;
 
   // d_hidden [T, 2F]: d_gate, then d_up.

@@ -47,8 +47,8 @@ void run_elementwise(GatedAct& g, ElementwiseKernel kernel) {
   }
   const int64_t col_step = std::min(g.cols, kStretch);
   const int64_t row_step = std::max<int64_t>(1, kStretch / g.cols);
-  const int64_t col_tasks = (g.cols + col_step - 1) / col_step;
-  const int64_t tasks = col_tasks * ((g.rows + row_step - 1) / row_step);
+  const int64_t col_tasks = divide_up(g.cols, col_step);
+  const int64_t tasks = col_tasks * divide_up(g.rows, row_step);
   Phases phases;
   phases.add(tasks, [&](int64_t task, int64_t) {
     const int64_t r = task / col_tasks * row_step;

@@ -65,7 +65,6 @@ std::tuple<Tensor, Tensor, Tensor> gated_linear(const Tensor& x, std::vector<Ten
   g.M = c.T;
   g.N = c.F;
   g.K = c.D;
-  g.wide = c.dtype == DType::kFloat64;
   g.a = lanes_are_rows(matrix(x, c.dtype));
   g.b = c.forward.data();
   g.num_b = 2 * c.G;
@@ -125,14 +124,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_linear_backward(
     a.out_stride = 2 * half;
     a.activation = c.activation;
     a.beta = beta;
-    steps.pass((c.T + kRows - 1) / kRows, [&a, &table](int64_t task, int64_t) {
+    steps.pass(divide_up(c.T, kRows), [&a, &table](int64_t task, int64_t) {
       table.gated_act_backward(a, {task * kRows, std::min(a.rows, (task + 1) * kRows), 0, a.cols});
     });
   }
 
   Tensor d_x = needs.at(0) ? fresh(x, c.dtype, {c.T, c.D}) : nothing(x);
   Gemm g;
-  g.wide = c.dtype == DType::kFloat64;
   g.epilogue.dtype = c.dtype;
   g.epilogue.out_stride = c.D;
   g.N = c.D;

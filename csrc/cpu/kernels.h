@@ -1,5 +1,6 @@
-// What the boundary (ops.cpp) and the kernels of one instruction set agree on: plain descriptions of a product, of the
-// element-wise passes, and the table of entry points that each file in isa/ fills. No torch, no vectors, no threads.
+// What the boundary (one file per operator) and the kernels of one instruction set agree on: plain descriptions of a
+// product, of the element-wise passes, and the table of entry points that each file in isa/ fills. No torch, no
+// vectors, no threads.
 #pragma once
 
 #include <cstddef>
@@ -17,6 +18,10 @@ constexpr int64_t kRunK = 64;
 // Operands are packed in chunks of kChunkK: a B panel of that length stays in the caches near the core. A multiple of
 // kRunK, else without influence on results.
 constexpr int64_t kChunkK = 256;
+// Below, a product is bound by its stores, which should run along rows.
+constexpr int64_t kShortK = 64;
+
+constexpr int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
 // A strided matrix: element (r, c) is data[rows ? rows[r] : r][c]. Lanes of a packed panel run along rows or columns.
 struct Matrix {
@@ -48,8 +53,7 @@ struct Epilogue {
   void* out = nullptr;            // [M, N]
   void* out_up = nullptr;         // kActivateGrad, gated
   int64_t out_stride = 0;
-  bool transposed = false;  // kStore: element (m, n) of the tile goes to out[n][m], its bias is bias[m]
-  void* gate = nullptr;     // pre-activations [branches, M, N]; written by kActivate, read by kActivateGrad
+  void* gate = nullptr;  // pre-activations [branches, M, N]; written by kActivate, read by kActivateGrad
   void* up = nullptr;
   int64_t pre_stride = 0;             // between rows
   int64_t pre_branch_stride = 0;      // between branches
@@ -69,10 +73,11 @@ struct Gemm {
   bool gated = false;
   Epilogue epilogue;
 
-  // Schedule, filled by plan_gemm(); it never changes a bit of the result.
-  bool swapped = false;      // the product is computed as its transpose: M and N above are exchanged, b is shared
+  // Schedule, filled by plan_product(); it never changes a bit of the result.
+  // Swapped: the product is computed as its transpose. M and N above are exchanged, b is the shared operand, element
+  // (m, n) of a tile goes to out[n][m] and its bias is bias[m].
+  bool swapped = false;
   int64_t first_row = 0;     // of the shared operand: this is a part of the product
-  bool wide = false;         // float64 arithmetic
   int64_t panel_rows = 0;    // rows of an A panel, 1 .. tile rows
   int64_t panels_m = 0;      // A panels
   int64_t panels_n = 0;      // B panels of one tile's width
@@ -80,10 +85,12 @@ struct Gemm {
   int64_t block_m = 0;       // A panels of one task
   void* packed_a = nullptr;  // [K chunk][panel][k][panel_rows]
 
+  bool wide() const { return epilogue.dtype == DType::kFloat64; }  // float64 arithmetic
+  int64_t element() const { return wide() ? 8 : 4; }               // bytes of it
   int64_t branches() const { return gated ? num_b / 2 : 1; }
   int64_t stretch() const { return gated ? K : K / num_b; }  // length of one B operand along k
-  int64_t tasks_n() const { return (panels_n + group_n - 1) / group_n; }
-  int64_t tasks_m() const { return (panels_m + block_m - 1) / block_m; }
+  int64_t tasks_n() const { return divide_up(panels_n, group_n); }
+  int64_t tasks_m() const { return divide_up(panels_m, block_m); }
 };
 
 struct GatedAct {
@@ -119,21 +126,17 @@ struct KernelTable {
   void (*column_sum)(const ColumnSum&, int64_t col_begin, int64_t col_end);
 };
 
-constexpr int64_t kPanelPad = 64;  // bytes a packed panel may be overwritten behind its end
-
-inline int64_t compute_size(bool wide) { return wide ? 8 : 4; }
-
 // Chunks of B panels that a task holds packed: one of each panel of its group, or several of a single panel.
 constexpr int64_t kSingleChunks = 4;
 inline int64_t packed_chunks(const Gemm& g) { return g.group_n == 1 ? kSingleChunks : g.group_n; }
 
 // Bytes of thread-private memory that `gemm` needs: the packed B group and the partial sums of the task's tiles.
 inline int64_t gemm_scratch_bytes(const Gemm& g, const KernelTable& table) {
-  const int64_t width = table.tile_vectors * table.lanes / (g.wide ? 2 : 1);
+  const int64_t width = table.tile_vectors * table.lanes * 4 / g.element();
   const int64_t b = packed_chunks(g) * width * kChunkK;
   const int64_t tiles = g.block_m * g.group_n * g.panel_rows * width;
   const int64_t sums = g.branches() > 1 ? tiles / 2 : 0;
-  return (b + tiles + sums) * compute_size(g.wide) + 4 * kPanelPad;
+  return (b + tiles + sums) * g.element();
 }
 
 // The table of an instruction set, null where this build does not have it.

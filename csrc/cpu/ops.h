@@ -30,29 +30,20 @@ inline Matrix matrix(const Tensor& t, DType dtype, int64_t from_row = 0) {
 
 inline Matrix dense(const void* data, int64_t row_stride, DType dtype) { return {data, row_stride, 1, dtype, nullptr}; }
 
-// Element (lane, k) of the product is matrix(lane, k).
-inline Operand lanes_are_rows(Matrix m) {
+inline Operand operand(Matrix m, bool k_along_rows) {
+  // Dense columns instead of rows, as in a transposed weight: read as the transpose, which has dense rows.
+  if (m.col_stride != 1 && m.row_stride == 1 && !m.rows) {
+    std::swap(m.row_stride, m.col_stride);
+    k_along_rows = !k_along_rows;
+  }
   Operand op;
   op.matrix = m;
-  // A transposed weight: its columns are dense, so it is read as the other kind.
-  if (m.col_stride != 1 && m.row_stride == 1 && !m.rows) {
-    std::swap(op.matrix.row_stride, op.matrix.col_stride);
-    op.k_along_rows = true;
-  }
+  op.k_along_rows = k_along_rows;
   return op;
 }
 
-// Element (lane, k) of the product is matrix(k, lane).
-inline Operand lanes_are_columns(Matrix m) {
-  Operand op;
-  op.matrix = m;
-  op.k_along_rows = true;
-  if (m.col_stride != 1 && m.row_stride == 1 && !m.rows) {
-    std::swap(op.matrix.row_stride, op.matrix.col_stride);
-    op.k_along_rows = false;
-  }
-  return op;
-}
+inline Operand lanes_are_rows(const Matrix& m) { return operand(m, false); }    // element (lane, k) is m(lane, k)
+inline Operand lanes_are_columns(const Matrix& m) { return operand(m, true); }  // element (lane, k) is m(k, lane)
 
 inline Tensor fresh(const Tensor& like, DType dtype, std::initializer_list<int64_t> sizes) {
   Tensor t = torch::stable::new_empty(like, std::vector<int64_t>(sizes));
@@ -80,7 +71,7 @@ inline void* advance(void* data, int64_t elements, DType dtype) {
 inline void add_column_sum(Steps& steps, const Matrix& m, int64_t rows, int64_t cols, void* out) {
   constexpr int64_t kColumns = 64;
   const KernelTable& table = kernels();
-  steps.pass((cols + kColumns - 1) / kColumns, [=, &table](int64_t task, int64_t) {
+  steps.pass(divide_up(cols, kColumns), [=, &table](int64_t task, int64_t) {
     table.column_sum({rows, cols, m, out}, task * kColumns, std::min(cols, (task + 1) * kColumns));
   });
 }

@@ -7,12 +7,9 @@
 namespace ffn_ops {
 namespace {
 
-constexpr int64_t kShortK = 64;  // below, a product is bound by its stores, which should run along rows
 constexpr int64_t kPackedBytes = int64_t{32} << 20;  // a packed A operand, shared by all tasks
 constexpr int64_t kTileBytes = int64_t{1} << 20;     // partial sums of one task: they stay in L2 or L3
 constexpr int64_t kGroupBytes = int64_t{256} << 10;  // packed B of one task: it stays in L2
-
-int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
 // The shared packed operand should be the small one: a plain product with more rows than columns is computed as its
 // transpose. Every element is the same sum in the same order, and a product of two factors does not know their order.
@@ -21,7 +18,6 @@ Gemm small_operand_first(const Gemm& g) {
   Gemm swapped = g;
   std::swap(swapped.M, swapped.N);
   swapped.swapped = true;
-  swapped.epilogue.transposed = true;
   return swapped;
 }
 
@@ -34,7 +30,7 @@ Gemm slice_rows(const Gemm& g, int64_t begin, int64_t end) {
   const auto advance = [&](void* p, int64_t stride) -> void* {
     return p ? static_cast<char*>(p) + begin * stride * storage_size(e.dtype) : nullptr;
   };
-  e.out = advance(e.out, e.transposed ? 1 : e.out_stride);
+  e.out = advance(e.out, g.swapped ? 1 : e.out_stride);
   e.out_up = advance(e.out_up, e.out_stride);
   e.gate = advance(e.gate, e.pre_stride);
   e.up = advance(e.up, e.pre_stride);
@@ -42,19 +38,17 @@ Gemm slice_rows(const Gemm& g, int64_t begin, int64_t end) {
 }
 
 void fill_schedule(Gemm& g, const KernelTable& table, int64_t workers) {
-  const int64_t element = compute_size(g.wide);
-  const int64_t lanes = table.lanes * 4 / element;
+  const int64_t width = table.tile_vectors * table.lanes * 4 / g.element();
   g.panels_m = divide_up(g.M, table.tile_rows);
   g.panel_rows = divide_up(g.M, g.panels_m);
   g.panels_m = divide_up(g.M, g.panel_rows);
-  const int64_t width = table.tile_vectors * lanes;
   g.panels_n = divide_up(g.N, g.gated ? width / 2 : width);
 
   // A few rows: weights are streamed, each read once, so a task takes whole rows of them from end to end.
   constexpr int64_t kStreamedRows = 32;
   const bool streamed = g.M <= kStreamedRows && !(g.swapped ? g.a : g.b[0]).k_along_rows;
-  g.group_n = streamed ? 1 : std::min(g.panels_n, std::max<int64_t>(1, kGroupBytes / (width * element * kChunkK)));
-  const int64_t tile = g.panel_rows * width * element;
+  g.group_n = streamed ? 1 : std::min(g.panels_n, std::max<int64_t>(1, kGroupBytes / (width * g.element() * kChunkK)));
+  const int64_t tile = g.panel_rows * width * g.element();
   int64_t most = std::max<int64_t>(1, kTileBytes / (tile * g.group_n));
   if (workers > 1) {
     const int64_t cuts = divide_up(4 * workers, g.tasks_n());
@@ -69,7 +63,7 @@ std::vector<Gemm> plan_product(const Gemm& wanted, const KernelTable& table, int
   std::vector<Gemm> parts;
   if (wanted.M == 0 || wanted.N == 0) return parts;
   const Gemm g = small_operand_first(wanted);
-  const int64_t fit_rows = kPackedBytes / std::max<int64_t>(1, g.K * compute_size(g.wide));
+  const int64_t fit_rows = kPackedBytes / std::max<int64_t>(1, g.K * g.element());
   const int64_t fit = std::max<int64_t>(1, fit_rows / table.tile_rows) * table.tile_rows;
   const int64_t rows = divide_up(divide_up(g.M, divide_up(g.M, fit)), table.tile_rows) * table.tile_rows;
   for (int64_t m = 0; m < g.M; m += rows) {

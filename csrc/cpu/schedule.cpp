@@ -23,7 +23,6 @@ void* kept_data = nullptr;
 size_t kept_bytes = 0;
 
 size_t round_up(size_t value, size_t step) { return (value + step - 1) / step * step; }
-int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
 }  // namespace
 
@@ -137,13 +136,13 @@ void Steps::run() {
   for (const Step& step : steps_) {
     if (step.task) continue;
     const Gemm& g = step.gemm;
-    const size_t bytes = static_cast<size_t>(g.panels_m * g.panel_rows * g.K * compute_size(g.wide)) + kPanelPad;
+    const size_t bytes = static_cast<size_t>(g.panels_m * g.panel_rows * g.K * g.element());
     packed_bytes = std::max(packed_bytes, bytes);
     scratch_bytes = std::max(scratch_bytes, round_up(gemm_scratch_bytes(g, table_), 4096));
     work += static_cast<double>(g.M) * static_cast<double>(g.N * std::max<int64_t>(g.K, 1));
   }
   constexpr double kParallelWork = 1 << 17;  // multiply-adds worth waking a second thread for
-  const int64_t workers = work < kParallelWork && !steps_.empty() ? 1 : workers_;
+  const int64_t workers = work < kParallelWork ? 1 : workers_;
   char* packed = static_cast<char*>(workspace_.take(packed_bytes));
   char* scratch = static_cast<char*>(workspace_.take(scratch_bytes * static_cast<size_t>(workers)));
 

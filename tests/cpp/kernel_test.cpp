@@ -82,7 +82,7 @@ struct Shape {
 
 void run(const KernelTable& table, const Gemm& whole) {
   for (Gemm g : plan_product(whole, table, 2)) {
-    std::vector<char> packed(static_cast<size_t>(g.panels_m * g.panel_rows * g.K * compute_size(g.wide) + kPanelPad));
+    std::vector<char> packed(static_cast<size_t>(g.panels_m * g.panel_rows * g.K * g.element()));
     std::vector<double> scratch(static_cast<size_t>(gemm_scratch_bytes(g, table)) / sizeof(double) + 1,
                                 std::numeric_limits<double>::quiet_NaN());
     g.packed_a = packed.data();
@@ -97,7 +97,6 @@ Gemm product(const Shape& s, DType dtype) {
   g.M = s.M;
   g.N = s.N;
   g.K = s.K;
-  g.wide = dtype == DType::kFloat64;
   g.epilogue.dtype = dtype;
   g.epilogue.out_stride = s.N;
   return g;

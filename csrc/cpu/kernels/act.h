@@ -4,11 +4,15 @@
 // Vector i stands at i * stride of each pointer. up null: plain. Outputs may be the inputs.
 template <class V>
 struct ActVectors {
-  int64_t count;
-  int64_t stride;
-  const typename V::Scalar *gate, *up, *d, *dd_gate, *dd_up;  // dd_*: may be null
-  typename V::Scalar* out[3];
-  typename V::Scalar beta;
+  using T = typename V::Scalar;
+  int64_t count, stride;
+  const T* gate;
+  const T* up = nullptr;
+  const T* d = nullptr;
+  const T* dd_gate = nullptr;  // null: zero
+  const T* dd_up = nullptr;
+  T* out[3] = {};
+  T beta;
 };
 
 // out[0] = act(gate) * up.

@@ -8,12 +8,7 @@ struct Stretch {
 
   const typename V::Scalar* read(const Matrix& m, int64_t r, int64_t c, int64_t n) {
     if (!m.data) return nullptr;
-    dispatch_storage<typename V::Scalar>(m.dtype, [&](auto tag) {
-      using S = typename decltype(tag)::Type;
-      const S* row = row_pointer<S>(m, r);
-      for (int64_t i = 0; i < n; i += V::kLanes)
-        store(values + i, load_columns<V>(row, m.col_stride, c + i, n - i < V::kLanes ? n - i : V::kLanes));
-    });
+    read_row<V>(m, r, c, n, values);
     return values;
   }
 
@@ -35,15 +30,15 @@ void gated_act_range(const GatedAct& g, void (*ActKernels<V>::*pick)(const ActVe
   for (int64_t r = range.row_begin; r < range.row_end; ++r) {
     for (int64_t c = range.col_begin; c < range.col_end; c += kStretch) {
       const int64_t n = range.col_end - c < kStretch ? range.col_end - c : kStretch;
-      kernel({(n + V::kLanes - 1) / V::kLanes,
-              V::kLanes,
-              gate.read(g.gate, r, c, n),
-              up.read(g.up, r, c, n),
-              d.read(g.d_out, r, c, n),
-              dd_gate.read(g.dd_gate, r, c, n),
-              dd_up.read(g.dd_up, r, c, n),
-              {out[0].values, out[1].values, out[2].values},
-              static_cast<typename V::Scalar>(g.beta)});
+      kernel({.count = divide_up(n, V::kLanes),
+              .stride = V::kLanes,
+              .gate = gate.read(g.gate, r, c, n),
+              .up = up.read(g.up, r, c, n),
+              .d = d.read(g.d_out, r, c, n),
+              .dd_gate = dd_gate.read(g.dd_gate, r, c, n),
+              .dd_up = dd_up.read(g.dd_up, r, c, n),
+              .out = {out[0].values, out[1].values, out[2].values},
+              .beta = static_cast<typename V::Scalar>(g.beta)});
       for (int i = 0; i < 3; ++i) out[i].write(g.gate.dtype, g.out[i], r * g.out_stride + c, n);
     }
   }

@@ -1,17 +1,6 @@
 // Textual, per instruction set: what happens to a finished tile [rows][vectors] of accumulators, hot in L1: bias,
 // activation or its gradient, and the one rounding to the storage dtype.
 
-template <class V, class S>
-FFN_FN void store_part(S* to, V v, int64_t n) {
-  if (n == V::kLanes) store(to, v);
-  else store(to, v, static_cast<int>(n));
-}
-
-template <class V, class S>
-FFN_FN V load_part(const S* from, int64_t n) {
-  return n == V::kLanes ? load<V>(from) : load<V>(from, static_cast<int>(n));
-}
-
 // A part of a matrix under the tile: `cols` columns from (row0, col) on, `rows` rows.
 struct TilePart {
   int64_t row0, rows, col, cols;
@@ -80,15 +69,12 @@ void finish_gated(const Gemm& g, int64_t branch, typename V::Scalar* tile, const
   if (!e.out) return;
   for (int64_t j = 0; j < kHalf; j += W)
     act_kernels<V>(e.activation)
-        .forward({t.rows,
-                  2 * kHalf,
-                  tile + j,
-                  tile + kHalf + j,
-                  nullptr,
-                  nullptr,
-                  nullptr,
-                  {tile + j},
-                  static_cast<typename V::Scalar>(e.beta)});
+        .forward({.count = t.rows,
+                  .stride = 2 * kHalf,
+                  .gate = tile + j,
+                  .up = tile + kHalf + j,
+                  .out = {tile + j},
+                  .beta = static_cast<typename V::Scalar>(e.beta)});
   if (g.branches() > 1) {
     for (int64_t i = 0; i < t.rows; ++i) {
       for (int64_t j = 0; j < kHalf; j += W) {
@@ -133,15 +119,11 @@ void finish_plain(const Epilogue& e, typename V::Scalar* tile, const TilePart& t
     if (e.gate) tile_to_storage<V>(t, e.dtype, tile, e.gate, e.pre_stride);
     if (!e.out) return;
     act_kernels<V>(e.activation)
-        .forward({kTileVectors * t.rows,
-                  V::kLanes,
-                  tile,
-                  nullptr,
-                  nullptr,
-                  nullptr,
-                  nullptr,
-                  {tile},
-                  static_cast<typename V::Scalar>(e.beta)});
+        .forward({.count = kTileVectors * t.rows,
+                  .stride = V::kLanes,
+                  .gate = tile,
+                  .out = {tile},
+                  .beta = static_cast<typename V::Scalar>(e.beta)});
   }
   tile_to_storage<V>(t, e.dtype, tile, e.out, e.out_stride);
 }
@@ -158,15 +140,13 @@ void finish_activate_grad(const Epilogue& e, typename V::Scalar* tile, const Til
   for (int64_t j = 0; j < t.cols; j += W) {  // vectors behind the part are not set
     T *at = gate + j, *at_up = up + j;
     act_kernels<V>(e.activation)
-        .backward({t.rows,
-                   kTileVectors * W,
-                   at,
-                   e.up ? at_up : nullptr,
-                   tile + j,
-                   nullptr,
-                   nullptr,
-                   {at, at_up},
-                   static_cast<T>(e.beta)});
+        .backward({.count = t.rows,
+                   .stride = kTileVectors * W,
+                   .gate = at,
+                   .up = e.up ? at_up : nullptr,
+                   .d = tile + j,
+                   .out = {at, at_up},
+                   .beta = static_cast<T>(e.beta)});
   }
   tile_to_storage<V>(t, e.dtype, gate, e.out, e.out_stride);
   if (e.up) tile_to_storage<V>(t, e.dtype, up, e.out_up, e.out_stride);
@@ -176,6 +156,6 @@ template <class V>
 void finish_tile(const Gemm& g, int64_t branch, typename V::Scalar* tile, const TilePart& t, typename V::Scalar* sums) {
   if (g.epilogue.kind == Epilogue::Kind::kActivateGrad) finish_activate_grad<V>(g.epilogue, tile, t);
   else if (g.gated) finish_gated<V>(g, branch, tile, t, sums);
-  else if (g.epilogue.transposed) finish_transposed<V>(g.epilogue, tile, t);
+  else if (g.swapped) finish_transposed<V>(g.epilogue, tile, t);
   else finish_plain<V>(g.epilogue, tile, t);
 }

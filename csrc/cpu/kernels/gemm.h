@@ -89,7 +89,7 @@ void gemm_task(const Gemm& g, int64_t task, void* scratch) {
   const int64_t columns = g.gated ? kWidth / 2 : kWidth;  // output columns of a panel
 
   T* packed_b = static_cast<T*>(scratch);
-  T* tiles = packed_b + packed_chunks(g) * kWidth * kChunkK + kPanelPad / sizeof(T);
+  T* tiles = packed_b + packed_chunks(g) * kWidth * kChunkK;
   T* sums = tiles + g.block_m * g.group_n * H * kWidth;  // branches: act(gate) * up so far
   const MicroKernel<V> micro = micro_kernel_of<V>(H, std::make_integer_sequence<int, kTileRows>{});
   const bool one_chunk = stretch <= kChunkK && stretch == g.K;
@@ -116,7 +116,7 @@ void gemm_task(const Gemm& g, int64_t task, void* scratch) {
         const bool first = s + c == 0;
         const bool last = s + c + kc >= g.K;
         // Short sums are bound by their stores: whole rows of the output are finished one after the other.
-        const int64_t block = kc < 64 ? 1 : kPanelBlock;
+        const int64_t block = g.K < kShortK ? 1 : kPanelBlock;
         for (int64_t pb = p0; pb < p1; pb += block) {
           const int64_t pe = pb + block < p1 ? pb + block : p1;
           for (int64_t q = 0; q < groups; ++q) {

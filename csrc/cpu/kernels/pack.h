@@ -11,26 +11,43 @@ FFN_FN void dispatch_storage(DType dtype, const F& f) {
   });
 }
 
-constexpr int64_t kMaxColumns = 512;  // of a group of panels packed together
+constexpr int64_t kMaxColumns = 512;  // more than a group of panels has (see plan.cpp)
 
 template <class S>
 FFN_FN const S* row_pointer(const Matrix& m, int64_t r) {
   return static_cast<const S*>(m.data) + (m.rows ? m.rows[r] : r) * m.row_stride;
 }
 
+// The first n <= kLanes lanes.
+template <class V, class S>
+FFN_FN V load_part(const S* from, int64_t n) {
+  return n == V::kLanes ? load<V>(from) : load<V>(from, static_cast<int>(n));
+}
+
+template <class V, class S>
+FFN_FN void store_part(S* to, V v, int64_t n) {
+  if (n == V::kLanes) store(to, v);
+  else store(to, v, static_cast<int>(n));
+}
+
 // n <= lanes elements of one row from column c on, the rest zero.
 template <class V, class S>
 FFN_FN V load_columns(const S* row, int64_t col_stride, int64_t c, int64_t n) {
-  if (col_stride == 1) return n == V::kLanes ? load<V>(row + c) : load<V>(row + c, static_cast<int>(n));
+  if (col_stride == 1) return load_part<V>(row + c, n);
   S buffer[V::kLanes] = {};
   for (int64_t i = 0; i < n; ++i) buffer[i] = row[(c + i) * col_stride];
-  return load<V>(buffer, static_cast<int>(n));
+  return load<V>(buffer);
 }
 
+// Row r from column c on, n elements, into scratch that holds whole vectors.
 template <class V>
-FFN_FN void store_first(typename V::Scalar* out, V v, int64_t n) {
-  if (n == V::kLanes) store(out, v);
-  else store(out, v, static_cast<int>(n));
+void read_row(const Matrix& m, int64_t r, int64_t c, int64_t n, typename V::Scalar* to) {
+  dispatch_storage<typename V::Scalar>(m.dtype, [&](auto tag) {
+    using S = typename decltype(tag)::Type;
+    const S* row = row_pointer<S>(m, r);
+    for (int64_t i = 0; i < n; i += V::kLanes)
+      store(to + i, load_columns<V>(row, m.col_stride, c + i, n - i < V::kLanes ? n - i : V::kLanes));
+  });
 }
 
 // Lanes are rows: blocks of kLanes x kLanes are transposed in registers, whole cache lines of every row at a time
@@ -62,7 +79,7 @@ void pack_transposed(const Matrix& m, int64_t lane0, int64_t lanes, int64_t vali
       FFN_UNROLL
       for (int64_t i = 0; i < W; ++i) store(to + i * stride, block[i]);
     } else {
-      for (int64_t i = 0; i < n; ++i) store_first(to + i * stride, block[i], (k + i) * stride <= room ? W : lanes);
+      for (int64_t i = 0; i < n; ++i) store_part(to + i * stride, block[i], (k + i) * stride <= room ? W : lanes);
     }
   }
 }
@@ -91,31 +108,21 @@ struct ActivatedColumns {
 
   ActivatedColumns(const Operand& o, int64_t f, int64_t e) : op(o), first(f), end(e) {}
 
-  void read(const Matrix& m, int64_t r, typename V::Scalar* to) {
-    dispatch_storage<typename V::Scalar>(m.dtype, [&](auto tag) {
-      using S = typename decltype(tag)::Type;
-      const S* from = row_pointer<S>(m, r);
-      for (int64_t c = first; c < end; c += V::kLanes)
-        store(to + c - first, load_columns<V>(from, m.col_stride, c, end - c < V::kLanes ? end - c : V::kLanes));
-    });
-  }
-
   FFN_FN void prefetch_row(int64_t, int64_t, int64_t) const {}
   FFN_FN const typename V::Scalar* dense(int64_t r, int64_t c) {
-    read(op.matrix, r, values);
-    if (op.up.data) read(op.up, r, up);
-    ActVectors<V> a{};
-    a.count = (end - first + V::kLanes - 1) / V::kLanes;
-    a.stride = V::kLanes;
-    a.gate = values;
-    a.up = op.up.data ? up : nullptr;
-    a.out[0] = values;
-    a.beta = static_cast<typename V::Scalar>(op.beta);
-    act_kernels<V>(op.activation).forward(a);
+    read_row<V>(op.matrix, r, first, end - first, values);
+    if (op.up.data) read_row<V>(op.up, r, first, end - first, up);
+    act_kernels<V>(op.activation)
+        .forward({.count = divide_up(end - first, V::kLanes),
+                  .stride = V::kLanes,
+                  .gate = values,
+                  .up = op.up.data ? up : nullptr,
+                  .out = {values},
+                  .beta = static_cast<typename V::Scalar>(op.beta)});
     return values + c - first;
   }
   FFN_FN V operator()(int64_t, int64_t c, int64_t n) const {  // of the row last asked for
-    return n == V::kLanes ? load<V>(values + c - first) : load<V>(values + c - first, static_cast<int>(n));
+    return load_part<V>(values + c - first, n);
   }
 };
 
@@ -130,7 +137,7 @@ void pack_copied(Columns& columns, int64_t lane0, int64_t valid, int64_t k0, int
     // Rows lie pages apart, where the hardware does not look ahead.
     if (k + kRowsAhead < kc) columns.prefetch_row(k0 + k + kRowsAhead, lane0, wanted);
     const auto* from = columns.dense(k0 + k, lane0);
-    const int64_t whole = (panel_lanes + W - 1) / W * W;  // lanes that whole vectors of a panel touch
+    const int64_t whole = divide_up(panel_lanes, W) * W;  // lanes that whole vectors of a panel touch
     const bool may_run_over = whole == panel_lanes || (panel_lanes == stride && k * stride + whole <= kc * stride);
     int64_t p = 0;
     if (from && may_run_over) {
@@ -146,7 +153,7 @@ void pack_copied(Columns& columns, int64_t lane0, int64_t valid, int64_t k0, int
         const int64_t left = valid - lane;
         const int64_t n = left >= room ? room : (left > 0 ? left : 0);
         const V v = n > 0 ? columns(k0 + k, lane0 + lane, n) : V::zero();
-        store_first(to + i, v, panel_lanes == stride && k * stride + i + W <= kc * stride ? W : room);
+        store_part(to + i, v, panel_lanes == stride && k * stride + i + W <= kc * stride ? W : room);
       }
     }
   }
@@ -179,7 +186,7 @@ void pack_panels(const Operand& op, int64_t lane0, int64_t lane_end, int64_t k0,
           if (left > 0) {
             pack_transposed<V, S>(op.matrix, lane, room, left < room ? left : room, k0, kc, to, stride);
           } else {
-            for (int64_t k = 0; k < kc; ++k) store_first(to + k * stride, V::zero(), room);
+            for (int64_t k = 0; k < kc; ++k) store_part(to + k * stride, V::zero(), room);
           }
         }
       }
