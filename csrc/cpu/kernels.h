@@ -17,7 +17,7 @@ namespace ffn_ops {
 constexpr int64_t kRunK = 64;
 // Operands are packed in chunks of kChunkK: a B panel of that length stays in the caches near the core. A multiple of
 // kRunK, else without influence on results.
-constexpr int64_t kChunkK = 256;
+constexpr int64_t kChunkK = 512;
 // Below, a product is bound by its stores, which should run along rows.
 constexpr int64_t kShortK = 64;
 
@@ -81,7 +81,7 @@ struct Gemm {
   int64_t panel_rows = 0;    // rows of an A panel, 1 .. tile rows
   int64_t panels_m = 0;      // A panels
   int64_t panels_n = 0;      // B panels of one tile's width
-  int64_t group_n = 0;       // B panels a task packs at a time
+  int64_t group_n = 0;       // B panels of one task
   int64_t block_m = 0;       // A panels of one task
   void* packed_a = nullptr;  // [K chunk][panel][k][panel_rows]
 
@@ -89,6 +89,9 @@ struct Gemm {
   int64_t element() const { return wide() ? 8 : 4; }               // bytes of it
   int64_t branches() const { return gated ? num_b / 2 : 1; }
   int64_t stretch() const { return gated ? K : K / num_b; }  // length of one B operand along k
+  int64_t chunks() const {                                   // pieces of k that are packed at once, of one branch
+    return K == 0 ? 1 : K / stretch() * divide_up(stretch(), kChunkK);
+  }
   int64_t tasks_n() const { return divide_up(panels_n, group_n); }
   int64_t tasks_m() const { return divide_up(panels_m, block_m); }
 };
@@ -118,7 +121,7 @@ struct KernelTable {
   int64_t lanes;      // float32 lanes of a vector; float64: half
   int64_t tile_rows;  // the register tile: rows, and vectors in each
   int64_t tile_vectors;
-  void (*pack_a)(const Gemm&, int64_t panel_begin, int64_t panel_end);
+  void (*pack_a)(const Gemm&, int64_t chunk, int64_t panel_begin, int64_t panel_end);
   void (*gemm)(const Gemm&, int64_t task, void* scratch);
   void (*gated_act)(const GatedAct&, const Range&);
   void (*gated_act_backward)(const GatedAct&, const Range&);
@@ -126,16 +129,14 @@ struct KernelTable {
   void (*column_sum)(const ColumnSum&, int64_t col_begin, int64_t col_end);
 };
 
-// Chunks of B panels that a task holds packed: one of each panel of its group, or several of a single panel.
-constexpr int64_t kSingleChunks = 4;
-inline int64_t packed_chunks(const Gemm& g) { return g.group_n == 1 ? kSingleChunks : g.group_n; }
-
-// Bytes of thread-private memory that `gemm` needs: the packed B group and the partial sums of the task's tiles.
+// Bytes of thread-private memory that `gemm` needs: the packed B group and sums of tiles.
 inline int64_t gemm_scratch_bytes(const Gemm& g, const KernelTable& table) {
   const int64_t width = table.tile_vectors * table.lanes * 4 / g.element();
-  const int64_t b = packed_chunks(g) * width * kChunkK;
-  const int64_t tiles = g.block_m * g.group_n * g.panel_rows * width;
-  const int64_t sums = g.branches() > 1 ? tiles / 2 : 0;
+  const int64_t b = g.group_n * width * (g.stretch() < kChunkK ? g.stretch() : kChunkK);
+  const int64_t tile = g.panel_rows * width;
+  const int64_t slots = g.block_m * g.group_n;
+  const int64_t tiles = g.chunks() > 1 ? slots * tile : tile;
+  const int64_t sums = g.branches() > 1 ? slots * tile / 2 : 0;
   return (b + tiles + sums) * g.element();
 }
 

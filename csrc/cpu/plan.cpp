@@ -47,9 +47,12 @@ void fill_schedule(Gemm& g, const KernelTable& table, int64_t workers) {
   // A few rows: weights are streamed, each read once, so a task takes whole rows of them from end to end.
   constexpr int64_t kStreamedRows = 32;
   const bool streamed = g.M <= kStreamedRows && !(g.swapped ? g.a : g.b[0]).k_along_rows;
-  g.group_n = streamed ? 1 : std::min(g.panels_n, std::max<int64_t>(1, kGroupBytes / (width * g.element() * kChunkK)));
+  const int64_t panel = width * g.element() * std::clamp<int64_t>(g.stretch(), 1, kChunkK);
+  g.group_n = streamed ? 1 : std::clamp<int64_t>(kGroupBytes / panel, 1, g.panels_n);
+  // Sums that wait for their next chunk stay near the core; short ones are written as they come, whole rows at a time.
+  const bool waiting = g.chunks() * g.branches() > 1;
   const int64_t tile = g.panel_rows * width * g.element();
-  int64_t most = std::max<int64_t>(1, kTileBytes / (tile * g.group_n));
+  int64_t most = waiting || g.K < kShortK ? std::max<int64_t>(1, kTileBytes / (tile * g.group_n)) : g.panels_m;
   if (workers > 1) {
     const int64_t cuts = divide_up(4 * workers, g.tasks_n());
     most = std::min(most, std::max<int64_t>(1, divide_up(g.panels_m, cuts)));

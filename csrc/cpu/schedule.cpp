@@ -154,9 +154,14 @@ void Steps::run() {
     }
     Gemm& g = step.gemm;
     g.packed_a = packed;
-    const int64_t bundle = std::max<int64_t>(1, std::min<int64_t>(16, divide_up(g.panels_m, 4 * workers)));
-    phases.add(divide_up(g.panels_m, bundle), [this, &g, bundle](int64_t task, int64_t) {
-      table_.pack_a(g, task * bundle, std::min(g.panels_m, (task + 1) * bundle));
+    // Panels are cut from rows along k in whole pages, from columns in long runs of each row.
+    const bool by_rows = (g.swapped ? g.b[0] : g.a).k_along_rows;
+    const int64_t share = divide_up(g.panels_m * g.chunks(), 4 * workers);
+    const int64_t bundle = std::min(g.panels_m, std::min<int64_t>(by_rows ? 96 : 16, share));
+    const int64_t bundles = divide_up(g.panels_m, bundle);
+    phases.add(g.chunks() * bundles, [this, &g, bundle, bundles](int64_t task, int64_t) {
+      const int64_t begin = task % bundles * bundle;
+      table_.pack_a(g, task / bundles, begin, std::min(g.panels_m, begin + bundle));
     });
     phases.add(g.tasks_m() * g.tasks_n(), [this, &g, scratch, scratch_bytes](int64_t task, int64_t worker) {
       table_.gemm(g, task, scratch + static_cast<size_t>(worker) * scratch_bytes);

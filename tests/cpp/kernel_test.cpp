@@ -87,7 +87,8 @@ void run(const KernelTable& table, const Gemm& whole) {
                                 std::numeric_limits<double>::quiet_NaN());
     g.packed_a = packed.data();
     // Last panels first: a store over a panel's end must not touch its neighbour.
-    for (int64_t p = g.panels_m - 1; p >= 0; --p) table.pack_a(g, p, p + 1);
+    for (int64_t c = g.chunks() - 1; c >= 0; --c)
+      for (int64_t p = g.panels_m - 1; p >= 0; --p) table.pack_a(g, c, p, p + 1);
     for (int64_t t = 0; t < g.tasks_m() * g.tasks_n(); ++t) table.gemm(g, t, scratch.data());
   }
 }

@@ -15,6 +15,7 @@ void micro_kernel(int64_t kc, const typename V::Scalar* a, const typename V::Sca
       FFN_UNROLL
       for (int j = 0; j < N; ++j) acc[i][j] = V::zero();
     }
+#pragma GCC unroll 4
     for (int64_t k = run; k < end; ++k) {
       V bk[N];
       FFN_UNROLL
@@ -47,30 +48,49 @@ MicroKernel<V> micro_kernel_of(int64_t rows, std::integer_sequence<int, H...>) {
   return kernels[rows - 1];
 }
 
-// One side of the product at stretch s, chunk c of k: the operand and where the chunk starts in it.
-struct Side {
-  const Operand& operand;
-  int64_t k;
+// A piece of k that is packed at once: [k, k + length) of the operand for stretch `s` (see Gemm::b), of one branch.
+struct Chunk {
+  int64_t branch, s, k, length;
 };
 
-FFN_FN Side whole_side(const Gemm& g, int64_t s, int64_t c) { return {g.a, s + c}; }
-FFN_FN Side listed_side(const Gemm& g, int64_t s, int64_t c) { return {g.b[s ? s / g.stretch() : 0], c}; }
+FFN_FN Chunk chunk_at(const Gemm& g, int64_t index) {
+  const int64_t stretch = g.stretch();
+  const int64_t in_branch = index % g.chunks();
+  const int64_t per_stretch = divide_up(stretch, kChunkK);
+  const int64_t k = stretch ? in_branch % per_stretch * kChunkK : 0;
+  return {index / g.chunks(), stretch ? in_branch / per_stretch * stretch : 0, k,
+          stretch - k < kChunkK ? stretch - k : kChunkK};
+}
+
+// Calls f(operand, first k, columns, place in a panel) for what makes up the unshared side of a chunk: gate and up, or
+// the one operand.
+template <class F>
+FFN_FN void for_each_part(const Gemm& g, const Chunk& c, int64_t width, const F& f) {
+  if (g.gated) {
+    f(g.b[2 * c.branch], c.k, width / 2, 0);
+    f(g.b[2 * c.branch + 1], c.k, width / 2, width / 2);
+  } else if (g.swapped) {
+    f(g.a, c.s + c.k, width, 0);
+  } else {
+    f(g.b[c.s ? c.s / g.stretch() : 0], c.k, width, 0);
+  }
+}
 
 template <class V>
-void pack_a_as(const Gemm& g, int64_t panel_begin, int64_t panel_end) {
-  using T = typename V::Scalar;
-  const int64_t padded_rows = g.panels_m * g.panel_rows;
-  const int64_t stretch = g.stretch();
-  for (int64_t s = 0; s < g.K; s += stretch) {
-    for (int64_t c = 0; c < stretch; c += kChunkK) {
-      const int64_t kc = stretch - c < kChunkK ? stretch - c : kChunkK;
-      T* chunk = static_cast<T*>(g.packed_a) + (s + c) * padded_rows;
-      const Side side = g.swapped ? listed_side(g, s, c) : whole_side(g, s, c);
-      pack_panels<V>(side.operand, g.first_row + panel_begin * g.panel_rows, g.first_row + g.M, side.k, kc,
-                     g.panel_rows, chunk + panel_begin * kc * g.panel_rows, g.panel_rows, kc * g.panel_rows,
-                     panel_end - panel_begin);
-    }
-  }
+void pack_a_as(const Gemm& g, int64_t chunk, int64_t panel_begin, int64_t panel_end) {
+  const Chunk c = chunk_at(g, chunk);
+  auto* out = static_cast<typename V::Scalar*>(g.packed_a) + (c.s + c.k) * g.panels_m * g.panel_rows +
+              panel_begin * c.length * g.panel_rows;
+  const Operand& operand = g.swapped ? g.b[c.s ? c.s / g.stretch() : 0] : g.a;
+  pack_panels<V>(operand, g.first_row + panel_begin * g.panel_rows, g.first_row + g.M, g.swapped ? c.k : c.s + c.k,
+                 c.length, g.panel_rows, out, g.panel_rows, c.length * g.panel_rows, panel_end - panel_begin);
+}
+
+// Columns of the output that one task makes, by panels.
+FFN_FN int64_t first_panel(const Gemm& g, int64_t task) { return task % g.tasks_n() * g.group_n; }
+FFN_FN int64_t end_panel(const Gemm& g, int64_t task) {
+  const int64_t end = first_panel(g, task) + g.group_n;
+  return end < g.panels_n ? end : g.panels_n;
 }
 
 template <class V>
@@ -79,58 +99,41 @@ void gemm_task(const Gemm& g, int64_t task, void* scratch) {
   constexpr int64_t W = V::kLanes;
   constexpr int64_t kWidth = kTileVectors * W;
   const int64_t H = g.panel_rows;
-  const int64_t q0 = task % g.tasks_n() * g.group_n;
-  const int64_t q1 = q0 + g.group_n < g.panels_n ? q0 + g.group_n : g.panels_n;
+  const int64_t q0 = first_panel(g, task);
+  const int64_t groups = end_panel(g, task) - q0;
   const int64_t p0 = task / g.tasks_n() * g.block_m;
   const int64_t p1 = p0 + g.block_m < g.panels_m ? p0 + g.block_m : g.panels_m;
-  const int64_t groups = q1 - q0;
-  const int64_t padded_rows = g.panels_m * H;
-  const int64_t stretch = g.stretch();
   const int64_t columns = g.gated ? kWidth / 2 : kWidth;  // output columns of a panel
 
   T* packed_b = static_cast<T*>(scratch);
-  T* tiles = packed_b + packed_chunks(g) * kWidth * kChunkK;
-  T* sums = tiles + g.block_m * g.group_n * H * kWidth;  // branches: act(gate) * up so far
+  T* tiles = packed_b + g.group_n * kWidth * (g.stretch() < kChunkK ? g.stretch() : kChunkK);
+  T* sums = tiles + (g.chunks() > 1 ? g.block_m * g.group_n : 1) * H * kWidth;  // branches: act(gate) * up so far
   const MicroKernel<V> micro = micro_kernel_of<V>(H, std::make_integer_sequence<int, kTileRows>{});
-  const bool one_chunk = stretch <= kChunkK && stretch == g.K;
 
-  for (int64_t branch = 0; branch < g.branches(); ++branch) {
-    for (int64_t s = 0; s < g.K || s == 0; s += stretch ? stretch : 1) {
-      for (int64_t c = 0; c < stretch || c == 0; c += kChunkK) {
-        const int64_t kc = stretch - c < kChunkK ? stretch - c : kChunkK;
-        // A single panel holds several chunks: rows are then read in longer runs, which the hardware follows.
-        const int64_t run = g.group_n == 1 ? kSingleChunks * kChunkK : kChunkK;
-        const int64_t packed = stretch - c < run ? stretch - c : run;
-        const int64_t panel_step = kc * kWidth;
-        if (c % run != 0) {
-          // packed with an earlier chunk
-        } else if (g.gated) {
-          for (int half = 0; half < 2; ++half)
-            pack_panels<V>(g.b[2 * branch + half], q0 * columns, g.N, c, packed, columns, packed_b + half * columns,
-                           kWidth, panel_step, groups);
-        } else {
-          const Side side = g.swapped ? whole_side(g, s, c) : listed_side(g, s, c);
-          pack_panels<V>(side.operand, q0 * kWidth, g.N, side.k, packed, kWidth, packed_b, kWidth, panel_step, groups);
-        }
-        const T* chunk = static_cast<const T*>(g.packed_a) + (s + c) * padded_rows;
-        const bool first = s + c == 0;
-        const bool last = s + c + kc >= g.K;
-        // Short sums are bound by their stores: whole rows of the output are finished one after the other.
-        const int64_t block = g.K < kShortK ? 1 : kPanelBlock;
-        for (int64_t pb = p0; pb < p1; pb += block) {
-          const int64_t pe = pb + block < p1 ? pb + block : p1;
-          for (int64_t q = 0; q < groups; ++q) {
-            for (int64_t p = pb; p < pe; ++p) {
-              const int64_t slot = (p - p0) * groups + q;
-              T* tile = one_chunk ? tiles : tiles + slot * H * kWidth;
-              micro(kc, chunk + p * kc * H, packed_b + q * panel_step + c % run * kWidth, tile, !first);
-              if (!last) continue;
-              const int64_t rows = g.M - p * H < H ? g.M - p * H : H;
-              const int64_t col = (q0 + q) * columns;
-              const int64_t cols = g.N - col < columns ? g.N - col : columns;
-              finish_tile<V>(g, branch, tile, {p * H, rows, col, cols}, sums + slot * H * columns);
-            }
-          }
+  const int64_t chunks = g.chunks() * g.branches();
+  for (int64_t i = 0; i < chunks; ++i) {
+    const Chunk c = chunk_at(g, i);
+    const int64_t panel_step = c.length * kWidth;
+    for_each_part(g, c, kWidth, [&](const Operand& operand, int64_t k, int64_t width, int64_t place) {
+      pack_panels<V>(operand, q0 * width, g.N, k, c.length, width, packed_b + place, kWidth, panel_step, groups);
+    });
+    const T* chunk = static_cast<const T*>(g.packed_a) + (c.s + c.k) * g.panels_m * H;
+    const bool first = i % g.chunks() == 0;
+    const bool last = (i + 1) % g.chunks() == 0;
+    // Short sums are bound by their stores: whole rows of the output are finished one after the other.
+    const int64_t block = g.K < kShortK ? 1 : kPanelBlock;
+    for (int64_t pb = p0; pb < p1; pb += block) {
+      const int64_t pe = pb + block < p1 ? pb + block : p1;
+      for (int64_t q = 0; q < groups; ++q) {
+        for (int64_t p = pb; p < pe; ++p) {
+          const int64_t slot = (p - p0) * groups + q;
+          T* tile = g.chunks() == 1 ? tiles : tiles + slot * H * kWidth;
+          micro(c.length, chunk + p * c.length * H, packed_b + q * panel_step, tile, !first);
+          if (!last) continue;
+          const int64_t rows = g.M - p * H < H ? g.M - p * H : H;
+          const int64_t col = (q0 + q) * columns;
+          const int64_t cols = g.N - col < columns ? g.N - col : columns;
+          finish_tile<V>(g, c.branch, tile, {p * H, rows, col, cols}, sums + slot * H * columns);
         }
       }
     }

@@ -11,7 +11,7 @@ FFN_FN void dispatch_storage(DType dtype, const F& f) {
   });
 }
 
-constexpr int64_t kMaxColumns = 512;  // more than a group of panels has (see plan.cpp)
+constexpr int64_t kMaxColumns = 512;  // of one activated row at a time; a multiple of every panel
 
 template <class S>
 FFN_FN const S* row_pointer(const Matrix& m, int64_t r) {
@@ -67,7 +67,6 @@ void pack_transposed(const Matrix& m, int64_t lane0, int64_t lanes, int64_t vali
       FFN_UNROLL
       for (int64_t i = 0; i < W; ++i) {
         block[i] = i < valid ? load<V>(row[i] + k0 + k) : V::zero();
-        if (i < valid) prefetch_l2(row[i] + k0 + k + kPrefetchBytes / sizeof(S));
       }
     } else {
       for (int64_t i = 0; i < W; ++i)
@@ -84,76 +83,94 @@ void pack_transposed(const Matrix& m, int64_t lane0, int64_t lanes, int64_t vali
   }
 }
 
+// Rows of a matrix that are copied to panels a few at a time, `slot` telling them apart.
 template <class V, class S>
-struct PlainColumns {
+struct PlainRows {
   const Matrix& m;
-  // The row from column c on, where its columns are dense.
-  FFN_FN const S* dense(int64_t r, int64_t c) const { return m.col_stride == 1 ? row_pointer<S>(m, r) + c : nullptr; }
-  FFN_FN V operator()(int64_t r, int64_t c, int64_t n) const {
+  // Row r from column c on, where its columns are dense.
+  FFN_FN const S* dense(int64_t r, int64_t c, int64_t) const {
+    return m.col_stride == 1 ? row_pointer<S>(m, r) + c : nullptr;
+  }
+  FFN_FN V part(int64_t r, int64_t c, int64_t n, int64_t) const {
     return load_columns<V>(row_pointer<S>(m, r), m.col_stride, c, n);
   }
   FFN_FN void prefetch_row(int64_t r, int64_t c, int64_t n) const {
-    const char* row = reinterpret_cast<const char*>(row_pointer<S>(m, r) + c * m.col_stride);
+    if (m.col_stride != 1) return;
+    const char* row = reinterpret_cast<const char*>(row_pointer<S>(m, r) + c);
     for (int64_t i = 0; i < n * static_cast<int64_t>(sizeof(S)); i += 64) prefetch_l2(row + i);
   }
 };
 
-// act(gate) * up of up to kMaxColumns columns of one row, computed before the row is cut into panels.
+// act(gate) * up of up to kMaxColumns columns, computed before the rows are cut into panels.
 template <class V>
-struct ActivatedColumns {
+struct ActivatedRows {
+  using T = typename V::Scalar;
   const Operand& op;
   int64_t first, end;  // columns
-  alignas(64) typename V::Scalar values[kMaxColumns];
-  alignas(64) typename V::Scalar up[kMaxColumns];
+  alignas(64) T values[kRowsAtOnce][kMaxColumns];
+  alignas(64) T up[kMaxColumns];
 
-  ActivatedColumns(const Operand& o, int64_t f, int64_t e) : op(o), first(f), end(e) {}
+  ActivatedRows(const Operand& o, int64_t f, int64_t e) : op(o), first(f), end(e) {}
 
-  FFN_FN void prefetch_row(int64_t, int64_t, int64_t) const {}
-  FFN_FN const typename V::Scalar* dense(int64_t r, int64_t c) {
-    read_row<V>(op.matrix, r, first, end - first, values);
+  FFN_FN const T* dense(int64_t r, int64_t c, int64_t slot) {
+    read_row<V>(op.matrix, r, first, end - first, values[slot]);
     if (op.up.data) read_row<V>(op.up, r, first, end - first, up);
     act_kernels<V>(op.activation)
         .forward({.count = divide_up(end - first, V::kLanes),
                   .stride = V::kLanes,
-                  .gate = values,
+                  .gate = values[slot],
                   .up = op.up.data ? up : nullptr,
-                  .out = {values},
-                  .beta = static_cast<typename V::Scalar>(op.beta)});
-    return values + c - first;
+                  .out = {values[slot]},
+                  .beta = static_cast<T>(op.beta)});
+    return values[slot] + c - first;
   }
-  FFN_FN V operator()(int64_t, int64_t c, int64_t n) const {  // of the row last asked for
-    return load_part<V>(values + c - first, n);
+  FFN_FN V part(int64_t, int64_t c, int64_t n, int64_t slot) const {
+    return load_part<V>(values[slot] + c - first, n);
   }
+  FFN_FN void prefetch_row(int64_t, int64_t, int64_t) const {}
 };
 
-// Lanes are columns: rows are copied. `stride` is that of one panel, `panel_step` the distance between the panels that
-// the stretch of `lanes` columns fills one after the other, `panel_lanes` columns each.
-template <class V, class Columns>
-void pack_copied(Columns& columns, int64_t lane0, int64_t valid, int64_t k0, int64_t kc, int64_t panel_lanes,
+// Lanes are columns: rows are copied, a few of them panel by panel, so that what is written lies close together.
+// `stride` is that of one panel, `panel_step` the distance between the panels that the stretch of `lanes` columns fills
+// one after the other, `panel_lanes` columns each.
+template <class V, class Rows>
+void pack_copied(Rows& rows, int64_t lane0, int64_t valid, int64_t k0, int64_t kc, int64_t panel_lanes,
                  typename V::Scalar* out, int64_t stride, int64_t panel_step, int64_t panels) {
   constexpr int64_t W = V::kLanes;
   const int64_t wanted = panels * panel_lanes < valid ? panels * panel_lanes : valid;
-  for (int64_t k = 0; k < kc; ++k) {
-    // Rows lie pages apart, where the hardware does not look ahead.
-    if (k + kRowsAhead < kc) columns.prefetch_row(k0 + k + kRowsAhead, lane0, wanted);
-    const auto* from = columns.dense(k0 + k, lane0);
-    const int64_t whole = divide_up(panel_lanes, W) * W;  // lanes that whole vectors of a panel touch
-    const bool may_run_over = whole == panel_lanes || (panel_lanes == stride && k * stride + whole <= kc * stride);
-    int64_t p = 0;
-    if (from && may_run_over) {
-      for (; p < panels && p * panel_lanes + whole <= valid; ++p)
-        for (int64_t i = 0; i < whole; i += W)
-          store(out + p * panel_step + k * stride + i, load<V>(from + p * panel_lanes + i));
+  const int64_t whole = divide_up(panel_lanes, W) * W;  // lanes that whole vectors of a panel touch
+  for (int64_t kb = 0; kb < kc; kb += kRowsAtOnce) {
+    const int64_t n = kc - kb < kRowsAtOnce ? kc - kb : kRowsAtOnce;
+    decltype(rows.dense(0, 0, 0)) from[kRowsAtOnce];
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t k = kb + i;
+      if (k + kRowsAhead < kc) rows.prefetch_row(k0 + k + kRowsAhead, lane0, wanted);
+      from[i] = rows.dense(k0 + k, lane0, i);
     }
-    for (; p < panels; ++p) {
-      typename V::Scalar* to = out + p * panel_step + k * stride;
-      for (int64_t i = 0; i < panel_lanes; i += W) {
-        const int64_t lane = p * panel_lanes + i;
-        const int64_t room = panel_lanes - i < W ? panel_lanes - i : W;
-        const int64_t left = valid - lane;
-        const int64_t n = left >= room ? room : (left > 0 ? left : 0);
-        const V v = n > 0 ? columns(k0 + k, lane0 + lane, n) : V::zero();
-        store_part(to + i, v, panel_lanes == stride && k * stride + i + W <= kc * stride ? W : room);
+    for (int64_t p = 0; p < panels; ++p) {
+      for (int64_t i = 0; i < n; ++i) {
+        const int64_t k = kb + i;
+        typename V::Scalar* to = out + p * panel_step + k * stride;
+        if constexpr (sizeof(*from[i]) == sizeof(*to)) {
+          if (from[i] && panel_lanes == kTileRows && (p + 1) * panel_lanes <= valid) {
+            __builtin_memcpy(to, from[i] + p * kTileRows, kTileRows * sizeof(*to));  // no vectors across cache lines
+            continue;
+          }
+        }
+        // A whole vector may run over the end of its row where the rows behind are written later, within the panel.
+        const bool may_run_over = whole == panel_lanes || (panel_lanes == stride && k * stride + whole <= kc * stride);
+        if (from[i] && may_run_over && p * panel_lanes + whole <= valid) {
+          for (int64_t j = 0; j < whole; j += W) store(to + j, load<V>(from[i] + p * panel_lanes + j));
+          continue;
+        }
+        for (int64_t j = 0; j < panel_lanes; j += W) {
+          const int64_t lane = p * panel_lanes + j;
+          const int64_t room = panel_lanes - j < W ? panel_lanes - j : W;
+          const int64_t left = valid - lane;
+          const int64_t lanes = left >= room ? room : (left > 0 ? left : 0);
+          const V v = lanes > 0 ? rows.part(k0 + k, lane0 + lane, lanes, i) : V::zero();
+          store_part(to + j, v, panel_lanes == stride && k * stride + j + W <= kc * stride ? W : room);
+        }
       }
     }
   }
@@ -165,17 +182,22 @@ void pack_panels(const Operand& op, int64_t lane0, int64_t lane_end, int64_t k0,
                  typename V::Scalar* out, int64_t stride, int64_t panel_step, int64_t panels) {
   constexpr int64_t W = V::kLanes;
   if (op.activation >= 0) {
-    const int64_t wanted = panels * panel_lanes;
-    const int64_t end = lane_end - lane0 < wanted ? lane_end : lane0 + wanted;
-    ActivatedColumns<V> columns(op, lane0, end);
-    pack_copied<V>(columns, lane0, lane_end - lane0, k0, kc, panel_lanes, out, stride, panel_step, panels);
+    const int64_t most = kMaxColumns / panel_lanes;
+    for (int64_t p = 0; p < panels; p += most) {
+      const int64_t now = panels - p < most ? panels - p : most;
+      const int64_t first = lane0 + p * panel_lanes, wanted = first + now * panel_lanes;
+      if (first >= lane_end) break;
+      ActivatedRows<V> rows(op, first, lane_end < wanted ? lane_end : wanted);
+      pack_copied<V>(rows, first, lane_end - first, k0, kc, panel_lanes, out + p * panel_step, stride, panel_step,
+                     now);
+    }
     return;
   }
   dispatch_storage<typename V::Scalar>(op.matrix.dtype, [&](auto storage) {
     using S = typename decltype(storage)::Type;
     if (op.k_along_rows) {
-      PlainColumns<V, S> columns{op.matrix};
-      pack_copied<V>(columns, lane0, lane_end - lane0, k0, kc, panel_lanes, out, stride, panel_step, panels);
+      PlainRows<V, S> rows{op.matrix};
+      pack_copied<V>(rows, lane0, lane_end - lane0, k0, kc, panel_lanes, out, stride, panel_step, panels);
     } else {
       for (int64_t p = 0; p < panels; ++p) {
         for (int64_t i = 0; i < panel_lanes; i += W) {

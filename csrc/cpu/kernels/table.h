@@ -1,10 +1,10 @@
 // Textual, per instruction set: all kernels and the table that the boundary calls them through. The including file
 // sets the register tile, kTileRows x kTileVectors (even: gate and up), before.
 
-constexpr int64_t kPanelBlock = 16;              // A panels that stay in L2 while a B panel stays in L1
-constexpr int64_t kRowsAhead = 16;               // rows, where rows are copied
-constexpr int64_t kStreamBytes = 512;            // ahead in each row while streaming
-constexpr int64_t kPrefetchBytes = 4 * kChunkK;  // ahead while transposing: the next chunk, while this one is used
+constexpr int64_t kPanelBlock = 16;    // A panels that stay in L2 while a B panel is used
+constexpr int64_t kRowsAtOnce = 16;    // where rows are copied
+constexpr int64_t kRowsAhead = 16;     // the same: what is asked for
+constexpr int64_t kStreamBytes = 512;  // in each row while streaming
 
 #include "act.h"
 
@@ -18,9 +18,9 @@ constexpr int64_t kPrefetchBytes = 4 * kChunkK;  // ahead while transposing: the
 
 #include "elementwise.h"
 
-void pack_a(const Gemm& g, int64_t panel_begin, int64_t panel_end) {
-  if (g.wide()) pack_a_as<Vec<double>>(g, panel_begin, panel_end);
-  else pack_a_as<Vec<float>>(g, panel_begin, panel_end);
+void pack_a(const Gemm& g, int64_t chunk, int64_t panel_begin, int64_t panel_end) {
+  if (g.wide()) pack_a_as<Vec<double>>(g, chunk, panel_begin, panel_end);
+  else pack_a_as<Vec<float>>(g, chunk, panel_begin, panel_end);
 }
 
 void gemm(const Gemm& g, int64_t task, void* scratch) {
