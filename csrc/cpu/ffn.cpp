@@ -159,6 +159,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_backward(
   // d_hidden [T, 2F]: d_gate, then d_up.
   const Operand down_by_k = lanes_are_columns(matrix(w_down, c.dtype));
   void* d_hidden = nullptr;
+  void* h = need_down ? workspace.take(static_cast<size_t>(c.T * c.F * element)) : nullptr;
   if (need_hidden) {
     d_hidden = workspace.take(static_cast<size_t>(c.T * c.hidden() * element));
     Gemm d = g;
@@ -172,27 +173,34 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_backward(
     e.out = d_hidden;
     e.out_up = c.gated ? advance(d_hidden, c.F, c.dtype) : nullptr;
     e.out_stride = c.hidden();
+    e.h = h;
     e.gate = gate_data;
     e.up = up_data;
     e.pre_stride = c.F;
     e.activation = c.activation;
     e.beta = beta;
     steps.product(d);
+  } else if (need_down) {
+    // The same kernel as in the epilogue, so that the bits do not depend on which gradients are asked for.
+    GatedAct a;
+    a.rows = c.T;
+    a.cols = a.out_stride = c.F;
+    a.gate = a.d_out = dense(gate_data, c.F, c.dtype);
+    if (c.gated) a.up = dense(up_data, c.F, c.dtype);
+    a.out[2] = h;
+    a.activation = c.activation;
+    a.beta = beta;
+    add_gated_act_backward(steps, a);
   }
 
   Tensor d_w_down = need_down ? fresh(x, c.dtype, {c.O, c.F}) : nothing(x);
-  Operand h;
+  const Operand h_by_token = lanes_are_columns(dense(h, c.F, c.dtype));
   if (need_down) {
-    h.matrix = dense(gate_data, c.F, c.dtype);
-    if (c.gated) h.up = dense(up_data, c.F, c.dtype);
-    h.activation = c.activation;
-    h.beta = beta;
-    h.k_along_rows = true;
     g.M = c.O;
     g.N = c.F;
     g.K = c.T;
     g.a = lanes_are_columns(matrix(d_y, c.dtype));
-    g.b = &h;
+    g.b = &h_by_token;
     g.epilogue.out = d_w_down.mutable_data_ptr();
     g.epilogue.out_stride = c.F;
     steps.product(g);

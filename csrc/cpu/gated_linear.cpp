@@ -105,15 +105,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_linear_backward(
   const int64_t half = c.G * c.F;
   Workspace workspace;
   Steps steps(kernels(), workspace, threads());
-  const KernelTable& table = kernels();
 
   // d_hidden [T, 2 G F]: all d_gate, then all d_up.
   void* d_hidden = workspace.take(static_cast<size_t>(c.T * 2 * half * storage_size(c.dtype)));
   const Matrix d_hidden_matrix = dense(d_hidden, 2 * half, c.dtype);
-  std::vector<GatedAct> acts(static_cast<size_t>(c.G));
-  constexpr int64_t kRows = 16;
   for (int64_t i = 0; i < c.G; ++i) {
-    GatedAct& a = acts[static_cast<size_t>(i)];
+    GatedAct a;
     a.rows = c.T;
     a.cols = c.F;
     a.gate = dense(advance(gate.const_data_ptr(), i * c.T * c.F, c.dtype), c.F, c.dtype);
@@ -124,9 +121,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_linear_backward(
     a.out_stride = 2 * half;
     a.activation = c.activation;
     a.beta = beta;
-    steps.pass(divide_up(c.T, kRows), [&a, &table](int64_t task, int64_t) {
-      table.gated_act_backward(a, {task * kRows, std::min(a.rows, (task + 1) * kRows), 0, a.cols});
-    });
+    add_gated_act_backward(steps, a);
   }
 
   Tensor d_x = needs.at(0) ? fresh(x, c.dtype, {c.T, c.D}) : nothing(x);

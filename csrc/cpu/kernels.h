@@ -36,23 +36,20 @@ struct Matrix {
 struct Operand {
   Matrix matrix;
   bool k_along_rows = false;  // false: lane = row, k = column (a Linear's weight); true: k = row, lane = column
-  // With `up` the operand is act(matrix) * up, without but with activation >= 0 act(matrix); needs k_along_rows.
-  Matrix up;
-  int activation = -1;
-  double beta = 1.0;
 };
 
 struct Epilogue {
   enum class Kind {
     kStore,         // out = acc + bias
     kActivate,      // out = sum over branches of act(gate) * up, or act(gate); saves gate and up where asked
-    kActivateGrad,  // acc = dH: out = act'(gate) * up * dH and out_up = act(gate) * dH
+    kActivateGrad,  // acc = dH: out = act'(gate) * up * dH, out_up = act(gate) * dH and h = act(gate) * up
   };
   Kind kind = Kind::kStore;
   DType dtype = DType::kFloat32;  // storage of everything below
   void* out = nullptr;            // [M, N]
   void* out_up = nullptr;         // kActivateGrad, gated
   int64_t out_stride = 0;
+  void* h = nullptr;     // kActivateGrad, where asked for: strides of the pre-activations
   void* gate = nullptr;  // pre-activations [branches, M, N]; written by kActivate, read by kActivateGrad
   void* up = nullptr;
   int64_t pre_stride = 0;             // between rows

@@ -68,6 +68,14 @@ inline void* advance(void* data, int64_t elements, DType dtype) {
   return data ? static_cast<char*>(data) + elements * storage_size(dtype) : nullptr;
 }
 
+inline void add_gated_act_backward(Steps& steps, const GatedAct& a) {
+  constexpr int64_t kRows = 16;
+  const KernelTable& table = kernels();
+  steps.pass(divide_up(a.rows, kRows), [=, &table](int64_t task, int64_t) {
+    table.gated_act_backward(a, {task * kRows, std::min(a.rows, (task + 1) * kRows), 0, a.cols});
+  });
+}
+
 inline void add_column_sum(Steps& steps, const Matrix& m, int64_t rows, int64_t cols, void* out) {
   constexpr int64_t kColumns = 64;
   const KernelTable& table = kernels();

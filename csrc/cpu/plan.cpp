@@ -14,7 +14,7 @@ constexpr int64_t kGroupBytes = int64_t{256} << 10;  // packed B of one task: it
 // The shared packed operand should be the small one: a plain product with more rows than columns is computed as its
 // transpose. Every element is the same sum in the same order, and a product of two factors does not know their order.
 Gemm small_operand_first(const Gemm& g) {
-  if (g.epilogue.kind != Epilogue::Kind::kStore || g.b[0].activation >= 0 || g.M <= g.N || g.K < kShortK) return g;
+  if (g.epilogue.kind != Epilogue::Kind::kStore || g.M <= g.N || g.K < kShortK) return g;
   Gemm swapped = g;
   std::swap(swapped.M, swapped.N);
   swapped.swapped = true;
@@ -34,6 +34,7 @@ Gemm slice_rows(const Gemm& g, int64_t begin, int64_t end) {
   e.out_up = advance(e.out_up, e.out_stride);
   e.gate = advance(e.gate, e.pre_stride);
   e.up = advance(e.up, e.pre_stride);
+  e.h = advance(e.h, e.pre_stride);
   return part;
 }
 

@@ -24,15 +24,17 @@ void act_forward(const ActVectors<V>& a) {
   }
 }
 
-// out[0] = d act'(gate) up, out[1] = d act(gate).
+// out[0] = d act'(gate) up, out[1] = d act(gate), out[2] = act(gate) up where asked for.
 template <class V, class Act>
 void act_backward(const ActVectors<V>& a) {
   for (int64_t i = 0; i < a.count * a.stride; i += a.stride) {
     const auto act = Act::grad(load<V>(a.gate + i), V(a.beta));
     const V d = load<V>(a.d + i);
     const V d_gate = d * act.slope;
-    store(a.out[0] + i, a.up ? d_gate * load<V>(a.up + i) : d_gate);
+    const V up = a.up ? load<V>(a.up + i) : V(1);
+    store(a.out[0] + i, a.up ? d_gate * up : d_gate);
     if (a.up) store(a.out[1] + i, d * act.value);
+    if (a.out[2]) store(a.out[2] + i, a.up ? act.value * up : act.value);
   }
 }
 

@@ -145,11 +145,25 @@ void finish_activate_grad(const Epilogue& e, typename V::Scalar* tile, const Til
                    .gate = at,
                    .up = e.up ? at_up : nullptr,
                    .d = tile + j,
-                   .out = {at, at_up},
+                   .out = {at, at_up, e.h ? tile + j : nullptr},
                    .beta = static_cast<T>(e.beta)});
   }
   tile_to_storage<V>(t, e.dtype, gate, e.out, e.out_stride);
   if (e.up) tile_to_storage<V>(t, e.dtype, up, e.out_up, e.out_stride);
+  if (e.h) tile_to_storage<V>(t, e.dtype, tile, e.h, e.pre_stride);
+}
+
+// What finish_tile will read.
+FFN_FN void prefetch_tile(const Epilogue& e, const TilePart& t) {
+  if (e.kind != Epilogue::Kind::kActivateGrad) return;
+  const int64_t size = storage_size(e.dtype);
+  for (const void* saved : {e.gate, e.up}) {
+    if (!saved) continue;
+    for (int64_t i = 0; i < t.rows; ++i) {
+      const char* row = static_cast<const char*>(saved) + ((t.row0 + i) * e.pre_stride + t.col) * size;
+      for (int64_t byte = 0; byte < t.cols * size; byte += 64) prefetch(row + byte);
+    }
+  }
 }
 
 template <class V>

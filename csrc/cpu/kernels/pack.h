@@ -1,5 +1,5 @@
-// Textual, per instruction set: panels for the micro kernel, out[k * stride + lane], read from any strided, gathered,
-// 16-bit or recomputed operand. Storage dtypes and layouts end here; behind it everything is dense float32 or float64.
+// Textual, per instruction set: panels for the micro kernel, out[k * stride + lane], read from any strided, gathered
+// or 16-bit operand. Storage dtypes and layouts end here; behind it everything is dense float32 or float64.
 
 #define FFN_UNROLL _Pragma("GCC unroll 16")
 
@@ -10,8 +10,6 @@ FFN_FN void dispatch_storage(DType dtype, const F& f) {
     if constexpr (__is_same(typename Codec<typename decltype(storage)::Type>::Compute, Scalar)) f(storage);
   });
 }
-
-constexpr int64_t kMaxColumns = 512;  // of one activated row at a time; a multiple of every panel
 
 template <class S>
 FFN_FN const S* row_pointer(const Matrix& m, int64_t r) {
@@ -83,92 +81,50 @@ void pack_transposed(const Matrix& m, int64_t lane0, int64_t lanes, int64_t vali
   }
 }
 
-// Rows of a matrix that are copied to panels a few at a time, `slot` telling them apart.
-template <class V, class S>
-struct PlainRows {
-  const Matrix& m;
-  // Row r from column c on, where its columns are dense.
-  FFN_FN const S* dense(int64_t r, int64_t c, int64_t) const {
-    return m.col_stride == 1 ? row_pointer<S>(m, r) + c : nullptr;
-  }
-  FFN_FN V part(int64_t r, int64_t c, int64_t n, int64_t) const {
-    return load_columns<V>(row_pointer<S>(m, r), m.col_stride, c, n);
-  }
-  FFN_FN void prefetch_row(int64_t r, int64_t c, int64_t n) const {
-    if (m.col_stride != 1) return;
-    const char* row = reinterpret_cast<const char*>(row_pointer<S>(m, r) + c);
-    for (int64_t i = 0; i < n * static_cast<int64_t>(sizeof(S)); i += 64) prefetch_l2(row + i);
-  }
-};
-
-// act(gate) * up of up to kMaxColumns columns, computed before the rows are cut into panels.
-template <class V>
-struct ActivatedRows {
-  using T = typename V::Scalar;
-  const Operand& op;
-  int64_t first, end;  // columns
-  alignas(64) T values[kRowsAtOnce][kMaxColumns];
-  alignas(64) T up[kMaxColumns];
-
-  ActivatedRows(const Operand& o, int64_t f, int64_t e) : op(o), first(f), end(e) {}
-
-  FFN_FN const T* dense(int64_t r, int64_t c, int64_t slot) {
-    read_row<V>(op.matrix, r, first, end - first, values[slot]);
-    if (op.up.data) read_row<V>(op.up, r, first, end - first, up);
-    act_kernels<V>(op.activation)
-        .forward({.count = divide_up(end - first, V::kLanes),
-                  .stride = V::kLanes,
-                  .gate = values[slot],
-                  .up = op.up.data ? up : nullptr,
-                  .out = {values[slot]},
-                  .beta = static_cast<T>(op.beta)});
-    return values[slot] + c - first;
-  }
-  FFN_FN V part(int64_t, int64_t c, int64_t n, int64_t slot) const {
-    return load_part<V>(values[slot] + c - first, n);
-  }
-  FFN_FN void prefetch_row(int64_t, int64_t, int64_t) const {}
-};
-
 // Lanes are columns: rows are copied, a few of them panel by panel, so that what is written lies close together.
 // `stride` is that of one panel, `panel_step` the distance between the panels that the stretch of `lanes` columns fills
 // one after the other, `panel_lanes` columns each.
-template <class V, class Rows>
-void pack_copied(Rows& rows, int64_t lane0, int64_t valid, int64_t k0, int64_t kc, int64_t panel_lanes,
+template <class V, class S>
+void pack_copied(const Matrix& m, int64_t lane0, int64_t valid, int64_t k0, int64_t kc, int64_t panel_lanes,
                  typename V::Scalar* out, int64_t stride, int64_t panel_step, int64_t panels) {
+  using T = typename V::Scalar;
   constexpr int64_t W = V::kLanes;
   const int64_t wanted = panels * panel_lanes < valid ? panels * panel_lanes : valid;
   const int64_t whole = divide_up(panel_lanes, W) * W;  // lanes that whole vectors of a panel touch
+  const bool dense = m.col_stride == 1;
   for (int64_t kb = 0; kb < kc; kb += kRowsAtOnce) {
     const int64_t n = kc - kb < kRowsAtOnce ? kc - kb : kRowsAtOnce;
-    decltype(rows.dense(0, 0, 0)) from[kRowsAtOnce];
+    const S* from[kRowsAtOnce];
     for (int64_t i = 0; i < n; ++i) {
-      const int64_t k = kb + i;
-      if (k + kRowsAhead < kc) rows.prefetch_row(k0 + k + kRowsAhead, lane0, wanted);
-      from[i] = rows.dense(k0 + k, lane0, i);
+      from[i] = row_pointer<S>(m, k0 + kb + i) + lane0 * m.col_stride;
+      // Rows lie pages apart, where the hardware does not look ahead.
+      if (!dense || kb + i + kRowsAhead >= kc) continue;
+      const char* later = reinterpret_cast<const char*>(row_pointer<S>(m, k0 + kb + i + kRowsAhead) + lane0);
+      for (int64_t byte = 0; byte < wanted * static_cast<int64_t>(sizeof(S)); byte += 64) prefetch_l2(later + byte);
     }
     for (int64_t p = 0; p < panels; ++p) {
+      const int64_t lane = p * panel_lanes;
+      const bool full = dense && lane + whole <= valid;
       for (int64_t i = 0; i < n; ++i) {
         const int64_t k = kb + i;
-        typename V::Scalar* to = out + p * panel_step + k * stride;
-        if constexpr (sizeof(*from[i]) == sizeof(*to)) {
-          if (from[i] && panel_lanes == kTileRows && (p + 1) * panel_lanes <= valid) {
-            __builtin_memcpy(to, from[i] + p * kTileRows, kTileRows * sizeof(*to));  // no vectors across cache lines
+        T* to = out + p * panel_step + k * stride;
+        if constexpr (sizeof(S) == sizeof(T)) {
+          if (dense && panel_lanes == kTileRows && lane + panel_lanes <= valid) {
+            __builtin_memcpy(to, from[i] + lane, kTileRows * sizeof(T));  // no vectors across cache lines
             continue;
           }
         }
         // A whole vector may run over the end of its row where the rows behind are written later, within the panel.
         const bool may_run_over = whole == panel_lanes || (panel_lanes == stride && k * stride + whole <= kc * stride);
-        if (from[i] && may_run_over && p * panel_lanes + whole <= valid) {
-          for (int64_t j = 0; j < whole; j += W) store(to + j, load<V>(from[i] + p * panel_lanes + j));
+        if (full && may_run_over) {
+          for (int64_t j = 0; j < whole; j += W) store(to + j, load<V>(from[i] + lane + j));
           continue;
         }
         for (int64_t j = 0; j < panel_lanes; j += W) {
-          const int64_t lane = p * panel_lanes + j;
           const int64_t room = panel_lanes - j < W ? panel_lanes - j : W;
-          const int64_t left = valid - lane;
+          const int64_t left = valid - lane - j;
           const int64_t lanes = left >= room ? room : (left > 0 ? left : 0);
-          const V v = lanes > 0 ? rows.part(k0 + k, lane0 + lane, lanes, i) : V::zero();
+          const V v = lanes > 0 ? load_columns<V>(from[i], m.col_stride, lane + j, lanes) : V::zero();
           store_part(to + j, v, panel_lanes == stride && k * stride + j + W <= kc * stride ? W : room);
         }
       }
@@ -181,23 +137,10 @@ template <class V>
 void pack_panels(const Operand& op, int64_t lane0, int64_t lane_end, int64_t k0, int64_t kc, int64_t panel_lanes,
                  typename V::Scalar* out, int64_t stride, int64_t panel_step, int64_t panels) {
   constexpr int64_t W = V::kLanes;
-  if (op.activation >= 0) {
-    const int64_t most = kMaxColumns / panel_lanes;
-    for (int64_t p = 0; p < panels; p += most) {
-      const int64_t now = panels - p < most ? panels - p : most;
-      const int64_t first = lane0 + p * panel_lanes, wanted = first + now * panel_lanes;
-      if (first >= lane_end) break;
-      ActivatedRows<V> rows(op, first, lane_end < wanted ? lane_end : wanted);
-      pack_copied<V>(rows, first, lane_end - first, k0, kc, panel_lanes, out + p * panel_step, stride, panel_step,
-                     now);
-    }
-    return;
-  }
   dispatch_storage<typename V::Scalar>(op.matrix.dtype, [&](auto storage) {
     using S = typename decltype(storage)::Type;
     if (op.k_along_rows) {
-      PlainRows<V, S> rows{op.matrix};
-      pack_copied<V>(rows, lane0, lane_end - lane0, k0, kc, panel_lanes, out, stride, panel_step, panels);
+      pack_copied<V, S>(op.matrix, lane0, lane_end - lane0, k0, kc, panel_lanes, out, stride, panel_step, panels);
     } else {
       for (int64_t p = 0; p < panels; ++p) {
         for (int64_t i = 0; i < panel_lanes; i += W) {

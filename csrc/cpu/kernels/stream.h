@@ -7,7 +7,7 @@ FFN_FN bool can_stream(const Gemm& g) {
   if (g.panels_m != 1 || g.swapped || g.K == 0) return false;
   for (int64_t i = 0; i < g.num_b; ++i) {
     const Operand& b = g.b[i];
-    if (b.k_along_rows || b.activation >= 0 || b.matrix.col_stride != 1) return false;
+    if (b.k_along_rows || b.matrix.col_stride != 1) return false;
   }
   return g.gated || g.num_b == 1;
 }
