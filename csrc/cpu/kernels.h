@@ -71,6 +71,12 @@ struct Gemm {
   Epilogue epilogue;
 
   // Schedule, filled by plan_product(); it never changes a bit of the result.
+  enum class Way {
+    kPacked,  // both operands are packed into panels for the register tile
+    kDots,    // one A panel: each row of the weights is read once, along k, and transposed in registers
+    kSums,    // one A panel: each row of the weights is read once, along the columns, scaled and added
+  };
+  Way way = Way::kPacked;
   // Swapped: the product is computed as its transpose. M and N above are exchanged, b is the shared operand, element
   // (m, n) of a tile goes to out[n][m] and its bias is bias[m].
   bool swapped = false;
@@ -129,8 +135,9 @@ struct KernelTable {
 // Bytes of thread-private memory that `gemm` needs: the packed B group and sums of tiles.
 inline int64_t gemm_scratch_bytes(const Gemm& g, const KernelTable& table) {
   const int64_t width = table.tile_vectors * table.lanes * 4 / g.element();
-  const int64_t b = g.group_n * width * (g.stretch() < kChunkK ? g.stretch() : kChunkK);
   const int64_t tile = g.panel_rows * width;
+  if (g.way == Gemm::Way::kSums) return (2 * g.group_n + 1) * tile * g.element();
+  const int64_t b = g.way == Gemm::Way::kDots ? 0 : g.group_n * width * (g.stretch() < kChunkK ? g.stretch() : kChunkK);
   const int64_t slots = g.block_m * g.group_n;
   const int64_t tiles = g.chunks() > 1 ? slots * tile : tile;
   const int64_t sums = g.branches() > 1 ? slots * tile / 2 : 0;

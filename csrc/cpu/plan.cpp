@@ -10,6 +10,7 @@ namespace {
 constexpr int64_t kPackedBytes = int64_t{32} << 20;  // a packed A operand, shared by all tasks
 constexpr int64_t kTileBytes = int64_t{1} << 20;     // partial sums of one task: they stay in L2 or L3
 constexpr int64_t kGroupBytes = int64_t{256} << 10;  // packed B of one task: it stays in L2
+constexpr int64_t kLongPiece = 2048;                 // elements of a row of weights that are read together
 
 // The shared packed operand should be the small one: a plain product with more rows than columns is computed as its
 // transpose. Every element is the same sum in the same order, and a product of two factors does not know their order.
@@ -38,6 +39,14 @@ Gemm slice_rows(const Gemm& g, int64_t begin, int64_t end) {
   return part;
 }
 
+Gemm::Way way_of(const Gemm& g) {
+  if (g.panels_m != 1 || g.swapped || g.K == 0) return Gemm::Way::kPacked;
+  for (int64_t i = 0; i < g.num_b; ++i)
+    if (g.b[i].k_along_rows != g.b[0].k_along_rows || g.b[i].matrix.col_stride != 1) return Gemm::Way::kPacked;
+  if (g.b[0].k_along_rows) return g.gated ? Gemm::Way::kPacked : Gemm::Way::kSums;
+  return g.gated || g.num_b == 1 ? Gemm::Way::kDots : Gemm::Way::kPacked;
+}
+
 void fill_schedule(Gemm& g, const KernelTable& table, int64_t workers) {
   const int64_t width = table.tile_vectors * table.lanes * 4 / g.element();
   g.panels_m = divide_up(g.M, table.tile_rows);
@@ -45,11 +54,16 @@ void fill_schedule(Gemm& g, const KernelTable& table, int64_t workers) {
   g.panels_m = divide_up(g.M, g.panel_rows);
   g.panels_n = divide_up(g.N, g.gated ? width / 2 : width);
 
-  // A few rows: weights are streamed, each read once, so a task takes whole rows of them from end to end.
-  constexpr int64_t kStreamedRows = 32;
-  const bool streamed = g.M <= kStreamedRows && !(g.swapped ? g.a : g.b[0]).k_along_rows;
+  g.way = way_of(g);
+
   const int64_t panel = width * g.element() * std::clamp<int64_t>(g.stretch(), 1, kChunkK);
-  g.group_n = streamed ? 1 : std::clamp<int64_t>(kGroupBytes / panel, 1, g.panels_n);
+  g.group_n = std::clamp<int64_t>(kGroupBytes / panel, 1, g.panels_n);
+  // A few rows: weights are read once, so a task takes whole rows of them from end to end, or long pieces.
+  constexpr int64_t kFewRows = 32;
+  const bool by_rows = g.M <= kFewRows && !(g.swapped ? g.a : g.b[0]).k_along_rows;
+  if (by_rows) g.group_n = 1;
+  if (g.way == Gemm::Way::kSums)
+    g.group_n = std::clamp<int64_t>(divide_up(g.panels_n, workers), 1, divide_up(kLongPiece, width));
   // Sums that wait for their next chunk stay near the core; short ones are written as they come, whole rows at a time.
   const bool waiting = g.chunks() * g.branches() > 1;
   const int64_t tile = g.panel_rows * width * g.element();
@@ -58,7 +72,7 @@ void fill_schedule(Gemm& g, const KernelTable& table, int64_t workers) {
     const int64_t cuts = divide_up(4 * workers, g.tasks_n());
     most = std::min(most, std::max<int64_t>(1, divide_up(g.panels_m, cuts)));
   }
-  g.block_m = streamed ? g.panels_m : divide_up(g.panels_m, divide_up(g.panels_m, most));
+  g.block_m = by_rows ? g.panels_m : divide_up(g.panels_m, divide_up(g.panels_m, most));
 }
 
 }  // namespace

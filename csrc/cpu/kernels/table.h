@@ -5,6 +5,7 @@ constexpr int64_t kPanelBlock = 16;    // A panels that stay in L2 while a B pan
 constexpr int64_t kRowsAtOnce = 16;    // where rows are copied
 constexpr int64_t kRowsAhead = 16;     // the same: what is asked for
 constexpr int64_t kStreamBytes = 512;  // in each row while streaming
+constexpr int64_t kRowsAdded = 8;      // streams at a time
 
 #include "act.h"
 
@@ -23,15 +24,18 @@ void pack_a(const Gemm& g, int64_t chunk, int64_t panel_begin, int64_t panel_end
   else pack_a_as<Vec<float>>(g, chunk, panel_begin, panel_end);
 }
 
-void gemm(const Gemm& g, int64_t task, void* scratch) {
-  if (can_stream(g)) {
-    if (g.wide()) stream_task<Vec<double>>(g, task, scratch);
-    else stream_task<Vec<float>>(g, task, scratch);
-  } else if (g.wide()) {
-    gemm_task<Vec<double>>(g, task, scratch);
-  } else {
-    gemm_task<Vec<float>>(g, task, scratch);
+template <class V>
+void gemm_as(const Gemm& g, int64_t task, void* scratch) {
+  switch (g.way) {
+    case Gemm::Way::kPacked: return gemm_task<V>(g, task, scratch);
+    case Gemm::Way::kDots: return dots_task<V>(g, task, scratch);
+    case Gemm::Way::kSums: return sums_task<V>(g, task, scratch);
   }
+}
+
+void gemm(const Gemm& g, int64_t task, void* scratch) {
+  if (g.wide()) gemm_as<Vec<double>>(g, task, scratch);
+  else gemm_as<Vec<float>>(g, task, scratch);
 }
 
 void gated_act(const GatedAct& g, const Range& range) {
