@@ -73,8 +73,10 @@ struct Gemm {
   // Schedule, filled by plan_product(); it never changes a bit of the result.
   enum class Way {
     kPacked,  // both operands are packed into panels for the register tile
-    kDots,    // one A panel: each row of the weights is read once, along k, and transposed in registers
-    kSums,    // one A panel: each row of the weights is read once, along the columns, scaled and added
+    // A few tokens: nothing of the weights is packed, their rows are read once.
+    kDots,    // rows along k, transposed in registers: at most a register tile of tokens
+    kTokens,  // rows along k, tokens in the lanes
+    kSums,    // rows along the columns, scaled and added
   };
   Way way = Way::kPacked;
   // Swapped: the product is computed as its transpose. M and N above are exchanged, b is the shared operand, element
@@ -124,6 +126,7 @@ struct KernelTable {
   int64_t lanes;      // float32 lanes of a vector; float64: half
   int64_t tile_rows;  // the register tile: rows, and vectors in each
   int64_t tile_vectors;
+  int64_t sum_rows;  // Way::kSums: rows of an A panel
   void (*pack_a)(const Gemm&, int64_t chunk, int64_t panel_begin, int64_t panel_end);
   void (*gemm)(const Gemm&, int64_t task, void* scratch);
   void (*gated_act)(const GatedAct&, const Range&);
@@ -136,13 +139,18 @@ struct KernelTable {
 inline int64_t gemm_scratch_bytes(const Gemm& g, const KernelTable& table) {
   const int64_t width = table.tile_vectors * table.lanes * 4 / g.element();
   const int64_t tile = g.panel_rows * width;
-  if (g.way == Gemm::Way::kSums) return (2 * g.group_n + 1) * tile * g.element();
+  if (g.way == Gemm::Way::kSums) return (2 * g.panels_m * g.group_n + 1) * tile * g.element();
+  if (g.way == Gemm::Way::kTokens) return (2 * tile + width * kRunK + (g.branches() > 1 ? tile / 2 : 0)) * g.element();
   const int64_t b = g.way == Gemm::Way::kDots ? 0 : g.group_n * width * (g.stretch() < kChunkK ? g.stretch() : kChunkK);
   const int64_t slots = g.block_m * g.group_n;
   const int64_t tiles = g.chunks() > 1 ? slots * tile : tile;
   const int64_t sums = g.branches() > 1 ? slots * tile / 2 : 0;
   return (b + tiles + sums) * g.element();
 }
+
+// Way::kTokens holds at most this many tokens, and at most kTokenVectors vectors of them.
+constexpr int64_t kFewTokens = 32;
+constexpr int64_t kTokenVectors = 4;
 
 // The table of an instruction set, null where this build does not have it.
 const KernelTable* kernel_table(Isa isa);

@@ -39,28 +39,31 @@ Gemm slice_rows(const Gemm& g, int64_t begin, int64_t end) {
   return part;
 }
 
-Gemm::Way way_of(const Gemm& g) {
-  if (g.panels_m != 1 || g.swapped || g.K == 0) return Gemm::Way::kPacked;
-  for (int64_t i = 0; i < g.num_b; ++i)
-    if (g.b[i].k_along_rows != g.b[0].k_along_rows || g.b[i].matrix.col_stride != 1) return Gemm::Way::kPacked;
+Gemm::Way way_of(const Gemm& g, const KernelTable& table) {
+  if (g.M > kFewTokens || g.swapped || g.K == 0) return Gemm::Way::kPacked;
+  for (int64_t i = 0; i < g.num_b; ++i) {
+    const Operand& b = g.b[i];
+    if (b.k_along_rows != g.b[0].k_along_rows || b.matrix.col_stride != 1 || b.matrix.rows) return Gemm::Way::kPacked;
+  }
   if (g.b[0].k_along_rows) return g.gated ? Gemm::Way::kPacked : Gemm::Way::kSums;
-  return g.gated || g.num_b == 1 ? Gemm::Way::kDots : Gemm::Way::kPacked;
+  if (!g.gated && g.num_b > 1) return Gemm::Way::kPacked;
+  if (g.M <= table.tile_rows) return Gemm::Way::kDots;
+  return g.M <= kTokenVectors * table.lanes * 4 / g.element() ? Gemm::Way::kTokens : Gemm::Way::kPacked;
 }
 
 void fill_schedule(Gemm& g, const KernelTable& table, int64_t workers) {
-  const int64_t width = table.tile_vectors * table.lanes * 4 / g.element();
-  g.panels_m = divide_up(g.M, table.tile_rows);
-  g.panel_rows = divide_up(g.M, g.panels_m);
+  const int64_t lanes = table.lanes * 4 / g.element();
+  const int64_t width = table.tile_vectors * lanes;
+  g.way = way_of(g, table);
+  const int64_t rows = g.way == Gemm::Way::kSums ? table.sum_rows : table.tile_rows;
+  g.panel_rows = g.way == Gemm::Way::kTokens ? divide_up(g.M, lanes) * lanes : divide_up(g.M, divide_up(g.M, rows));
   g.panels_m = divide_up(g.M, g.panel_rows);
   g.panels_n = divide_up(g.N, g.gated ? width / 2 : width);
-
-  g.way = way_of(g);
 
   const int64_t panel = width * g.element() * std::clamp<int64_t>(g.stretch(), 1, kChunkK);
   g.group_n = std::clamp<int64_t>(kGroupBytes / panel, 1, g.panels_n);
   // A few rows: weights are read once, so a task takes whole rows of them from end to end, or long pieces.
-  constexpr int64_t kFewRows = 32;
-  const bool by_rows = g.M <= kFewRows && !(g.swapped ? g.a : g.b[0]).k_along_rows;
+  const bool by_rows = g.M <= kFewTokens && !(g.swapped ? g.a : g.b[0]).k_along_rows;
   if (by_rows) g.group_n = 1;
   if (g.way == Gemm::Way::kSums)
     g.group_n = std::clamp<int64_t>(divide_up(g.panels_n, workers), 1, divide_up(kLongPiece, width));
@@ -72,7 +75,7 @@ void fill_schedule(Gemm& g, const KernelTable& table, int64_t workers) {
     const int64_t cuts = divide_up(4 * workers, g.tasks_n());
     most = std::min(most, std::max<int64_t>(1, divide_up(g.panels_m, cuts)));
   }
-  g.block_m = by_rows ? g.panels_m : divide_up(g.panels_m, divide_up(g.panels_m, most));
+  g.block_m = by_rows || g.way == Gemm::Way::kSums ? g.panels_m : divide_up(g.panels_m, divide_up(g.panels_m, most));
 }
 
 }  // namespace

@@ -266,8 +266,8 @@ void test_elementwise(const char* isa, const KernelTable& table, DType dtype, in
 int main() {
   const int activation = activation_index("silu");
   // One row, the register tile's edges, primes, more than one chunk of k, more than one task in both directions.
-  const Shape shapes[] = {{1, 1, 1},     {1, 37, 600}, {6, 16, 64},   {14, 32, 512},
-                          {15, 33, 1031}, {3, 2, 0},    {61, 307, 131}};
+  const Shape shapes[] = {{1, 1, 1}, {1, 37, 600},   {6, 16, 64},   {14, 32, 512}, {15, 33, 1031},
+                          {3, 2, 0}, {61, 307, 131}, {16, 70, 150}, {32, 9, 1031}};
   for (const Isa isa : kIsas) {
     const KernelTable* table = kernel_table(isa);
     if (!table || !isa_supported(isa)) continue;

@@ -129,7 +129,8 @@ void gemm_task(const Gemm& g, int64_t task, void* scratch) {
           const int64_t slot = (p - p0) * groups + q;
           T* tile = g.chunks() == 1 ? tiles : tiles + slot * H * kWidth;
           const int64_t col = (q0 + q) * columns;
-          const TilePart part = {p * H, g.M - p * H < H ? g.M - p * H : H, col, g.N - col < columns ? g.N - col : columns};
+          const TilePart part = {p * H, g.M - p * H < H ? g.M - p * H : H, col,
+                                 g.N - col < columns ? g.N - col : columns};
           if (last) prefetch_tile(g.epilogue, part);
           micro(c.length, chunk + p * c.length * H, packed_b + q * panel_step, tile, !first);
           if (last) finish_tile<V>(g, c.branch, tile, part, sums + slot * H * columns);

@@ -1,7 +1,7 @@
 // Textual, per instruction set: panels for the micro kernel, out[k * stride + lane], read from any strided, gathered
 // or 16-bit operand. Storage dtypes and layouts end here; behind it everything is dense float32 or float64.
 
-#define FFN_UNROLL _Pragma("GCC unroll 16")
+#define FFN_UNROLL _Pragma("GCC unroll 32")
 
 // Calls f with the tag of the storage dtype; only those whose arithmetic is in Scalar are compiled.
 template <class Scalar, class F>

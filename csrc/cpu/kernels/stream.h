@@ -17,7 +17,8 @@ FFN_FN void multiply_block(const typename V::Scalar* a, const V* block, int64_t 
   }
 }
 
-// Rows along k, transposed in registers. One vector of columns of the tile: lanes lane0 .. of `m`, the last of which is repeated where there are fewer.
+// Rows along k, transposed in registers. One vector of columns of the tile: lanes lane0 .. of `m`, the last of which is
+// repeated where there are fewer.
 template <class V, class S, int H>
 void stream_vector(const Matrix& m, int64_t lane0, int64_t valid, int64_t K, const typename V::Scalar* a,
                    typename V::Scalar* tile) {
@@ -92,50 +93,167 @@ void dots_task(const Gemm& g, int64_t task, void* scratch) {
   }
 }
 
-// Rows along the columns: totals[H][columns] = sum over k of a[k][H] * row[k][columns], kept in L1 and L2. `runs` holds
-// the sums of the run at hand.
-template <class V, class S, int H>
-void add_rows(const Matrix& m, int64_t col, int64_t cols, int64_t kc, const typename V::Scalar* a,
-              typename V::Scalar* runs, typename V::Scalar* totals, int64_t stride, bool add) {
+// Rows along k, tokens in the lanes: dots[R][N vectors] (+)= sum over a run of k of row r's element k * x[k][N
+// vectors]. `rows` are kRunK apart. Meanwhile the next run of the rows at `ahead`, `stride` apart, is asked for.
+template <class V, class S, int R, int N>
+void token_run(const typename V::Scalar* rows, int64_t length, const typename V::Scalar* x, typename V::Scalar* dots,
+               bool add, const S* ahead, int64_t stride) {
+  constexpr int W = V::kLanes;
+  constexpr int kAtOnce = N == 1 ? 4 : N == 2 ? 2 : 1;  // of k: as many vectors of x as registers are left
+  V acc[R][N];
+  FFN_UNROLL
+  for (int r = 0; r < R; ++r) {
+    FFN_UNROLL
+    for (int j = 0; j < N; ++j) acc[r][j] = V::zero();
+  }
+  const auto multiply = [&](int64_t k, auto count) __attribute__((always_inline)) {
+    constexpr int kCount = decltype(count)::value;
+    V xk[kCount][N];
+    FFN_UNROLL
+    for (int i = 0; i < kCount; ++i) {
+      FFN_UNROLL
+      for (int j = 0; j < N; ++j) xk[i][j] = load<V>(x + ((k + i) * N + j) * W);
+    }
+    FFN_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const typename V::Scalar* row = rows + r * kRunK + k;
+      FFN_UNROLL
+      for (int i = 0; i < kCount; ++i) {
+        const V b(row[i]);
+        FFN_UNROLL
+        for (int j = 0; j < N; ++j) acc[r][j] = fma(b, xk[i][j], acc[r][j]);
+      }
+    }
+  };
+  int64_t k = 0;
+  constexpr int64_t kLine = 64 / sizeof(S), kRowLines = kRunK / kLine, kLines = R * kRowLines;
+  for (; k + kAtOnce <= length; k += kAtOnce) {
+    for (int64_t line = k * kLines / kRunK; line < (k + kAtOnce) * kLines / kRunK; ++line)
+      prefetch(ahead + line / kRowLines * stride + line % kRowLines * kLine);
+    multiply(k, std::integral_constant<int, kAtOnce>{});
+  }
+  for (; k < length; ++k) multiply(k, std::integral_constant<int, 1>{});
+  FFN_UNROLL
+  for (int r = 0; r < R; ++r) {
+    FFN_UNROLL
+    for (int j = 0; j < N; ++j) {
+      typename V::Scalar* at = dots + (r * N + j) * W;
+      store(at, add ? load<V>(at) + acc[r][j] : acc[r][j]);
+    }
+  }
+}
+
+// The same over all of k. Rows are copied run by run, whole cache lines at a time: rows a power of two apart would
+// evict each other.
+template <class V, class S, int R, int N>
+void token_rows(const S* rows, int64_t stride, int64_t K, const typename V::Scalar* x, typename V::Scalar* dots,
+                typename V::Scalar* copied) {
   constexpr int64_t W = V::kLanes;
-  for (int64_t run = 0; run < kc; run += kRunK) {
-    const int64_t end = kc - run < kRunK ? kc : run + kRunK;
-    for (int64_t k = run; k < end; k += kRowsAdded) {
-      const int64_t n = end - k < kRowsAdded ? end - k : kRowsAdded;
-      const S* row[kRowsAdded];
-      for (int64_t i = 0; i < n; ++i) row[i] = row_pointer<S>(m, k + i) + col;
-      const bool last = k + n == end;
+  for (int64_t run = 0; run < K; run += kRunK) {
+    const int64_t n = K - run < kRunK ? K - run : kRunK;
+    for (int r = 0; r < R; ++r) {
+      const S* row = rows + r * stride + run;
+      if (n == kRunK) {
+        FFN_UNROLL
+        for (int64_t i = 0; i < kRunK; i += W) store(copied + r * kRunK + i, load<V>(row + i));
+      } else {
+        for (int64_t i = 0; i < n; i += W) store(copied + r * kRunK + i, load_part<V>(row + i, n - i < W ? n - i : W));
+      }
+    }
+    token_run<V, S, R, N>(copied, n, x + run * N * W, dots, run > 0, rows + run + kRunK, stride);
+  }
+}
+
+// `count` rows of weights from `first` on.
+template <class V, class S, int N>
+void token_dots(const Matrix& m, int64_t first, int64_t count, int64_t K, const typename V::Scalar* x,
+                typename V::Scalar* dots, typename V::Scalar* copied) {
+  constexpr int kHalfTile = kTileVectors / 2 * V::kLanes;  // rows come in such numbers
+  constexpr int kRows = (kHalfTile < 16 ? kHalfTile : 16) / (N == 3 ? 4 : N), R = kRows > 0 ? kRows : 1;
+  constexpr int64_t kVectors = N * V::kLanes;
+  int64_t r = 0;
+  for (; r + R <= count; r += R)
+    token_rows<V, S, R, N>(row_pointer<S>(m, first + r), m.row_stride, K, x, dots + r * kVectors, copied);
+  for (; r < count; ++r)
+    token_rows<V, S, 1, N>(row_pointer<S>(m, first + r), m.row_stride, K, x, dots + r * kVectors, copied);
+}
+
+template <class V>
+void tokens_task(const Gemm& g, int64_t task, void* scratch) {
+  using T = typename V::Scalar;
+  constexpr int64_t W = V::kLanes;
+  constexpr int64_t kWidth = kTileVectors * W;
+  const int64_t columns = g.gated ? kWidth / 2 : kWidth;
+  const int64_t tokens = g.panel_rows;
+  T* dots = static_cast<T*>(scratch);  // [kWidth][tokens]
+  T* tile = dots + kWidth * tokens;    // [tokens][kWidth]
+  T* copied = tile + kWidth * tokens;
+  T* sums = copied + kWidth * kRunK;
+  const T* x = static_cast<const T*>(g.packed_a);
+  const int64_t col = task * columns;
+  const int64_t cols = g.N - col < columns ? g.N - col : columns;
+  for (int64_t branch = 0; branch < g.branches(); ++branch) {
+    for (int64_t place = 0; place < kWidth; place += columns) {
+      const Matrix& m = g.b[g.gated ? 2 * branch + place / columns : 0].matrix;
+      dispatch_storage<T>(m.dtype, [&](auto tag) {
+        using S = typename decltype(tag)::Type;
+        using Kernel = void (*)(const Matrix&, int64_t, int64_t, int64_t, const T*, T*, T*);
+        static constexpr Kernel kKernels[] = {token_dots<V, S, 1>, token_dots<V, S, 2>, token_dots<V, S, 3>,
+                                              token_dots<V, S, 4>};
+        kKernels[tokens / W - 1](m, col, cols, g.K, x, dots, copied);
+      });
       for (int64_t j = 0; j < cols; j += W) {
-        const int64_t lanes = cols - j < W ? cols - j : W;
-        V acc[H];
-        FFN_UNROLL
-        for (int t = 0; t < H; ++t) acc[t] = k == run ? V::zero() : load<V>(runs + t * stride + j);
-        if (n == kRowsAdded && lanes == W) {
+        for (int64_t t = 0; t < tokens; t += W) {
+          V block[W];
           FFN_UNROLL
-          for (int64_t i = 0; i < kRowsAdded; ++i) {
-            const V b = load<V>(row[i] + j);
-            FFN_UNROLL
-            for (int t = 0; t < H; ++t) acc[t] = fma(V(a[(k + i) * H + t]), b, acc[t]);
-          }
-        } else {
-          for (int64_t i = 0; i < n; ++i) {
-            const V b = load_part<V>(row[i] + j, lanes);
-            for (int t = 0; t < H; ++t) acc[t] = fma(V(a[(k + i) * H + t]), b, acc[t]);
-          }
-        }
-        FFN_UNROLL
-        for (int t = 0; t < H; ++t) {
-          typename V::Scalar* at = (last ? totals : runs) + t * stride + j;
-          store(at, last && (add || run > 0) ? load<V>(at) + acc[t] : acc[t]);
+          for (int64_t i = 0; i < W; ++i) block[i] = load<V>(dots + (j + i) * tokens + t);
+          transpose(block);
+          FFN_UNROLL
+          for (int64_t i = 0; i < W; ++i) store(tile + (t + i) * kWidth + place + j, block[i]);
         }
       }
+    }
+    for (int64_t t = 0; t < g.M; t += kTileRows)
+      finish_tile<V>(g, branch, tile + t * kWidth, {t, g.M - t < kTileRows ? g.M - t : kTileRows, col, cols},
+                     sums + t * columns);
+  }
+}
+
+// Rows along the columns: a few of them, `n`, scaled by a[n][H] and added to runs[H][cols], the sums of the run at
+// hand, which is added to totals[H][cols] at its end.
+template <class V, class S, int H>
+void add_rows(const S* const* row, int64_t n, int64_t cols, const typename V::Scalar* a, typename V::Scalar* runs,
+              typename V::Scalar* totals, int64_t stride, bool begins, bool ends, bool add) {
+  constexpr int64_t W = V::kLanes;
+  for (int64_t j = 0; j < cols; j += W) {
+    const int64_t lanes = cols - j < W ? cols - j : W;
+    V acc[H];
+    FFN_UNROLL
+    for (int t = 0; t < H; ++t) acc[t] = begins ? V::zero() : load<V>(runs + t * stride + j);
+    if (n == kRowsAdded && lanes == W) {
+      FFN_UNROLL
+      for (int64_t i = 0; i < kRowsAdded; ++i) {
+        const V b = load<V>(row[i] + j);
+        FFN_UNROLL
+        for (int t = 0; t < H; ++t) acc[t] = fma(V(a[i * H + t]), b, acc[t]);
+      }
+    } else {
+      for (int64_t i = 0; i < n; ++i) {
+        const V b = load_part<V>(row[i] + j, lanes);
+        for (int t = 0; t < H; ++t) acc[t] = fma(V(a[i * H + t]), b, acc[t]);
+      }
+    }
+    FFN_UNROLL
+    for (int t = 0; t < H; ++t) {
+      typename V::Scalar* at = (ends ? totals : runs) + t * stride + j;
+      store(at, ends && add ? load<V>(at) + acc[t] : acc[t]);
     }
   }
 }
 
 template <class V, class S>
-using AddRows = void (*)(const Matrix&, int64_t, int64_t, int64_t, const typename V::Scalar*, typename V::Scalar*,
-                         typename V::Scalar*, int64_t, bool);
+using AddRows = void (*)(const S* const*, int64_t, int64_t, const typename V::Scalar*, typename V::Scalar*,
+                         typename V::Scalar*, int64_t, bool, bool, bool);
 
 template <class V, class S, int... H>
 AddRows<V, S> add_rows_of(int64_t rows, std::integer_sequence<int, H...>) {
@@ -147,25 +265,39 @@ template <class V>
 void sums_task(const Gemm& g, int64_t task, void* scratch) {
   using T = typename V::Scalar;
   constexpr int64_t kWidth = kTileVectors * V::kLanes;
+  const int64_t H = g.panel_rows;
   const int64_t stride = g.group_n * kWidth;
-  T* runs = static_cast<T*>(scratch);
-  T* totals = runs + g.panel_rows * stride;
-  T* tile = totals + g.panel_rows * stride;
+  T* runs = static_cast<T*>(scratch);  // [panels_m * H][stride]
+  T* totals = runs + g.panels_m * H * stride;
+  T* tile = totals + g.panels_m * H * stride;
   const int64_t begin = task * stride;
   const int64_t cols = g.N - begin < stride ? g.N - begin : stride;
-  for (int64_t s = 0; s < g.K; s += g.stretch()) {
-    const Matrix& m = g.b[s / g.stretch()].matrix;
+  for (int64_t i = 0; i < g.chunks(); ++i) {
+    const Chunk c = chunk_at(g, i);
+    const Matrix& m = g.b[c.s / g.stretch()].matrix;
+    const T* a = static_cast<const T*>(g.packed_a) + (c.s + c.k) * g.panels_m * H;
     dispatch_storage<T>(m.dtype, [&](auto tag) {
       using S = typename decltype(tag)::Type;
-      const auto kernel = add_rows_of<V, S>(g.panel_rows, std::make_integer_sequence<int, kTileRows>{});
-      kernel(m, begin, cols, g.stretch(), static_cast<const T*>(g.packed_a) + s * g.panel_rows, runs, totals, stride,
-             s > 0);
+      const auto add_rows = add_rows_of<V, S>(H, std::make_integer_sequence<int, kSumRows>{});
+      for (int64_t k = 0, n = 0; k < c.length; k += n) {
+        const int64_t run_end = (k / kRunK + 1) * kRunK < c.length ? (k / kRunK + 1) * kRunK : c.length;
+        n = run_end - k < kRowsAdded ? run_end - k : kRowsAdded;
+        const S* row[kRowsAdded];
+        for (int64_t r = 0; r < n; ++r) row[r] = row_pointer<S>(m, c.k + k + r) + begin;
+        for (int64_t p = 0; p < g.panels_m; ++p)
+          add_rows(row, n, cols, a + (p * c.length + k) * H, runs + p * H * stride, totals + p * H * stride, stride,
+                   k % kRunK == 0, k + n == run_end, i > 0 || k >= kRunK);
+      }
     });
   }
-  for (int64_t j = 0; j < cols; j += kWidth) {
-    for (int64_t t = 0; t < g.panel_rows; ++t)
-      for (int64_t i = 0; i < kWidth; i += V::kLanes)
-        store(tile + t * kWidth + i, load<V>(totals + t * stride + j + i));
-    finish_tile<V>(g, 0, tile, {0, g.M, begin + j, cols - j < kWidth ? cols - j : kWidth}, nullptr);
+  for (int64_t p = 0; p < g.panels_m * H; p += kTileRows) {
+    const int64_t rows = g.M - p < kTileRows ? g.M - p : kTileRows;
+    if (rows <= 0) break;
+    for (int64_t j = 0; j < cols; j += kWidth) {
+      for (int64_t t = 0; t < rows; ++t)
+        for (int64_t l = 0; l < kWidth; l += V::kLanes)
+          store(tile + t * kWidth + l, load<V>(totals + (p + t) * stride + j + l));
+      finish_tile<V>(g, 0, tile, {p, rows, begin + j, cols - j < kWidth ? cols - j : kWidth}, nullptr);
+    }
   }
 }

@@ -1,11 +1,12 @@
 // Textual, per instruction set: all kernels and the table that the boundary calls them through. The including file
 // sets the register tile, kTileRows x kTileVectors (even: gate and up), before.
 
-constexpr int64_t kPanelBlock = 16;    // A panels that stay in L2 while a B panel is used
-constexpr int64_t kRowsAtOnce = 16;    // where rows are copied
-constexpr int64_t kRowsAhead = 16;     // the same: what is asked for
-constexpr int64_t kStreamBytes = 512;  // in each row while streaming
-constexpr int64_t kRowsAdded = 8;      // streams at a time
+constexpr int64_t kPanelBlock = 16;                         // A panels that stay in L2 while a B panel is used
+constexpr int64_t kRowsAtOnce = 16;                         // where rows are copied
+constexpr int64_t kRowsAhead = 16;                          // the same: what is asked for
+constexpr int64_t kStreamBytes = 512;                       // in each row while streaming
+constexpr int64_t kRowsAdded = 8;                           // streams at a time
+constexpr int kSumRows = kTileRows * kTileVectors * 2 / 3;  // accumulators, where the rest is one row and its factor
 
 #include "act.h"
 
@@ -27,9 +28,14 @@ void pack_a(const Gemm& g, int64_t chunk, int64_t panel_begin, int64_t panel_end
 template <class V>
 void gemm_as(const Gemm& g, int64_t task, void* scratch) {
   switch (g.way) {
-    case Gemm::Way::kPacked: return gemm_task<V>(g, task, scratch);
-    case Gemm::Way::kDots: return dots_task<V>(g, task, scratch);
-    case Gemm::Way::kSums: return sums_task<V>(g, task, scratch);
+    case Gemm::Way::kPacked:
+      return gemm_task<V>(g, task, scratch);
+    case Gemm::Way::kDots:
+      return dots_task<V>(g, task, scratch);
+    case Gemm::Way::kTokens:
+      return tokens_task<V>(g, task, scratch);
+    case Gemm::Way::kSums:
+      return sums_task<V>(g, task, scratch);
   }
 }
 
@@ -61,5 +67,5 @@ void column_sum(const ColumnSum& s, int64_t c0, int64_t c1) {
 
 extern const KernelTable kTable;
 const KernelTable kTable = {
-    Vec<float>::kLanes,        kTileRows, kTileVectors, pack_a, gemm, gated_act, gated_act_backward,
+    Vec<float>::kLanes,        kTileRows, kTileVectors, kSumRows, pack_a, gemm, gated_act, gated_act_backward,
     gated_act_double_backward, column_sum};
