@@ -90,9 +90,9 @@ std::tuple<Tensor, Tensor, Tensor> ffn(const Tensor& x, const Tensor& w_in, std:
   Ffn c = check_ffn(x, w_in, w_up, w_down, b_in, b_up, gated, activation, beta);
   if (b_down) check_tensor(*b_down, "b_down", c.dtype, {c.O});
   const void* bias_down = bias_data(b_down, c.keep);
-  Tensor y = fresh(x, c.dtype, {c.T, c.O});
-  Tensor gate = save ? fresh(x, c.dtype, {c.T, c.F}) : nothing(x);
-  Tensor up = save && c.gated ? fresh(x, c.dtype, {c.T, c.F}) : nothing(x);
+  Tensor y = fresh(x, {c.T, c.O});
+  Tensor gate = save ? fresh(x, {c.T, c.F}) : nothing(x);
+  Tensor up = save && c.gated ? fresh(x, {c.T, c.F}) : nothing(x);
   const Operand down = lanes_are_rows(matrix(w_down, c.dtype));
 
   // Blocks of tokens, so that h and the packed operands of a block stay in the last-level cache.
@@ -193,7 +193,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_backward(
     add_gated_act_backward(steps, a);
   }
 
-  Tensor d_w_down = need_down ? fresh(x, c.dtype, {c.O, c.F}) : nothing(x);
+  Tensor d_w_down = need_down ? fresh(x, {c.O, c.F}) : nothing(x);
   const Operand h_by_token = lanes_are_columns(dense(h, c.F, c.dtype));
   if (need_down) {
     g.M = c.O;
@@ -206,7 +206,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_backward(
     steps.product(g);
   }
 
-  Tensor d_x = need_x ? fresh(x, c.dtype, {c.T, c.D}) : nothing(x);
+  Tensor d_x = need_x ? fresh(x, {c.T, c.D}) : nothing(x);
   g.N = c.D;
   g.epilogue.out_stride = c.D;
   if (need_x) {
@@ -229,7 +229,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_backward(
   for (int i = 0; i < 2; ++i) {
     const Matrix part = dense(advance(d_hidden, i * in_rows, c.dtype), c.hidden(), c.dtype);
     if (need_w[i]) {
-      d_w[i] = fresh(x, c.dtype, {in_rows, c.D});
+      d_w[i] = fresh(x, {in_rows, c.D});
       g.M = in_rows;
       g.K = c.T;
       g.a = lanes_are_columns(part);
@@ -239,11 +239,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_backward(
       steps.product(g);
     }
     if (need_b[i]) {
-      d_b[i] = fresh(x, c.dtype, {in_rows});
+      d_b[i] = fresh(x, {in_rows});
       add_column_sum(steps, part, c.T, in_rows, d_b[i].mutable_data_ptr());
     }
   }
-  Tensor d_b_down = need_b_down ? fresh(x, c.dtype, {c.O}) : nothing(x);
+  Tensor d_b_down = need_b_down ? fresh(x, {c.O}) : nothing(x);
   if (need_b_down) add_column_sum(steps, matrix(d_y, c.dtype), c.T, c.O, d_b_down.mutable_data_ptr());
   steps.run();
   return {d_x, d_w[0], d_w[1], d_w_down, d_b[0], d_b[1], d_b_down};

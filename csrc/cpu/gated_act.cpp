@@ -60,7 +60,7 @@ void run_elementwise(GatedAct& g, ElementwiseKernel kernel) {
 
 Tensor gated_act(const Tensor& gate, std::optional<Tensor> up, std::string activation, double beta) {
   GatedAct g = elementwise(gate, up, activation, beta);
-  Tensor out = fresh(gate, g.gate.dtype, {g.rows, g.cols});
+  Tensor out = fresh(gate, {g.rows, g.cols});
   g.out[0] = out.mutable_data_ptr();
   run_elementwise(g, kernels().gated_act);
   return out;
@@ -72,8 +72,8 @@ std::tuple<Tensor, Tensor> gated_act_backward(const Tensor& d_out, const Tensor&
   GatedAct g = elementwise(gate, up, activation, beta);
   check_same(d_out, "d_out", gate, g.gate.dtype);
   g.d_out = matrix(d_out, g.gate.dtype);
-  Tensor d_gate = needs.at(0) ? fresh(gate, g.gate.dtype, {g.rows, g.cols}) : nothing(gate);
-  Tensor d_up = needs.at(1) && up ? fresh(gate, g.gate.dtype, {g.rows, g.cols}) : nothing(gate);
+  Tensor d_gate = needs.at(0) ? fresh(gate, {g.rows, g.cols}) : nothing(gate);
+  Tensor d_up = needs.at(1) && up ? fresh(gate, {g.rows, g.cols}) : nothing(gate);
   if (needs[0]) g.out[0] = d_gate.mutable_data_ptr();
   if (needs[1] && up) g.out[1] = d_up.mutable_data_ptr();
   run_elementwise(g, kernels().gated_act_backward);
@@ -97,9 +97,9 @@ std::tuple<Tensor, Tensor, Tensor> gated_act_double_backward(std::optional<Tenso
     check_same(*dd_up, "dd_up", gate, dtype);
     g.dd_up = matrix(*dd_up, dtype);
   }
-  Tensor by_d = fresh(gate, dtype, {g.rows, g.cols});
-  Tensor by_gate = fresh(gate, dtype, {g.rows, g.cols});
-  Tensor by_up = up ? fresh(gate, dtype, {g.rows, g.cols}) : nothing(gate);
+  Tensor by_d = fresh(gate, {g.rows, g.cols});
+  Tensor by_gate = fresh(gate, {g.rows, g.cols});
+  Tensor by_up = up ? fresh(gate, {g.rows, g.cols}) : nothing(gate);
   g.out[0] = by_d.mutable_data_ptr();
   g.out[1] = by_gate.mutable_data_ptr();
   if (up) g.out[2] = by_up.mutable_data_ptr();

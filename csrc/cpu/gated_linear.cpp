@@ -57,9 +57,9 @@ std::tuple<Tensor, Tensor, Tensor> gated_linear(const Tensor& x, std::vector<Ten
   std::vector<const void*> bias(static_cast<size_t>(2 * c.G), nullptr);
   for (size_t i = 0; i < b_gate.size(); ++i) bias[2 * i] = bias_data(b_gate[i], keep);
   for (size_t i = 0; i < b_up.size(); ++i) bias[2 * i + 1] = bias_data(b_up[i], keep);
-  Tensor y = fresh(x, c.dtype, {c.T, c.F});
-  Tensor gate = save ? fresh(x, c.dtype, {c.G, c.T, c.F}) : nothing(x);
-  Tensor up = save ? fresh(x, c.dtype, {c.G, c.T, c.F}) : nothing(x);
+  Tensor y = fresh(x, {c.T, c.F});
+  Tensor gate = save ? fresh(x, {c.G, c.T, c.F}) : nothing(x);
+  Tensor up = save ? fresh(x, {c.G, c.T, c.F}) : nothing(x);
 
   Gemm g;
   g.M = c.T;
@@ -124,7 +124,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_linear_backward(
     add_gated_act_backward(steps, a);
   }
 
-  Tensor d_x = needs.at(0) ? fresh(x, c.dtype, {c.T, c.D}) : nothing(x);
+  Tensor d_x = needs.at(0) ? fresh(x, {c.T, c.D}) : nothing(x);
   Gemm g;
   g.epilogue.dtype = c.dtype;
   g.epilogue.out_stride = c.D;
@@ -144,7 +144,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_linear_backward(
   for (int i = 0; i < 2; ++i) {
     const Matrix part = dense(advance(d_hidden, i * half, c.dtype), 2 * half, c.dtype);
     if (needs.at(static_cast<size_t>(1 + i))) {
-      d_w[i] = fresh(x, c.dtype, {c.G, c.F, c.D});
+      d_w[i] = fresh(x, {c.G, c.F, c.D});
       g.M = half;
       g.K = c.T;
       g.a = lanes_are_columns(part);
@@ -154,7 +154,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_linear_backward(
       steps.product(g);
     }
     if (needs.at(static_cast<size_t>(3 + i))) {
-      d_b[i] = fresh(x, c.dtype, {c.G, c.F});
+      d_b[i] = fresh(x, {c.G, c.F});
       add_column_sum(steps, part, c.T, half, d_b[i].mutable_data_ptr());
     }
   }

@@ -45,13 +45,26 @@ inline Operand operand(Matrix m, bool k_along_rows) {
 inline Operand lanes_are_rows(const Matrix& m) { return operand(m, false); }    // element (lane, k) is m(lane, k)
 inline Operand lanes_are_columns(const Matrix& m) { return operand(m, true); }  // element (lane, k) is m(k, lane)
 
-inline Tensor fresh(const Tensor& like, DType dtype, std::initializer_list<int64_t> sizes) {
-  Tensor t = torch::stable::new_empty(like, std::vector<int64_t>(sizes));
-  advise_huge_pages(t.mutable_data_ptr(), static_cast<size_t>(t.numel() * storage_size(dtype)));
+// A dense tensor of the dtype of `like`. Straight from the C interface: torch::stable's own functions look their
+// operator up by name at each call, which a call on a few tokens would feel.
+inline Tensor fresh(const Tensor& like, std::initializer_list<int64_t> sizes) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t elements = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = elements;
+    elements *= std::max<int64_t>(1, sizes.begin()[i]);
+  }
+  int32_t dtype = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides.data(),
+                                                  dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  Tensor t(handle);
+  advise_huge_pages(t.mutable_data_ptr(), static_cast<size_t>(t.numel()) * t.element_size());
   return t;
 }
 
-inline Tensor nothing(const Tensor& like) { return torch::stable::new_empty(like, std::vector<int64_t>{0}); }
+inline Tensor nothing(const Tensor& like) { return fresh(like, {0}); }
 
 // A bias as the kernels read it. `keep` holds the dense copy of a strided one.
 inline const void* bias_data(const std::optional<Tensor>& bias, std::vector<Tensor>& keep) {
