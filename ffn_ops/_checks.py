@@ -36,18 +36,6 @@ def tensor(name: str, value: Any, shape: Sequence[int | str] | None = None, like
             raise ValueError(f"{name}: expected shape [{wanted}], got {list(actual)}")
 
 
-def fits(value: Any, like: Tensor, shape: tuple[int, ...]) -> bool:
-    """What :func:`tensor` asserts, without the words: a few attribute look-ups."""
-    return (
-        isinstance(value, Tensor)
-        and not value.is_nested  # has no shape
-        and value.dtype is like.dtype
-        and value.shape == shape
-        and value.layout is torch.strided
-        and value.device == like.device
-    )
-
-
 def _dtype(value: Tensor) -> str:
     return str(value.dtype).removeprefix("torch.")
 

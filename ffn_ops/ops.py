@@ -439,16 +439,29 @@ def ffn(
     gated = bool(gated) or w_up is not None
     if x.dim() < 1:
         raise ValueError(f"x: expected shape [..., D], got {list(x.shape)}")
-    out = _check_ffn(x, w_in, w_up, w_down, b_in, b_up, b_down, gated, activation)[1]
     check.number("beta", beta)
-    if _prefers_torch(x):
+    by_torch = _prefers_torch(x)
+    if by_torch or torch.compiler.is_compiling():
+        _check_ffn(x, w_in, w_up, w_down, b_in, b_up, b_down, gated, activation)
+    if by_torch:
         return _ffn_by_torch(x, w_in, w_up, w_down, b_in, b_up, b_down, gated, activation, beta)
-    needs_grad = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, w_in, w_up, w_down, b_in, b_up, b_down)
-    )
-    args = (w_in, w_up, w_down, b_in, b_up, b_down, gated, activation, float(beta), needs_grad and not recompute)
-    y = _ffn(_rows(x), *args, grad=needs_grad)[0]
-    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], out)  # type: ignore[no-any-return]
+    refused: Exception | None = None
+    try:
+        needs_grad = torch.is_grad_enabled() and (
+            x.requires_grad
+            or w_in.requires_grad
+            or w_down.requires_grad
+            or any(t is not None and t.requires_grad for t in (w_up, b_in, b_up, b_down))
+        )
+        save = needs_grad and not recompute
+        args = (w_in, w_up, w_down, b_in, b_up, b_down, gated, activation, float(beta), save)
+        y = _ffn(_rows(x), *args, grad=needs_grad)[0]
+    except Exception as error:
+        refused = error
+    if refused is not None:  # the operator checks as strictly, and before any work; the words are found here
+        _check_ffn(x, w_in, w_up, w_down, b_in, b_up, b_down, gated, activation)
+        raise refused
+    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], w_down.shape[0])  # type: ignore[no-any-return]
 
 
 def _prefers_torch(x: Tensor) -> bool:
@@ -492,22 +505,6 @@ def _check_ffn(
     activation: str,
 ) -> tuple[Any, Any]:
     """Returns F and the width of the output."""
-    if not torch.compiler.is_compiling() and isinstance(w_in, Tensor) and not w_in.is_nested and w_in.dim() == 2:
-        # The usual case in few steps: everything fits, and only a mistake is looked at more closely below.
-        rows, width = w_in.shape
-        features = rows // 2 if gated and w_up is None else rows
-        out = w_down.shape[0] if isinstance(w_down, Tensor) and not w_down.is_nested and w_down.dim() == 2 else -1
-        wanted = (
-            (w_in, (rows, x.shape[-1])),
-            (w_up, (features, width)),
-            (w_down, (out, features)),
-            (b_in, (rows,)),
-            (b_up, (features,) if w_up is not None else ()),
-            (b_down, (out,)),
-        )
-        even = not gated or w_up is not None or rows % 2 == 0
-        if even and activation in _NAMES and all(t is None or check.fits(t, x, shape) for t, shape in wanted):
-            return features, out
     check.tensor("w_in", w_in, ("2F" if gated and w_up is None else "F", x.shape[-1]), like=x)
     rows = w_in.shape[0]
     features = rows
