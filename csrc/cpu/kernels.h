@@ -97,6 +97,7 @@ struct Gemm {
   int64_t chunks() const {                                   // pieces of k that are packed at once, of one branch
     return K == 0 ? 1 : K / stretch() * divide_up(stretch(), kChunkK);
   }
+  int64_t chunk_length() const { return stretch() < kChunkK ? stretch() : kChunkK; }  // of the longest
   int64_t tasks_n() const { return divide_up(panels_n, group_n); }
   int64_t tasks_m() const { return divide_up(panels_m, block_m); }
 };
@@ -141,7 +142,7 @@ inline int64_t gemm_scratch_bytes(const Gemm& g, const KernelTable& table) {
   const int64_t tile = g.panel_rows * width;
   if (g.way == Gemm::Way::kSums) return (2 * g.panels_m * g.group_n + 1) * tile * g.element();
   if (g.way == Gemm::Way::kTokens) return (2 * tile + width * kRunK + (g.branches() > 1 ? tile / 2 : 0)) * g.element();
-  const int64_t b = g.way == Gemm::Way::kDots ? 0 : g.group_n * width * (g.stretch() < kChunkK ? g.stretch() : kChunkK);
+  const int64_t b = g.way == Gemm::Way::kDots ? 0 : g.group_n * width * g.chunk_length();
   const int64_t slots = g.block_m * g.group_n;
   const int64_t tiles = g.chunks() > 1 ? slots * tile : tile;
   const int64_t sums = g.branches() > 1 ? slots * tile / 2 : 0;

@@ -1,6 +1,31 @@
 // Textual, per instruction set: the packed product. A is packed once for all tasks; a task packs its group of B panels
 // chunk by chunk, runs the register tile over its A panels and hands finished tiles, hot in L1, to the epilogue.
 
+// The kernel for 1 .. kMost rows: of(integral constant) gives its address.
+template <class F, int... I>
+FFN_FN auto choose_among(int64_t rows, std::integer_sequence<int, I...>, const F& of) {
+  const decltype(of(std::integral_constant<int, 1>{})) kernels[] = {of(std::integral_constant<int, I + 1>{})...};
+  return kernels[rows - 1];
+}
+
+template <int kMost, class F>
+FFN_FN auto choose(int64_t rows, const F& of) {
+  return choose_among(rows, std::make_integer_sequence<int, kMost>{}, of);
+}
+
+// sums (+)= the sums of one run.
+template <class V, int H, int N>
+FFN_FN void end_run(const V (&run)[H][N], typename V::Scalar* sums, bool add) {
+  FFN_UNROLL
+  for (int i = 0; i < H; ++i) {
+    FFN_UNROLL
+    for (int j = 0; j < N; ++j) {
+      typename V::Scalar* at = sums + (i * N + j) * V::kLanes;
+      store(at, add ? load<V>(at) + run[i][j] : run[i][j]);
+    }
+  }
+}
+
 // tile[H][vectors] (+)= sum over kc of a[k][H] * b[k][vectors].
 template <class V, int H>
 void micro_kernel(int64_t kc, const typename V::Scalar* a, const typename V::Scalar* b, typename V::Scalar* tile,
@@ -27,30 +52,14 @@ void micro_kernel(int64_t kc, const typename V::Scalar* a, const typename V::Sca
         for (int j = 0; j < N; ++j) acc[i][j] = fma(ai, bk[j], acc[i][j]);
       }
     }
-    FFN_UNROLL
-    for (int i = 0; i < H; ++i) {
-      FFN_UNROLL
-      for (int j = 0; j < N; ++j) {
-        typename V::Scalar* at = tile + (i * N + j) * W;
-        store(at, add ? load<V>(at) + acc[i][j] : acc[i][j]);
-      }
-    }
+    end_run(acc, tile, add);
     add = true;
   }
 }
 
-template <class V>
-using MicroKernel = void (*)(int64_t, const typename V::Scalar*, const typename V::Scalar*, typename V::Scalar*, bool);
-
-template <class V, int... H>
-MicroKernel<V> micro_kernel_of(int64_t rows, std::integer_sequence<int, H...>) {
-  static constexpr MicroKernel<V> kernels[] = {micro_kernel<V, H + 1>...};
-  return kernels[rows - 1];
-}
-
-// A piece of k that is packed at once: [k, k + length) of the operand for stretch `s` (see Gemm::b), of one branch.
+// A piece of k that is packed at once: [k, k + length) of stretch `b` (see Gemm::b), which begins at s, of one branch.
 struct Chunk {
-  int64_t branch, s, k, length;
+  int64_t branch, b, s, k, length;
 };
 
 FFN_FN Chunk chunk_at(const Gemm& g, int64_t index) {
@@ -58,8 +67,8 @@ FFN_FN Chunk chunk_at(const Gemm& g, int64_t index) {
   const int64_t in_branch = index % g.chunks();
   const int64_t per_stretch = divide_up(stretch, kChunkK);
   const int64_t k = stretch ? in_branch % per_stretch * kChunkK : 0;
-  return {index / g.chunks(), stretch ? in_branch / per_stretch * stretch : 0, k,
-          stretch - k < kChunkK ? stretch - k : kChunkK};
+  const int64_t b = stretch ? in_branch / per_stretch : 0;
+  return {index / g.chunks(), b, b * stretch, k, stretch - k < kChunkK ? stretch - k : kChunkK};
 }
 
 // Calls f(operand, first k, columns, place in a panel) for what makes up the unshared side of a chunk: gate and up, or
@@ -72,7 +81,7 @@ FFN_FN void for_each_part(const Gemm& g, const Chunk& c, int64_t width, const F&
   } else if (g.swapped) {
     f(g.a, c.s + c.k, width, 0);
   } else {
-    f(g.b[c.s ? c.s / g.stretch() : 0], c.k, width, 0);
+    f(g.b[c.b], c.k, width, 0);
   }
 }
 
@@ -81,16 +90,9 @@ void pack_a_as(const Gemm& g, int64_t chunk, int64_t panel_begin, int64_t panel_
   const Chunk c = chunk_at(g, chunk);
   auto* out = static_cast<typename V::Scalar*>(g.packed_a) + (c.s + c.k) * g.panels_m * g.panel_rows +
               panel_begin * c.length * g.panel_rows;
-  const Operand& operand = g.swapped ? g.b[c.s ? c.s / g.stretch() : 0] : g.a;
+  const Operand& operand = g.swapped ? g.b[c.b] : g.a;
   pack_panels<V>(operand, g.first_row + panel_begin * g.panel_rows, g.first_row + g.M, g.swapped ? c.k : c.s + c.k,
                  c.length, g.panel_rows, out, g.panel_rows, c.length * g.panel_rows, panel_end - panel_begin);
-}
-
-// Columns of the output that one task makes, by panels.
-FFN_FN int64_t first_panel(const Gemm& g, int64_t task) { return task % g.tasks_n() * g.group_n; }
-FFN_FN int64_t end_panel(const Gemm& g, int64_t task) {
-  const int64_t end = first_panel(g, task) + g.group_n;
-  return end < g.panels_n ? end : g.panels_n;
 }
 
 template <class V>
@@ -99,16 +101,16 @@ void gemm_task(const Gemm& g, int64_t task, void* scratch) {
   constexpr int64_t W = V::kLanes;
   constexpr int64_t kWidth = kTileVectors * W;
   const int64_t H = g.panel_rows;
-  const int64_t q0 = first_panel(g, task);
-  const int64_t groups = end_panel(g, task) - q0;
+  const int64_t q0 = task % g.tasks_n() * g.group_n;
+  const int64_t groups = g.panels_n - q0 < g.group_n ? g.panels_n - q0 : g.group_n;
   const int64_t p0 = task / g.tasks_n() * g.block_m;
   const int64_t p1 = p0 + g.block_m < g.panels_m ? p0 + g.block_m : g.panels_m;
   const int64_t columns = g.gated ? kWidth / 2 : kWidth;  // output columns of a panel
 
   T* packed_b = static_cast<T*>(scratch);
-  T* tiles = packed_b + g.group_n * kWidth * (g.stretch() < kChunkK ? g.stretch() : kChunkK);
+  T* tiles = packed_b + g.group_n * kWidth * g.chunk_length();
   T* sums = tiles + (g.chunks() > 1 ? g.block_m * g.group_n : 1) * H * kWidth;  // branches: act(gate) * up so far
-  const MicroKernel<V> micro = micro_kernel_of<V>(H, std::make_integer_sequence<int, kTileRows>{});
+  const auto micro = choose<kTileRows>(H, [](auto rows) { return &micro_kernel<V, decltype(rows)::value>; });
 
   const int64_t chunks = g.chunks() * g.branches();
   for (int64_t i = 0; i < chunks; ++i) {

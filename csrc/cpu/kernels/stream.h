@@ -55,15 +55,6 @@ void stream_vector(const Matrix& m, int64_t lane0, int64_t valid, int64_t K, con
   for (int t = 0; t < H; ++t) store(tile + t * kTileVectors * W, total[t]);
 }
 
-template <class V, class S>
-using StreamKernel = void (*)(const Matrix&, int64_t, int64_t, int64_t, const typename V::Scalar*, typename V::Scalar*);
-
-template <class V, class S, int... H>
-StreamKernel<V, S> stream_kernel_of(int64_t rows, std::integer_sequence<int, H...>) {
-  static constexpr StreamKernel<V, S> kernels[] = {stream_vector<V, S, H + 1>...};
-  return kernels[rows - 1];
-}
-
 template <class V>
 void dots_task(const Gemm& g, int64_t task, void* scratch) {
   using T = typename V::Scalar;
@@ -84,7 +75,8 @@ void dots_task(const Gemm& g, int64_t task, void* scratch) {
         if (lane >= cols) continue;
         dispatch_storage<T>(m.dtype, [&](auto tag) {
           using S = typename decltype(tag)::Type;
-          const auto kernel = stream_kernel_of<V, S>(g.panel_rows, std::make_integer_sequence<int, kTileRows>{});
+          const auto kernel =
+              choose<kTileRows>(g.panel_rows, [](auto rows) { return &stream_vector<V, S, decltype(rows)::value>; });
           kernel(m, col + lane, cols - lane < W ? cols - lane : W, g.K, a, tile + j);
         });
       }
@@ -133,14 +125,7 @@ void token_run(const typename V::Scalar* rows, int64_t length, const typename V:
     multiply(k, std::integral_constant<int, kAtOnce>{});
   }
   for (; k < length; ++k) multiply(k, std::integral_constant<int, 1>{});
-  FFN_UNROLL
-  for (int r = 0; r < R; ++r) {
-    FFN_UNROLL
-    for (int j = 0; j < N; ++j) {
-      typename V::Scalar* at = dots + (r * N + j) * W;
-      store(at, add ? load<V>(at) + acc[r][j] : acc[r][j]);
-    }
-  }
+  end_run(acc, dots, add);
 }
 
 // The same over all of k. Rows are copied run by run, whole cache lines at a time: rows a power of two apart would
@@ -197,10 +182,9 @@ void tokens_task(const Gemm& g, int64_t task, void* scratch) {
       const Matrix& m = g.b[g.gated ? 2 * branch + place / columns : 0].matrix;
       dispatch_storage<T>(m.dtype, [&](auto tag) {
         using S = typename decltype(tag)::Type;
-        using Kernel = void (*)(const Matrix&, int64_t, int64_t, int64_t, const T*, T*, T*);
-        static constexpr Kernel kKernels[] = {token_dots<V, S, 1>, token_dots<V, S, 2>, token_dots<V, S, 3>,
-                                              token_dots<V, S, 4>};
-        kKernels[tokens / W - 1](m, col, cols, g.K, x, dots, copied);
+        const auto kernel =
+            choose<kTokenVectors>(tokens / W, [](auto n) { return &token_dots<V, S, decltype(n)::value>; });
+        kernel(m, col, cols, g.K, x, dots, copied);
       });
       for (int64_t j = 0; j < cols; j += W) {
         for (int64_t t = 0; t < tokens; t += W) {
@@ -251,16 +235,6 @@ void add_rows(const S* const* row, int64_t n, int64_t cols, const typename V::Sc
   }
 }
 
-template <class V, class S>
-using AddRows = void (*)(const S* const*, int64_t, int64_t, const typename V::Scalar*, typename V::Scalar*,
-                         typename V::Scalar*, int64_t, bool, bool, bool);
-
-template <class V, class S, int... H>
-AddRows<V, S> add_rows_of(int64_t rows, std::integer_sequence<int, H...>) {
-  static constexpr AddRows<V, S> kernels[] = {add_rows<V, S, H + 1>...};
-  return kernels[rows - 1];
-}
-
 template <class V>
 void sums_task(const Gemm& g, int64_t task, void* scratch) {
   using T = typename V::Scalar;
@@ -274,19 +248,19 @@ void sums_task(const Gemm& g, int64_t task, void* scratch) {
   const int64_t cols = g.N - begin < stride ? g.N - begin : stride;
   for (int64_t i = 0; i < g.chunks(); ++i) {
     const Chunk c = chunk_at(g, i);
-    const Matrix& m = g.b[c.s / g.stretch()].matrix;
+    const Matrix& m = g.b[c.b].matrix;
     const T* a = static_cast<const T*>(g.packed_a) + (c.s + c.k) * g.panels_m * H;
     dispatch_storage<T>(m.dtype, [&](auto tag) {
       using S = typename decltype(tag)::Type;
-      const auto add_rows = add_rows_of<V, S>(H, std::make_integer_sequence<int, kSumRows>{});
+      const auto add = choose<kSumRows>(H, [](auto rows) { return &add_rows<V, S, decltype(rows)::value>; });
       for (int64_t k = 0, n = 0; k < c.length; k += n) {
         const int64_t run_end = (k / kRunK + 1) * kRunK < c.length ? (k / kRunK + 1) * kRunK : c.length;
         n = run_end - k < kRowsAdded ? run_end - k : kRowsAdded;
         const S* row[kRowsAdded];
         for (int64_t r = 0; r < n; ++r) row[r] = row_pointer<S>(m, c.k + k + r) + begin;
         for (int64_t p = 0; p < g.panels_m; ++p)
-          add_rows(row, n, cols, a + (p * c.length + k) * H, runs + p * H * stride, totals + p * H * stride, stride,
-                   k % kRunK == 0, k + n == run_end, i > 0 || k >= kRunK);
+          add(row, n, cols, a + (p * c.length + k) * H, runs + p * H * stride, totals + p * H * stride, stride,
+              k % kRunK == 0, k + n == run_end, i > 0 || k >= kRunK);
       }
     });
   }
