@@ -29,6 +29,45 @@ STABLE_TORCH_LIBRARY(ffn_ops, m) {
       " Tensor gate, Tensor up, bool gated, str activation, float beta, bool[7] needs)"
       " -> (Tensor d_x, Tensor d_w_in, Tensor d_w_up, Tensor d_w_down, Tensor d_b_in, Tensor d_b_up, Tensor d_b_down)");
 
+  // Mixture of experts. Rows [R] are pairs of a token and an expert, sorted by expert: those of expert e are
+  // offsets[e] .. offsets[e + 1], rows from offsets[E] on are dropped. token [R] is the source of each row, weight [R]
+  // its factor; the rows of token t are row[token_offsets[t]] .. row[token_offsets[t + 1]]. Without token, weight, row
+  // and token_offsets x holds the rows themselves, and so does the result.
+  m.def(
+      "moe(Tensor x, Tensor? token, Tensor? weight, Tensor offsets, Tensor? row, Tensor? token_offsets, Tensor w_in,"
+      " Tensor w_down, Tensor? b_in, Tensor? b_down, bool gated, str activation, float beta, bool save)"
+      " -> (Tensor y, Tensor gate, Tensor up)");
+  m.def(
+      "moe_backward(Tensor d_y, Tensor x, Tensor? token, Tensor? weight, Tensor offsets, Tensor? row,"
+      " Tensor? token_offsets, Tensor w_in, Tensor w_down, Tensor? b_in, Tensor? b_down, Tensor gate, Tensor up,"
+      " bool gated, str activation, float beta, bool[6] needs)"
+      " -> (Tensor d_x, Tensor d_weight, Tensor d_w_in, Tensor d_w_down, Tensor d_b_in, Tensor d_b_down)");
+  m.def(
+      "moe_dispatch(Tensor x, Tensor token, Tensor? weight, Tensor offsets, Tensor row, Tensor token_offsets)"
+      " -> Tensor");
+  m.def(
+      "moe_combine(Tensor rows, Tensor token, Tensor? weight, Tensor offsets, Tensor row, Tensor token_offsets)"
+      " -> Tensor");
+  m.def(
+      "moe_row_dots(Tensor a, Tensor rows, Tensor token, Tensor offsets, Tensor row, Tensor token_offsets) -> Tensor");
+  m.def("moe_linear(Tensor rows, Tensor w, Tensor offsets) -> Tensor");
+  m.def("moe_outer(Tensor a, Tensor b, Tensor offsets) -> Tensor");
+
+  // Routing. Indices >= num_experts (or num_tokens) are skipped; capacity < 0: none.
+  m.def(
+      "route_top_k(Tensor logits, Tensor? bias, SymInt k, str score, bool renormalize, bool softmax_after, int "
+      "num_groups,"
+      " int top_groups, float scale) -> (Tensor ids, Tensor weights)");
+  m.def(
+      "route_top_k_backward(Tensor d_weights, Tensor logits, Tensor ids, str score, bool renormalize,"
+      " bool softmax_after, float scale) -> Tensor");
+  m.def(
+      "moe_sort(Tensor expert, Tensor? token, Tensor weight, SymInt num_experts, SymInt num_tokens, SymInt capacity,"
+      " bool by_weight) -> (Tensor token, Tensor weight, Tensor offsets, Tensor row, Tensor token_offsets,"
+      " Tensor counts, Tensor place)");
+  m.def("balanced_assignment(Tensor scores, Tensor? mask) -> Tensor");
+  m.def("round_tokens(Tensor scores, Tensor ids, int tile) -> (Tensor expert, Tensor token)");
+
   // Facts about this build and machine, and the choice that FFN_OPS_ISA makes at load, for tests over every set.
   m.def("_isa() -> str");
   m.def("_isas() -> str");

@@ -4,10 +4,12 @@ Letters in names and docstrings: T tokens, D model width (d_model), F FFN width 
 R routed rows (T * K), G gate branches.
 """
 
-from . import _flops  # noqa: F401  (registers the formulas)
+from . import _flops, routing  # noqa: F401  (_flops registers the formulas)
 from ._info import info
 from .modules import GELUFFN, GLU, FeedForward, GatedFFN, PlainFFN, ReLUFFN, SwishFFN
-from .ops import activations, ffn, gated_act, gated_linear
+from .moe_ffn import MoEFFN, upcycle
+from .ops import activations, ffn, gated_act, gated_linear, moe, moe_combine, moe_dispatch, moe_experts
+from .routing import Routing
 
 __version__ = "0.1.0"
 
@@ -16,12 +18,20 @@ __all__ = [
     "GLU",
     "FeedForward",
     "GatedFFN",
+    "MoEFFN",
     "PlainFFN",
     "ReLUFFN",
+    "Routing",
     "SwishFFN",
     "activations",
     "ffn",
     "gated_act",
     "gated_linear",
     "info",
+    "moe",
+    "moe_combine",
+    "moe_dispatch",
+    "moe_experts",
+    "routing",
+    "upcycle",
 ]

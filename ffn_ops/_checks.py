@@ -28,12 +28,16 @@ def tensor(name: str, value: Any, shape: Sequence[int | str] | None = None, like
         if value.device != like.device:
             raise ValueError(f"{name}: expected device {like.device} as x has, got {value.device}")
     if shape is not None:
-        actual = value.shape
-        if len(actual) != len(shape) or any(
-            not isinstance(extent, str) and extent != actual[i] for i, extent in enumerate(shape)
-        ):
-            wanted = ", ".join(str(extent) for extent in shape)
-            raise ValueError(f"{name}: expected shape [{wanted}], got {list(actual)}")
+        _shape(name, value, shape)
+
+
+def _shape(name: str, value: Tensor, shape: Sequence[int | str]) -> None:
+    actual = value.shape
+    if len(actual) != len(shape) or any(
+        not isinstance(extent, str) and extent != actual[i] for i, extent in enumerate(shape)
+    ):
+        wanted = ", ".join(str(extent) for extent in shape)
+        raise ValueError(f"{name}: expected shape [{wanted}], got {list(actual)}")
 
 
 def _dtype(value: Tensor) -> str:
@@ -64,3 +68,44 @@ def positive(name: str, value: Any) -> None:
         raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
     if value < 1:
         raise ValueError(f"{name}: expected at least 1, got {value}")
+
+
+def at_least(name: str, value: Any, least: int, most: Any = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
+    if value < least or (most is not None and value > most):
+        raise ValueError(f"{name}: expected {least} {'or more' if most is None else f'to {most}'}, got {value}")
+
+
+def choice(name: str, value: Any, allowed: Sequence[str]) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"{name}: expected one of {', '.join(allowed)}, got {type(value).__name__}")
+    if value not in allowed:
+        raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
+
+
+def indices(name: str, value: Any, shape: Sequence[int | str] = ("R",)) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if value.dtype is not torch.int64:
+        raise TypeError(f"{name}: expected dtype int64, got {_dtype(value)}")
+    if value.layout is not torch.strided or value.is_nested:
+        raise ValueError(f"{name}: expected a strided tensor, got layout {value.layout}")
+    _shape(name, value, shape)
+
+
+def routing(value: Any) -> None:
+    """A :class:`ffn_ops.Routing`, whose tensors fit together."""
+    if getattr(value, "_fields", ())[:5] != ("token", "weight", "offsets", "row", "token_offsets"):
+        raise TypeError(f"routing: expected an ffn_ops.Routing, got {type(value).__name__}")
+    for name in ("token", "offsets", "row", "token_offsets"):
+        indices(f"routing.{name}", getattr(value, name))
+    rows = value.token.shape[0]
+    indices("routing.row", value.row, (rows,))
+    if not isinstance(value.weight, Tensor) or value.weight.dtype not in (torch.float32, torch.float64):
+        got = _dtype(value.weight) if isinstance(value.weight, Tensor) else type(value.weight).__name__
+        raise TypeError(f"routing.weight: expected a float32 or float64 tensor, got {got}")
+    _shape("routing.weight", value.weight, (rows,))
+    for name in ("offsets", "token_offsets"):
+        if getattr(value, name).shape[0] < 1:
+            raise ValueError(f"routing.{name}: expected at least one element, got none")

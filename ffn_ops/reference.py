@@ -128,3 +128,50 @@ class GatedFFN(nn.Module):
             output = gated if output is None else output + gated
         assert output is not None
         return output if self.out_proj is None else self.out_proj(output)
+
+
+def moe(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    w_in: Tensor,
+    w_down: Tensor,
+    *,
+    gated: bool = False,
+    b_in: Tensor | None = None,
+    b_down: Tensor | None = None,
+    activation: str = "gelu",
+    beta: float = 1.0,
+) -> Tensor:
+    """``y[t] = sum over k of weights[t, k] * expert ids[t, k] (x[t])``, expert by expert; ids >= E are skipped."""
+    y = torch.zeros(x.shape[0], w_down.shape[1], dtype=x.dtype)
+    for e in range(w_in.shape[0]):
+        tokens, slots = torch.where(ids == e)
+        out = ffn(
+            x[tokens], w_in[e], w_down[e], gated=gated, activation=activation, beta=beta,
+            b_in=None if b_in is None else b_in[e], b_down=None if b_down is None else b_down[e],
+        )  # fmt: skip
+        y = y.index_add(0, tokens, (out * weights[tokens, slots].unsqueeze(1)).to(x.dtype))
+    return y
+
+
+class MoEFFN(nn.Module):
+    """The study guide's mixture of experts: softmax, top-k without renormalisation, a loop over the experts."""
+
+    def __init__(self, d_model: int, d_ff: int, num_experts: int = 8, top_k: int = 2) -> None:
+        super().__init__()
+        self.router = nn.Linear(d_model, num_experts)
+        self.experts = nn.ModuleList(
+            [nn.Sequential(nn.Linear(d_model, d_ff), nn.GELU(), nn.Linear(d_ff, d_model)) for _ in range(num_experts)]
+        )
+        self.top_k = top_k
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        weights, ids = torch.softmax(self.router(rows), -1).topk(self.top_k, -1)
+        y = torch.zeros_like(rows)
+        for e, expert in enumerate(self.experts):
+            tokens, slots = torch.where(ids == e)
+            if tokens.numel():
+                y = y.index_add(0, tokens, expert(rows[tokens]) * weights[tokens, slots].unsqueeze(1))
+        return y.view_as(x)

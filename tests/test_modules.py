@@ -17,7 +17,8 @@ from torch.nn.utils import parametrizations, prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ffn_ops
-from ffn_ops import ops, reference
+from ffn_ops import reference
+from ffn_ops.ops import _shared
 
 # Ours, and the guide's own code for the same layer.
 PAIRS: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module]]] = {
@@ -352,7 +353,7 @@ def test_functional_call(name: str) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_path_of_machines_with_amx(form: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """16-bit layers go through torch's products there, with our gate between them. Forced here; as accurate."""
-    monkeypatch.setattr(ops, "_HAS_AMX", True)
+    monkeypatch.setattr(_shared, "_HAS_AMX", True)
     problem = Problem(form, T=37, D=53, F=45, O=35)
     assert_accurate(problem, dtype)
     tensors, _ = problem.draw(dtype=dtype)

@@ -21,6 +21,10 @@ constexpr int64_t kChunkK = 512;
 // Below, a product is bound by its stores, which should run along rows.
 constexpr int64_t kShortK = 64;
 
+constexpr DType arithmetic_dtype(DType storage) {
+  return storage == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+}
+
 constexpr int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
 // A strided matrix: element (r, c) is data[rows ? rows[r] : r][c]. Lanes of a packed panel run along rows or columns.
@@ -57,6 +61,15 @@ struct Epilogue {
   const void* const* bias = nullptr;  // one per B operand, each may be null
   int activation = 0;
   double beta = 1.0;
+  bool out_unrounded = false;  // kStore: out is of the arithmetic's dtype
+  // kActivateGrad, where row_weight is given (of the arithmetic's dtype, one for each row): acc = dA' is first
+  // multiplied by it, h as well, and row_dots[m][panel] = sum over the panel's columns of dA' * act(gate) * up.
+  const void* row_weight = nullptr;
+  void* row_dots = nullptr;  // of the arithmetic's dtype
+  int64_t row_dots_stride = 0;
+
+  DType arithmetic() const { return arithmetic_dtype(dtype); }
+  DType out_dtype() const { return out_unrounded ? arithmetic() : dtype; }
 };
 
 // out[M, N] = epilogue(sum over k of A(m, k) * B(n, k)).
@@ -116,10 +129,54 @@ struct Range {
   int64_t row_begin, row_end, col_begin, col_end;
 };
 
+// out[c] = sum over rows of weight[r] * matrix(r, c).
 struct ColumnSum {
   int64_t rows = 0, cols = 0;
   Matrix matrix;
+  const void* weight = nullptr;  // of the arithmetic's dtype; null: 1
   void* out = nullptr;
+};
+
+// Tokens and their routed rows. Rows from `kept` on are neither read nor computed.
+struct Routes {
+  int64_t tokens = 0, kept = 0;
+  const int64_t* token = nullptr;          // [R]: of each row
+  const int64_t* row = nullptr;            // the rows of token t: row[token_offsets[t]] ..
+  const int64_t* token_offsets = nullptr;  // [T + 1]
+};
+
+// dispatch: out[r] = weight[r] * in[token[r]], zero from `kept` on. combine: out[t] = sum of weight[r] * in[r] over the
+// rows of t, in their order.
+struct MoveRows {
+  Routes routes;
+  int64_t cols = 0;
+  Matrix in;
+  const void* weight = nullptr;  // of the arithmetic's dtype; null: 1
+  void* out = nullptr;
+  int64_t out_stride = 0;
+  DType out_dtype = DType::kFloat32;
+};
+
+// out[r] = sum over c of a(r, c) * b(r, c), plus the sum of the `parts` of row r.
+struct RowDots {
+  int64_t cols = 0;
+  Matrix a, b;
+  const void* parts = nullptr;  // [rows, num_parts], like out of the arithmetic's dtype
+  int64_t num_parts = 0;
+  void* out = nullptr;
+};
+
+// Scores of E experts for each token, the best K of them, and their weights.
+struct TopK {
+  int64_t T = 0, E = 0, K = 0;
+  Matrix logits;
+  const void* bias = nullptr;  // [E], of the arithmetic's dtype: added for the choice, not for the weight
+  bool sigmoid = false, renormalize = false, softmax_after = false;
+  int64_t num_groups = 1, top_groups = 1;
+  double scale = 1.0;
+  int64_t* ids = nullptr;    // [T, K]; read by backward
+  void* weights = nullptr;   // [T, K], of the arithmetic's dtype; d_weights in backward
+  void* d_logits = nullptr;  // [T, E]
 };
 
 // Entry points of one instruction set. Each works on a range and is single-threaded.
@@ -134,7 +191,17 @@ struct KernelTable {
   void (*gated_act_backward)(const GatedAct&, const Range&);
   void (*gated_act_double_backward)(const GatedAct&, const Range&);
   void (*column_sum)(const ColumnSum&, int64_t col_begin, int64_t col_end);
+  void (*dispatch_rows)(const MoveRows&, int64_t row_begin, int64_t row_end);
+  void (*combine_rows)(const MoveRows&, int64_t token_begin, int64_t token_end);
+  void (*row_dots)(const RowDots&, int64_t row_begin, int64_t row_end);
+  void (*top_k)(const TopK&, int64_t row_begin, int64_t row_end, void* scratch);
+  void (*top_k_backward)(const TopK&, int64_t row_begin, int64_t row_end, void* scratch);
 };
+
+// Bytes of thread-private memory that `top_k` and its backward need.
+inline int64_t top_k_scratch_bytes(const TopK& k) {
+  return (2 * k.E + k.K + k.num_groups + 64) * 8 + (k.K + k.num_groups) * 16;
+}
 
 // Bytes of thread-private memory that `gemm` needs: the packed B group and sums of tiles.
 inline int64_t gemm_scratch_bytes(const Gemm& g, const KernelTable& table) {

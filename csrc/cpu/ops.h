@@ -45,17 +45,15 @@ inline Operand operand(Matrix m, bool k_along_rows) {
 inline Operand lanes_are_rows(const Matrix& m) { return operand(m, false); }    // element (lane, k) is m(lane, k)
 inline Operand lanes_are_columns(const Matrix& m) { return operand(m, true); }  // element (lane, k) is m(k, lane)
 
-// A dense tensor of the dtype of `like`. Straight from the C interface: torch::stable's own functions look their
-// operator up by name at each call, which a call on a few tokens would feel.
-inline Tensor fresh(const Tensor& like, std::initializer_list<int64_t> sizes) {
+// A dense tensor on the CPU. Straight from the C interface: torch::stable's own functions look their operator up by
+// name at each call, which a call on a few tokens would feel.
+inline Tensor fresh(int32_t dtype, std::initializer_list<int64_t> sizes) {
   std::vector<int64_t> strides(sizes.size());
   int64_t elements = 1;
   for (size_t i = sizes.size(); i-- > 0;) {
     strides[i] = elements;
     elements *= std::max<int64_t>(1, sizes.begin()[i]);
   }
-  int32_t dtype = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   AtenTensorHandle handle = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides.data(),
                                                   dtype, aoti_torch_device_type_cpu(), 0, &handle));
@@ -63,6 +61,18 @@ inline Tensor fresh(const Tensor& like, std::initializer_list<int64_t> sizes) {
   advise_huge_pages(t.mutable_data_ptr(), static_cast<size_t>(t.numel()) * t.element_size());
   return t;
 }
+
+inline Tensor fresh(const Tensor& like, std::initializer_list<int64_t> sizes) {
+  int32_t dtype = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  return fresh(dtype, sizes);
+}
+
+inline Tensor fresh_arithmetic(DType storage, std::initializer_list<int64_t> sizes) {
+  return fresh(storage == DType::kFloat64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32(), sizes);
+}
+
+inline Tensor fresh_indices(std::initializer_list<int64_t> sizes) { return fresh(aoti_torch_dtype_int64(), sizes); }
 
 inline Tensor nothing(const Tensor& like) { return fresh(like, {0}); }
 
@@ -93,7 +103,7 @@ inline void add_column_sum(Steps& steps, const Matrix& m, int64_t rows, int64_t 
   constexpr int64_t kColumns = 64;
   const KernelTable& table = kernels();
   steps.pass(divide_up(cols, kColumns), [=, &table](int64_t task, int64_t) {
-    table.column_sum({rows, cols, m, out}, task * kColumns, std::min(cols, (task + 1) * kColumns));
+    table.column_sum({rows, cols, m, nullptr, out}, task * kColumns, std::min(cols, (task + 1) * kColumns));
   });
 }
 

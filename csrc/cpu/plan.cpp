@@ -31,11 +31,16 @@ Gemm slice_rows(const Gemm& g, int64_t begin, int64_t end) {
   const auto advance = [&](void* p, int64_t stride) -> void* {
     return p ? static_cast<char*>(p) + begin * stride * storage_size(e.dtype) : nullptr;
   };
-  e.out = advance(e.out, g.swapped ? 1 : e.out_stride);
+  const int64_t out_rows = begin * (g.swapped ? 1 : e.out_stride);
+  e.out = static_cast<char*>(e.out) + (e.out ? out_rows * storage_size(e.out_dtype()) : 0);
   e.out_up = advance(e.out_up, e.out_stride);
   e.gate = advance(e.gate, e.pre_stride);
   e.up = advance(e.up, e.pre_stride);
   e.h = advance(e.h, e.pre_stride);
+  if (e.row_weight) {
+    e.row_weight = static_cast<const char*>(e.row_weight) + begin * g.element();
+    e.row_dots = static_cast<char*>(e.row_dots) + begin * e.row_dots_stride * g.element();
+  }
   return part;
 }
 
@@ -51,7 +56,8 @@ Gemm::Way way_of(const Gemm& g, const KernelTable& table) {
   return g.M <= kTokenVectors * table.lanes * 4 / g.element() ? Gemm::Way::kTokens : Gemm::Way::kPacked;
 }
 
-void fill_schedule(Gemm& g, const KernelTable& table, int64_t workers) {
+// `tasks`: how many the product should fall into at least.
+void fill_schedule(Gemm& g, const KernelTable& table, int64_t tasks) {
   const int64_t lanes = table.lanes * 4 / g.element();
   const int64_t width = table.tile_vectors * lanes;
   g.way = way_of(g, table);
@@ -66,32 +72,57 @@ void fill_schedule(Gemm& g, const KernelTable& table, int64_t workers) {
   const bool by_rows = g.M <= kFewTokens && !(g.swapped ? g.a : g.b[0]).k_along_rows;
   if (by_rows) g.group_n = 1;
   if (g.way == Gemm::Way::kSums)
-    g.group_n = std::clamp<int64_t>(divide_up(g.panels_n, workers), 1, divide_up(kLongPiece, width));
+    g.group_n = std::clamp<int64_t>(divide_up(g.panels_n, divide_up(tasks, 4)), 1, divide_up(kLongPiece, width));
   // Sums that wait for their next chunk stay near the core; short ones are written as they come, whole rows at a time.
   const bool waiting = g.chunks() * g.branches() > 1;
   const int64_t tile = g.panel_rows * width * g.element();
   int64_t most = waiting || g.K < kShortK ? std::max<int64_t>(1, kTileBytes / (tile * g.group_n)) : g.panels_m;
-  if (workers > 1) {
-    const int64_t cuts = divide_up(4 * workers, g.tasks_n());
+  if (tasks > 1) {
+    const int64_t cuts = divide_up(tasks, g.tasks_n());
     most = std::min(most, std::max<int64_t>(1, divide_up(g.panels_m, cuts)));
   }
   g.block_m = by_rows || g.way == Gemm::Way::kSums ? g.panels_m : divide_up(g.panels_m, divide_up(g.panels_m, most));
 }
 
-}  // namespace
-
-std::vector<Gemm> plan_product(const Gemm& wanted, const KernelTable& table, int64_t workers) {
-  std::vector<Gemm> parts;
-  if (wanted.M == 0 || wanted.N == 0) return parts;
+void add_parts(const Gemm& wanted, const KernelTable& table, int64_t tasks, std::vector<Gemm>& parts) {
   const Gemm g = small_operand_first(wanted);
   const int64_t fit_rows = kPackedBytes / std::max<int64_t>(1, g.K * g.element());
   const int64_t fit = std::max<int64_t>(1, fit_rows / table.tile_rows) * table.tile_rows;
   const int64_t rows = divide_up(divide_up(g.M, divide_up(g.M, fit)), table.tile_rows) * table.tile_rows;
   for (int64_t m = 0; m < g.M; m += rows) {
     parts.push_back(slice_rows(g, m, std::min(g.M, m + rows)));
-    fill_schedule(parts.back(), table, workers);
+    fill_schedule(parts.back(), table, tasks);
   }
-  return parts;
+}
+
+}  // namespace
+
+std::vector<std::vector<Gemm>> plan_products(const std::vector<Gemm>& wanted, const KernelTable& table,
+                                             int64_t workers) {
+  std::vector<const Gemm*> order;
+  for (const Gemm& g : wanted)
+    if (g.M > 0 && g.N > 0) order.push_back(&g);
+  if (order.empty()) return {};
+  // The largest first, so that no worker starts with it while the others have nothing left.
+  const auto work = [](const Gemm* g) { return g->M * g->N * std::max<int64_t>(1, g->K); };
+  if (workers > 1)
+    std::stable_sort(order.begin(), order.end(), [&](const Gemm* a, const Gemm* b) { return work(a) > work(b); });
+  const int64_t tasks = workers > 1 ? divide_up(4 * workers, static_cast<int64_t>(order.size())) : 1;
+  std::vector<std::vector<Gemm>> groups;
+  int64_t bytes = 0;
+  for (const Gemm* g : order) {
+    std::vector<Gemm> parts;
+    add_parts(*g, table, tasks, parts);
+    for (const Gemm& part : parts) {
+      if (groups.empty() || bytes + packed_bytes(part) > kPackedBytes) {
+        groups.emplace_back();
+        bytes = 0;
+      }
+      bytes += packed_bytes(part);
+      groups.back().push_back(part);
+    }
+  }
+  return groups;
 }
 
 }  // namespace ffn_ops

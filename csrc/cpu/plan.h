@@ -8,8 +8,13 @@
 
 namespace ffn_ops {
 
-// The product as one or, where its packed A operand would grow too large, several products over parts of its rows, each
-// with its schedule filled in.
-std::vector<Gemm> plan_product(const Gemm& g, const KernelTable& table, int64_t workers);
+// Bytes of the packed A operand.
+inline int64_t packed_bytes(const Gemm& g) { return divide_up(g.panels_m * g.panel_rows * g.K * g.element(), 64) * 64; }
+
+// The products, which do not depend on each other, with their schedules filled in, in groups that are computed one
+// after the other: the packed A operands of a group fit into memory that stays in the last-level cache. Too large a
+// product becomes several over parts of its rows.
+std::vector<std::vector<Gemm>> plan_products(const std::vector<Gemm>& wanted, const KernelTable& table,
+                                             int64_t workers);
 
 }  // namespace ffn_ops

@@ -125,47 +125,73 @@ void Phases::run(int64_t workers) const {
 
 void Steps::pass(int64_t tasks, Phases::Task run) { steps_.push_back({{}, tasks, std::move(run)}); }
 
-void Steps::product(const Gemm& g) {
-  for (const Gemm& part : plan_product(g, table_, workers_)) steps_.push_back({part, 0, nullptr});
+void Steps::products(const std::vector<Gemm>& gemms) {
+  for (std::vector<Gemm>& group : plan_products(gemms, table_, workers_))
+    steps_.push_back({std::move(group), 0, nullptr});
+}
+
+// Task `task` of several items with `ends[i]` tasks up to and with item i.
+struct Place {
+  size_t item;
+  int64_t task;
+};
+static Place find_place(const std::vector<int64_t>& ends, int64_t task) {
+  const auto item = static_cast<size_t>(std::upper_bound(ends.begin(), ends.end(), task) - ends.begin());
+  return {item, item ? task - ends[item - 1] : task};
+}
+
+void Steps::add_products(std::vector<Gemm>& gemms, Phases& phases, char* packed, char* scratch, size_t scratch_bytes,
+                         int64_t workers) {
+  const auto count = static_cast<int64_t>(gemms.size());
+  std::vector<int64_t> bundle(gemms.size());  // A panels of a packing task
+  std::vector<int64_t> pack_ends, gemm_ends;
+  int64_t packing = 0, multiplying = 0;
+  for (size_t i = 0; i < gemms.size(); ++i) {
+    Gemm& g = gemms[i];
+    g.packed_a = packed;
+    packed += packed_bytes(g);
+    // Panels are cut from rows along k in whole pages, from columns in long runs of each row.
+    const bool by_rows = (g.swapped ? g.b[0] : g.a).k_along_rows;
+    const int64_t share = divide_up(count * g.panels_m * g.chunks(), 4 * workers);
+    bundle[i] = std::min(g.panels_m, std::min<int64_t>(by_rows ? 96 : 16, share));
+    pack_ends.push_back(packing += g.chunks() * divide_up(g.panels_m, bundle[i]));
+    gemm_ends.push_back(multiplying += g.tasks_m() * g.tasks_n());
+  }
+  phases.add(packing, [this, &gemms, bundle, pack_ends](int64_t task, int64_t) {
+    const Place at = find_place(pack_ends, task);
+    const Gemm& g = gemms[at.item];
+    const int64_t bundles = divide_up(g.panels_m, bundle[at.item]);
+    const int64_t begin = at.task % bundles * bundle[at.item];
+    table_.pack_a(g, at.task / bundles, begin, std::min(g.panels_m, begin + bundle[at.item]));
+  });
+  phases.add(multiplying, [this, &gemms, gemm_ends, scratch, scratch_bytes](int64_t task, int64_t worker) {
+    const Place at = find_place(gemm_ends, task);
+    table_.gemm(gemms[at.item], at.task, scratch + static_cast<size_t>(worker) * scratch_bytes);
+  });
 }
 
 void Steps::run() {
-  size_t packed_bytes = 0;
+  size_t most_packed = 0;
   size_t scratch_bytes = 0;
   double work = 0;
   for (const Step& step : steps_) {
-    if (step.task) continue;
-    const Gemm& g = step.gemm;
-    const size_t bytes = static_cast<size_t>(g.panels_m * g.panel_rows * g.K * g.element());
-    packed_bytes = std::max(packed_bytes, bytes);
-    scratch_bytes = std::max(scratch_bytes, round_up(gemm_scratch_bytes(g, table_), 4096));
-    work += static_cast<double>(g.M) * static_cast<double>(g.N * std::max<int64_t>(g.K, 1));
+    size_t packed = 0;
+    for (const Gemm& g : step.gemms) {
+      packed += static_cast<size_t>(packed_bytes(g));
+      scratch_bytes = std::max(scratch_bytes, round_up(gemm_scratch_bytes(g, table_), 4096));
+      work += static_cast<double>(g.M) * static_cast<double>(g.N * std::max<int64_t>(g.K, 1));
+    }
+    most_packed = std::max(most_packed, packed);
   }
   constexpr double kParallelWork = 1 << 17;  // multiply-adds worth waking a second thread for
   const int64_t workers = work < kParallelWork ? 1 : workers_;
-  char* packed = static_cast<char*>(workspace_.take(packed_bytes));
+  char* packed = static_cast<char*>(workspace_.take(most_packed));
   char* scratch = static_cast<char*>(workspace_.take(scratch_bytes * static_cast<size_t>(workers)));
 
   Phases phases;
   for (Step& step : steps_) {
-    if (step.task) {
-      phases.add(step.tasks, step.task);
-      continue;
-    }
-    Gemm& g = step.gemm;
-    g.packed_a = packed;
-    // Panels are cut from rows along k in whole pages, from columns in long runs of each row.
-    const bool by_rows = (g.swapped ? g.b[0] : g.a).k_along_rows;
-    const int64_t share = divide_up(g.panels_m * g.chunks(), 4 * workers);
-    const int64_t bundle = std::min(g.panels_m, std::min<int64_t>(by_rows ? 96 : 16, share));
-    const int64_t bundles = divide_up(g.panels_m, bundle);
-    phases.add(g.chunks() * bundles, [this, &g, bundle, bundles](int64_t task, int64_t) {
-      const int64_t begin = task % bundles * bundle;
-      table_.pack_a(g, task / bundles, begin, std::min(g.panels_m, begin + bundle));
-    });
-    phases.add(g.tasks_m() * g.tasks_n(), [this, &g, scratch, scratch_bytes](int64_t task, int64_t worker) {
-      table_.gemm(g, task, scratch + static_cast<size_t>(worker) * scratch_bytes);
-    });
+    if (step.task) phases.add(step.tasks, step.task);
+    else add_products(step.gemms, phases, packed, scratch, scratch_bytes, workers);
   }
   phases.run(workers);
 }

@@ -52,22 +52,26 @@ class Phases {
   std::vector<Phase> phases_;
 };
 
-// The steps of one call in order: products, which it cuts into tiles, and plain passes. A packed A operand lives only
-// for its product, so all share one region; M is cut where that would exceed kPackedBytes.
+// The steps of one call in order: products, which it cuts into tiles, and plain passes. Products of one step do not
+// depend on each other. Packed A operands live only for their step, so all share one region.
 class Steps {
  public:
   Steps(const KernelTable& table, Workspace& workspace, int64_t workers)
       : table_(table), workspace_(workspace), workers_(workers) {}
-  void product(const Gemm& g);
+  void product(const Gemm& g) { products({g}); }
+  void products(const std::vector<Gemm>& gemms);
   void pass(int64_t tasks, Phases::Task run);
   void run();
 
  private:
   struct Step {
-    Gemm gemm;
+    std::vector<Gemm> gemms;
     int64_t tasks;
-    Phases::Task task;  // empty: the product `gemm`
+    Phases::Task task;  // empty: the products
   };
+  void add_products(std::vector<Gemm>& gemms, Phases& phases, char* packed, char* scratch, size_t scratch_bytes,
+                    int64_t workers);
+
   const KernelTable& table_;
   Workspace& workspace_;
   int64_t workers_;

@@ -81,7 +81,10 @@ struct Shape {
 };
 
 void run(const KernelTable& table, const Gemm& whole) {
-  for (Gemm g : plan_product(whole, table, 2)) {
+  std::vector<Gemm> parts;
+  for (const std::vector<Gemm>& group : plan_products({whole}, table, 2))
+    parts.insert(parts.end(), group.begin(), group.end());
+  for (Gemm& g : parts) {
     std::vector<char> packed(static_cast<size_t>(g.panels_m * g.panel_rows * g.K * g.element()));
     std::vector<double> scratch(static_cast<size_t>(gemm_scratch_bytes(g, table)) / sizeof(double) + 1,
                                 std::numeric_limits<double>::quiet_NaN());
@@ -244,7 +247,7 @@ void test_elementwise(const char* isa, const KernelTable& table, DType dtype, in
   g.out[0] = d_gate.data.get();
   g.out[1] = d_up.data.get();
   table.gated_act_backward(g, {0, rows, 0, cols});
-  table.column_sum({rows, cols, matrix(gate), sums.data.get()}, 0, cols);
+  table.column_sum({rows, cols, matrix(gate), nullptr, sums.data.get()}, 0, cols);
   for (int64_t i = 0; i < n; ++i) {
     const Act act = silu(gate.get(i));
     expect("gated_act", isa, dtype, out.get(i), act.value * up.get(i), 1, 9);

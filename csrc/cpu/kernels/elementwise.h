@@ -48,6 +48,9 @@ void gated_act_range(const GatedAct& g, void (*ActKernels<V>::*pick)(const ActVe
 template <class V>
 void column_sum_as(const ColumnSum& s, int64_t col_begin, int64_t col_end) {
   constexpr int64_t kLevel = 32;
+  const auto* weight = static_cast<const typename V::Scalar*>(s.weight);
+  const auto add = [weight](V sum, V value, int64_t r)
+                       __attribute__((always_inline)) { return weight ? fma(V(weight[r]), value, sum) : sum + value; };
   dispatch_storage<typename V::Scalar>(s.matrix.dtype, [&](auto storage) {
     using S = typename decltype(storage)::Type;
     for (int64_t c = col_begin; c < col_end; c += V::kLanes) {
@@ -58,7 +61,7 @@ void column_sum_as(const ColumnSum& s, int64_t col_begin, int64_t col_end) {
         for (int64_t r1 = r2; r1 < s.rows && r1 < r2 + kLevel * kLevel; r1 += kLevel) {
           V sum = V::zero();
           for (int64_t r = r1; r < s.rows && r < r1 + kLevel; ++r)
-            sum = sum + load_columns<V>(row_pointer<S>(s.matrix, r), s.matrix.col_stride, c, n);
+            sum = add(sum, load_columns<V>(row_pointer<S>(s.matrix, r), s.matrix.col_stride, c, n), r);
           middle = middle + sum;
         }
         total = total + middle;

@@ -94,12 +94,16 @@ void finish_gated(const Gemm& g, int64_t branch, typename V::Scalar* tile, const
 template <class V>
 void finish_transposed(const Epilogue& e, const typename V::Scalar* tile, const TilePart& t) {
   constexpr int64_t W = V::kLanes;
-  dispatch_storage<typename V::Scalar>(e.dtype, [&](auto tag) {
-    using S = typename decltype(tag)::Type;
-    const S* bias = static_cast<const S*>(e.bias ? e.bias[0] : nullptr);
-    for (int64_t i = 0; i < t.rows; i += W) {
-      const int64_t n = t.rows - i < W ? t.rows - i : W;
-      const V b = bias ? load_part<V>(bias + t.row0 + i, n) : V::zero();
+  const void* const bias = e.bias ? e.bias[0] : nullptr;
+  for (int64_t i = 0; i < t.rows; i += W) {
+    const int64_t n = t.rows - i < W ? t.rows - i : W;
+    V b = V::zero();
+    if (bias)
+      dispatch_storage<typename V::Scalar>(e.dtype, [&](auto tag) {
+        b = load_part<V>(static_cast<const typename decltype(tag)::Type*>(bias) + t.row0 + i, n);
+      });
+    dispatch_storage<typename V::Scalar>(e.out_dtype(), [&](auto tag) {
+      using S = typename decltype(tag)::Type;
       for (int64_t j = 0; j < t.cols; j += W) {
         V block[W];
         for (int64_t r = 0; r < W; ++r) block[r] = r < n ? load<V>(tile + (i + r) * kTileVectors * W + j) : V::zero();
@@ -108,8 +112,8 @@ void finish_transposed(const Epilogue& e, const typename V::Scalar* tile, const 
         for (int64_t c = 0; c < W && c < t.cols - j; ++c)
           store_part(to + c * e.out_stride, bias ? block[c] + b : block[c], n);
       }
-    }
-  });
+    });
+  }
 }
 
 template <class V>
@@ -125,32 +129,66 @@ void finish_plain(const Epilogue& e, typename V::Scalar* tile, const TilePart& t
                   .out = {tile},
                   .beta = static_cast<typename V::Scalar>(e.beta)});
   }
-  tile_to_storage<V>(t, e.dtype, tile, e.out, e.out_stride);
+  tile_to_storage<V>(t, e.out_dtype(), tile, e.out, e.out_stride);
 }
 
-// The tile is dH.
+// Rows of the tile, which is dA', times their weights, into `scaled`.
+template <class V>
+void scale_rows(const Epilogue& e, const TilePart& t, const typename V::Scalar* tile, typename V::Scalar* scaled) {
+  constexpr int64_t W = V::kLanes;
+  const auto* weight = static_cast<const typename V::Scalar*>(e.row_weight) + t.row0;
+  for (int64_t i = 0; i < t.rows; ++i)
+    for (int64_t j = 0; j < t.cols; j += W)
+      store(scaled + i * kTileVectors * W + j, V(weight[i]) * load<V>(tile + i * kTileVectors * W + j));
+}
+
+// row_dots = <tile, h> for each row; h becomes weight * h.
+template <class V>
+void dot_rows(const Epilogue& e, const TilePart& t, const typename V::Scalar* tile, typename V::Scalar* h) {
+  using T = typename V::Scalar;
+  constexpr int64_t W = V::kLanes;
+  const T* weight = static_cast<const T*>(e.row_weight) + t.row0;
+  T* dots = static_cast<T*>(e.row_dots) + t.row0 * e.row_dots_stride + t.col / (kTileVectors * W);
+  for (int64_t i = 0; i < t.rows; ++i) {
+    V sum = V::zero();
+    for (int64_t j = 0; j < t.cols; j += W) {
+      const int64_t at = i * kTileVectors * W + j;
+      const int64_t n = t.cols - j < W ? t.cols - j : W;
+      const V value = load_part<V>(h + at, n);
+      sum = fma(load_part<V>(tile + at, n), value, sum);
+      store(h + at, V(weight[i]) * value);
+    }
+    dots[i * e.row_dots_stride] = reduce_add(sum);
+  }
+}
+
+// The tile is dH, or dA' where rows have weights.
 template <class V>
 void finish_activate_grad(const Epilogue& e, typename V::Scalar* tile, const TilePart& t) {
   using T = typename V::Scalar;
   constexpr int64_t W = V::kLanes;
   alignas(64) T gate[kTileRows * kTileVectors * W];
   alignas(64) T up[kTileRows * kTileVectors * W];
+  alignas(64) T scaled[kTileRows * kTileVectors * W];
   storage_to_tile<V>(t, e.dtype, e.gate, e.pre_stride, gate);
   if (e.up) storage_to_tile<V>(t, e.dtype, e.up, e.pre_stride, up);
-  for (int64_t j = 0; j < t.cols; j += W) {  // vectors behind the part are not set
+  if (e.row_weight) scale_rows<V>(e, t, tile, scaled);
+  T* const d = e.row_weight ? scaled : tile;  // h takes its place
+  for (int64_t j = 0; j < t.cols; j += W) {   // vectors behind the part are not set
     T *at = gate + j, *at_up = up + j;
     act_kernels<V>(e.activation)
         .backward({.count = t.rows,
                    .stride = kTileVectors * W,
                    .gate = at,
                    .up = e.up ? at_up : nullptr,
-                   .d = tile + j,
-                   .out = {at, at_up, e.h ? tile + j : nullptr},
+                   .d = d + j,
+                   .out = {at, at_up, e.h || e.row_weight ? d + j : nullptr},
                    .beta = static_cast<T>(e.beta)});
   }
+  if (e.row_weight) dot_rows<V>(e, t, tile, d);
   tile_to_storage<V>(t, e.dtype, gate, e.out, e.out_stride);
   if (e.up) tile_to_storage<V>(t, e.dtype, up, e.out_up, e.out_stride);
-  if (e.h) tile_to_storage<V>(t, e.dtype, tile, e.h, e.pre_stride);
+  if (e.h) tile_to_storage<V>(t, e.dtype, d, e.h, e.pre_stride);
 }
 
 // What finish_tile will read.

@@ -20,6 +20,10 @@ constexpr int kSumRows = kTileRows * kTileVectors * 2 / 3;  // accumulators, whe
 
 #include "elementwise.h"
 
+#include "rows.h"
+
+#include "top_k.h"
+
 void pack_a(const Gemm& g, int64_t chunk, int64_t panel_begin, int64_t panel_end) {
   if (g.wide()) pack_a_as<Vec<double>>(g, chunk, panel_begin, panel_end);
   else pack_a_as<Vec<float>>(g, chunk, panel_begin, panel_end);
@@ -65,7 +69,44 @@ void column_sum(const ColumnSum& s, int64_t c0, int64_t c1) {
   else column_sum_as<Vec<float>>(s, c0, c1);
 }
 
+void dispatch_rows(const MoveRows& m, int64_t r0, int64_t r1) {
+  if (m.in.dtype == DType::kFloat64) dispatch_rows_as<Vec<double>>(m, r0, r1);
+  else dispatch_rows_as<Vec<float>>(m, r0, r1);
+}
+
+void combine_rows(const MoveRows& m, int64_t t0, int64_t t1) {
+  if (m.in.dtype == DType::kFloat64) combine_rows_as<Vec<double>>(m, t0, t1);
+  else combine_rows_as<Vec<float>>(m, t0, t1);
+}
+
+void row_dots(const RowDots& d, int64_t r0, int64_t r1) {
+  if (d.a.dtype == DType::kFloat64) row_dots_as<Vec<double>>(d, r0, r1);
+  else row_dots_as<Vec<float>>(d, r0, r1);
+}
+
+void top_k(const TopK& k, int64_t r0, int64_t r1, void* scratch) {
+  if (k.logits.dtype == DType::kFloat64) top_k_as<Vec<double>>(k, r0, r1, scratch);
+  else top_k_as<Vec<float>>(k, r0, r1, scratch);
+}
+
+void top_k_backward(const TopK& k, int64_t r0, int64_t r1, void* scratch) {
+  if (k.logits.dtype == DType::kFloat64) top_k_backward_as<Vec<double>>(k, r0, r1, scratch);
+  else top_k_backward_as<Vec<float>>(k, r0, r1, scratch);
+}
+
 extern const KernelTable kTable;
-const KernelTable kTable = {
-    Vec<float>::kLanes,        kTileRows, kTileVectors, kSumRows, pack_a, gemm, gated_act, gated_act_backward,
-    gated_act_double_backward, column_sum};
+const KernelTable kTable = {Vec<float>::kLanes,
+                            kTileRows,
+                            kTileVectors,
+                            kSumRows,
+                            pack_a,
+                            gemm,
+                            gated_act,
+                            gated_act_backward,
+                            gated_act_double_backward,
+                            column_sum,
+                            dispatch_rows,
+                            combine_rows,
+                            row_dots,
+                            top_k,
+                            top_k_backward};

@@ -1,0 +1,229 @@
+// Textual, per instruction set: the choice of K of E experts for each token, and the weights of the chosen. Scores,
+// their sums and the choice are in float32 (float64 for float64 logits); ties go to the lowest index, NaN ranks last.
+
+template <class T>
+struct Candidate {
+  T value;
+  int64_t index;
+};
+
+// Whether a, behind b in the order of indices, ranks before it. NaN is behind everything.
+template <class T>
+FFN_FN bool ranks_before(T a, T b) {
+  return a > b || (b != b && a == a);
+}
+
+// The best `count` of values[begin .. end), best first, inserted into best[0 .. held); returns how many are held.
+template <class T>
+FFN_FN int64_t insert_best(const T* values, int64_t begin, int64_t end, int64_t count, Candidate<T>* best,
+                           int64_t held) {
+  for (int64_t e = begin; e < end; ++e) {
+    const T value = values[e];
+    if (held == count && !ranks_before(value, best[count - 1].value)) continue;
+    int64_t at = held < count ? held++ : count - 1;
+    for (; at > 0 && ranks_before(value, best[at - 1].value); --at) best[at] = best[at - 1];
+    best[at] = {value, e};
+  }
+  return held;
+}
+
+// A heap whose top is the worst, for K beyond what insertion is good for.
+template <class T>
+struct WorstFirst {
+  Candidate<T>* heap;
+  int64_t size;
+
+  static FFN_FN bool worse(const Candidate<T>& a, const Candidate<T>& b) {
+    if (ranks_before(b.value, a.value)) return true;
+    if (ranks_before(a.value, b.value)) return false;
+    return a.index > b.index;
+  }
+  void sink(int64_t at) {
+    const Candidate<T> moved = heap[at];
+    for (int64_t child; (child = 2 * at + 1) < size; at = child) {
+      if (child + 1 < size && worse(heap[child + 1], heap[child])) ++child;
+      if (!worse(heap[child], moved)) break;
+      heap[at] = heap[child];
+    }
+    heap[at] = moved;
+  }
+};
+
+template <class T>
+void best_by_heap(const T* values, int64_t n, int64_t count, Candidate<T>* best) {
+  WorstFirst<T> heap{best, count};
+  for (int64_t e = 0; e < count; ++e) best[e] = {values[e], e};
+  for (int64_t i = count / 2; i-- > 0;) heap.sink(i);
+  for (int64_t e = count; e < n; ++e) {
+    if (!ranks_before(values[e], best[0].value)) continue;
+    best[0] = {values[e], e};
+    heap.sink(0);
+  }
+  while (heap.size > 1) {  // the worst goes to the end
+    const Candidate<T> worst = best[0];
+    best[0] = best[--heap.size];
+    heap.sink(0);
+    best[heap.size] = worst;
+  }
+}
+
+constexpr int64_t kInsertMost = 32;
+
+// The best `count` of all n values, best first.
+template <class T>
+FFN_FN void choose_best(const T* values, int64_t n, int64_t count, Candidate<T>* best) {
+  if (count <= kInsertMost) insert_best(values, 0, n, count, best, 0);
+  else best_by_heap(values, n, count, best);
+}
+
+// The best K within the best groups. A group's score is the sum of its two best.
+template <class T>
+void choose_within_groups(const TopK& k, const T* choice, Candidate<T>* best, Candidate<T>* groups, T* group_scores) {
+  const int64_t width = k.E / k.num_groups;
+  for (int64_t g = 0; g < k.num_groups; ++g) {
+    Candidate<T> two[2];
+    const int64_t held = insert_best(choice, g * width, (g + 1) * width, width < 2 ? width : 2, two, 0);
+    group_scores[g] = held == 2 ? two[0].value + two[1].value : two[0].value;
+  }
+  choose_best(group_scores, k.num_groups, k.top_groups, groups);
+  for (int64_t i = 1; i < k.top_groups; ++i) {  // in the order of indices, so that ties are found in it
+    const Candidate<T> moved = groups[i];
+    int64_t at = i;
+    for (; at > 0 && groups[at - 1].index > moved.index; --at) groups[at] = groups[at - 1];
+    groups[at] = moved;
+  }
+  int64_t held = 0;
+  for (int64_t i = 0; i < k.top_groups; ++i)
+    held = insert_best(choice, groups[i].index * width, (groups[i].index + 1) * width, k.K, best, held);
+}
+
+// Scratch of whole vectors: softmax and sigmoid of n values; what is behind them is overwritten.
+template <class V>
+FFN_FN void softmax_in_place(typename V::Scalar* z, int64_t n) {
+  using T = typename V::Scalar;
+  constexpr int64_t W = V::kLanes;
+  for (int64_t i = n; i % W; ++i) z[i] = -__builtin_inf();
+  V largest(-__builtin_inf());
+  for (int64_t i = 0; i < n; i += W) largest = max(load<V>(z + i), largest);
+  alignas(64) T lanes[W];
+  store(lanes, largest);
+  T most = lanes[0];
+  for (int64_t i = 1; i < W; ++i) most = lanes[i] > most ? lanes[i] : most;
+  V sums = V::zero();
+  for (int64_t i = 0; i < n; i += W) {
+    const V e = exp(load<V>(z + i) - V(most));
+    store(z + i, e);
+    sums = sums + e;
+  }
+  const V total(reduce_add(sums));
+  for (int64_t i = 0; i < n; i += W) store(z + i, load<V>(z + i) / total);
+}
+
+template <class V>
+FFN_FN void sigmoid_in_place(typename V::Scalar* z, int64_t n) {
+  for (int64_t i = n; i % V::kLanes; ++i) z[i] = 0;
+  for (int64_t i = 0; i < n; i += V::kLanes) store(z + i, sigmoid(load<V>(z + i)));
+}
+
+// The pieces of a worker's scratch: see top_k_scratch_bytes.
+template <class V>
+struct TopKScratch {
+  using T = typename V::Scalar;
+  T *scores, *choice, *chosen, *group_scores;
+  Candidate<T>*best, *groups;
+
+  FFN_FN TopKScratch(const TopK& k, void* scratch) {
+    constexpr int64_t kRoom = 16;  // a whole vector
+    scores = static_cast<T*>(scratch);
+    choice = scores + k.E + kRoom;
+    chosen = choice + k.E + kRoom;
+    group_scores = chosen + k.K + kRoom;
+    void* const candidates = static_cast<char*>(scratch) + (2 * k.E + k.K + k.num_groups + 4 * kRoom) * 8;
+    best = static_cast<Candidate<T>*>(candidates);
+    groups = best + k.K;
+  }
+};
+
+constexpr double kNormEpsilon = 1e-20;  // DeepSeek-V3's; without influence where weights are not all tiny
+
+template <class V>
+void top_k_as(const TopK& k, int64_t row_begin, int64_t row_end, void* scratch) {
+  using T = typename V::Scalar;
+  const TopKScratch<V> at(k, scratch);
+  const T* bias = static_cast<const T*>(k.bias);
+  const bool by_score = (bias || k.num_groups > 1) && !k.softmax_after;
+  for (int64_t t = row_begin; t < row_end; ++t) {
+    read_row<V>(k.logits, t, 0, k.E, at.scores);
+    // Scores grow with logits, and logits distinguish more.
+    if (!by_score) __builtin_memcpy(at.choice, at.scores, sizeof(T) * k.E);
+    if (k.sigmoid) sigmoid_in_place<V>(at.scores, k.E);
+    else if (!k.softmax_after) softmax_in_place<V>(at.scores, k.E);
+    if (by_score) __builtin_memcpy(at.choice, at.scores, sizeof(T) * k.E);
+    if (bias)
+      for (int64_t e = 0; e < k.E; ++e) at.choice[e] += bias[e];
+    if (k.num_groups > 1) choose_within_groups(k, at.choice, at.best, at.groups, at.group_scores);
+    else choose_best(at.choice, k.E, k.K, at.best);
+
+    for (int64_t j = 0; j < k.K; ++j) {
+      k.ids[t * k.K + j] = at.best[j].index;
+      at.chosen[j] = at.scores[at.best[j].index];
+    }
+    if (k.softmax_after) softmax_in_place<V>(at.chosen, k.K);
+    T factor = static_cast<T>(k.scale);
+    if (k.renormalize) {
+      T sum = 0;
+      for (int64_t j = 0; j < k.K; ++j) sum += at.chosen[j];
+      factor /= sum + static_cast<T>(kNormEpsilon);
+    }
+    for (int64_t j = 0; j < k.K; ++j) static_cast<T*>(k.weights)[t * k.K + j] = at.chosen[j] * factor;
+  }
+}
+
+// With w = scale * s / (sum of the chosen s): ds = scale * (dw - <dw, s> / sum) / sum; dz is ds through the softmax of
+// all, of the chosen, or through the sigmoid.
+template <class V>
+void top_k_backward_as(const TopK& k, int64_t row_begin, int64_t row_end, void* scratch) {
+  using T = typename V::Scalar;
+  constexpr int64_t W = V::kLanes;
+  const TopKScratch<V> at(k, scratch);
+  T *const dz = at.choice, *const ds = at.chosen;
+  for (int64_t t = row_begin; t < row_end; ++t) {
+    const int64_t* ids = k.ids + t * k.K;
+    const T* dw = static_cast<const T*>(k.weights) + t * k.K;
+    read_row<V>(k.logits, t, 0, k.E, at.scores);
+    if (k.softmax_after) {
+      for (int64_t j = 0; j < k.K; ++j) ds[j] = at.scores[ids[j]];
+      softmax_in_place<V>(ds, k.K);
+      for (int64_t j = 0; j < k.K; ++j) at.scores[ids[j]] = ds[j];
+    } else if (k.sigmoid) {
+      sigmoid_in_place<V>(at.scores, k.E);
+    } else {
+      softmax_in_place<V>(at.scores, k.E);
+    }
+    T factor = static_cast<T>(k.scale), shift = 0;
+    if (k.renormalize) {
+      T sum = static_cast<T>(kNormEpsilon), dot = 0;
+      for (int64_t j = 0; j < k.K; ++j) sum += at.scores[ids[j]];
+      for (int64_t j = 0; j < k.K; ++j) dot += dw[j] * (at.scores[ids[j]] / sum);
+      factor /= sum;
+      shift = dot;
+    }
+    T common = 0;  // through the softmax's denominator; a renormalised weight does not depend on it
+    for (int64_t j = 0; j < k.K; ++j) {
+      ds[j] = factor * (dw[j] - shift);
+      if (!k.sigmoid && !k.renormalize) common += ds[j] * at.scores[ids[j]];
+    }
+    const bool chosen_only = k.sigmoid || k.renormalize || k.softmax_after;
+    for (int64_t e = 0; e < k.E; e += W)  // not 0 * s, which is NaN where another score is
+      store(dz + e, chosen_only ? V::zero() : V(-common) * load<V>(at.scores + e));
+    for (int64_t j = 0; j < k.K; ++j) {
+      const T s = at.scores[ids[j]];
+      dz[ids[j]] = k.sigmoid ? ds[j] * (s * (1 - s)) : s * (ds[j] - common);
+    }
+    dispatch_storage<T>(k.logits.dtype, [&](auto tag) {
+      using S = typename decltype(tag)::Type;
+      for (int64_t e = 0; e < k.E; e += W)
+        store_part(static_cast<S*>(k.d_logits) + t * k.E + e, load<V>(dz + e), k.E - e < W ? k.E - e : W);
+    });
+  }
+}

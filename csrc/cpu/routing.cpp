@@ -1,0 +1,431 @@
+// Routing on the CPU: the choice of experts, the sort of routed rows, BASE's balanced assignment and rounding to tiles.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <numeric>
+#include <queue>
+#include <tuple>
+
+#include <torch/csrc/stable/library.h>
+
+#include "routes.h"
+
+namespace ffn_ops {
+namespace {
+
+using torch::headeronly::ScalarType;
+
+DType weight_dtype(const Tensor& t, const char* name) {
+  const DType dtype = storage_dtype(t, name);
+  STD_TORCH_CHECK(dtype == DType::kFloat32 || dtype == DType::kFloat64, name,
+                  ": expected dtype float32 or float64, got ", kDTypeNames[static_cast<int>(dtype)]);
+  return dtype;
+}
+
+// ---- top k ----------------------------------------------------------------------------------------------------------
+
+TopK check_top_k(const Tensor& logits, int64_t k, const std::string& score, bool renormalize, bool softmax_after,
+                 int64_t num_groups, int64_t top_groups, double scale) {
+  TopK job;
+  const DType dtype = storage_dtype(logits, "logits");
+  check_tensor(logits, "logits", dtype, {-1, -1});
+  job.T = logits.size(0);
+  job.E = logits.size(1);
+  job.K = k;
+  STD_TORCH_CHECK(k >= 1 && k <= job.E, "k: expected 1 to ", job.E, " (the number of experts), got ", k);
+  STD_TORCH_CHECK(score == "softmax" || score == "sigmoid", "score: expected softmax or sigmoid, got '", score, "'");
+  STD_TORCH_CHECK(num_groups >= 1 && job.E % num_groups == 0,
+                  "num_groups: expected a divisor of the number of experts (", job.E, "), got ", num_groups);
+  STD_TORCH_CHECK(top_groups >= 1 && top_groups <= num_groups && k <= job.E / num_groups * top_groups,
+                  "top_groups: expected 1 to ", num_groups, " groups that hold k = ", k, " experts, got ", top_groups);
+  job.sigmoid = score == "sigmoid";
+  STD_TORCH_CHECK(!(job.sigmoid && softmax_after), "softmax_after: expected False where score is sigmoid, got True");
+  job.softmax_after = softmax_after;
+  job.renormalize = renormalize && !softmax_after;
+  job.num_groups = num_groups;
+  job.top_groups = top_groups;
+  job.scale = scale;
+  job.logits = matrix(logits, dtype);
+  return job;
+}
+
+void run_top_k(const TopK& job, void (*kernel)(const TopK&, int64_t, int64_t, void*)) {
+  constexpr int64_t kRows = 64;
+  const int64_t workers = job.T * job.E < 1 << 14 ? 1 : threads();
+  Workspace workspace;
+  const int64_t bytes = divide_up(top_k_scratch_bytes(job), 128) * 128;
+  char* scratch = static_cast<char*>(workspace.take(static_cast<size_t>(bytes * workers)));
+  Phases phases;
+  phases.add(divide_up(job.T, kRows), [&](int64_t task, int64_t worker) {
+    kernel(job, task * kRows, std::min(job.T, (task + 1) * kRows), scratch + worker * bytes);
+  });
+  phases.run(workers);
+}
+
+std::tuple<Tensor, Tensor> route_top_k(const Tensor& logits, std::optional<Tensor> bias, int64_t k, std::string score,
+                                       bool renormalize, bool softmax_after, int64_t num_groups, int64_t top_groups,
+                                       double scale) {
+  TopK job = check_top_k(logits, k, score, renormalize, softmax_after, num_groups, top_groups, scale);
+  std::vector<Tensor> keep;
+  if (bias) check_tensor(*bias, "bias", arithmetic_dtype(job.logits.dtype), {job.E});
+  job.bias = bias_data(bias, keep);
+  Tensor ids = fresh_indices({job.T, k});
+  Tensor weights = fresh_arithmetic(job.logits.dtype, {job.T, k});
+  job.ids = static_cast<int64_t*>(ids.mutable_data_ptr());
+  job.weights = weights.mutable_data_ptr();
+  run_top_k(job, kernels().top_k);
+  return {ids, weights};
+}
+
+Tensor route_top_k_backward(const Tensor& d_weights, const Tensor& logits, const Tensor& ids, std::string score,
+                            bool renormalize, bool softmax_after, double scale) {
+  const int64_t k = ids.dim() == 2 ? ids.size(1) : 0;
+  TopK job = check_top_k(logits, k, score, renormalize, softmax_after, 1, 1, scale);
+  check_tensor(d_weights, "d_weights", arithmetic_dtype(job.logits.dtype), {job.T, k});
+  STD_TORCH_CHECK(ids.is_cpu() && ids.scalar_type() == ScalarType::Long && ids.size(0) == job.T,
+                  "ids: expected int64 of shape [", job.T, ", ", k, "] on the CPU, got ", shape_text(ids));
+  const Tensor dense_ids = torch::stable::contiguous(ids), dense_d = torch::stable::contiguous(d_weights);
+  const auto* chosen = static_cast<const int64_t*>(dense_ids.const_data_ptr());
+  for (int64_t i = 0; i < job.T * k; ++i)
+    STD_TORCH_CHECK(chosen[i] >= 0 && chosen[i] < job.E, "ids: expected indices below ", job.E, ", got ", chosen[i]);
+  Tensor d_logits = fresh(logits, {job.T, job.E});
+  job.ids = const_cast<int64_t*>(chosen);
+  job.weights = const_cast<void*>(dense_d.const_data_ptr());
+  job.d_logits = d_logits.mutable_data_ptr();
+  run_top_k(job, kernels().top_k_backward);
+  return d_logits;
+}
+
+// ---- sort -----------------------------------------------------------------------------------------------------------
+
+// Entries: pairs of a token and an expert, in the order of tokens.
+struct Entries {
+  int64_t R, E, T, K;
+  const int64_t* expert;
+  const int64_t* token;  // null: entry i belongs to token i / K
+  int64_t token_of(int64_t i) const { return token ? token[i] : i / K; }
+  bool counts(int64_t i) const { return expert[i] >= 0 && expert[i] < E && token_of(i) >= 0 && token_of(i) < T; }
+};
+
+// Which entries stay where each expert takes at most `capacity`: all first choices before any second, earlier tokens
+// first; or the largest weights first, ties in that order.
+template <class W>
+std::vector<char> keep_within_capacity(const Entries& in, const W* weight, int64_t capacity, bool by_weight) {
+  std::vector<char> kept(static_cast<size_t>(in.R));
+  std::vector<std::vector<int64_t>> queue(static_cast<size_t>(in.E));
+  const int64_t rows = in.token ? in.R : in.T, slots = in.token ? 1 : in.K;
+  for (int64_t k = 0; k < slots; ++k) {
+    for (int64_t t = 0; t < rows; ++t) {
+      const int64_t i = t * slots + k;
+      if (in.counts(i)) queue[static_cast<size_t>(in.expert[i])].push_back(i);
+    }
+  }
+  for (std::vector<int64_t>& wanting : queue) {
+    if (by_weight)
+      std::stable_sort(wanting.begin(), wanting.end(), [&](int64_t a, int64_t b) {
+        return weight[a] > weight[b] || (std::isnan(weight[b]) && !std::isnan(weight[a]));
+      });
+    for (size_t n = 0; n < wanting.size() && static_cast<int64_t>(n) < capacity; ++n)
+      kept[static_cast<size_t>(wanting[n])] = 1;
+  }
+  return kept;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_sort(const Tensor& expert,
+                                                                            std::optional<Tensor> token,
+                                                                            const Tensor& weight, int64_t num_experts,
+                                                                            int64_t num_tokens, int64_t capacity,
+                                                                            bool by_weight) {
+  const DType dtype = weight_dtype(weight, "weight");
+  STD_TORCH_CHECK(expert.is_cpu() && expert.scalar_type() == ScalarType::Long && expert.dim() == (token ? 1 : 2),
+                  "expert: expected int64 indices on the CPU, [T, K] or with tokens [R], got ", shape_text(expert));
+  STD_TORCH_CHECK(num_experts >= 1, "num_experts: expected at least 1, got ", num_experts);
+  STD_TORCH_CHECK(num_tokens >= 0 && (token || expert.size(0) == num_tokens), "num_tokens: expected ", expert.size(0),
+                  " as expert has, got ", num_tokens);
+  STD_TORCH_CHECK(weight.is_cpu() && shape_text(weight) == shape_text(expert), "weight: expected shape ",
+                  shape_text(expert), " on the CPU, got ", shape_text(weight));
+  if (token)
+    STD_TORCH_CHECK(
+        token->is_cpu() && token->scalar_type() == ScalarType::Long && shape_text(*token) == shape_text(expert),
+        "token: expected int64 of shape ", shape_text(expert), " on the CPU, got ", shape_text(*token));
+  const Tensor dense_expert = torch::stable::contiguous(expert), dense_weight = torch::stable::contiguous(weight);
+  const Tensor dense_token = token ? torch::stable::contiguous(*token) : dense_expert;
+  Entries in;
+  in.R = expert.numel();
+  in.E = num_experts;
+  in.T = num_tokens;
+  in.K = token ? 1 : expert.size(1);
+  in.expert = static_cast<const int64_t*>(dense_expert.const_data_ptr());
+  in.token = token ? static_cast<const int64_t*>(dense_token.const_data_ptr()) : nullptr;
+
+  Tensor out_token = fresh_indices({in.R}), out_weight = fresh(weight, {in.R}), out_row = fresh_indices({in.R});
+  Tensor out_offsets = fresh_indices({in.E + 1}), out_token_offsets = fresh_indices({in.T + 1});
+  Tensor out_counts = fresh_indices({in.E}), out_place = fresh_indices({token ? in.R : 0});
+  auto data = [](Tensor& t) { return static_cast<int64_t*>(t.mutable_data_ptr()); };
+  int64_t *tokens = data(out_token), *row = data(out_row), *offsets = data(out_offsets);
+  int64_t *token_offsets = data(out_token_offsets), *counts = data(out_counts), *place = data(out_place);
+
+  std::fill(counts, counts + in.E, 0);
+  for (int64_t i = 0; i < in.R; ++i)
+    if (in.counts(i)) ++counts[in.expert[i]];
+  std::vector<char> kept;
+  if (capacity >= 0 && in.E > 0 && *std::max_element(counts, counts + in.E) > capacity) {
+    if (dtype == DType::kFloat64)
+      kept = keep_within_capacity(in, static_cast<const double*>(dense_weight.const_data_ptr()), capacity, by_weight);
+    else kept = keep_within_capacity(in, static_cast<const float*>(dense_weight.const_data_ptr()), capacity, by_weight);
+  }
+  const int64_t most = kept.empty() ? in.R : capacity;
+  offsets[0] = 0;
+  for (int64_t e = 0; e < in.E; ++e) offsets[e + 1] = offsets[e] + std::min(most, counts[e]);
+
+  // Entries in the order of tokens: as they come, or sorted.
+  std::vector<int64_t> order;
+  if (token) {
+    std::fill(token_offsets, token_offsets + in.T + 1, 0);
+    for (int64_t i = 0; i < in.R; ++i)
+      if (in.token[i] >= 0 && in.token[i] < in.T) ++token_offsets[in.token[i] + 1];
+    std::partial_sum(token_offsets, token_offsets + in.T + 1, token_offsets);
+    std::vector<int64_t> next(token_offsets, token_offsets + in.T + 1);
+    order.resize(static_cast<size_t>(in.R));
+    for (int64_t i = 0; i < in.R; ++i) {
+      const bool real = in.token[i] >= 0 && in.token[i] < in.T;
+      order[static_cast<size_t>(next[static_cast<size_t>(real ? in.token[i] : in.T)]++)] = i;
+    }
+  } else {
+    for (int64_t t = 0; t <= in.T; ++t) token_offsets[t] = t * in.K;
+  }
+  std::vector<int64_t> next(offsets, offsets + in.E + 1);
+  const auto size = static_cast<size_t>(storage_size(dtype));
+  const char* from = static_cast<const char*>(dense_weight.const_data_ptr());
+  char* to = static_cast<char*>(out_weight.mutable_data_ptr());
+  const auto fill = [&](auto tag) {
+    using W = decltype(tag);
+    for (int64_t p = 0; p < in.R; ++p) {
+      const int64_t i = order.empty() ? p : order[static_cast<size_t>(p)];
+      const bool stays = in.counts(i) && (kept.empty() || kept[static_cast<size_t>(i)]);
+      const int64_t r = next[static_cast<size_t>(stays ? in.expert[i] : in.E)]++;
+      const int64_t t = in.token_of(i);
+      tokens[r] = t >= 0 && t < in.T ? t : 0;
+      reinterpret_cast<W*>(to)[r] = reinterpret_cast<const W*>(from)[i];
+      row[p] = r;
+      if (token) place[i] = r;
+    }
+  };
+  if (size == 8) fill(double());
+  else fill(float());
+  return {out_token, out_weight, out_offsets, out_row, out_token_offsets, out_counts, out_place};
+}
+
+// ---- BASE -----------------------------------------------------------------------------------------------------------
+
+// The assignment of T tokens to E experts with the largest sum of scores, floor(T / E) or one more for each expert: a
+// transportation problem, solved by shortest augmenting paths over the experts. Tokens come in one after the other; one
+// takes the cheapest chain of moves that ends at an expert with room. T mod E experts may hold one more than the
+// others: that right moves along chains too, through one node that stands for all of them.
+class Assignment {
+ public:
+  Assignment(int64_t T, int64_t E, std::vector<double> scores)
+      : T_(T),
+        E_(E),
+        quota_(T / E),
+        extras_(T % E),
+        scores_(std::move(scores)),
+        load_(index(E)),
+        potential_(index(E + 1)),
+        expert_(index(T), -1),
+        moves_(index(E * E)) {}
+
+  const std::vector<int64_t>& solve() {
+    for (int64_t t = 0; t < T_; ++t) add(t);
+    return expert_;
+  }
+
+ private:
+  struct Move {
+    double cost;
+    int64_t token;
+    bool operator<(const Move& other) const {  // the queue's top is the cheapest, then the lowest token
+      return cost != other.cost ? cost > other.cost : token > other.token;
+    }
+  };
+  static size_t index(int64_t i) { return static_cast<size_t>(i); }
+  double score(int64_t t, int64_t e) const { return scores_[index(t * E_ + e)]; }
+
+  // The cheapest move of a token from a to b, or none.
+  const Move* cheapest(int64_t a, int64_t b) {
+    auto& queue = moves_[index(a * E_ + b)];
+    while (!queue.empty() && expert_[index(queue.top().token)] != a) queue.pop();
+    return queue.empty() ? nullptr : &queue.top();
+  }
+
+  void place(int64_t t, int64_t e) {
+    expert_[index(t)] = e;
+    for (int64_t b = 0; b < E_; ++b)
+      if (b != e) moves_[index(e * E_ + b)].push({score(t, e) - score(t, b), t});
+  }
+
+  // Dijkstra over experts and, last, the node of the extra places, with potentials that keep costs from going below 0.
+  void add(int64_t t) {
+    const double infinite = std::numeric_limits<double>::infinity();
+    const int64_t extra = E_;
+    std::vector<double> distance(index(E_ + 1), infinite);
+    std::vector<int64_t> from(index(E_ + 1), -1), moved(index(E_ + 1), -1);
+    std::vector<char> done(index(E_ + 1));
+    double best = -infinite;
+    for (int64_t e = 0; e < E_; ++e) best = std::max(best, score(t, e) + potential_[index(e)]);
+    for (int64_t e = 0; e < E_; ++e) distance[index(e)] = best - score(t, e) - potential_[index(e)];
+    int64_t end = -1;
+    for (;;) {
+      int64_t a = -1;
+      for (int64_t e = 0; e <= E_; ++e)
+        if (!done[index(e)] && distance[index(e)] < infinite && (a < 0 || distance[index(e)] < distance[index(a)]))
+          a = e;
+      done[index(a)] = 1;
+      if (a == extra ? extras_used_ < extras_ : load_[index(a)] < quota_) {
+        end = a;
+        break;
+      }
+      const auto relax = [&](int64_t b, double cost, int64_t token) {
+        if (done[index(b)]) return;
+        const double reduced = std::max(0.0, cost + potential_[index(a)] - potential_[index(b)]);
+        if (distance[index(a)] + reduced < distance[index(b)]) {
+          distance[index(b)] = distance[index(a)] + reduced;
+          from[index(b)] = a;
+          moved[index(b)] = token;
+        }
+      };
+      if (a == extra) {  // an expert that holds one more gives the right to it away, and then a token
+        for (int64_t b = 0; b < E_; ++b)
+          if (load_[index(b)] > quota_) relax(b, 0, -1);
+      } else {
+        for (int64_t b = 0; b < E_; ++b) {
+          const Move* move = a == b ? nullptr : cheapest(a, b);
+          if (move) relax(b, move->cost, move->token);
+        }
+        if (load_[index(a)] == quota_ && extras_ > 0) relax(extra, 0, -1);
+      }
+    }
+    for (int64_t e = 0; e <= E_; ++e) potential_[index(e)] += std::min(distance[index(e)], distance[index(end)]);
+    apply(t, end, from, moved);
+  }
+
+  void apply(int64_t t, int64_t end, const std::vector<int64_t>& from, const std::vector<int64_t>& moved) {
+    std::vector<std::pair<int64_t, int64_t>> placed;  // token, expert
+    if (end == E_) ++extras_used_;
+    for (int64_t b = end; b >= 0; b = from[index(b)]) {
+      const int64_t a = from[index(b)];
+      if (a < 0) placed.emplace_back(t, b);
+      else if (moved[index(b)] >= 0) placed.emplace_back(moved[index(b)], b);
+    }
+    for (const auto& [token, e] : placed) {
+      const int64_t before = expert_[index(token)];
+      if (before >= 0) --load_[index(before)];
+      ++load_[index(e)];
+    }
+    for (const auto& [token, e] : placed) place(token, e);
+  }
+
+  int64_t T_, E_, quota_, extras_, extras_used_ = 0;
+  std::vector<double> scores_;
+  std::vector<int64_t> load_;
+  std::vector<double> potential_;
+  std::vector<int64_t> expert_;
+  std::vector<std::priority_queue<Move>> moves_;
+};
+
+std::vector<double> finite_scores(const Tensor& scores) {
+  const DType dtype = weight_dtype(scores, "scores");
+  check_tensor(scores, "scores", dtype, {-1, -1});
+  const Tensor dense = torch::stable::contiguous(scores);
+  std::vector<double> values(static_cast<size_t>(scores.numel()));
+  for (size_t i = 0; i < values.size(); ++i) {
+    const double v = dtype == DType::kFloat64 ? static_cast<const double*>(dense.const_data_ptr())[i]
+                                              : static_cast<const float*>(dense.const_data_ptr())[i];
+    constexpr double kLimit = 1e30;  // sums of differences stay finite; NaN is the worst
+    values[i] = std::isnan(v) ? -kLimit : std::clamp(v, -kLimit, kLimit);
+  }
+  return values;
+}
+
+// Tokens whose mask is false get expert E.
+Tensor balanced_assignment(const Tensor& scores, std::optional<Tensor> mask) {
+  const std::vector<double> values = finite_scores(scores);
+  const int64_t T = scores.size(0), E = scores.size(1);
+  STD_TORCH_CHECK(E >= 1, "scores: expected at least one expert, got ", shape_text(scores));
+  std::vector<int64_t> real(static_cast<size_t>(T));
+  std::iota(real.begin(), real.end(), 0);
+  if (mask) {
+    STD_TORCH_CHECK(mask->is_cpu() && mask->scalar_type() == ScalarType::Bool && mask->dim() == 1 && mask->size(0) == T,
+                    "mask: expected bool of shape [", T, "] on the CPU, got ", shape_text(*mask));
+    const Tensor dense = torch::stable::contiguous(*mask);
+    const auto* flags = static_cast<const bool*>(dense.const_data_ptr());
+    std::erase_if(real, [&](int64_t t) { return !flags[t]; });
+  }
+  std::vector<double> rows;
+  rows.reserve(real.size() * static_cast<size_t>(E));
+  for (int64_t t : real) rows.insert(rows.end(), values.begin() + t * E, values.begin() + (t + 1) * E);
+  const auto count = static_cast<int64_t>(real.size());
+  Assignment assignment(count, E, std::move(rows));
+  const std::vector<int64_t>& expert = assignment.solve();
+  Tensor ids = fresh_indices({T});
+  auto* out = static_cast<int64_t*>(ids.mutable_data_ptr());
+  std::fill(out, out + T, E);
+  for (size_t i = 0; i < real.size(); ++i) out[real[i]] = expert[i];
+  return ids;
+}
+
+// ---- token rounding -------------------------------------------------------------------------------------------------
+
+// Each expert's tokens, their number rounded to the nearest multiple of `tile` (half up, at most T): the lowest scores
+// leave, or the highest of the tokens that did not choose it join. Entries that are left over get expert E.
+std::tuple<Tensor, Tensor> round_tokens(const Tensor& scores, const Tensor& ids, int64_t tile) {
+  const std::vector<double> values = finite_scores(scores);
+  const int64_t T = scores.size(0), E = scores.size(1);
+  STD_TORCH_CHECK(tile >= 1, "tile: expected at least 1, got ", tile);
+  STD_TORCH_CHECK(ids.is_cpu() && ids.scalar_type() == ScalarType::Long && ids.dim() == 2 && ids.size(0) == T,
+                  "ids: expected int64 of shape [", T, ", K] on the CPU, got ", shape_text(ids));
+  const Tensor dense = torch::stable::contiguous(ids);
+  const auto* chosen = static_cast<const int64_t*>(dense.const_data_ptr());
+  const int64_t K = ids.size(1), R = T * K + E * (tile / 2);
+  std::vector<char> chose(static_cast<size_t>(T * E));
+  std::vector<int64_t> counts(static_cast<size_t>(E));
+  for (int64_t i = 0; i < T * K; ++i) {
+    if (chosen[i] < 0 || chosen[i] >= E) continue;
+    char& flag = chose[static_cast<size_t>(i / K * E + chosen[i])];
+    counts[static_cast<size_t>(chosen[i])] += !flag;
+    flag = 1;
+  }
+  Tensor expert = fresh_indices({R}), token = fresh_indices({R});
+  auto* experts = static_cast<int64_t*>(expert.mutable_data_ptr());
+  auto* tokens = static_cast<int64_t*>(token.mutable_data_ptr());
+  std::vector<int64_t> order(static_cast<size_t>(T));
+  int64_t used = 0;
+  for (int64_t e = 0; e < E; ++e) {
+    const int64_t wanted = std::min(T, (counts[static_cast<size_t>(e)] + tile / 2) / tile * tile);
+    std::iota(order.begin(), order.end(), 0);
+    const auto at = [&](int64_t t) { return static_cast<size_t>(t * E + e); };
+    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
+      if (chose[at(a)] != chose[at(b)]) return chose[at(a)] > chose[at(b)];
+      return values[at(a)] > values[at(b)];
+    });
+    for (int64_t i = 0; i < wanted; ++i, ++used) {
+      experts[used] = e;
+      tokens[used] = order[static_cast<size_t>(i)];
+    }
+  }
+  std::fill(experts + used, experts + R, E);
+  std::fill(tokens + used, tokens + R, 0);
+  return {expert, token};
+}
+
+}  // namespace
+}  // namespace ffn_ops
+
+STABLE_TORCH_LIBRARY_IMPL(ffn_ops, CPU, m) {
+  m.impl("route_top_k", TORCH_BOX(&ffn_ops::route_top_k));
+  m.impl("route_top_k_backward", TORCH_BOX(&ffn_ops::route_top_k_backward));
+  m.impl("moe_sort", TORCH_BOX(&ffn_ops::moe_sort));
+  m.impl("balanced_assignment", TORCH_BOX(&ffn_ops::balanced_assignment));
+  m.impl("round_tokens", TORCH_BOX(&ffn_ops::round_tokens));
+}

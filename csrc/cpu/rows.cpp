@@ -1,0 +1,109 @@
+// Rows between tokens and experts on the CPU: dispatch, combine and the products of rows with their tokens. Each is the
+// gradient of the others.
+#include <functional>
+
+#include <torch/csrc/stable/library.h>
+
+#include "routes.h"
+
+namespace ffn_ops {
+namespace {
+
+struct Move {
+  DType dtype;
+  int64_t cols;
+  Routes routes;
+  const void* weight = nullptr;
+  std::vector<Tensor> keep;
+};
+
+Move check_move(const Tensor& in, const char* name, const Tensor& token, const std::optional<Tensor>& weight,
+                const Tensor& offsets, const Tensor& row, const Tensor& token_offsets) {
+  Move m;
+  m.dtype = storage_dtype(in, name);
+  check_tensor(in, name, m.dtype, {-1, -1});
+  m.cols = in.size(1);
+  const int64_t R = token.numel();
+  STD_TORCH_CHECK(offsets.dim() == 1 && offsets.size(0) > 0, "offsets: expected shape [E + 1], got ",
+                  shape_text(offsets));
+  STD_TORCH_CHECK(token_offsets.dim() == 1 && token_offsets.size(0) > 0, "token_offsets: expected shape [T + 1], got ",
+                  shape_text(token_offsets));
+  const int64_t E = offsets.size(0) - 1;
+  m.routes.tokens = token_offsets.size(0) - 1;
+  m.routes.kept = check_offsets(offsets, "offsets", E, R, m.keep)[E];
+  m.routes.token = check_indices(token, "token", R, m.routes.tokens - 1, m.keep);
+  m.routes.row = check_indices(row, "row", R, R - 1, m.keep);
+  m.routes.token_offsets = check_offsets(token_offsets, "token_offsets", m.routes.tokens, R, m.keep);
+  if (weight) check_tensor(*weight, "weight", arithmetic_dtype(m.dtype), {R});
+  m.weight = bias_data(weight, m.keep);
+  return m;
+}
+
+void in_parallel(int64_t rows, int64_t cols, const std::function<void(int64_t, int64_t)>& run) {
+  const int64_t each = rows_of_task(cols);
+  Phases phases;
+  phases.add(divide_up(rows, each),
+             [&](int64_t task, int64_t) { run(task * each, std::min(rows, (task + 1) * each)); });
+  phases.run(rows * cols < 1 << 15 ? 1 : threads());
+}
+
+MoveRows moved(const Move& m, const Tensor& in, Tensor& out) {
+  MoveRows rows;
+  rows.routes = m.routes;
+  rows.cols = m.cols;
+  rows.in = matrix(in, m.dtype);
+  rows.weight = m.weight;
+  rows.out = out.mutable_data_ptr();
+  rows.out_stride = m.cols;
+  rows.out_dtype = m.dtype;
+  return rows;
+}
+
+Tensor moe_dispatch(const Tensor& x, const Tensor& token, std::optional<Tensor> weight, const Tensor& offsets,
+                    const Tensor& row, const Tensor& token_offsets) {
+  const Move m = check_move(x, "x", token, weight, offsets, row, token_offsets);
+  check_tensor(x, "x", m.dtype, {m.routes.tokens, -1});
+  Tensor rows = fresh(x, {token.numel(), m.cols});
+  const MoveRows job = moved(m, x, rows);
+  in_parallel(token.numel(), m.cols, [&](int64_t begin, int64_t end) { kernels().dispatch_rows(job, begin, end); });
+  return rows;
+}
+
+Tensor moe_combine(const Tensor& rows, const Tensor& token, std::optional<Tensor> weight, const Tensor& offsets,
+                   const Tensor& row, const Tensor& token_offsets) {
+  const Move m = check_move(rows, "rows", token, weight, offsets, row, token_offsets);
+  check_tensor(rows, "rows", m.dtype, {token.numel(), -1});
+  Tensor y = fresh(rows, {m.routes.tokens, m.cols});
+  const MoveRows job = moved(m, rows, y);
+  in_parallel(m.routes.tokens, m.cols, [&](int64_t begin, int64_t end) { kernels().combine_rows(job, begin, end); });
+  return y;
+}
+
+// <a[token[r]], rows[r]>, float32 (float64 for float64).
+Tensor moe_row_dots(const Tensor& a, const Tensor& rows, const Tensor& token, const Tensor& offsets, const Tensor& row,
+                    const Tensor& token_offsets) {
+  const Move m = check_move(a, "a", token, std::nullopt, offsets, row, token_offsets);
+  check_tensor(a, "a", m.dtype, {m.routes.tokens, -1});
+  check_tensor(rows, "rows", m.dtype, {token.numel(), m.cols});
+  Tensor out = fresh_arithmetic(m.dtype, {token.numel()});
+  RowDots d;
+  d.cols = m.cols;
+  d.a = matrix(a, m.dtype);
+  d.a.rows = m.routes.token;
+  d.b = matrix(rows, m.dtype);
+  d.out = out.mutable_data_ptr();
+  in_parallel(m.routes.kept, m.cols, [&](int64_t begin, int64_t end) { kernels().row_dots(d, begin, end); });
+  const int64_t size = storage_size(arithmetic_dtype(m.dtype));
+  std::memset(static_cast<char*>(d.out) + m.routes.kept * size, 0,
+              static_cast<size_t>((token.numel() - m.routes.kept) * size));
+  return out;
+}
+
+}  // namespace
+}  // namespace ffn_ops
+
+STABLE_TORCH_LIBRARY_IMPL(ffn_ops, CPU, m) {
+  m.impl("moe_dispatch", TORCH_BOX(&ffn_ops::moe_dispatch));
+  m.impl("moe_combine", TORCH_BOX(&ffn_ops::moe_combine));
+  m.impl("moe_row_dots", TORCH_BOX(&ffn_ops::moe_row_dots));
+}

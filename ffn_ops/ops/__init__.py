@@ -1,0 +1,22 @@
+"""The public functions. One file per operator: public function, fake kernel, autograd.
+
+The kernels see two-dimensional tensors; leading dimensions are folded here, as views where strides allow.
+"""
+
+from ._ffn import ffn
+from ._gated_act import gated_act
+from ._gated_linear import gated_linear
+from ._moe import moe, moe_experts
+from ._rows import moe_combine, moe_dispatch
+from ._shared import activations
+
+__all__ = [
+    "activations",
+    "ffn",
+    "gated_act",
+    "gated_linear",
+    "moe",
+    "moe_combine",
+    "moe_dispatch",
+    "moe_experts",
+]

@@ -1,0 +1,290 @@
+"""ffn: public function, fakes, autograd to second order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .. import _checks as check
+from .._library import differentiable, fake, vmap_by_loop
+from ._gated_act import gated_act, gated_act_backward, gated_act_double_backward, gated_act_op
+from ._shared import NAMES, autocast, dense, fold, given, linear_cotangent, prefers_torch, split
+
+
+def ffn(
+    x: Tensor,
+    w_in: Tensor,
+    w_down: Tensor,
+    *,
+    w_up: Tensor | None = None,
+    gated: bool | None = None,
+    b_in: Tensor | None = None,
+    b_up: Tensor | None = None,
+    b_down: Tensor | None = None,
+    activation: str = "silu",
+    beta: float = 1.0,
+    recompute: bool = False,
+) -> Tensor:
+    """``(act(x w_in^T + b_in) * (x w_up^T + b_up)) w_down^T + b_down``, or without the gate: the whole FFN in one op.
+
+    Args:
+        x: ``[..., D]``; float64, float32, float16 or bfloat16.
+        w_in: ``[F, D]``, the gate's weight where ``w_up`` is given and the one input weight of a plain FFN; with
+            ``gated=True`` and no ``w_up``, ``[2F, D]``, gate rows first.
+        w_down: ``[D_out, F]``.
+        w_up: ``[F, D]``: makes the FFN gated.
+        gated: None stands for "``w_up`` is given".
+        b_in, b_up, b_down: biases of the same widths as their weights' rows, or None.
+        activation, beta: see :func:`gated_act`.
+        recompute: save x alone for backward and compute the pre-activations again there. Same bits, less memory.
+
+    Returns:
+        ``[..., D_out]``. For backward x and the pre-activations (``[T, F]``, two where gated) are saved, no more.
+
+    Raises:
+        TypeError, ValueError: name of the argument, what was expected and what came.
+
+    Source:
+        Vaswani et al., Attention Is All You Need (2017), equation 2; Shazeer, GLU Variants Improve Transformer (2020),
+        equation 6.
+    """
+    check.tensor("x", x)
+    x, w_in, w_up, w_down, b_in, b_up, b_down = autocast(x, w_in, w_up, w_down, b_in, b_up, b_down)  # type: ignore[assignment]
+    if gated is not None:
+        check.flag("gated", gated)
+        if w_up is not None and not gated:
+            raise ValueError("gated: expected None or True where w_up is given, got False")
+    check.flag("recompute", recompute)
+    gated = bool(gated) or w_up is not None
+    if x.dim() < 1:
+        raise ValueError(f"x: expected shape [..., D], got {list(x.shape)}")
+    check.number("beta", beta)
+    by_torch = prefers_torch(x)
+    if by_torch or torch.compiler.is_compiling():
+        _check_ffn(x, w_in, w_up, w_down, b_in, b_up, b_down, gated, activation)
+    if by_torch:
+        return _ffn_by_torch(x, w_in, w_up, w_down, b_in, b_up, b_down, gated, activation, beta)
+    refused: Exception | None = None
+    try:
+        needs_grad = torch.is_grad_enabled() and (
+            x.requires_grad
+            or w_in.requires_grad
+            or w_down.requires_grad
+            or any(t is not None and t.requires_grad for t in (w_up, b_in, b_up, b_down))
+        )
+        save = needs_grad and not recompute
+        args = (w_in, w_up, w_down, b_in, b_up, b_down, gated, activation, float(beta), save)
+        y = _ffn(fold(x), *args, grad=needs_grad)[0]
+    except Exception as error:
+        refused = error
+    if refused is not None:  # the operator checks as strictly, and before any work; the words are found here
+        _check_ffn(x, w_in, w_up, w_down, b_in, b_up, b_down, gated, activation)
+        raise refused
+    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], w_down.shape[0])  # type: ignore[no-any-return]
+
+
+def _ffn_by_torch(
+    x: Tensor,
+    w_in: Tensor,
+    w_up: Tensor | None,
+    w_down: Tensor,
+    b_in: Tensor | None,
+    b_up: Tensor | None,
+    b_down: Tensor | None,
+    gated: bool,
+    activation: str,
+    beta: float,
+) -> Tensor:
+    pre = F.linear(x, w_in, b_in)
+    up = None
+    if w_up is not None:
+        up = F.linear(x, w_up, b_up)
+    elif gated:
+        pre, up = pre.chunk(2, -1)
+    return F.linear(gated_act(pre, up, activation=activation, beta=beta), w_down, b_down)
+
+
+def _check_ffn(
+    x: Tensor,
+    w_in: Tensor,
+    w_up: Tensor | None,
+    w_down: Tensor,
+    b_in: Tensor | None,
+    b_up: Tensor | None,
+    b_down: Tensor | None,
+    gated: bool,
+    activation: str,
+) -> tuple[Any, Any]:
+    """Returns F and the width of the output."""
+    check.tensor("w_in", w_in, ("2F" if gated and w_up is None else "F", x.shape[-1]), like=x)
+    rows = w_in.shape[0]
+    features = rows
+    if w_up is not None:
+        check.tensor("w_up", w_up, (rows, x.shape[-1]), like=x)
+    elif gated:
+        if rows % 2:
+            raise ValueError(f"w_in: expected an even number of rows, gate rows first, got {list(w_in.shape)}")
+        features = rows // 2
+    check.tensor("w_down", w_down, ("D_out", features), like=x)
+    if b_in is not None:
+        check.tensor("b_in", b_in, (rows,), like=x)
+    if b_up is not None:
+        if w_up is None:
+            raise ValueError("b_up: expected None where w_up is None (b_in holds both halves), got a tensor")
+        check.tensor("b_up", b_up, (features,), like=x)
+    if b_down is not None:
+        check.tensor("b_down", b_down, (w_down.shape[0],), like=x)
+    check.activation(activation, NAMES)
+    return features, w_down.shape[0]
+
+
+@fake("ffn")
+def _(
+    x: Tensor,
+    w_in: Tensor,
+    w_up: Tensor | None,
+    w_down: Tensor,
+    b_in: Tensor | None,
+    b_up: Tensor | None,
+    b_down: Tensor | None,
+    gated: bool,
+    activation: str,
+    beta: float,
+    save: bool,
+) -> Any:
+    check.tensor("x", x, ("T", "D"))
+    gated = gated or w_up is not None
+    features, out = _check_ffn(x, w_in, w_up, w_down, b_in, b_up, b_down, gated, activation)
+    gate = dense(x, x.shape[0], features) if save else dense(x, 0)
+    up = dense(x, x.shape[0], features) if save and gated else dense(x, 0)
+    return dense(x, x.shape[0], out), gate, up
+
+
+@fake("ffn_backward")
+def _(
+    d_y: Tensor,
+    x: Tensor,
+    w_in: Tensor,
+    w_up: Tensor | None,
+    w_down: Tensor,
+    b_in: Tensor | None,
+    b_up: Tensor | None,
+    gate: Tensor,
+    up: Tensor,
+    gated: bool,
+    activation: str,
+    beta: float,
+    needs: list[bool],
+) -> Any:
+    check.tensor("x", x, ("T", "D"))
+    gated = gated or w_up is not None
+    features, out = _check_ffn(x, w_in, w_up, w_down, b_in, b_up, None, gated, activation)
+    check.tensor("d_y", d_y, (x.shape[0], out), like=x)
+    in_shape = tuple(w_in.shape)
+    shapes: tuple[Any, ...] = (
+        tuple(x.shape),
+        in_shape,
+        (features, x.shape[1]) if w_up is not None else None,
+        (out, features),
+        (in_shape[0],),
+        (features,) if w_up is not None else None,
+        (out,),
+    )
+    return tuple(
+        dense(x, *shape) if need and shape is not None else dense(x, 0)
+        for shape, need in zip(shapes, needs, strict=True)
+    )
+
+
+def _ffn_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    x, w_in, w_up, w_down, b_in, b_up, _b_down, ctx.gated, ctx.activation, ctx.beta, _save = inputs
+    _y, gate, up = output
+    ctx.mark_non_differentiable(gate, up)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, w_in, w_up, w_down, b_in, b_up, gate, up)
+
+
+def _ffn_backward_formula(ctx: Any, d_y: Tensor | None, _gate: Any, _up: Any) -> Any:
+    if d_y is None:
+        return (None,) * 11
+    x, w_in, w_up, w_down, b_in, b_up, gate, up = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[:7])
+    grads = _ffn_backward(d_y, x, w_in, w_up, w_down, b_in, b_up, gate, up, ctx.gated, ctx.activation, ctx.beta, needs)
+    return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), None, None, None, None)
+
+
+def _ffn_backward_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    d_y, x, w_in, w_up, w_down, b_in, b_up, gate, up, ctx.gated, ctx.activation, ctx.beta, _needs = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(d_y, x, w_in, w_up, w_down, b_in, b_up, gate, up)
+
+
+def _ffn_double_backward(ctx: Any, *grads: Tensor | None) -> Any:
+    """Differentiates the backward, with gate and up as functions of x, weights and biases."""
+    d_y, x, w_in, w_up, w_down, b_in, b_up, gate, up = ctx.saved_tensors
+    dd_x, dd_w_in, dd_w_up, dd_w_down, dd_b_in, dd_b_up, dd_b_down = (given(g) for g in grads)
+    fused = ctx.gated and w_up is None
+    features = w_down.shape[1]
+    w_g, w_u = split(w_in, features) if fused else (w_in, w_up)
+    if fused:
+        dd_w_in, dd_w_up = split(dd_w_in, features)
+        dd_b_in, dd_b_up = split(dd_b_in, features)
+    if gate.dim() == 1:  # not saved
+        b_g, b_u = split(b_in, features) if fused else (b_in, b_up)
+        gate = F.linear(x, w_g, b_g)
+        up = None if w_u is None else F.linear(x, w_u, b_u)
+    elif w_u is None:
+        up = None
+    act = (ctx.activation, ctx.beta)
+
+    d_h = d_y @ w_down
+    d_g, d_u = gated_act_backward(d_h, gate, up, *act, [True, True])
+    dd_g = linear_cotangent(x, w_g, dd_x, dd_w_in, dd_b_in)
+    dd_u = None if w_u is None else linear_cotangent(x, w_u, dd_x, dd_w_up, dd_b_up)
+    by_d_h, by_g, by_u = gated_act_double_backward(dd_g, dd_u, d_h, gate, up, *act)
+    by_d_y = by_d_h @ w_down.t()
+    if dd_w_down is not None:  # d_w_down = d_y^T h
+        by_d_y = by_d_y + gated_act_op(gate, up, *act) @ dd_w_down.t()
+        more_g, more_u = gated_act_backward(d_y @ dd_w_down, gate, up, *act, [True, True])
+        by_g = by_g + more_g
+        by_u = by_u if w_u is None else by_u + more_u
+    if dd_b_down is not None:
+        by_d_y = by_d_y + dd_b_down
+
+    def by_linear(by_z: Tensor, d_z: Tensor, weight: Tensor, dd_w: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        by_x, by_w = by_z @ weight, by_z.t() @ x
+        if dd_w is not None:
+            by_x = by_x + d_z @ dd_w
+        if dd_x is not None:
+            by_w = by_w + d_z.t() @ dd_x
+        return by_x, by_w, by_z.sum(0)
+
+    by_x, by_w_in, by_b_in = by_linear(by_g, d_g, w_g, dd_w_in)
+    by_w_up = by_b_up = None
+    if w_u is not None:
+        by_x_up, by_w_up, by_b_up = by_linear(by_u, d_u, w_u, dd_w_up)
+        by_x = by_x + by_x_up
+        if fused:
+            by_w_in, by_w_up = torch.cat((by_w_in, by_w_up)), None
+            by_b_in, by_b_up = torch.cat((by_b_in, by_b_up)), None
+    return (
+        by_d_y,
+        by_x,
+        by_w_in,
+        by_w_up,
+        d_y.t() @ by_d_h,
+        by_b_in if b_in is not None else None,
+        by_b_up if b_up is not None else None,
+        *(None,) * 6,
+    )
+
+
+_ffn_backward = differentiable("ffn_backward", _ffn_backward_setup, _ffn_double_backward)
+_ffn = differentiable("ffn", _ffn_setup, _ffn_backward_formula)
+
+
+for _name in ("ffn", "ffn_backward"):
+    vmap_by_loop(_name)

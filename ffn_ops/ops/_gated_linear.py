@@ -1,0 +1,215 @@
+"""gated_linear: public function, fakes, autograd to second order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .. import _checks as check
+from .._library import differentiable, fake, vmap_by_loop
+from ._gated_act import gated_act, gated_act_backward, gated_act_double_backward
+from ._shared import NAMES, autocast, dense, fold, given, linear_cotangent, prefers_torch
+
+
+def gated_linear(
+    x: Tensor,
+    w_gate: Tensor | Sequence[Tensor],
+    w_up: Tensor | Sequence[Tensor],
+    *,
+    b_gate: Tensor | Sequence[Tensor] | None = None,
+    b_up: Tensor | Sequence[Tensor] | None = None,
+    activation: str = "sigmoid",
+    beta: float = 1.0,
+) -> Tensor:
+    """``act(x w_gate^T + b_gate) * (x w_up^T + b_up)``: the GLU layer. With lists of G weights, the sum over branches.
+
+    Args:
+        x: ``[..., D]``; float64, float32, float16 or bfloat16.
+        w_gate, w_up: ``[F, D]`` each, or equally long sequences of such (one per branch).
+        b_gate, b_up: ``[F]`` each, or sequences; None for no bias.
+        activation, beta: see :func:`gated_act`.
+
+    Returns:
+        ``[..., F]``. The activation and the sum over branches happen on the accumulators; nothing of shape ``[T, F]``
+        but the result is written in inference, and two pre-activations per branch are saved for backward.
+
+    Raises:
+        TypeError, ValueError: name of the argument, what was expected and what came.
+
+    Source:
+        Dauphin et al., Language Modeling with Gated Convolutional Networks (2017), equation 1.
+    """
+    lists = [_as_list(n, v) for n, v in (("w_gate", w_gate), ("w_up", w_up), ("b_gate", b_gate), ("b_up", b_up))]
+    check.tensor("x", x)
+    cast = iter(autocast(x, *(t for each in lists for t in each)))
+    x = next(cast)  # type: ignore[assignment]
+    lists = [[next(cast) for _ in each] for each in lists]  # type: ignore[misc]
+    gates, ups, gate_biases, up_biases = lists
+    if x.dim() < 1:
+        raise ValueError(f"x: expected shape [..., D], got {list(x.shape)}")
+    _check_gated_linear(x, gates, ups, gate_biases, up_biases, activation)
+    check.number("beta", beta)
+    if prefers_torch(x):
+        parts = [
+            gated_act(
+                F.linear(x, gates[i], gate_biases[i] if gate_biases else None),
+                F.linear(x, ups[i], up_biases[i] if up_biases else None),
+                activation=activation,
+                beta=beta,
+            )
+            for i in range(len(gates))
+        ]
+        return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+    save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *gates, *ups, *gate_biases, *up_biases))
+    y = _gated_linear(fold(x), gates, ups, gate_biases, up_biases, activation, float(beta), save)[0]
+    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[-1])  # type: ignore[no-any-return]
+
+
+def _as_list(name: str, value: Any) -> list[Tensor]:
+    if value is None:
+        return []
+    values = list(value) if isinstance(value, (list, tuple)) else [value]
+    for each in values:
+        if not isinstance(each, Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor or a list of them, got {type(each).__name__}")
+    return values
+
+
+def _check_gated_linear(
+    x: Tensor,
+    w_gate: Sequence[Tensor],
+    w_up: Sequence[Tensor],
+    b_gate: Sequence[Tensor],
+    b_up: Sequence[Tensor],
+    activation: str,
+) -> None:
+    check.tensor("x", x)
+    if not w_gate:
+        raise ValueError("w_gate: expected at least one weight, got none")
+    check.tensor("w_gate", w_gate[0], ("F", x.shape[-1]), like=x)
+    features = w_gate[0].shape[0]
+    if len(w_up) != len(w_gate):
+        raise ValueError(f"w_up: expected as many weights as w_gate has ({len(w_gate)}), got {len(w_up)}")
+    for name, weights in (("w_gate", w_gate), ("w_up", w_up)):
+        for weight in weights:
+            check.tensor(name, weight, (features, x.shape[-1]), like=x)
+    for name, biases in (("b_gate", b_gate), ("b_up", b_up)):
+        if biases and len(biases) != len(w_gate):
+            raise ValueError(f"{name}: expected none or one for each weight ({len(w_gate)}), got {len(biases)}")
+        for bias in biases:
+            check.tensor(name, bias, (features,), like=x)
+    check.activation(activation, NAMES)
+
+
+@fake("gated_linear")
+def _(x: Tensor, w_gate: Any, w_up: Any, b_gate: Any, b_up: Any, activation: str, beta: float, save: bool) -> Any:
+    check.tensor("x", x, ("T", "D"))
+    _check_gated_linear(x, w_gate, w_up, b_gate, b_up, activation)
+    T, F_ = x.shape[0], w_gate[0].shape[0]
+    saved = [dense(x, len(w_gate), T, F_) if save else dense(x, 0) for _ in range(2)]
+    return dense(x, T, F_), saved[0], saved[1]
+
+
+@fake("gated_linear_backward")
+def _(
+    d_y: Tensor,
+    x: Tensor,
+    w_gate: Any,
+    w_up: Any,
+    b_gate: Any,
+    b_up: Any,
+    gate: Tensor,
+    up: Tensor,
+    activation: str,
+    beta: float,
+    needs: list[bool],
+) -> Any:
+    check.tensor("x", x, ("T", "D"))
+    _check_gated_linear(x, w_gate, w_up, b_gate, b_up, activation)
+    G, T, D, F_ = len(w_gate), x.shape[0], x.shape[1], w_gate[0].shape[0]
+    check.tensor("d_y", d_y, (T, F_), like=x)
+    check.tensor("gate", gate, (G, T, F_), like=x)
+    check.tensor("up", up, (G, T, F_), like=x)
+    shapes = ((T, D), (G, F_, D), (G, F_, D), (G, F_), (G, F_))
+    return tuple(dense(x, *shape) if need else dense(x, 0) for shape, need in zip(shapes, needs, strict=True))
+
+
+def _any(needs: Any) -> bool:
+    return any(needs) if isinstance(needs, (list, tuple)) else bool(needs)
+
+
+def _gated_linear_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    x, w_gate, w_up, b_gate, b_up, ctx.activation, ctx.beta, save = inputs
+    _y, gate, up = output
+    ctx.mark_non_differentiable(gate, up)
+    ctx.set_materialize_grads(False)
+    ctx.save = save
+    ctx.lengths = [len(each) for each in (w_gate, w_up, b_gate, b_up)]
+    ctx.save_for_backward(x, gate, up, *w_gate, *w_up, *b_gate, *b_up)
+
+
+def _lists(tensors: Sequence[Any], lengths: Sequence[int]) -> list[list[Any]]:
+    ends = list(accumulate(lengths))
+    return [list(tensors[end - length : end]) for length, end in zip(lengths, ends, strict=True)]
+
+
+def _gated_linear_backward_formula(ctx: Any, d_y: Tensor | None, _gate: Any, _up: Any) -> Any:
+    none = [[None] * length for length in ctx.lengths]  # torch wants a list for a list, asked for or not
+    if d_y is None:
+        return None, *none, None, None, None
+    if not ctx.save:
+        raise RuntimeError("gated_linear: backward needs the pre-activations; call the operator with save=True")
+    x, gate, up, *others = ctx.saved_tensors
+    needs = [_any(each) for each in ctx.needs_input_grad[:5]]
+    lists = _lists(others, ctx.lengths)
+    grads = _gated_linear_backward(d_y, x, *lists, gate, up, ctx.activation, ctx.beta, needs)
+    lists = [list(g.unbind(0)) if need else n for g, need, n in zip(grads[1:], needs[1:], none, strict=True)]
+    return (grads[0] if needs[0] else None, *lists, None, None, None)
+
+
+def _gated_linear_backward_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    d_y, x, w_gate, w_up, b_gate, b_up, gate, up, ctx.activation, ctx.beta, _needs = inputs
+    ctx.lengths = [len(each) for each in (w_gate, w_up, b_gate, b_up)]
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(d_y, x, gate, up, *w_gate, *w_up)
+
+
+def _gated_linear_double_backward(ctx: Any, *grads: Tensor | None) -> Any:
+    """Differentiates the backward, with gate and up as functions of x, weights and biases."""
+    d_y, x, gate, up, *weights = ctx.saved_tensors
+    G, _G, gate_biases, up_biases = ctx.lengths
+    w_gate, w_up = _lists(weights, (G, G))
+    dd_x, dd_w_gate, dd_w_up, dd_b_gate, dd_b_up = (given(g) for g in grads)
+    by_d_y, by_x = torch.zeros_like(d_y), torch.zeros_like(x)
+    by_w_gate, by_w_up, by_b_gate, by_b_up = [], [], [], []
+    for i in range(G):
+        part = [None if t is None else t[i] for t in (dd_w_gate, dd_w_up, dd_b_gate, dd_b_up)]
+        dd_g = linear_cotangent(x, w_gate[i], dd_x, part[0], part[2])
+        dd_u = linear_cotangent(x, w_up[i], dd_x, part[1], part[3])
+        d_g, d_u = gated_act_backward(d_y, gate[i], up[i], ctx.activation, ctx.beta, [True, True])
+        by_d, by_g, by_u = gated_act_double_backward(dd_g, dd_u, d_y, gate[i], up[i], ctx.activation, ctx.beta)
+        by_d_y = by_d_y + by_d
+        by_x = by_x + by_g @ w_gate[i] + by_u @ w_up[i]
+        if part[0] is not None:
+            by_x = by_x + d_g @ part[0]
+        if part[1] is not None:
+            by_x = by_x + d_u @ part[1]
+        by_w_gate.append(by_g.t() @ x if dd_x is None else by_g.t() @ x + d_g.t() @ dd_x)
+        by_w_up.append(by_u.t() @ x if dd_x is None else by_u.t() @ x + d_u.t() @ dd_x)
+        by_b_gate.append(by_g.sum(0))
+        by_b_up.append(by_u.sum(0))
+    return by_d_y, by_x, by_w_gate, by_w_up, by_b_gate[:gate_biases], by_b_up[:up_biases], *(None,) * 5
+
+
+_gated_linear_backward = differentiable(
+    "gated_linear_backward", _gated_linear_backward_setup, _gated_linear_double_backward
+)
+_gated_linear = differentiable("gated_linear", _gated_linear_setup, _gated_linear_backward_formula)
+
+for _name in ("gated_linear", "gated_linear_backward"):
+    vmap_by_loop(_name)

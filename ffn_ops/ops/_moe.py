@@ -1,0 +1,336 @@
+"""moe: public functions, fakes, autograd to second order."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .. import _checks as check
+from .._library import differentiable, fake, vmap_by_loop
+from ._gated_act import gated_act_backward, gated_act_double_backward, gated_act_op
+from ._rows import arithmetic, check_routing, combine_op, dispatch_op, linear_op, outer_op
+from ._shared import NAMES, autocast, dense, fold, given
+
+if TYPE_CHECKING:
+    from ..routing import Routing
+
+
+def moe(
+    x: Tensor,
+    routing: Routing,
+    w_in: Tensor,
+    w_down: Tensor,
+    *,
+    gated: bool = False,
+    b_in: Tensor | None = None,
+    b_down: Tensor | None = None,
+    activation: str = "gelu",
+    beta: float = 1.0,
+    recompute: bool = False,
+) -> Tensor:
+    """``y[t] = sum over the rows r of token t of weight[r] * expert(x[t])``: a mixture of experts in one operator.
+
+    The expert of a row is ``act(x w_in^T + b_in) w_down^T + b_down``, or gated ``(act(gate) * up) w_down^T + b_down``.
+    Rows are gathered while they are packed and combined per token; nothing of shape ``[R, D]`` outlives the call.
+
+    Args:
+        x: ``[..., D]`` with T tokens; float64, float32, float16 or bfloat16.
+        routing: who computes what, see :mod:`ffn_ops.routing`. Its weights get a gradient; they are float32 (float64
+            for float64), also under autocast.
+        w_in: ``[E, F, D]``; gated ``[E, 2F, D]``, gate rows first.
+        w_down: ``[E, D_out, F]``.
+        gated: whether ``w_in`` holds gate and up weights.
+        b_in, b_down: ``[E, F]`` (gated ``[E, 2F]``) and ``[E, D_out]``, or None.
+        activation, beta: see :func:`ffn_ops.gated_act`.
+        recompute: save x and the routing alone for backward. Same bits, less memory.
+
+    Returns:
+        ``[..., D_out]``, zeros for a token all of whose rows are dropped. For backward x, the pre-activations
+        (``[R, F]``, two where gated) and the routing are saved.
+
+    Raises:
+        TypeError, ValueError: name of the argument, what was expected and what came.
+
+    Source:
+        Shazeer et al., Outrageously Large Neural Networks (2017), equation 1; the gradient of the weight as <dA', A>:
+        SonicMoE (2025).
+    """
+    check.tensor("x", x)
+    x, w_in, w_down, b_in, b_down = autocast(x, w_in, w_down, b_in, b_down)  # type: ignore[assignment]
+    check_routing(x, routing)
+    _check_weights(x, routing.offsets, w_in, w_down, b_in, b_down, gated, activation, beta, recompute)
+    token, weight, offsets, row, token_offsets = routing[:5]
+    weight = weight.to(arithmetic(x))
+    save = not recompute and _needs_grad(x, weight, w_in, w_down, b_in, b_down)
+    route = (token, weight, offsets, row, token_offsets)
+    y = moe_op(fold(x), *route, w_in, w_down, b_in, b_down, gated, activation, float(beta), save)[0]
+    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], w_down.shape[1])  # type: ignore[no-any-return]
+
+
+def moe_experts(
+    rows: Tensor,
+    offsets: Tensor,
+    w_in: Tensor,
+    w_down: Tensor,
+    *,
+    gated: bool = False,
+    b_in: Tensor | None = None,
+    b_down: Tensor | None = None,
+    activation: str = "gelu",
+    beta: float = 1.0,
+    recompute: bool = False,
+) -> Tensor:
+    """The experts of :func:`moe` on rows that are sorted already: expert e computes rows ``offsets[e]`` to
+    ``offsets[e + 1]``.
+
+    Args:
+        rows: ``[R, D]``, as :func:`moe_dispatch` gives them or a collective brings them.
+        offsets: ``[E + 1]`` int64, from 0, never falling. Rows from ``offsets[E]`` on are not read.
+        w_in, w_down, gated, b_in, b_down, activation, beta, recompute: see :func:`moe`.
+
+    Returns:
+        ``[R, D_out]``, zeros from ``offsets[E]`` on.
+
+    Raises:
+        TypeError, ValueError: name of the argument, what was expected and what came.
+
+    Source:
+        See :func:`moe`.
+    """
+    check.tensor("rows", rows, ("R", "D"))
+    rows, w_in, w_down, b_in, b_down = autocast(rows, w_in, w_down, b_in, b_down)  # type: ignore[assignment]
+    check.indices("offsets", offsets)
+    _check_weights(rows, offsets, w_in, w_down, b_in, b_down, gated, activation, beta, recompute)
+    save = not recompute and _needs_grad(rows, w_in, w_down, b_in, b_down)
+    route = (None, None, offsets, None, None)
+    return moe_op(rows, *route, w_in, w_down, b_in, b_down, gated, activation, float(beta), save)[0]  # type: ignore[no-any-return]
+
+
+def _needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _check_weights(
+    x: Tensor,
+    offsets: Tensor,
+    w_in: Tensor,
+    w_down: Tensor,
+    b_in: Tensor | None,
+    b_down: Tensor | None,
+    gated: bool,
+    activation: str,
+    beta: float = 1.0,
+    recompute: bool = False,
+) -> tuple[Any, Any]:
+    """Returns F and the width of the output."""
+    check.flag("gated", gated)
+    check.flag("recompute", recompute)
+    check.activation(activation, NAMES)
+    check.number("beta", beta)
+    experts = offsets.shape[0] - 1
+    check.tensor("w_in", w_in, (experts, "2F" if gated else "F", x.shape[-1]), like=x)
+    rows = w_in.shape[1]
+    if gated and rows % 2:
+        raise ValueError(f"w_in: expected an even number of rows, gate rows first, got {list(w_in.shape)}")
+    features = rows // 2 if gated else rows
+    check.tensor("w_down", w_down, (experts, "D_out", features), like=x)
+    if b_in is not None:
+        check.tensor("b_in", b_in, (experts, rows), like=x)
+    if b_down is not None:
+        check.tensor("b_down", b_down, (experts, w_down.shape[1]), like=x)
+    return features, w_down.shape[1]
+
+
+def _num_rows(x: Tensor, token: Tensor | None) -> Any:
+    return x.shape[0] if token is None else token.shape[0]
+
+
+@fake("moe")
+def _(
+    x: Tensor,
+    token: Tensor | None,
+    weight: Tensor | None,
+    offsets: Tensor,
+    row: Tensor | None,
+    token_offsets: Tensor | None,
+    w_in: Tensor,
+    w_down: Tensor,
+    b_in: Tensor | None,
+    b_down: Tensor | None,
+    gated: bool,
+    activation: str,
+    beta: float,
+    save: bool,
+) -> Any:
+    check.tensor("x", x, ("T", "D"))
+    features, out = _check_weights(x, offsets, w_in, w_down, b_in, b_down, gated, activation)
+    rows = _num_rows(x, token)
+    gate = dense(x, rows, features) if save else dense(x, 0)
+    up = dense(x, rows, features) if save and gated else dense(x, 0)
+    return dense(x, x.shape[0], out), gate, up
+
+
+@fake("moe_backward")
+def _(
+    d_y: Tensor,
+    x: Tensor,
+    token: Tensor | None,
+    weight: Tensor | None,
+    offsets: Tensor,
+    row: Tensor | None,
+    token_offsets: Tensor | None,
+    w_in: Tensor,
+    w_down: Tensor,
+    b_in: Tensor | None,
+    b_down: Tensor | None,
+    gate: Tensor,
+    up: Tensor,
+    gated: bool,
+    activation: str,
+    beta: float,
+    needs: list[bool],
+) -> Any:
+    check.tensor("x", x, ("T", "D"))
+    features, out = _check_weights(x, offsets, w_in, w_down, b_in, b_down, gated, activation)
+    check.tensor("d_y", d_y, (x.shape[0], out), like=x)
+    experts = w_in.shape[0]
+    shapes = (x.shape, None, w_in.shape, (experts, out, features), w_in.shape[:2], (experts, out))
+    grads = [dense(x, *s) if need and s is not None else dense(x, 0) for s, need in zip(shapes, needs, strict=True)]
+    if needs[1] and token is not None:
+        grads[1] = x.new_empty((token.shape[0],), dtype=arithmetic(x))
+    return tuple(grads)
+
+
+def _moe_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    *tensors, ctx.gated, ctx.activation, ctx.beta, _save = inputs
+    _y, gate, up = output
+    ctx.mark_non_differentiable(gate, up)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, gate, up)
+
+
+# Places of x, weight, w_in, w_down, b_in and b_down among the arguments of moe.
+_PLACES = (0, 2, 6, 7, 8, 9)
+
+
+def _moe_backward_formula(ctx: Any, d_y: Tensor | None, _gate: Any, _up: Any) -> Any:
+    result: list[Any] = [None] * 14
+    if d_y is None:
+        return tuple(result)
+    needs = [ctx.needs_input_grad[place] for place in _PLACES]
+    grads = moe_backward_op(d_y, *ctx.saved_tensors, ctx.gated, ctx.activation, ctx.beta, needs)
+    for place, grad, need in zip(_PLACES, grads, needs, strict=True):
+        result[place] = grad if need else None
+    return tuple(result)
+
+
+def _moe_backward_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    *tensors, ctx.gated, ctx.activation, ctx.beta, _needs = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors)
+
+
+def _moe_double_backward(ctx: Any, *grads: Tensor | None) -> Any:
+    """Differentiates the backward, with the pre-activations as functions of x, weights and biases.
+
+    Row by row, with g the gradient of the output, a = g w_down, z the pre-activations, h = act(z), s the weight:
+    d_z = act'(s a, z), d_s = <a, h> + <g, b_down>, d_w_in = d_z^T x, d_w_down = s g^T h, d_b_down = s g and
+    d_x = d_z w_in. ``v_t`` is the cotangent of v where v is one of these gradients.
+    """
+    d_y, x, token, weight, offsets, row, token_offsets, w_in, w_down, b_in, b_down, gate, up = ctx.saved_tensors
+    dd_x, dd_s, dd_w_in, dd_w_down, dd_b_in, dd_b_down = (given(g) for g in grads)
+    act = (ctx.activation, ctx.beta)
+    route = (offsets, row, token_offsets)
+    transposed = w_down.transpose(1, 2)
+
+    def gather(t: Tensor) -> Tensor:
+        return t if token is None else dispatch_op(t, token, None, *route)  # type: ignore[no-any-return]
+
+    def scatter(rows: Tensor) -> Tensor:
+        return rows if token is None else combine_op(rows, token, None, *route)  # type: ignore[no-any-return]
+
+    def spread(per_expert: Tensor) -> Tensor:
+        return linear_op(ones, per_expert.unsqueeze(2), offsets)  # type: ignore[no-any-return]
+
+    def total(rows: Tensor) -> Tensor:
+        return outer_op(rows, ones, offsets).squeeze(2)  # type: ignore[no-any-return]
+
+    def halves(z: Tensor) -> tuple[Tensor, Tensor | None]:
+        return tuple(z.chunk(2, 1)) if ctx.gated else (z, None)  # type: ignore[return-value]
+
+    def joined(by_gate: Tensor, by_up: Tensor | None) -> Tensor:
+        return torch.cat((by_gate, by_up), 1) if by_up is not None and ctx.gated else by_gate
+
+    def dots(a: Tensor, b: Tensor) -> Tensor:
+        return (a * b).sum(1, keepdim=True)
+
+    ones = x.new_ones(_num_rows(x, token), 1)
+    s = ones if weight is None else weight.unsqueeze(1).to(x.dtype)
+    g, x_rows = gather(d_y), gather(x)
+    if gate.dim() == 1:  # not saved
+        z = linear_op(x_rows, w_in, offsets)
+        gate, up_ = halves(z if b_in is None else z + spread(b_in))
+    else:
+        up_ = up if ctx.gated else None
+    h = gated_act_op(gate, up_, *act)
+    a = linear_op(g, transposed, offsets)
+    d_z = joined(*gated_act_backward(s * a, gate, up_, *act, [True, True]))
+
+    z_t = torch.zeros_like(d_z)  # the cotangent of d_z
+    x_t = None if dd_x is None else gather(dd_x)
+    if x_t is not None:
+        z_t = z_t + linear_op(x_t, w_in, offsets)
+    if dd_w_in is not None:
+        z_t = z_t + linear_op(x_rows, dd_w_in, offsets)
+    if dd_b_in is not None:
+        z_t = z_t + spread(dd_b_in)
+    by_d, by_gate, by_up = gated_act_double_backward(*halves(z_t), s * a, gate, up_, *act)
+    by_z = joined(by_gate, by_up)
+    by_a, by_s, by_g = s * by_d, dots(by_d, a), torch.zeros_like(g)
+    d_h = torch.zeros_like(h)  # what reaches h from d_s and d_w_down
+    by_b_down = None
+    if dd_s is not None:
+        s_t = dd_s.unsqueeze(1).to(x.dtype)
+        by_a = by_a + s_t * h
+        d_h = d_h + s_t * a
+        if b_down is not None:
+            by_g = by_g + s_t * spread(b_down)
+            by_b_down = total(s_t * g)
+    if dd_w_down is not None:
+        a_t = linear_op(g, dd_w_down.transpose(1, 2), offsets)
+        by_s = by_s + dots(a_t, h)
+        d_h = d_h + s * a_t
+        by_g = by_g + s * linear_op(h, dd_w_down, offsets)
+    if dd_b_down is not None:
+        b_t = spread(dd_b_down)
+        by_s = by_s + dots(g, b_t)
+        by_g = by_g + s * b_t
+    by_z = by_z + joined(*gated_act_backward(d_h, gate, up_, *act, [True, True]))
+    by_g = by_g + linear_op(by_a, w_down, offsets)
+    by_w_in = outer_op(by_z, x_rows, offsets)
+    by_x = linear_op(by_z, w_in.transpose(1, 2), offsets)
+    if x_t is not None:
+        by_w_in = by_w_in + outer_op(d_z, x_t, offsets)
+    if dd_w_in is not None:
+        by_x = by_x + linear_op(d_z, dd_w_in.transpose(1, 2), offsets)
+    return (
+        scatter(by_g),
+        scatter(by_x),
+        None,
+        None if weight is None else by_s.squeeze(1).to(weight.dtype),
+        *(None,) * 3,
+        by_w_in,
+        outer_op(g, by_a, offsets),
+        total(by_z) if b_in is not None else None,
+        by_b_down,
+        *(None,) * 6,
+    )
+
+
+moe_backward_op = differentiable("moe_backward", _moe_backward_setup, _moe_double_backward)
+moe_op = differentiable("moe", _moe_setup, _moe_backward_formula)
+
+for _name in ("moe", "moe_backward"):
+    vmap_by_loop(_name)

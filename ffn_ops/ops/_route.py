@@ -1,0 +1,206 @@
+"""Operators of routing: the choice of experts, the sort of routed rows, BASE's assignment and rounding to tiles.
+
+Public functions stand in ffn_ops/routing; here are fakes and autograd.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _checks as check
+from .._library import differentiable, fake, overload, vmap_by_loop
+
+NORM_EPSILON = 1e-20  # as the kernel's
+
+
+def check_top_k(
+    logits: Tensor, k: Any, score: Any, renormalize: Any, softmax_after: Any, num_groups: Any, top_groups: Any
+) -> None:
+    check.tensor("logits", logits, ("T", "E"))
+    experts = logits.shape[1]
+    check.at_least("k", k, 1, experts)
+    check.choice("score", score, ("softmax", "sigmoid"))
+    check.flag("renormalize", renormalize)
+    check.flag("softmax_after", softmax_after)
+    if softmax_after and score == "sigmoid":
+        raise ValueError("softmax_after: expected False where score is sigmoid, got True")
+    check.at_least("num_groups", num_groups, 1, experts)
+    if experts % num_groups:
+        raise ValueError(f"num_groups: expected a divisor of the number of experts ({experts}), got {num_groups}")
+    check.at_least("top_groups", top_groups, 1, num_groups)
+    if k > experts // num_groups * top_groups:
+        raise ValueError(f"top_groups: expected groups that hold k = {k} experts, got {top_groups} of {num_groups}")
+
+
+def _wide(t: Tensor) -> torch.dtype:
+    return torch.float64 if t.dtype is torch.float64 else torch.float32
+
+
+@fake("route_top_k")
+def _(
+    logits: Tensor,
+    bias: Tensor | None,
+    k: int,
+    score: str,
+    renormalize: bool,
+    softmax_after: bool,
+    num_groups: int,
+    top_groups: int,
+    scale: float,
+) -> Any:
+    check_top_k(logits, k, score, renormalize, softmax_after, num_groups, top_groups)
+    shape = (logits.shape[0], k)
+    return logits.new_empty(shape, dtype=torch.int64), logits.new_empty(shape, dtype=_wide(logits))
+
+
+@fake("route_top_k_backward")
+def _(
+    d_weights: Tensor,
+    logits: Tensor,
+    ids: Tensor,
+    score: str,
+    renormalize: bool,
+    softmax_after: bool,
+    scale: float,
+) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+def _top_k_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    logits, _bias, _k, ctx.score, ctx.renormalize, ctx.softmax_after, _groups, _top, ctx.scale = inputs
+    ctx.mark_non_differentiable(output[0])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(logits, output[0])
+
+
+def _top_k_backward_formula(ctx: Any, _ids: Any, d_weights: Tensor | None) -> Any:
+    if d_weights is None:
+        return (None,) * 9
+    logits, ids = ctx.saved_tensors
+    options = (ctx.score, ctx.renormalize, ctx.softmax_after, ctx.scale)
+    return (top_k_backward_op(d_weights, logits, ids, *options), *(None,) * 8)
+
+
+def _top_k_backward_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    d_weights, logits, ids, ctx.score, ctx.renormalize, ctx.softmax_after, ctx.scale = inputs
+    ctx.save_for_backward(d_weights, logits, ids)
+
+
+def _top_k_double_backward(ctx: Any, dd: Tensor) -> Any:
+    """Of <dd, d_logits>, with s the scores and w = scale s / sum where renormalised.
+
+    Forward mode through the scores: s_t = ds/dz dd; then L = <d_weights, w_t>, which is linear in d_weights.
+    """
+    d_weights, logits, ids = ctx.saved_tensors
+    z, dd = logits.to(d_weights.dtype), dd.to(d_weights.dtype)
+    if ctx.softmax_after:
+        z, dd = z.gather(1, ids), dd.gather(1, ids)
+    if ctx.score == "sigmoid":
+        all_scores = torch.sigmoid(z)
+        slope = all_scores * (1 - all_scores)
+        all_t = slope * dd
+    else:
+        all_scores = torch.softmax(z, 1)
+        mean = (all_scores * dd).sum(1, keepdim=True)
+        all_t = all_scores * (dd - mean)
+    s, s_t = (all_scores, all_t) if ctx.softmax_after else (all_scores.gather(1, ids), all_t.gather(1, ids))
+    # w_t and the cotangents of s and s_t in <d_weights, w_t>
+    d = d_weights * ctx.scale
+    if ctx.renormalize and not ctx.softmax_after:
+        total = s.sum(1, keepdim=True) + NORM_EPSILON
+        total_t = s_t.sum(1, keepdim=True)
+        w_t = (s_t - s * total_t / total) / total * ctx.scale
+        d_s = (d * s).sum(1, keepdim=True)
+        by_s_t = d / total - d_s / total**2
+        by_s = -d * total_t / total**2 - (d * s_t).sum(1, keepdim=True) / total**2 + 2 * d_s * total_t / total**3
+    else:
+        w_t, by_s_t, by_s = s_t * ctx.scale, d, torch.zeros_like(d)
+    if not ctx.softmax_after:
+        empty = torch.zeros_like(all_scores)
+        by_s_t, by_s = empty.scatter(1, ids, by_s_t), empty.scatter(1, ids, by_s)
+    # s_t = s'(z) dd
+    if ctx.score == "sigmoid":
+        by_z = by_s * slope + by_s_t * slope * (1 - 2 * all_scores) * dd
+    else:
+        by_s = by_s + by_s_t * (dd - mean) - dd * (by_s_t * all_scores).sum(1, keepdim=True)
+        by_z = all_scores * (by_s - (all_scores * by_s).sum(1, keepdim=True))
+    if ctx.softmax_after:
+        by_z = torch.zeros_like(logits, dtype=by_z.dtype).scatter(1, ids, by_z)
+    return w_t, by_z.to(logits.dtype), *(None,) * 5
+
+
+top_k_backward_op = differentiable("route_top_k_backward", _top_k_backward_setup, _top_k_double_backward)
+top_k_op = differentiable("route_top_k", _top_k_setup, _top_k_backward_formula)
+
+
+# ---- sort -----------------------------------------------------------------------------------------------------------
+
+
+@fake("moe_sort")
+def _(
+    expert: Tensor,
+    token: Tensor | None,
+    weight: Tensor,
+    num_experts: Any,
+    num_tokens: Any,
+    capacity: Any,
+    by_weight: bool,
+) -> Any:
+    rows = expert.shape[0] if token is not None else expert.shape[0] * expert.shape[1]
+
+    def index(*shape: Any) -> Tensor:
+        return expert.new_empty(shape, dtype=torch.int64)
+
+    place = index(rows if token is not None else 0)
+    offsets = index(num_experts + 1)
+    return (
+        index(rows),
+        weight.new_empty((rows,)),
+        offsets,
+        index(rows),
+        index(num_tokens + 1),
+        index(num_experts),
+        place,
+    )
+
+
+def _sort_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    _token, _weight, _offsets, row, _token_offsets, _counts, place = output
+    ctx.mark_non_differentiable(*(t for i, t in enumerate(output) if i != 1))
+    ctx.set_materialize_grads(False)
+    ctx.shape = inputs[2].shape
+    ctx.save_for_backward(row if inputs[1] is None else place)
+
+
+def _sort_backward(ctx: Any, _token: Any, d_weight: Tensor | None, *_: Any) -> Any:
+    if d_weight is None:
+        return (None,) * 7
+    (place,) = ctx.saved_tensors  # where each entry went: a permutation
+    return None, None, d_weight.index_select(0, place).view(ctx.shape), *(None,) * 4
+
+
+sort_op = differentiable("moe_sort", _sort_setup, _sort_backward)
+
+
+# ---- assignments ----------------------------------------------------------------------------------------------------
+
+
+@fake("balanced_assignment")
+def _(scores: Tensor, mask: Tensor | None) -> Tensor:
+    return scores.new_empty((scores.shape[0],), dtype=torch.int64)
+
+
+@fake("round_tokens")
+def _(scores: Tensor, ids: Tensor, tile: int) -> Any:
+    rows = ids.shape[0] * ids.shape[1] + scores.shape[1] * (tile // 2)
+    return tuple(scores.new_empty((rows,), dtype=torch.int64) for _ in range(2))
+
+
+balanced_assignment_op = overload("balanced_assignment")
+round_tokens_op = overload("round_tokens")
+
+for _name in ("route_top_k", "route_top_k_backward", "moe_sort", "balanced_assignment", "round_tokens"):
+    vmap_by_loop(_name)

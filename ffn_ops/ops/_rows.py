@@ -1,0 +1,177 @@
+"""Rows between tokens and experts: dispatch, combine, row products, and products per expert. Each is built from the
+others' gradients, so all can be differentiated to any order.
+
+The five index tensors of a routing come in the order token, weight, offsets, row, token_offsets everywhere.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .. import _checks as check
+from .._library import differentiable, fake, vmap_by_loop
+from ._shared import autocast, dense, fold
+
+if TYPE_CHECKING:
+    from ..routing import Routing
+
+
+def moe_dispatch(x: Tensor, routing: Routing) -> Tensor:
+    """Rows sorted by expert: ``rows[r] = x[token[r]]``, zeros for dropped rows.
+
+    Args:
+        x: ``[..., D]`` with T tokens; float64, float32, float16 or bfloat16.
+        routing: of these T tokens.
+
+    Returns:
+        ``[R, D]``, for whoever puts a collective between the parts of :func:`moe`; ``moe`` itself does not write it.
+
+    Raises:
+        TypeError, ValueError: name of the argument, what was expected and what came.
+
+    Source:
+        GShard, Lepikhin et al. (2020), algorithm 1, without its one-hot products.
+    """
+    check.tensor("x", x)
+    (x,) = autocast(x)  # type: ignore[assignment]
+    check_routing(x, routing)
+    return dispatch_op(fold(x), routing.token, None, routing.offsets, routing.row, routing.token_offsets)  # type: ignore[no-any-return]
+
+
+def moe_combine(rows: Tensor, routing: Routing) -> Tensor:
+    """``y[t] = sum over the rows r of token t of weight[r] * rows[r]``; tokens without rows give zeros.
+
+    Args:
+        rows: ``[R, D]`` as :func:`moe_dispatch` sorts them. Dropped rows are not read.
+        routing: gives the weights, which get a gradient.
+
+    Returns:
+        ``[T, D]``, summed in the order of each token's slots, in float32 (float64 for float64), rounded once.
+
+    Raises:
+        TypeError, ValueError: name of the argument, what was expected and what came.
+
+    Source:
+        Shazeer et al., Outrageously Large Neural Networks (2017), equation 1.
+    """
+    check.tensor("rows", rows)
+    (rows,) = autocast(rows)  # type: ignore[assignment]
+    check.routing(routing)
+    check.tensor("rows", rows, (routing.token.shape[0], "D"))
+    weight = routing.weight.to(arithmetic(rows))
+    return combine_op(rows, routing.token, weight, routing.offsets, routing.row, routing.token_offsets)  # type: ignore[no-any-return]
+
+
+def arithmetic(t: Tensor) -> torch.dtype:
+    """What a tensor is computed in, and what its routing weights are."""
+    return torch.float64 if t.dtype is torch.float64 else torch.float32
+
+
+def check_routing(x: Tensor, routing: Routing) -> None:
+    check.routing(routing)
+    if x.dim() < 1:
+        raise ValueError(f"x: expected shape [..., D], got {list(x.shape)}")
+    tokens = routing.token_offsets.shape[0] - 1
+    if x.shape[:-1].numel() != tokens:
+        raise ValueError(f"x: expected shape [..., D] with {tokens} tokens as the routing has, got {list(x.shape)}")
+
+
+# ---- dispatch, combine, row products --------------------------------------------------------------------------------
+
+
+def _check_rows(name: str, t: Tensor, token: Tensor, weight: Tensor | None, row: Tensor, tokens: Any) -> None:
+    check.tensor(name, t, (tokens, "D"))
+    check.indices("token", token)
+    check.indices("row", row, (token.shape[0],))
+    if weight is not None:
+        check.tensor("weight", weight, (token.shape[0],))
+        if weight.dtype is not arithmetic(t):
+            raise TypeError(f"weight: expected dtype {arithmetic(t)}, got {weight.dtype}")
+
+
+@fake("moe_dispatch")
+def _(x: Tensor, token: Tensor, weight: Any, offsets: Tensor, row: Tensor, token_offsets: Tensor) -> Tensor:
+    _check_rows("x", x, token, weight, row, token_offsets.shape[0] - 1)
+    return dense(x, token.shape[0], x.shape[1])
+
+
+@fake("moe_combine")
+def _(rows: Tensor, token: Tensor, weight: Any, offsets: Tensor, row: Tensor, token_offsets: Tensor) -> Tensor:
+    _check_rows("rows", rows, token, weight, row, token.shape[0])
+    return dense(rows, token_offsets.shape[0] - 1, rows.shape[1])
+
+
+@fake("moe_row_dots")
+def _(a: Tensor, rows: Tensor, token: Tensor, offsets: Tensor, row: Tensor, token_offsets: Tensor) -> Tensor:
+    _check_rows("a", a, token, None, row, token_offsets.shape[0] - 1)
+    check.tensor("rows", rows, (token.shape[0], a.shape[1]), like=a)
+    return a.new_empty((token.shape[0],), dtype=arithmetic(a))
+
+
+def _move_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _dispatch_backward(ctx: Any, d_rows: Tensor) -> Any:
+    x, token, weight, offsets, row, token_offsets = ctx.saved_tensors
+    d_x = combine_op(d_rows, token, weight, offsets, row, token_offsets) if ctx.needs_input_grad[0] else None
+    d_weight = row_dots_op(x, d_rows, token, offsets, row, token_offsets) if ctx.needs_input_grad[2] else None
+    return d_x, None, d_weight, None, None, None
+
+
+def _combine_backward(ctx: Any, d_y: Tensor) -> Any:
+    rows, token, weight, offsets, row, token_offsets = ctx.saved_tensors
+    d_rows = dispatch_op(d_y, token, weight, offsets, row, token_offsets) if ctx.needs_input_grad[0] else None
+    d_weight = row_dots_op(d_y, rows, token, offsets, row, token_offsets) if ctx.needs_input_grad[2] else None
+    return d_rows, None, d_weight, None, None, None
+
+
+def _row_dots_backward(ctx: Any, d: Tensor) -> Any:
+    a, rows, token, offsets, row, token_offsets = ctx.saved_tensors
+    d_a = combine_op(rows, token, d, offsets, row, token_offsets) if ctx.needs_input_grad[0] else None
+    d_rows = dispatch_op(a, token, d, offsets, row, token_offsets) if ctx.needs_input_grad[1] else None
+    return d_a, d_rows, None, None, None, None
+
+
+dispatch_op = differentiable("moe_dispatch", _move_setup, _dispatch_backward)
+combine_op = differentiable("moe_combine", _move_setup, _combine_backward)
+row_dots_op = differentiable("moe_row_dots", _move_setup, _row_dots_backward)
+
+
+# ---- products per expert --------------------------------------------------------------------------------------------
+
+
+@fake("moe_linear")
+def _(rows: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
+    check.tensor("rows", rows, ("R", "K"))
+    check.tensor("w", w, (offsets.shape[0] - 1, "N", rows.shape[1]), like=rows)
+    return dense(rows, rows.shape[0], w.shape[1])
+
+
+@fake("moe_outer")
+def _(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
+    check.tensor("a", a, ("R", "M"))
+    check.tensor("b", b, (a.shape[0], "N"), like=a)
+    return dense(a, offsets.shape[0] - 1, a.shape[1], b.shape[1])
+
+
+def _linear_backward(ctx: Any, d: Tensor) -> Any:
+    rows, w, offsets = ctx.saved_tensors
+    d_rows = linear_op(d, w.transpose(1, 2), offsets) if ctx.needs_input_grad[0] else None
+    return d_rows, outer_op(d, rows, offsets) if ctx.needs_input_grad[1] else None, None
+
+
+def _outer_backward(ctx: Any, d: Tensor) -> Any:
+    a, b, offsets = ctx.saved_tensors
+    d_a = linear_op(b, d, offsets) if ctx.needs_input_grad[0] else None
+    return d_a, linear_op(a, d.transpose(1, 2), offsets) if ctx.needs_input_grad[1] else None, None
+
+
+linear_op = differentiable("moe_linear", _move_setup, _linear_backward)
+outer_op = differentiable("moe_outer", _move_setup, _outer_backward)
+
+for _name in ("moe_dispatch", "moe_combine", "moe_row_dots", "moe_linear", "moe_outer"):
+    vmap_by_loop(_name)

@@ -1,0 +1,77 @@
+"""What the operators' files share: names, folding of leading dimensions, autocast, pieces of derivatives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..reference import ACTIVATIONS
+
+NAMES = tuple(ACTIVATIONS)
+
+
+def activations() -> tuple[str, ...]:
+    """The names that every ``activation=`` takes."""
+    return NAMES
+
+
+def fold(x: Tensor) -> Tensor:
+    if x.dim() == 2:
+        return x
+    return x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)  # reshape(-1, ...) fails on a last dimension of 0
+
+
+def autocast(x: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Casts what a native matrix product under autocast casts; the rest, right or wrong, is left to the checks."""
+    device = x.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device) or x.dtype is torch.float64:
+        return (x, *tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in _CAST_FROM else t for t in (x, *tensors))
+
+
+_CAST_FROM = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def split(x: Tensor | None, width: int) -> tuple[Any, Any]:
+    return (None, None) if x is None else (x[:width], x[width:])
+
+
+def dense(like: Tensor, *shape: Any) -> Tensor:
+    return like.new_empty(shape)
+
+
+def prefers_torch(x: Tensor) -> bool:
+    """16-bit layers on a CPU with AMX: torch's own products are far ahead there, and our gate goes between them."""
+    return x.element_size() == 2 and x.device.type == "cpu" and _HAS_AMX
+
+
+_HAS_AMX: bool = torch.ops.ffn_ops._has_amx()
+
+
+def given(grad: Tensor | None) -> Tensor | None:
+    """A cotangent of a gradient that was not asked for is empty: the same as none."""
+    return None if grad is None or grad.numel() == 0 else grad
+
+
+def linear_cotangent(
+    x: Tensor, weight: Tensor, dd_x: Tensor | None, dd_w: Tensor | None, dd_b: Tensor | None
+) -> Tensor:
+    """Of d_z, where d_x = d_z w, d_w = d_z^T x and d_b = sum over tokens of d_z."""
+    total = x.new_zeros(x.shape[0], weight.shape[0])
+    if dd_x is not None:
+        total = total + dd_x @ weight.t()
+    if dd_w is not None:
+        total = total + x @ dd_w.t()
+    return total if dd_b is None else total + dd_b
+
+
+def third_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    pass
+
+
+def third_order(ctx: Any, *grads: Any) -> Any:
+    """Without this torch would only warn and drop the third derivative."""
+    raise NotImplementedError("ffn_ops: third derivatives are not implemented, gradients and their gradients are")

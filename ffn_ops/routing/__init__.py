@@ -1,0 +1,35 @@
+"""Routers: functions from logits ``[T, E]`` to a :class:`Routing`. One file each; any callable that gives a Routing
+will do in their place.
+
+z are the logits in float32 (float64 for float64), p = softmax(z). Ties go to the lowest index; NaN logits rank last and
+show in the weight. ``mask`` (bool, one for each token, False for padding) leaves tokens out of everything.
+"""
+
+from ._base import base
+from ._biased import BiasedTopK, update_bias
+from ._expert_choice import expert_choice
+from ._glam import glam_top2
+from ._hash import hash, hash_table
+from ._losses import load_balancing_loss, z_loss
+from ._routing import Routing, Statistics
+from ._switch import jitter, switch
+from ._token_rounding import token_rounding
+from ._top_k import top_k
+
+__all__ = [
+    "BiasedTopK",
+    "Routing",
+    "Statistics",
+    "base",
+    "expert_choice",
+    "glam_top2",
+    "hash",
+    "hash_table",
+    "jitter",
+    "load_balancing_loss",
+    "switch",
+    "token_rounding",
+    "top_k",
+    "update_bias",
+    "z_loss",
+]

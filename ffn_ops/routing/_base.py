@@ -1,0 +1,35 @@
+"""BASE routing: a balanced assignment of tokens to experts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _checks as check
+from ..ops._route import balanced_assignment_op
+from ._routing import Routing, check_mask, fold_logits, wide
+from ._top_k import choose
+
+
+def base(logits: Tensor, *, training: bool = True, mask: Tensor | None = None) -> Routing:
+    """One expert for each token, weighted with sigmoid(z): in training the assignment with the largest sum of z in
+    which every expert gets floor(T/E) or ceil(T/E) tokens; else the expert with the highest z.
+
+    The assignment is exact and deterministic, for every T and E, on the CPU.
+
+    Args:
+        logits: ``[..., E]`` for T tokens.
+        training: whether to balance.
+        mask: see :func:`top_k`; only real tokens are balanced.
+
+    Source: Lewis et al., BASE Layers (2021), equations 1 and 2.
+    """
+    check.flag("training", training)
+    z = wide(fold_logits(logits))
+    real = None if mask is None else check_mask(mask, z.shape[0])
+    if training:
+        ids = balanced_assignment_op(z.detach(), real).unsqueeze(1)
+        inside = ids.clamp(max=z.shape[1] - 1)
+    else:
+        inside = ids = choose(z.detach(), 1)[0]
+    return Routing.from_topk(ids, torch.sigmoid(z.gather(1, inside)), z.shape[1], mask=real)

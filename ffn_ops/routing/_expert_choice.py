@@ -1,0 +1,55 @@
+"""Expert Choice routing: experts choose tokens."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from .. import _checks as check
+from ..ops._route import top_k_op
+from ._routing import Routing, check_mask, expert_capacity, fold_logits, sorted_rows, wide
+
+
+def expert_choice(
+    logits: Tensor, *, capacity_factor: float = 2.0, causal: bool = True, mask: Tensor | None = None
+) -> Routing:
+    """Each expert takes its top ``ceil(capacity_factor * T / E)`` tokens (at most T) of p, weighted with p.
+
+    The load is perfectly balanced; a token may get no expert or all. **The choice compares tokens with each other, so a
+    token's output depends on later ones**: in a causal model training sees the future and generation cannot repeat it.
+    The function warns unless ``causal=False`` says that the data are not causal.
+
+    Args:
+        logits: ``[..., E]`` for T tokens.
+        capacity_factor: experts per token in the mean.
+        causal: False where tokens may see each other (encoders, vision).
+        mask: see :func:`top_k`; T counts padding too, padded tokens' places stay empty.
+
+    Source: Zhou et al., Mixture-of-Experts with Expert Choice Routing (2022), equation 2.
+    """
+    check.flag("causal", causal)
+    z = fold_logits(logits)
+    if causal and not torch.compiler.is_compiling():
+        warnings.warn(
+            "expert_choice: a token's experts depend on later tokens, which leaks the future in causal models;"
+            " causal=False says that the data are not causal",
+            UserWarning,
+            stacklevel=2,
+        )
+    tokens, experts = z.shape
+    count = expert_capacity(tokens, 1, experts, capacity_factor, 0)
+    p = torch.softmax(wide(z), 1).t()
+    expert = torch.arange(experts, device=z.device).unsqueeze(1).expand(experts, count)
+    if isinstance(count, int) and count == 0:
+        empty = expert.reshape(-1)
+        return sorted_rows(empty, empty, p.new_empty(0), experts, tokens)
+    choice = p.detach()
+    if mask is not None:
+        mask = check_mask(mask, tokens)
+        choice = torch.where(mask, choice, -1.0)
+    token, _ = top_k_op(choice.contiguous(), None, count, "softmax", False, True, 1, 1, 1.0)
+    if mask is not None:
+        expert = torch.where(mask[token], expert, experts)
+    return sorted_rows(expert.reshape(-1), token.reshape(-1), p.gather(1, token).reshape(-1), experts, tokens)

@@ -1,0 +1,45 @@
+"""Hash routing: a fixed table from token ids to experts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _checks as check
+from ._routing import Routing, fold_logits, wide
+
+
+def hash_table(vocabulary: int, num_experts: int, *, seed: int = 0) -> Tensor:
+    """A random table ``[vocabulary]`` in which every expert has floor or ceil of ``vocabulary / num_experts`` ids."""
+    check.at_least("vocabulary", vocabulary, 1)
+    check.at_least("num_experts", num_experts, 1)
+    return torch.randperm(vocabulary, generator=torch.Generator().manual_seed(seed)) % num_experts
+
+
+def hash(
+    token_ids: Tensor, table: Tensor, num_experts: int, *, logits: Tensor | None = None, mask: Tensor | None = None
+) -> Routing:
+    """The expert that ``table`` gives for each token id, with weight 1, or p of ``logits`` for a learned score.
+
+    Args:
+        token_ids: integers ``[...]``, T of them.
+        table: ``[vocabulary]`` integers below ``num_experts``, such as :func:`hash_table` gives.
+        num_experts: E.
+        logits: ``[..., E]`` for the same tokens, or None.
+        mask: see :func:`top_k`.
+
+    Source: Roller et al., Hash Layers (2021), section 3.
+    """
+    for name, value in (("token_ids", token_ids), ("table", table)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+        if value.is_floating_point() or value.is_complex() or value.dtype is torch.bool:
+            raise TypeError(f"{name}: expected an integer dtype, got {value.dtype}")
+    if table.dim() != 1:
+        raise ValueError(f"table: expected shape [vocabulary], got {list(table.shape)}")
+    ids = table.long()[token_ids.reshape(-1).long()].unsqueeze(1)
+    if logits is None:
+        return Routing.from_topk(ids, torch.ones_like(ids, dtype=torch.float32), num_experts, mask=mask)
+    z = wide(fold_logits(logits))
+    check.tensor("logits", z, (ids.shape[0], num_experts))
+    return Routing.from_topk(ids, torch.softmax(z, 1).gather(1, ids), num_experts, mask=mask)

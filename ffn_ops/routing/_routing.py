@@ -1,0 +1,141 @@
+"""What a router gives: which tokens go to which experts, with which weights. No router stands here."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _checks as check
+from ..ops._route import sort_op
+
+
+class Statistics(NamedTuple):
+    """Float32, on the routing's device."""
+
+    tokens_per_expert: Tensor  # [E], computed, after dropping
+    dropped_fraction: Tensor  # of the rows that chose an expert
+    load_entropy: Tensor  # of tokens_per_expert in nats, divided by log E: 1 is uniform; 1 for one expert
+    max_over_mean: Tensor  # of tokens_per_expert: 1 is uniform
+
+
+class Routing(NamedTuple):
+    """Rows: pairs of a token and an expert, sorted by expert and, within it, by token. A pytree of tensors whose shapes
+    do not depend on data; R = T * K for top-k."""
+
+    token: Tensor  # [R] int64, the source of each row
+    weight: Tensor  # [R] float32 (float64 for float64 logits), differentiable
+    offsets: Tensor  # [E + 1] int64: rows of expert e are offsets[e] .. offsets[e + 1], from offsets[E] on dropped
+    row: Tensor  # [R] int64: the rows of token t are row[token_offsets[t]] .. row[token_offsets[t + 1]]
+    token_offsets: Tensor  # [T + 1] int64
+    counts: Tensor  # [E] int64, rows that chose each expert, before dropping
+
+    @classmethod
+    def from_topk(
+        cls,
+        ids: Tensor,
+        weights: Tensor,
+        num_experts: int,
+        *,
+        capacity: int | None = None,
+        drop: str = "position",
+        mask: Tensor | None = None,
+    ) -> Routing:
+        """A routing from any router's choice.
+
+        Args:
+            ids: ``[T, K]`` integers; ids >= ``num_experts`` mean "not on this rank" and are skipped.
+            weights: ``[T, K]``; float32 or float64 are kept, others become float32.
+            num_experts: E.
+            capacity: the most rows an expert takes; the others are dropped. None for no limit.
+            drop: who is dropped: ``"position"`` keeps earlier tokens, all first slots before any second;
+                ``"weight"`` the largest weights, ties in that order.
+            mask: ``[T]`` bool, False for tokens to leave out.
+
+        Raises:
+            TypeError, ValueError: name of the argument, what was expected and what came.
+        """
+        if not isinstance(ids, Tensor):
+            raise TypeError(f"ids: expected a torch.Tensor, got {type(ids).__name__}")
+        if ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8):
+            raise TypeError(f"ids: expected an integer dtype, got {ids.dtype}")
+        if ids.dim() != 2:
+            raise ValueError(f"ids: expected shape [T, K], got {list(ids.shape)}")
+        check.tensor("weights", weights, tuple(ids.shape))
+        if ids.device != weights.device:
+            raise ValueError(f"weights: expected device {ids.device} as ids has, got {weights.device}")
+        check.at_least("num_experts", num_experts, 1)
+        ids = ids.long()
+        if mask is not None:
+            ids = torch.where(check_mask(mask, ids.shape[0]).unsqueeze(1), ids, num_experts)
+        return sorted_rows(ids, None, weights, num_experts, ids.shape[0], capacity, drop)
+
+    def statistics(self) -> Statistics:
+        """Counts of this routing, without a synchronisation."""
+        load = self.offsets.diff().float()
+        kept, wanted, experts = load.sum(), self.counts.sum().float(), load.shape[0]
+        share = load / kept.clamp(min=1)
+        entropy = -(share * share.clamp(min=1e-30).log()).sum()
+        return Statistics(
+            tokens_per_expert=load,
+            dropped_fraction=1 - kept / wanted.clamp(min=1) * (wanted > 0) - (wanted == 0).float(),
+            load_entropy=entropy / math.log(experts) if experts > 1 else torch.ones_like(entropy),
+            max_over_mean=load.max() * experts / kept.clamp(min=1),
+        )
+
+
+def sorted_rows(
+    expert: Tensor,
+    token: Tensor | None,
+    weight: Tensor,
+    num_experts: int,
+    num_tokens: Any,
+    capacity: Any = None,
+    drop: str = "position",
+) -> Routing:
+    """Of entries: ``expert`` [T, K], or ``expert`` and ``token`` [R]. Experts and tokens out of range are skipped."""
+    if capacity is not None:
+        check.at_least("capacity", capacity, 0)
+    check.choice("drop", drop, ("position", "weight"))
+    if weight.dtype not in (torch.float32, torch.float64):
+        weight = weight.float()
+    limit = -1 if capacity is None else capacity
+    return Routing(*sort_op(expert, token, weight, num_experts, num_tokens, limit, drop == "weight")[:6])
+
+
+def fold_logits(logits: Any) -> Tensor:
+    """``[T, E]``."""
+    check.tensor("logits", logits)
+    if logits.dim() < 2 or logits.shape[-1] < 1:
+        raise ValueError(f"logits: expected shape [..., T, E] with E >= 1, got {list(logits.shape)}")
+    return logits if logits.dim() == 2 else logits.flatten(0, -2)
+
+
+def check_mask(mask: Any, tokens: Any) -> Tensor:
+    """``[T]``."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask: expected a torch.Tensor, got {type(mask).__name__}")
+    if mask.dtype is not torch.bool:
+        raise TypeError(f"mask: expected dtype bool, got {str(mask.dtype).removeprefix('torch.')}")
+    if mask.numel() != tokens:
+        raise ValueError(f"mask: expected one element for each of {tokens} tokens, got {list(mask.shape)}")
+    return mask.reshape(-1)
+
+
+def wide(logits: Tensor) -> Tensor:
+    """What scores are computed in: float32, float64 for float64; autocast does not lower it."""
+    return logits if logits.dtype is torch.float64 else logits.float()
+
+
+def expert_capacity(tokens: Any, k: int, num_experts: int, capacity_factor: float | None, min_capacity: int) -> Any:
+    """``ceil(capacity_factor * T * k / E)``, at least ``min_capacity``, at most T; None for no limit."""
+    check.at_least("min_capacity", min_capacity, 0)
+    if capacity_factor is None:
+        return None
+    check.number("capacity_factor", capacity_factor)
+    if capacity_factor < 0:
+        raise ValueError(f"capacity_factor: expected 0 or more, got {capacity_factor}")
+    wanted = math.ceil(capacity_factor * tokens * k / num_experts)
+    return torch.sym_min(tokens, torch.sym_max(min_capacity, wanted))

@@ -1,0 +1,51 @@
+"""Token rounding: top-k whose counts are multiples of a tile."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _checks as check
+from ..ops._route import round_tokens_op
+from ._routing import Routing, check_mask, fold_logits, sorted_rows, wide
+from ._top_k import choose
+
+
+def token_rounding(
+    logits: Tensor, k: int, *, tile: int = 128, renormalize: bool = False, mask: Tensor | None = None
+) -> Routing:
+    """Top-k of p, then each expert's count is rounded to the nearest multiple of ``tile`` (half up, at most T): its
+    lowest scores leave, or the highest of the tokens that did not choose it join.
+
+    No tile of the products is partly empty. It changes results, so nothing chooses it by itself.
+
+    Args:
+        logits: ``[..., E]`` for T tokens.
+        k: experts per token before rounding.
+        tile: rows of a tile.
+        renormalize: divide the weights, p, by the sum of the token's k highest.
+        mask: see :func:`top_k`; padded tokens join no expert, so a count may then be lower.
+
+    Returns:
+        A :class:`Routing` with R = T * k + E * (tile // 2).
+
+    Source: SonicMoE (2025), token rounding.
+    """
+    check.at_least("tile", tile, 1)
+    check.flag("renormalize", renormalize)
+    z = fold_logits(logits)
+    tokens, experts = z.shape
+    ids, highest = choose(z, k)
+    p = torch.softmax(wide(z), 1)
+    choice = p.detach()
+    if mask is not None:
+        mask = check_mask(mask, tokens)
+        ids = torch.where(mask.unsqueeze(1), ids, experts)
+        choice = torch.where(mask.unsqueeze(1), choice, -1.0)
+    expert, token = round_tokens_op(choice, ids, tile)
+    if mask is not None:
+        expert = torch.where(mask[token], expert, experts)
+    if renormalize:
+        p = p / highest.sum(1, keepdim=True)
+    weight = p[token, expert.clamp(max=experts - 1)]
+    return sorted_rows(expert, token, weight, experts, tokens)

@@ -1,0 +1,81 @@
+"""Top-k routing: the documents' router, Mixtral's, Qwen3's, gpt-oss's and DeepSeek-V3's are its options."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .. import _checks as check
+from ..ops._route import check_top_k, top_k_op
+from ._routing import Routing, expert_capacity, fold_logits, wide
+
+
+def top_k(
+    logits: Tensor,
+    k: int,
+    *,
+    score: str = "softmax",
+    renormalize: bool = False,
+    softmax_after: bool = False,
+    bias: Tensor | None = None,
+    num_groups: int = 1,
+    top_groups: int = 1,
+    scale: float = 1.0,
+    capacity_factor: float | None = None,
+    min_capacity: int = 1,
+    drop: str = "position",
+    mask: Tensor | None = None,
+) -> Routing:
+    """The k experts with the highest scores for each token, and their scores as weights.
+
+    Args:
+        logits: ``[..., E]`` for T tokens; any floating dtype, computed in float32 (float64 for float64).
+        k: experts per token, 1 to E (within the chosen groups).
+        score: ``"softmax"`` over all experts or ``"sigmoid"`` of each.
+        renormalize: divide the k weights by their sum (plus 1e-20).
+        softmax_after: choose by logits and take the softmax of the chosen ones.
+        bias: ``[E]``, added to the scores (to the logits with ``softmax_after``) for the choice, not to the weights.
+        num_groups, top_groups: choose within the ``top_groups`` best of ``num_groups`` groups of neighbouring experts;
+            a group's score is the sum of its two best (biased) scores.
+        scale: factor of all weights.
+        capacity_factor, min_capacity: an expert takes at most ``C = ceil(capacity_factor * T * k / E)`` rows, at least
+            ``min_capacity``, at most T; the others are dropped. None: dropless.
+        drop: see :meth:`Routing.from_topk`.
+        mask: bool, one for each token, False for padding: no rows, no part in C's queue.
+
+    Returns:
+        A :class:`Routing` with R = T * k. The gradient of the weights reaches the logits through the chosen entries.
+
+    Raises:
+        TypeError, ValueError: name of the argument, what was expected and what came.
+
+    Source:
+        Shazeer et al., Outrageously Large Neural Networks (2017); Jiang et al., Mixtral of Experts (2024), section 2.1;
+        DeepSeek-V3 (2024), equations 13 to 16.
+    """
+    z = fold_logits(logits)
+    ids, weights = choose(z, k, score, renormalize, softmax_after, bias, num_groups, top_groups, scale)
+    experts = z.shape[1]
+    capacity = expert_capacity(z.shape[0], k, experts, capacity_factor, min_capacity)
+    return Routing.from_topk(ids, weights, experts, capacity=capacity, drop=drop, mask=mask)
+
+
+def choose(
+    z: Tensor,
+    k: int,
+    score: str = "softmax",
+    renormalize: bool = False,
+    softmax_after: bool = False,
+    bias: Tensor | None = None,
+    num_groups: int = 1,
+    top_groups: int = 1,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Ids and weights ``[T, k]`` of logits ``[T, E]``."""
+    check_top_k(z, k, score, renormalize, softmax_after, num_groups, top_groups)
+    check.number("scale", scale)
+    if bias is not None:
+        check.tensor("bias", bias, (z.shape[1],))
+        if bias.device != z.device:
+            raise ValueError(f"bias: expected device {z.device} as logits has, got {bias.device}")
+        bias = bias.detach().to(wide(z[:0]).dtype)
+    return top_k_op(z, bias, k, score, renormalize, softmax_after, num_groups, top_groups, float(scale))  # type: ignore[no-any-return]
