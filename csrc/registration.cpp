@@ -57,13 +57,13 @@ STABLE_TORCH_LIBRARY(ffn_ops, m) {
   m.def(
       "route_top_k(Tensor logits, Tensor? bias, SymInt k, str score, bool renormalize, bool softmax_after, int "
       "num_groups,"
-      " int top_groups, float scale) -> (Tensor ids, Tensor weights)");
+      " int top_groups, float scale) -> (Tensor weights, Tensor ids)");
   m.def(
       "route_top_k_backward(Tensor d_weights, Tensor logits, Tensor ids, str score, bool renormalize,"
       " bool softmax_after, float scale) -> Tensor");
   m.def(
       "moe_sort(Tensor expert, Tensor? token, Tensor weight, SymInt num_experts, SymInt num_tokens, SymInt capacity,"
-      " bool by_weight) -> (Tensor token, Tensor weight, Tensor offsets, Tensor row, Tensor token_offsets,"
+      " bool by_weight) -> (Tensor weight, Tensor token, Tensor offsets, Tensor row, Tensor token_offsets,"
       " Tensor counts, Tensor place)");
   m.def("balanced_assignment(Tensor scores, Tensor? mask) -> Tensor");
   m.def("round_tokens(Tensor scores, Tensor ids, int tile) -> (Tensor expert, Tensor token)");

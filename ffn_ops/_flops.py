@@ -62,3 +62,38 @@ def gated_linear_backward_flops(
     gates, ups = (sum(w[0] for w in weights) for weights in (w_gate, w_up))
     width = (gates + ups) * bool(need_x) + gates * bool(need_gate) + ups * bool(need_up)
     return 2 * T * D * width  # type: ignore[no-any-return]
+
+
+@register_flop_formula(_OPS.moe)  # type: ignore[untyped-decorator]
+def moe_flops(
+    x: Any, token: Any, weight: Any, offsets: Any, row: Any, token_offsets: Any, w_in: Any, w_down: Any, *_: Any,
+    out_shape: Any = None, **__: Any
+) -> int:  # fmt: skip
+    """Of all R rows, the most that can be computed: how many are dropped is not known from shapes."""
+    R = x[0] if token is None else token[0]
+    return 2 * R * (x[1] * w_in[1] + w_down[1] * w_down[2])  # type: ignore[no-any-return]
+
+
+@register_flop_formula(_OPS.moe_backward)  # type: ignore[untyped-decorator]
+def moe_backward_flops(
+    d_y: Any, x: Any, token: Any, weight: Any, offsets: Any, row: Any, token_offsets: Any, w_in: Any, w_down: Any,
+    b_in: Any, b_down: Any, gate: Any, *rest: Any, out_shape: Any = None, **_: Any
+) -> int:  # fmt: skip
+    R = x[0] if token is None else token[0]
+    need_x, need_weight, need_in, need_down, need_b_in, _need_b_down = rest[-1]
+    up, down = x[1] * w_in[1], w_down[1] * w_down[2]
+    hidden = need_x or need_weight or need_in or need_b_in
+    total = up * (bool(need_x) + bool(need_in)) + down * (bool(hidden) + bool(need_down))
+    if len(gate) == 1 and (hidden or need_down):  # the pre-activations were not saved
+        total += up
+    return 2 * R * total  # type: ignore[no-any-return]
+
+
+@register_flop_formula(_OPS.moe_linear)  # type: ignore[untyped-decorator]
+def moe_linear_flops(rows: Any, w: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    return 2 * rows[0] * w[1] * w[2]  # type: ignore[no-any-return]
+
+
+@register_flop_formula(_OPS.moe_outer)  # type: ignore[untyped-decorator]
+def moe_outer_flops(a: Any, b: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    return 2 * a[0] * a[1] * b[1]  # type: ignore[no-any-return]

@@ -130,6 +130,51 @@ class GatedFFN(nn.Module):
         return output if self.out_proj is None else self.out_proj(output)
 
 
+def top_k(
+    logits: Tensor,
+    k: int,
+    *,
+    score: str = "softmax",
+    renormalize: bool = False,
+    softmax_after: bool = False,
+    bias: Tensor | None = None,
+    num_groups: int = 1,
+    top_groups: int = 1,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Ids and weights ``[T, k]``; ties go to the lowest index, NaN ranks last."""
+    z = logits if logits.dtype is torch.float64 else logits.float()
+    scores = z if softmax_after else torch.softmax(z, 1) if score == "softmax" else torch.sigmoid(z)
+    choice = z if softmax_after or (bias is None and num_groups == 1) else scores
+    choice = choice.detach() if bias is None else choice.detach() + bias
+    if num_groups > 1:
+        groups = choice.view(len(z), num_groups, -1)
+        best = _ranked(groups.flatten(0, 1))[:, : min(2, groups.shape[2])]
+        group_scores = groups.flatten(0, 1).gather(1, best).sum(1).view(len(z), num_groups)
+        chosen = _ranked(group_scores)[:, :top_groups]
+        outside = torch.ones(len(z), num_groups, dtype=torch.bool).scatter(1, chosen, False)
+        outside = outside.repeat_interleave(groups.shape[2], 1)
+        order = _ranked(choice)
+        ids = torch.stack([row[~out[row]][:k] for row, out in zip(order, outside, strict=True)]) if len(z) else order
+        ids = ids[:, :k]
+    else:
+        ids = _ranked(choice)[:, :k]
+    weights = scores.gather(1, ids)
+    if softmax_after:
+        return ids, torch.softmax(weights, 1) * scale
+    if renormalize:
+        weights = weights / (weights.sum(1, keepdim=True) + 1e-20)
+    return ids, weights * scale
+
+
+def _ranked(values: Tensor) -> Tensor:
+    """Indices of each row from the best to the worst."""
+    smallest = torch.where(values.isnan(), torch.full_like(values, -torch.inf), values)
+    order = torch.sort(smallest, dim=1, descending=True, stable=True).indices
+    worst = values.isnan().gather(1, order)  # NaN behind -inf
+    return order.gather(1, torch.sort(worst.int(), dim=1, stable=True).indices)
+
+
 def moe(
     x: Tensor,
     ids: Tensor,

@@ -19,7 +19,9 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 ACTIVATIONS = ffn_ops.activations()
 BETA = 1.7  # not 1, so that a forgotten beta shows
 FFN_FORMS = ("plain", "gated", "fused")
-FORMS = ("act", "gated_act", "gated_linear", "branches", *FFN_FORMS)
+MOE_FORMS = ("moe", "moe_gated")
+RECOMPUTING = (*FFN_FORMS, *MOE_FORMS)
+FORMS = ("act", "gated_act", "gated_linear", "branches", *RECOMPUTING)
 BRANCHES = 3
 
 
@@ -38,6 +40,8 @@ class Problem:
     O: int = 4
     activation: str = "silu"
     bias: bool = True
+    E: int = 5
+    K: int = 2
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -52,6 +56,10 @@ class Problem:
                 shapes |= {f"w_gate{g}": (F, D), f"w_up{g}": (F, D)}
                 shapes |= {f"b_gate{g}": (F,), f"b_up{g}": (F,)} if self.bias else {}
             return shapes
+        if self.form in MOE_FORMS:
+            E, rows = self.E, 2 * F if self.form == "moe_gated" else F
+            shapes |= {"logits": (T, E), "w_in": (E, rows, D), "w_down": (E, O, F)}
+            return shapes | ({"b_in": (E, rows), "b_down": (E, O)} if self.bias else {})
         rows = 2 * F if self.form == "fused" else F
         shapes |= {"w_in": (rows, D), "w_down": (O, F)}
         shapes |= {"w_up": (F, D)} if self.form == "gated" else {}
@@ -62,7 +70,7 @@ class Problem:
 
     @property
     def out_shape(self) -> tuple[int, int]:
-        return (self.T, self.O if self.form in FFN_FORMS else self.F)
+        return (self.T, self.O if self.form in RECOMPUTING else self.F)
 
     def draw(self, seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[dict[str, Tensor], Tensor]:
         """Tensors of the size that layers have (pre-activations of order 1) and a gradient of the output."""
@@ -76,7 +84,13 @@ class Problem:
         return tensors, normal("d", self.out_shape)
 
     def ours(self, *, recompute: bool = False, **tensors: Tensor) -> Tensor:
-        keywords: dict[str, Any] = {"recompute": recompute} if self.form in FFN_FORMS else {}
+        keywords: dict[str, Any] = {"recompute": recompute} if self.form in RECOMPUTING else {}
+        if self.form in MOE_FORMS:
+            logits = tensors.pop("logits")
+            x = tensors.pop("x")
+            routing = ffn_ops.routing.top_k(logits, self.K)
+            gated = self.form == "moe_gated"
+            return ffn_ops.moe(x, routing, **tensors, gated=gated, activation=self.activation, beta=BETA, **keywords)
         return self._call(ffn_ops.gated_act, ffn_ops.gated_linear, ffn_ops.ffn, tensors, keywords)
 
     def plain(self, **tensors: Tensor) -> Tensor:
@@ -89,6 +103,12 @@ class Problem:
             ]
             return sum(parts[1:], start=parts[0])
 
+        if self.form in MOE_FORMS:
+            logits = tensors.pop("logits")
+            x = tensors.pop("x")
+            ids, weights = reference.top_k(logits, self.K)
+            gated = self.form == "moe_gated"
+            return reference.moe(x, ids, weights, **tensors, gated=gated, activation=self.activation, beta=BETA)
         return self._call(reference.gated_act, gated_linear, reference.ffn, tensors, {})
 
     def _call(

@@ -202,7 +202,7 @@ def strided(t: Tensor) -> Tensor:
 
 
 def transposed(t: Tensor) -> Tensor:
-    return t if t.dim() < 2 else t.t().contiguous().t()
+    return t if t.dim() < 2 else t.mT.contiguous().mT
 
 
 def padded_rows(t: Tensor) -> Tensor:

@@ -38,12 +38,12 @@ def test_one_graph(form: str) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_one_graph_for_every_t(form: str) -> None:
     """Forward and backward at six sizes: the graph of the first. (beta is a symbol there: it is checked as such.)"""
-    problem = Problem(form, D=12, F=17, O=8)
+    problem = Problem(form, D=12, F=17, O=8, E=7)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(problem.ours, backend=counter, fullgraph=True, dynamic=True)
     counts = []
     for T in (5, 2, 9, 64, 300, 17):
-        problem = Problem(form, T=T, D=12, F=17, O=8)
+        problem = Problem(form, T=T, D=12, F=17, O=8, E=7)
         tensors, d_y = problem.draw(dtype=torch.float32)
         assert_same_bits(results(compiled, tensors, d_y), results(problem.ours, tensors, d_y), f"T={T}")
         counts.append(counter.frame_count)

@@ -55,7 +55,7 @@ def test_python_threads() -> None:
 BATCH = 257
 # One row; sizes to both sides of the register tiles (6, 12, 14), of the streamed sizes (8) and of blocks (64, 256).
 COUNTS = (1, 2, 3, 5, 6, 7, 8, 9, 12, 13, 14, 15, 16, 17, 28, 31, 32, 33, 63, 65, 256)
-INVARIANT = ("y", "d_x", "d_gate", "d_up")  # rows of tokens; weight gradients are sums over the batch
+INVARIANT = ("y", "d_x", "d_gate", "d_up", "d_logits")  # rows of tokens; weight gradients are sums over the batch
 
 
 @every_dtype

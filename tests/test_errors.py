@@ -27,13 +27,26 @@ def good(form: str) -> dict[str, Any]:
     tensors, _ = Problem(form, T=3, D=4, F=6, O=5).draw(dtype=torch.float32)
     if form == "gated_linear":
         return {name.rstrip("0"): t for name, t in tensors.items()}
+    tensors.pop("logits", None)
     return tensors
+
+
+def routing(tokens: int = 3) -> ffn_ops.Routing:
+    return ffn_ops.routing.top_k(torch.randn(tokens, 5), 2)
+
+
+ROUTING = routing()
+
+
+def moe(x: Any, w_in: Any, w_down: Any, **options: Any) -> Tensor:
+    return ffn_ops.moe(x, ROUTING, w_in, w_down, **options)
 
 
 FUNCTIONS: dict[str, tuple[Callable[..., Tensor], str]] = {
     "gated_act": (ffn_ops.gated_act, "gated_act"),
     "gated_linear": (ffn_ops.gated_linear, "gated_linear"),
     "ffn": (ffn_ops.ffn, "gated"),
+    "moe": (moe, "moe"),
 }
 TENSORS = [(function, name) for function, (_, form) in FUNCTIONS.items() for name in good(form)]
 

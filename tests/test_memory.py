@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from problems import DTYPES, FFN_FORMS, FORMS, Problem, dtype_name, results
+from problems import DTYPES, FFN_FORMS, FORMS, MOE_FORMS, Problem, dtype_name, results
 from torch import Tensor
 
 import ffn_ops
@@ -58,7 +58,28 @@ def test_every_form() -> None:
     T, D, F = SIZES["T"], SIZES["D"], SIZES["F"]
     width = {"act": F, "gated_act": 2 * F, "gated_linear": D + 2 * F, "branches": D + 6 * F}
     width |= {"plain": D + F, "gated": D + 2 * F, "fused": D + 2 * F}
-    assert {form: numbers_saved(Problem(form, **SIZES)) for form in FORMS} == {f: T * w for f, w in width.items()}
+    forms = [form for form in FORMS if form not in MOE_FORMS]  # these also save their routing: below
+    assert {form: numbers_saved(Problem(form, **SIZES)) for form in forms} == {f: T * w for f, w in width.items()}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("form", MOE_FORMS)
+def test_mixture_of_experts(form: str, dtype: torch.dtype) -> None:
+    """x, logits and the pre-activations of every row, of 2 or 4 bytes; the routing; nothing of R rows of width D or O.
+    The same for every granularity at equal K * F."""
+    T, D, O, E = SIZES["T"], SIZES["D"], SIZES["O"], 8
+    width = 2 if form == "moe_gated" else 1
+    for K, F in ((1, 24), (2, 12), (4, 6)):
+        problem = Problem(form, T=T, D=D, F=F, O=O, E=E, K=K)
+        tensors, _ = problem.draw(dtype=dtype)
+        wide = 8 if dtype is torch.float64 else 4
+        # ids for the router's backward; token, row, weight; offsets and token_offsets
+        routing = T * K * 8 + T * K * (8 + 8 + wide) + (E + 1 + T + 1) * 8
+        size = torch.finfo(dtype).bits // 8
+        expected = size * (T * (D + E) + width * T * K * F) + routing
+        assert saved_bytes(problem.ours, tensors) == expected
+        recompute = saved_bytes(lambda p=problem, **t: p.ours(recompute=True, **t), tensors)
+        assert recompute == size * T * (D + E) + routing
 
 
 @pytest.mark.parametrize("form", FFN_FORMS)

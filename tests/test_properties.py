@@ -9,7 +9,7 @@ import torch
 from conftest import ISAS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from problems import ACTIVATIONS, DTYPES, FFN_FORMS, FORMS, Problem, results
+from problems import ACTIVATIONS, DTYPES, FORMS, RECOMPUTING, Problem, results
 from tolerance import assert_accurate
 from torch import Tensor
 
@@ -79,7 +79,7 @@ def test_a_token_does_not_see_the_others(problem: Problem, dtype: torch.dtype, d
     """Any choice of rows, in any order: their outputs and gradients keep their bits."""
     rows = torch.tensor(data.draw(st.lists(st.integers(0, problem.T - 1), max_size=20)), dtype=torch.long)
     tensors, d_y = problem.draw(dtype=dtype)
-    tokens = [n for n in tensors if n in ("x", "gate", "up")]
+    tokens = [n for n in tensors if n in ("x", "gate", "up", "logits")]
     expected = results(problem.ours, tensors, d_y)
     chosen = {n: t[rows] if n in tokens else t for n, t in tensors.items()}
     actual = results(problem.ours, chosen, d_y[rows])
@@ -90,7 +90,7 @@ def test_a_token_does_not_see_the_others(problem: Problem, dtype: torch.dtype, d
 @bounded
 @given(problem=problems, dtype=st.sampled_from(DTYPES), threads=st.integers(1, 4))
 def test_recompute_and_threads(problem: Problem, dtype: torch.dtype, threads: int) -> None:
-    if problem.form not in FFN_FORMS:
+    if problem.form not in RECOMPUTING:
         return
     tensors, d_y = problem.draw(dtype=dtype)
     expected = results(problem.ours, tensors, d_y)

@@ -69,6 +69,41 @@ def operator_calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
             calls[f"ffn_backward {form} {save=}"] = (OPS.ffn_backward, all_of_them)
     needs = [False, True, False, False, False, False, True]
     calls["ffn_backward of two"] = (OPS.ffn_backward, (*all_of_them[:-1], needs))
+    E, K, R = 3, 2, 2 * T
+    logits = t(T, E)
+    weights, ids = OPS.route_top_k(logits.detach(), None, K, "softmax", True, False, 1, 1, 1.0)
+    weight, token, offsets, row, token_offsets = OPS.moe_sort(ids, None, weights, E, T, 3, False)[:5]
+    index = (token, offsets, row, token_offsets)
+    weight = weight.requires_grad_()
+    route = (token, weight, offsets, row, token_offsets)
+    for gated in (False, True):
+        rows = 2 * F if gated else F
+        experts = (t(E, rows, D), t(E, O, F), t(E, rows), t(E, O))
+        for save in (True, False):
+            calls[f"moe {gated=} {save=}"] = (OPS.moe, (t(T, D), *route, *experts, gated, *act, save))
+            given = (t(R, D), None, None, offsets, None, None)
+            calls[f"moe of rows {gated=} {save=}"] = (OPS.moe, (*given, *experts, gated, *act, save))
+            pre = (t(R, F).detach(), t(R, F).detach() if gated else none[1]) if save else none
+            all_of_them = (t(T, O), t(T, D), *route, *experts, *pre, gated, *act, [True] * 6)
+            calls[f"moe_backward {gated=} {save=}"] = (OPS.moe_backward, all_of_them)
+            of_rows = (t(R, O), *given, *experts, *pre, gated, *act, [True, False, True, False, True, True])
+            calls[f"moe_backward of rows {gated=} {save=}"] = (OPS.moe_backward, of_rows)
+    for w in (None, weight):
+        places = (token, w, offsets, row, token_offsets)
+        calls[f"moe_dispatch {w is None}"] = (OPS.moe_dispatch, (t(T, D), *places))
+        calls[f"moe_combine {w is None}"] = (OPS.moe_combine, (t(R, D), *places))
+    calls["moe_row_dots"] = (OPS.moe_row_dots, (t(T, D), t(R, D), *index))
+    calls["moe_linear"] = (OPS.moe_linear, (t(R, D), t(E, F, D), offsets))
+    calls["moe_outer"] = (OPS.moe_outer, (t(R, D), t(R, F), offsets))
+    softmax = [("softmax", *flags) for flags in ((False, False), (True, False), (False, True))]
+    for options in (*softmax, ("sigmoid", True, False)):
+        bias = t(E).detach()
+        calls[f"route_top_k {options}"] = (OPS.route_top_k, (logits, bias, K, *options, 1, 1, 2.5))
+        calls[f"route_top_k_backward {options}"] = (OPS.route_top_k_backward, (t(T, K), logits, ids, *options, 2.5))
+    calls["moe_sort"] = (OPS.moe_sort, (ids, None, t(T, K), E, T, 2, True))
+    calls["moe_sort of pairs"] = (OPS.moe_sort, (ids.flatten(), token, t(R), E, T, -1, False))
+    calls["balanced_assignment"] = (OPS.balanced_assignment, (logits.detach(), None))
+    calls["round_tokens"] = (OPS.round_tokens, (logits.detach(), ids, 4))
     return calls
 
 
@@ -173,7 +208,8 @@ def test_autocast(form: str, dtype: torch.dtype) -> None:
             return problem.ours(**given)
 
     def by_hand(**given: Tensor) -> Tensor:
-        return problem.ours(**{n: t.to(dtype) for n, t in given.items()})
+        # A router's logits stay what they are.
+        return problem.ours(**{n: t if n == "logits" else t.to(dtype) for n, t in given.items()})
 
     d_y = d_y.to(dtype)
     actual = results(under_autocast, tensors, d_y)
@@ -283,6 +319,8 @@ def test_flop_counter(form: str, bias: bool) -> None:
         counts = [flops(lambda call=call, step=step: step(call)) for call in (problem.ours, problem.plain)]
         if form == "branches" and chosen[0].startswith("w"):  # the other two of the list come with it
             counts[1] += 2 * (2 * problem.T * problem.D * problem.F)
+        if chosen == ("logits",):  # plain keeps what the experts gave, of which ours computes the product again
+            counts[1] += 2 * problem.T * problem.K * problem.F * problem.O
         assert counts[0] == counts[1], chosen
 
 

@@ -119,8 +119,9 @@ struct GatedAct {
   int64_t rows = 0, cols = 0;
   Matrix gate, up, d_out;  // up.data null: plain
   Matrix dd_gate, dd_up;   // double backward: cotangents of d_gate and d_up
-  void* out[3] = {};       // forward: out. backward: d_gate, d_up. double: d_d_out, d_gate, d_up (null: skip)
+  void* out[3] = {};       // forward: out. backward: d_gate, d_up, h. double: d_d_out, d_gate, d_up (null: skip)
   int64_t out_stride = 0;
+  const void* row_weight = nullptr;  // of h, of the arithmetic's dtype; null: 1
   int activation = 0;
   double beta = 1.0;
 };

@@ -323,7 +323,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_backward(
   }
   const bool need_x = needs.at(0), need_weight = needs.at(1) && c.routed, need_in = needs.at(2);
   const bool need_down = needs.at(3), need_b_in = needs.at(4), need_b_down = needs.at(5);
-  const bool need_hidden = need_x || need_in || need_b_in || need_down || need_weight;
+  const bool need_hidden = need_x || need_in || need_b_in || need_weight;
   const int64_t element = storage_size(c.dtype);
   const DType arithmetic = arithmetic_dtype(c.dtype);
 
@@ -332,7 +332,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_backward(
   const auto rows_bytes = [&](int64_t width) { return static_cast<size_t>(c.routes.kept * width * element); };
   const void* gate_data = gate.const_data_ptr();
   const void* up_data = c.gated ? up.const_data_ptr() : nullptr;
-  if (recompute && need_hidden) {
+  if (recompute && (need_hidden || need_down)) {
     void* fresh_gate = workspace.take(rows_bytes(c.F));
     void* fresh_up = c.gated ? workspace.take(rows_bytes(c.F)) : nullptr;
     add_pre_activations(steps, c, x, w_in, b_in, fresh_gate, fresh_up, nullptr);
@@ -343,11 +343,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_backward(
   void *d_hidden = nullptr, *h = nullptr, *parts = nullptr;
   const KernelTable& table = kernels();
   const int64_t num_parts = divide_up(c.F, table.tile_vectors * table.lanes * 4 / storage_size(arithmetic));
+  if (need_down) h = workspace.take(rows_bytes(c.F));
   if (need_hidden) {
     d_hidden = workspace.take(rows_bytes(c.hidden()));
-    h = need_down ? workspace.take(rows_bytes(c.F)) : nullptr;
     if (c.routed) parts = workspace.take(static_cast<size_t>(c.routes.kept * num_parts * storage_size(arithmetic)));
     add_hidden_gradient(steps, c, d_y, w_down, gate_data, up_data, d_hidden, h, parts, num_parts);
+  } else if (need_down) {
+    // The same kernel as in the epilogue, so that the bits do not depend on which gradients are asked for.
+    GatedAct a;
+    a.rows = c.routes.kept;
+    a.cols = a.out_stride = c.F;
+    a.gate = a.d_out = dense(gate_data, c.F, c.dtype);
+    if (c.gated) a.up = dense(up_data, c.F, c.dtype);
+    a.out[2] = h;
+    a.row_weight = c.weight;
+    a.activation = c.activation;
+    a.beta = c.beta;
+    add_gated_act_backward(steps, a);
   }
 
   Tensor d_weight = need_weight ? fresh(*weight, {c.R}) : nothing(x);

@@ -75,7 +75,7 @@ std::tuple<Tensor, Tensor> route_top_k(const Tensor& logits, std::optional<Tenso
   job.ids = static_cast<int64_t*>(ids.mutable_data_ptr());
   job.weights = weights.mutable_data_ptr();
   run_top_k(job, kernels().top_k);
-  return {ids, weights};
+  return {weights, ids};
 }
 
 Tensor route_top_k_backward(const Tensor& d_weights, const Tensor& logits, const Tensor& ids, std::string score,
@@ -214,7 +214,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_sort(cons
   };
   if (size == 8) fill(double());
   else fill(float());
-  return {out_token, out_weight, out_offsets, out_row, out_token_offsets, out_counts, out_place};
+  return {out_weight, out_token, out_offsets, out_row, out_token_offsets, out_counts, out_place};
 }
 
 // ---- BASE -----------------------------------------------------------------------------------------------------------

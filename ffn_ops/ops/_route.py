@@ -53,7 +53,7 @@ def _(
 ) -> Any:
     check_top_k(logits, k, score, renormalize, softmax_after, num_groups, top_groups)
     shape = (logits.shape[0], k)
-    return logits.new_empty(shape, dtype=torch.int64), logits.new_empty(shape, dtype=_wide(logits))
+    return logits.new_empty(shape, dtype=_wide(logits)), logits.new_empty(shape, dtype=torch.int64)
 
 
 @fake("route_top_k_backward")
@@ -71,12 +71,12 @@ def _(
 
 def _top_k_setup(ctx: Any, inputs: Any, output: Any) -> None:
     logits, _bias, _k, ctx.score, ctx.renormalize, ctx.softmax_after, _groups, _top, ctx.scale = inputs
-    ctx.mark_non_differentiable(output[0])
+    ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logits, output[0])
+    ctx.save_for_backward(logits, output[1])
 
 
-def _top_k_backward_formula(ctx: Any, _ids: Any, d_weights: Tensor | None) -> Any:
+def _top_k_backward_formula(ctx: Any, d_weights: Tensor | None, _ids: Any) -> Any:
     if d_weights is None:
         return (None,) * 9
     logits, ids = ctx.saved_tensors
@@ -157,8 +157,8 @@ def _(
     place = index(rows if token is not None else 0)
     offsets = index(num_experts + 1)
     return (
-        index(rows),
         weight.new_empty((rows,)),
+        index(rows),
         offsets,
         index(rows),
         index(num_tokens + 1),
@@ -168,14 +168,14 @@ def _(
 
 
 def _sort_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    _token, _weight, _offsets, row, _token_offsets, _counts, place = output
-    ctx.mark_non_differentiable(*(t for i, t in enumerate(output) if i != 1))
+    _weight, _token, _offsets, row, _token_offsets, _counts, place = output
+    ctx.mark_non_differentiable(*(t for i, t in enumerate(output) if i != 0))
     ctx.set_materialize_grads(False)
     ctx.shape = inputs[2].shape
     ctx.save_for_backward(row if inputs[1] is None else place)
 
 
-def _sort_backward(ctx: Any, _token: Any, d_weight: Tensor | None, *_: Any) -> Any:
+def _sort_backward(ctx: Any, d_weight: Tensor | None, *_: Any) -> Any:
     if d_weight is None:
         return (None,) * 7
     (place,) = ctx.saved_tensors  # where each entry went: a permutation

@@ -49,7 +49,7 @@ def expert_choice(
     if mask is not None:
         mask = check_mask(mask, tokens)
         choice = torch.where(mask, choice, -1.0)
-    token, _ = top_k_op(choice.contiguous(), None, count, "softmax", False, True, 1, 1, 1.0)
+    _, token = top_k_op(choice.contiguous(), None, count, "softmax", False, True, 1, 1, 1.0)
     if mask is not None:
         expert = torch.where(mask[token], expert, experts)
     return sorted_rows(expert.reshape(-1), token.reshape(-1), p.gather(1, token).reshape(-1), experts, tokens)

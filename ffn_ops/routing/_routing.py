@@ -102,7 +102,8 @@ def sorted_rows(
     if weight.dtype not in (torch.float32, torch.float64):
         weight = weight.float()
     limit = -1 if capacity is None else capacity
-    return Routing(*sort_op(expert, token, weight, num_experts, num_tokens, limit, drop == "weight")[:6])
+    out = sort_op(expert, token, weight, num_experts, num_tokens, limit, drop == "weight")
+    return Routing(out[1], out[0], *out[2:6])
 
 
 def fold_logits(logits: Any) -> Tensor:

@@ -78,4 +78,5 @@ def choose(
         if bias.device != z.device:
             raise ValueError(f"bias: expected device {z.device} as logits has, got {bias.device}")
         bias = bias.detach().to(wide(z[:0]).dtype)
-    return top_k_op(z, bias, k, score, renormalize, softmax_after, num_groups, top_groups, float(scale))  # type: ignore[no-any-return]
+    weights, ids = top_k_op(z, bias, k, score, renormalize, softmax_after, num_groups, top_groups, float(scale))
+    return ids, weights

@@ -39,6 +39,10 @@ void gated_act_range(const GatedAct& g, void (*ActKernels<V>::*pick)(const ActVe
               .dd_up = dd_up.read(g.dd_up, r, c, n),
               .out = {out[0].values, out[1].values, out[2].values},
               .beta = static_cast<typename V::Scalar>(g.beta)});
+      if (g.row_weight) {
+        const V weight(static_cast<const typename V::Scalar*>(g.row_weight)[r]);
+        for (int64_t i = 0; i < n; i += V::kLanes) store(out[2].values + i, weight * load<V>(out[2].values + i));
+      }
       for (int i = 0; i < 3; ++i) out[i].write(g.gate.dtype, g.out[i], r * g.out_stride + c, n);
     }
   }
