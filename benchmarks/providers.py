@@ -1,4 +1,4 @@
-"""The ways to compute a gated FFN that are compared. Each turns the same weights and inputs into a module to call."""
+"""The ways to compute a layer that are compared. Each turns the same weights and inputs into a module to call."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from torch.nn import functional as F
 
 import ffn_ops
 
+from . import mixtures
+from .mixtures import Experts, Loop
 from .verify import rounded_linear
-from .workloads import DTYPES, TALL, Row, Shape
+from .workloads import DTYPES, GROWING, MOE_TALL, TALL, Mixture, Row, Shape, drawn_logits
 
 EAGER = "eager"
 HUGE = "eager, huge pages"
@@ -22,11 +24,16 @@ COMPILE = "torch.compile"
 OURS = "ffn_ops"
 RECOMPUTE = "ffn_ops recompute"
 OURS_FLOAT32 = "ffn_ops in float32"
+LOOP = "loop"
+LOOP_FLOAT32 = "loop via float32"
+GROUPED = "grouped_mm"
+GROUPED_FLOAT32 = "grouped_mm via float32"
+GROUPED_COMPILE = "grouped_mm compiled"
+TORCH_ROUTING = "torch"
 ENOUGH = 512  # numbers of a result, for its error to be judged
-COMPILING = (COMPILE,)  # whose first call is no sample
+COMPILING = (COMPILE, GROUPED_COMPILE)  # whose first call is no sample
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu}
-_Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 class Eager(nn.Module):
@@ -58,19 +65,26 @@ class EagerWithDropout(Eager):
         return y
 
 
-def _empty_layer(shape: Shape) -> Eager:
+def _empty_layer(shape: Shape, dtype: torch.dtype) -> nn.Module:
+    if isinstance(shape, Mixture):
+        return Loop(shape, mixtures.empty_weights(shape, dtype)) if shape.D else mixtures.Route(shape)
     with torch.device("meta"):
         layer = EagerWithDropout(shape) if shape.dropout else Eager(shape)
-    return layer.to_empty(device="cpu")
+    return layer.to(dtype).to_empty(device="cpu")
+
+
+def groups(module: nn.Module) -> dict[str, tuple[Tensor, ...]]:
+    """The parameters, those together that are one tensor to other providers."""
+    return module.groups() if isinstance(module, Loop) else {name: (p,) for name, p in module.named_parameters()}
 
 
 class _OtherLinear(nn.Module):
     """The same layer, without dropout, through another linear function."""
 
     act: Callable[[Tensor], Tensor]
-    linear: _Linear
+    linear: mixtures.Linear
 
-    def __init__(self, layer: Eager, linear: _Linear) -> None:
+    def __init__(self, layer: Eager, linear: mixtures.Linear) -> None:
         super().__init__()
         self.w1, self.w2, self.w3, self.act, self.linear = layer.w1, layer.w2, layer.w3, layer.act, linear
 
@@ -92,10 +106,11 @@ class _ThroughFloat32(_OtherLinear):
 
 @dataclass(frozen=True)
 class Inputs:
-    """A module to call; each draw is its input ``[T, D]`` and the gradient ``[T, D]`` of its output."""
+    """A module to call; each draw is its inputs (x ``[T, D]``, logits ``[T, E]``) and the gradient ``[T, D]`` of its
+    output, None where only the output is asked for."""
 
     module: nn.Module
-    draws: tuple[tuple[Tensor, Tensor], ...]  # the first is timed, all are verified
+    draws: tuple[tuple[tuple[Tensor, ...], Tensor | None], ...]  # the first is timed, all are verified
 
 
 def eager_inputs(shape: Shape, dtype: str) -> Inputs:
@@ -104,36 +119,54 @@ def eager_inputs(shape: Shape, dtype: str) -> Inputs:
     Draws are so many that every result has some hundred numbers: the errors of 16 differ by more than 1.5 by chance.
     """
     generator = torch.Generator().manual_seed(1)
-    layer = _empty_layer(shape)
+    layer = _empty_layer(shape, torch.float32)
     with torch.no_grad():
         for parameter in layer.parameters():
             bound = parameter.shape[-1] ** -0.5  # nn.Linear's own range
             parameter.uniform_(-bound, bound, generator=generator)
-    kind = DTYPES[dtype]
-    fewest = min(shape.T * shape.D, *(parameter.numel() for parameter in layer.parameters()))
-    draws = []
-    for _ in range(-(-ENOUGH // fewest)):
-        x, d_y = (torch.randn(shape.T, shape.D, generator=generator).to(kind) for _ in range(2))
-        draws.append((x.requires_grad_(), d_y))
-    return Inputs(layer.to(kind), tuple(draws))
+    sizes = [sum(p.numel() for p in group) for group in groups(layer).values()]
+    sizes += [shape.T * shape.D] if shape.D else []
+    sizes += [shape.T * shape.E] if isinstance(shape, Mixture) else []
+    count = -(-ENOUGH // min(sizes))
+    args: list[tuple[Tensor, ...]] = [()] * count
+    d_ys: list[Tensor | None] = [None] * count
+    if shape.D:
+        pairs = [[torch.randn(shape.T, shape.D, generator=generator) for _ in range(2)] for _ in range(count)]
+        args, d_ys = [(x,) for x, _ in pairs], [d_y for _, d_y in pairs]
+    if isinstance(shape, Mixture):
+        args = [(*a, z) for a, z in zip(args, drawn_logits(shape.T, shape.E, count), strict=True)]
+    return converted(Inputs(layer, tuple(zip(args, d_ys, strict=True))), shape, DTYPES[dtype])
 
 
 def converted(inputs: Inputs, shape: Shape, dtype: torch.dtype) -> Inputs:
-    """The same values in a wider dtype."""
-    module = _empty_layer(shape).to(dtype)
-    with torch.no_grad():
-        for wide, narrow in zip(module.parameters(), inputs.module.parameters(), strict=True):
-            wide.copy_(narrow)
-    draws = tuple((x.detach().to(dtype).requires_grad_(), d_y.to(dtype)) for x, d_y in inputs.draws)
-    return Inputs(module, draws)
+    """The same values in another dtype; logits are at least float32."""
+    module = inputs.module
+    if any(parameter.dtype is not dtype for parameter in module.parameters()):
+        module = _empty_layer(shape, dtype)
+        with torch.no_grad():
+            for to, value in zip(module.parameters(), inputs.module.parameters(), strict=True):
+                to.copy_(value)
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    dtypes = [dtype, wide] if shape.D else [wide]
+    draws = [
+        (
+            tuple(a.detach().to(kind).requires_grad_() for a, kind in zip(args, dtypes, strict=False)),
+            None if d_y is None else d_y.to(dtype),
+        )
+        for args, d_y in inputs.draws
+    ]
+    return Inputs(module, tuple(draws))
 
 
 def limit_inputs(inputs: Inputs) -> Inputs:
     """The layer whose error is the yardstick: eager, in 16 bits with ``rounded_linear``."""
-    if inputs.draws[0][0].dtype is torch.float32:
+    layer = inputs.module
+    if inputs.draws[0][0][0].dtype is torch.float32:
         return inputs
-    assert isinstance(inputs.module, Eager)
-    return Inputs(_OtherLinear(inputs.module, rounded_linear), inputs.draws)
+    if isinstance(layer, Loop):
+        return Inputs(Loop(layer.shape, layer.weights, rounded_linear), inputs.draws)
+    assert isinstance(layer, Eager)
+    return Inputs(_OtherLinear(layer, rounded_linear), inputs.draws)
 
 
 def _ours(inputs: Inputs, shape: Shape, recompute: bool = False) -> Inputs:
@@ -186,5 +219,42 @@ PROVIDERS = (
         OURS_FLOAT32,
         lambda inputs, shape: _ours(converted(inputs, shape, torch.float32), shape),
         lambda row: _is_16_bit(row) and row.mode == "training" and row.shape == TALL,
+    ),
+)
+
+
+def _experts(kind: type[Experts], wide: bool = False) -> Callable[[Inputs, Shape], Inputs]:
+    def build(inputs: Inputs, shape: Shape) -> Inputs:
+        assert isinstance(inputs.module, Loop) and isinstance(shape, Mixture)
+        return Inputs(kind(shape, inputs.module.weights, wide=wide), inputs.draws)
+
+    return build
+
+
+def _our_mixture(inputs: Inputs, shape: Shape) -> Inputs:
+    assert isinstance(shape, Mixture)
+    return _experts(mixtures.Ours)(inputs, shape) if shape.D else Inputs(mixtures.OurRoute(shape), inputs.draws)
+
+
+def _has_peers(row: Row) -> bool:
+    return row.shape.D > 0 and row.configuration != GROWING
+
+
+_GROUPED = (
+    Provider(GROUPED, _experts(mixtures.Grouped), _has_peers),
+    Provider(GROUPED_FLOAT32, _experts(mixtures.Grouped, True), lambda row: _has_peers(row) and _is_16_bit(row)),
+    Provider(GROUPED_COMPILE, lambda i, shape: _compiled(_experts(mixtures.Grouped)(i, shape), shape), _has_peers),
+)
+
+MOE_PROVIDERS = (
+    Provider(TORCH_ROUTING, lambda inputs, shape: inputs, lambda row: row.shape.D == 0),
+    Provider(LOOP, lambda inputs, shape: inputs, _has_peers),
+    Provider(LOOP_FLOAT32, _experts(Loop, True), lambda row: _has_peers(row) and _is_16_bit(row)),
+    *(_GROUPED if hasattr(F, "grouped_mm") else ()),
+    Provider(OURS, _our_mixture),
+    Provider(
+        OURS_FLOAT32,
+        lambda inputs, shape: _our_mixture(converted(inputs, shape, torch.float32), shape),
+        lambda row: _is_16_bit(row) and row.mode == "training" and row.shape == MOE_TALL,
     ),
 )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -33,8 +34,87 @@ class Shape:
         return " ".join([f"T {self.T} {self.D}/{self.F}", *extras])
 
     @property
+    def rows(self) -> float:
+        """That a weight multiplies."""
+        return self.T
+
+    @property
     def parameters(self) -> int:
+        """That a pass reads."""
         return 3 * self.D * self.F + (2 * self.F + self.D if self.bias else 0)
+
+    @property
+    def forward_flops(self) -> int:
+        """Of the products; activations and biases are not counted."""
+        return 6 * self.T * self.D * self.F
+
+    @property
+    def between(self) -> int:
+        """Numbers of all pre-activations."""
+        return 2 * self.T * self.F
+
+    @property
+    def routing_bytes(self) -> int:
+        """Of what says who computes what, kept for backward."""
+        return 0
+
+
+@dataclass(frozen=True)
+class Mixture(Shape):
+    """Experts of FFN width F, each token in K of E: SwiGLU with ``silu``, otherwise two layers; D = F = 0 is the routing
+    alone."""
+
+    E: int = 8
+    K: int = 2
+
+    @property
+    def gated(self) -> bool:
+        return self.activation == "silu"
+
+    @property
+    def label(self) -> str:
+        extras = ["swiglu" if self.gated else self.activation, *(["bias"] if self.bias else [])]
+        sizes = [f"{self.D}/{self.F}"] if self.D else ["routing"]
+        return " ".join([f"T {self.T}", *sizes, f"E {self.E} K {self.K}", *(extras if self.D else [])])
+
+    @property
+    def rows(self) -> float:
+        return self.T * self.K / self.E
+
+    @property
+    def _layers(self) -> int:
+        return 3 if self.gated else 2
+
+    @property
+    def parameters(self) -> int:
+        """Those of the experts that are chosen."""
+        biases = (self._layers - 1) * self.F + self.D if self.bias else 0
+        return chosen_experts(self.T, self.E, self.K) * (self._layers * self.D * self.F + biases)
+
+    @property
+    def forward_flops(self) -> int:
+        return 2 * self._layers * self.T * self.K * self.D * self.F
+
+    @property
+    def between(self) -> int:
+        return (self._layers - 1) * self.T * self.K * self.F
+
+    @property
+    def routing_bytes(self) -> int:
+        """Of a row its token, place and expert (int64) and weight; int64 offsets by expert and by token; logits."""
+        return 28 * self.T * self.K + 8 * (self.E + 1) + 8 * (self.T + 1) + 4 * self.T * self.E
+
+
+def drawn_logits(T: int, E: int, draws: int = 1) -> list[torch.Tensor]:
+    """``[T, E]`` each; apart from the other numbers, so that who is chosen is known without them."""
+    generator = torch.Generator().manual_seed(2)
+    return [torch.randn(T, E, generator=generator) for _ in range(draws)]
+
+
+@functools.cache
+def chosen_experts(T: int, E: int, K: int) -> int:
+    """How many experts have rows in the draw that is timed."""
+    return len(drawn_logits(T, E)[0].topk(K).indices.unique())
 
 
 @dataclass(frozen=True)
@@ -53,19 +133,18 @@ class Row:
 
     @property
     def flops(self) -> int:
-        """``6 T D F`` forward, twice that backward; activations and biases are not counted."""
-        forward = 6 * self.shape.T * self.shape.D * self.shape.F
-        return 3 * forward if self.mode == "training" else forward
+        """Backward takes twice those of forward."""
+        return (3 if self.mode == "training" else 1) * self.shape.forward_flops
 
     @property
     def least_bytes(self) -> int:
         """Traffic that no implementation with a small cache avoids: each tensor once for each pass that needs it.
 
-        Inference: weights, x, y. Training adds in forward the two pre-activations (written), in backward weights, x,
-        pre-activations, d_y (read) and the gradients of weights and x (written).
+        Inference: weights, x, y. Training adds in forward the pre-activations (written), in backward weights, x,
+        pre-activations, d_y (read) and the gradients of weights and x (written). Of experts those that are chosen.
         """
         size = torch.finfo(DTYPES[self.dtype]).bits // 8
-        tokens, between = self.shape.T * self.shape.D, 2 * self.shape.T * self.shape.F
+        tokens, between = self.shape.T * self.shape.D, self.shape.between
         inference = self.shape.parameters + 2 * tokens
         if self.mode == "inference":
             return size * inference
@@ -74,9 +153,9 @@ class Row:
 
     @property
     def saved_bytes(self) -> int:
-        """What a lean backward keeps: x and two pre-activations."""
+        """What a lean backward keeps: x, the pre-activations and the routing."""
         size = torch.finfo(DTYPES[self.dtype]).bits // 8
-        return size * self.shape.T * (self.shape.D + 2 * self.shape.F)
+        return size * (self.shape.T * self.shape.D + self.shape.between) + self.shape.routing_bytes
 
 
 TALL = Shape(2048, 512, 2048)
@@ -132,10 +211,59 @@ def quick_rows(threads: int = 1) -> list[Row]:
 
 def all_rows(threads: int = 1) -> list[Row]:
     """Configurations and targets without repetition, in no order."""
-    rows = configuration_rows(threads)
-    seen = {(row.shape, row.dtype, row.mode, row.threads) for row in rows}
-    rows += [row for row in target_rows(threads) if (row.shape, row.dtype, row.mode, row.threads) not in seen]
+    return _without_repetition(configuration_rows(threads) + target_rows(threads))
+
+
+def _without_repetition(rows: list[Row]) -> list[Row]:
+    return list({(row.shape, row.dtype, row.mode, row.threads): row for row in reversed(rows)}.values())
+
+
+MOE_TALL = Mixture(2048, 512, 2048, "gelu", bias=True)
+MOE_FEW = replace(MOE_TALL, T=16)
+MOE_ONE = replace(MOE_TALL, T=1)
+FINE = Mixture(1024, 512, 256, E=64, K=8)
+FINE_GELU = replace(FINE, activation="gelu")
+MANY = Mixture(64, 2048, 768, E=128, K=8)
+ROUTING = Mixture(4096, 0, 0, E=64, K=8)
+GROWTH = tuple(Mixture(1024, 128, 64, E=experts, K=8) for experts in (8, 16, 32, 64, 128, 256))  # 24 MiB at most
+GROWING = "growth"  # their configuration
+
+MOE_CONFIGURATIONS = (
+    ("8", replace(MOE_TALL, T=4096)),
+    ("9", replace(MOE_TALL, T=256)),
+    ("10", MOE_FEW),
+    ("10", MOE_ONE),
+    ("11", replace(MANY, T=1)),
+    ("11", MANY),
+    ("12", FINE),
+)
+
+
+def moe_target_rows(threads: int = 1, pair: bool = True) -> list[Row]:
+    """The rows that the targets of mixtures read; ``pair``: with the one that runs on two threads."""
+    rows = [
+        *(Row(shape, "float32", "training", threads) for shape in (MOE_TALL, FINE, FINE_GELU, MOE_FEW)),
+        *(Row(shape, "float32", "inference", threads) for shape in (MOE_FEW, MOE_ONE, ROUTING)),
+        *(Row(shape, "bfloat16", "training", threads) for shape in (MOE_TALL, FINE)),
+        *(Row(shape, "float32", mode, threads, GROWING) for shape in GROWTH for mode in MODES),
+    ]
+    if pair and threads == 1 and (os.cpu_count() or 1) >= 2:
+        rows.append(Row(MANY, "bfloat16", "inference", 2))
     return rows
+
+
+def moe_quick_rows(threads: int = 1) -> list[Row]:
+    return [row for row in moe_target_rows(threads, pair=False) if row.shape not in (MOE_TALL, *GROWTH[1:-1])]
+
+
+def moe_all_rows(threads: int = 1) -> list[Row]:
+    rows = [
+        Row(shape, dtype, mode, threads, number)
+        for number, shape in MOE_CONFIGURATIONS
+        for dtype in ("float32", "bfloat16")
+        for mode in MODES
+    ]
+    return _without_repetition(rows + moe_target_rows(threads))
 
 
 def in_order(rows: list[Row]) -> list[Row]:

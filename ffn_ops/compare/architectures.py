@@ -1,4 +1,5 @@
-"""THE list of architectures. An entry here (MoE joins so) appears in every table, plot and training run.
+"""THE lists of layers: ``ARCHITECTURES`` are counted, timed and trained at equal parameters; ``LAYERS`` adds the
+guides' mixture of experts, which is counted and timed at their size and trained in the variants of ``mixtures.py``.
 
 Holds what an architecture is: its fused and its plain PyTorch layer, its units, the guides' claims about it. Not how
 anything is measured.
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import ffn_ops
@@ -19,6 +21,7 @@ from ffn_ops import modules, reference
 Build = Callable[[int, int], nn.Module]
 Units = Callable[[nn.Module, Tensor], Tensor]
 FLOP_TOKENS = 64
+EXPERTS, TOP_K = 8, 2  # the defaults of the guides' MoEFFN
 
 
 def count_parameters(layer: nn.Module) -> int:
@@ -35,8 +38,8 @@ class Claim:
 
 
 @dataclass(frozen=True)
-class Architecture:
-    """``fused`` and ``eager`` take (d_model, d_ff) and give layers with the same state-dict keys.
+class Layer:
+    """What can be trained. ``fused`` takes (d_model, d_ff).
 
     ``units`` gives every unit's activation output [T, U] for the layer's input [T, D]: a unit whose output stays at
     zero switches its hidden column off, whatever ``up`` holds.
@@ -46,10 +49,17 @@ class Architecture:
     name: str
     formula: str
     fused: Build
-    eager: Build
     units: Units
+
+
+@dataclass(frozen=True)
+class Architecture(Layer):
+    """``eager`` takes (d_model, d_ff) too and gives a layer that computes the same from the same ``state``."""
+
+    eager: Build
     claim: Claim = Claim()
     active_parameters: Callable[[nn.Module], int] = count_parameters
+    data_dependent: bool = False  # shapes inside ``eager`` depend on the data: nothing for torch.compile or meta
 
 
 def _units(gate_layers: Callable[[nn.Module], list[nn.Module]], activation: str) -> Units:
@@ -71,8 +81,8 @@ def _plain(key: str, name: str, formula: str, fused: Build, claim: Claim) -> Arc
         name,
         formula,
         fused,
-        lambda d_model, d_ff: reference.PlainFFN(d_model, d_ff, key),
         _units(lambda layer: [layer.get_submodule("linear1")], key),
+        lambda d_model, d_ff: reference.PlainFFN(d_model, d_ff, key),
         claim,
     )
 
@@ -83,10 +93,32 @@ def _gated(key: str, name: str, formula: str, activation: str, claim: Claim) -> 
         name,
         formula,
         lambda d_model, d_ff: modules.FeedForward(d_model, _guide_width(d_ff), 1, 0.0, activation=activation),
-        lambda d_model, d_ff: reference.FeedForward(d_model, _guide_width(d_ff), 1, 0.0, activation=activation),
         _units(lambda layer: [layer.get_submodule("w1")], activation),
+        lambda d_model, d_ff: reference.FeedForward(d_model, _guide_width(d_ff), 1, 0.0, activation=activation),
         claim,
     )
+
+
+def expert_units(layer: nn.Module, x_TD: Tensor) -> Tensor:
+    """[C, E * F]: the units of each expert on the tokens that it computes, then zeros; C is the largest load.
+
+    So a unit of an expert that no token reaches counts as dead.
+    """
+    assert isinstance(layer, ffn_ops.MoEFFN)
+    routing = layer.route(layer.logits(x_TD))
+    computed = routing.token[: int(routing.offsets[-1])]
+    outputs = []
+    for e, tokens in enumerate(computed.split(routing.offsets.diff().tolist())):
+        bias = None if layer.b_in is None else layer.b_in[e]
+        hidden = F.linear(x_TD[tokens], layer.w_in[e], bias)
+        outputs.append(ffn_ops.gated_act(hidden, activation=layer.activation, beta=layer.beta))
+    return nn.utils.rnn.pad_sequence(outputs).flatten(1)
+
+
+def active_parameters(layer: nn.Module, per_token: float = TOP_K, experts: int = EXPERTS) -> int:
+    """Of a mixture: the router's and those of the experts that one token meets."""
+    router = count_parameters(layer.get_submodule("router"))
+    return router + round((count_parameters(layer) - router) * per_token / experts)
 
 
 ARCHITECTURES: tuple[Architecture, ...] = (
@@ -101,13 +133,25 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         "Gated-FFN",
         "Wo sum_g sigmoid(Gg x) * Vg x, 4 gates",
         lambda d_model, d_ff: modules.GatedFFN(d_model, d_ff, out_proj=True),
-        lambda d_model, d_ff: reference.GatedFFN(d_model, d_ff, out_proj=True),
         _units(lambda layer: list(layer.get_submodule("gate_layers").children()), "sigmoid"),
+        lambda d_model, d_ff: reference.GatedFFN(d_model, d_ff, out_proj=True),
         Claim(9.5, 4.0, 4.5),
     ),
 )
+MOE = Architecture(
+    "moe",
+    "MoE FFN",
+    f"sum of p_e * GELU FFN_e(x) over the {TOP_K} largest p = softmax(router x), {EXPERTS} experts",
+    lambda d_model, d_ff: ffn_ops.MoEFFN(d_model, d_ff, EXPERTS, TOP_K),
+    expert_units,
+    lambda d_model, d_ff: reference.MoEFFN(d_model, d_ff, EXPERTS, TOP_K),
+    Claim(16.8, 8.0, 8.0),
+    active_parameters,
+    data_dependent=True,
+)
+LAYERS = (*ARCHITECTURES, MOE)
 BASELINE = "gelu"
-BY_KEY = {a.key: a for a in ARCHITECTURES}
+BY_KEY = {a.key: a for a in LAYERS}
 
 
 def flops_per_token(layer: nn.Module, d_model: int) -> float:
@@ -125,8 +169,13 @@ def width_for_budget(architecture: Architecture, d_model: int, parameters: int) 
     return max(1, round((parameters - one) / (two - one)) + 1)
 
 
+def state(layer: nn.Module) -> dict[str, Tensor]:
+    """The weights under the guides' keys: ``MoEFFN`` stacks its experts, and loads the guides' keys too."""
+    return layer.document_state_dict() if isinstance(layer, ffn_ops.MoEFFN) else layer.state_dict()
+
+
 def disagreement(fused: nn.Module, eager: nn.Module) -> list[str]:
-    """State-dict keys or shapes in which the two layers of one entry differ; empty where weights can be exchanged."""
-    a = {k: tuple(v.shape) for k, v in fused.state_dict().items()}
-    b = {k: tuple(v.shape) for k, v in eager.state_dict().items()}
+    """State keys or shapes in which the two layers of one entry differ; empty where weights can be exchanged."""
+    a = {k: tuple(v.shape) for k, v in state(fused).items()}
+    b = {k: tuple(v.shape) for k, v in state(eager).items()}
     return sorted(k for k in a.keys() | b.keys() if a.get(k) != b.get(k))

@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from .architectures import ARCHITECTURES, Architecture, count_parameters, disagreement
+from .architectures import LAYERS, Architecture, count_parameters, disagreement, state
 from .settings import Settings
 
 COMPILED_BY_DEFAULT = ("gelu", "swiglu", "gated_ffn")
@@ -163,7 +163,7 @@ def prepare(architecture: Architecture, settings: Settings, x: Tensor, dy: Tenso
         result.notes.append(f"fused refused: the layers' state dicts differ in {', '.join(differing)}")
         del layers["fused"]
     else:
-        fused.load_state_dict(eager.state_dict())
+        fused.load_state_dict(state(eager))
     exact_layer.load_state_dict(eager.state_dict())
     exact = _gradients(exact_layer, x.double(), dy.double())
     errors = {"eager": _error(_gradients(eager, x, dy), exact)}
@@ -172,6 +172,10 @@ def prepare(architecture: Architecture, settings: Settings, x: Tensor, dy: Tenso
         compiled = torch.compile(eager)
         assert isinstance(compiled, nn.Module)
         layers["compile"] = compiled
+    elif architecture.data_dependent and settings.compile != "none":
+        result.notes.append(
+            "torch.compile left out: shapes depend on the data, so that the loop over experts stays eager"
+        )
     for name in [n for n in layers if n != "eager"]:
         try:
             errors[name] = _error(_gradients(layers[name], x, dy), exact)
@@ -191,7 +195,7 @@ def prepare(architecture: Architecture, settings: Settings, x: Tensor, dy: Tenso
 
 def progress_length(settings: Settings) -> int:
     """How often ``measure`` calls ``advance``."""
-    return len(ARCHITECTURES) + 2 * (WARM_UPS + settings.repeats)
+    return len(LAYERS) + 2 * (WARM_UPS + settings.repeats)
 
 
 def measure(settings: Settings, advance: Call) -> list[LayerResult]:
@@ -201,7 +205,7 @@ def measure(settings: Settings, advance: Call) -> list[LayerResult]:
     # one setting's name differs between the torch versions served
     limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
     with torch._dynamo.config.patch({limit: RECOMPILE_LIMIT}):
-        for architecture in ARCHITECTURES:
+        for architecture in LAYERS:
             prepared[architecture.key] = prepare(architecture, settings, x, dy)
             advance()
         layers = {(key, name): layer for key, p in prepared.items() for name, layer in p.layers.items()}
@@ -220,4 +224,5 @@ def compiled_keys(choice: str) -> list[str]:
     """The architectures that are also timed under torch.compile."""
     if choice == "none":
         return []
-    return [a.key for a in ARCHITECTURES if choice == "all" or a.key in COMPILED_BY_DEFAULT]
+    possible = [a.key for a in LAYERS if not a.data_dependent]
+    return [key for key in possible if choice == "all" or key in COMPILED_BY_DEFAULT]

@@ -8,6 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ffn_ops import MoEFFN
+
+from .mixtures import Routed
 from .settings import ModelSize
 
 VOCABULARY = 256
@@ -59,10 +62,13 @@ class LanguageModel(nn.Module):
     def ffn_layers(self) -> list[nn.Module]:
         return [block.ffn for block in self._blocks()]
 
-    def forward(self, tokens: Tensor, ffn_inputs: list[Tensor] | None = None) -> Tensor:
-        """Logits [B, length, 256]; ``ffn_inputs``, where given, collects what each feed-forward layer received.
+    def forward(
+        self, tokens: Tensor, ffn_inputs: list[Tensor] | None = None, routed: list[Routed] | None = None
+    ) -> Tensor:
+        """Logits [B, length, 256]; ``ffn_inputs``, where given, collects what each feed-forward layer received, and
+        ``routed`` what each mixture chose.
 
-        A list and not hooks: a hooked layer would not run its fused path.
+        Lists and not hooks: a hooked layer would not run its fused path.
         """
         x = self.token(tokens) + self.position.weight[: tokens.shape[1]]
         for block in self._blocks():
@@ -70,6 +76,11 @@ class LanguageModel(nn.Module):
             hidden = block.norm_ffn(x)
             if ffn_inputs is not None:
                 ffn_inputs.append(hidden.flatten(0, 1))
-            x = x + block.ffn(hidden)
-        logits: Tensor = self.head(self.norm(x))
-        return logits
+            if routed is not None and isinstance(block.ffn, MoEFFN):
+                y, chosen, logits = block.ffn(hidden, return_routing=True)
+                routed.append((chosen, logits))
+            else:
+                y = block.ffn(hidden)
+            x = x + y
+        out: Tensor = self.head(self.norm(x))
+        return out

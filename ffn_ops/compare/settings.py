@@ -37,6 +37,7 @@ class Settings:
     device: str = "cpu"
     steps: int = 90
     seeds: int = 5
+    most_mixture_seeds: int = 4  # the mixtures' steps are the slowest: the first seeds alone, to keep the run short
     repeats: int = 9
     compile: str = "some"
     batch: int = 8
@@ -47,6 +48,10 @@ class Settings:
     final_windows: int = 128
     model: ModelSize = field(default_factory=ModelSize)
     layer: LayerSize = field(default_factory=LayerSize)
+
+    @property
+    def mixture_seeds(self) -> int:
+        return min(self.seeds, self.most_mixture_seeds)
 
     @property
     def stress_steps(self) -> int:

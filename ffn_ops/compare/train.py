@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import text as text_module
-from .architectures import BASELINE, BY_KEY, Architecture, count_parameters, width_for_budget
+from .architectures import ARCHITECTURES, BASELINE, BY_KEY, Layer, count_parameters, width_for_budget
+from .mixtures import LayerLoad, Mixture, Routed, balancing_loss, layer_load
 from .model import LanguageModel
 from .settings import Settings
 from .text import Text
@@ -41,6 +42,8 @@ class Run:
     dead_share: list[list[float]] = field(default_factory=list)  # per evaluation, per layer
     gradient_steps: list[int] = field(default_factory=list)
     gradient_norms: list[list[float]] = field(default_factory=list)  # per measured step, per layer
+    training_loads: list[list[LayerLoad]] = field(default_factory=list)  # per measured step, per layer of a mixture
+    validation_loads: list[list[LayerLoad]] = field(default_factory=list)  # per evaluation, per layer of a mixture
     final_validation: float | None = None
     units: int = 0
     dead_at_start: int = 0
@@ -56,7 +59,12 @@ def budget_widths(settings: Settings) -> dict[str, int]:
     size = settings.model
     with torch.device("meta"):
         budget = count_parameters(BY_KEY[BASELINE].eager(size.d_model, size.d_ff))
-    return {key: width_for_budget(a, size.d_model, budget) for key, a in BY_KEY.items()}
+    return {a.key: width_for_budget(a, size.d_model, budget) for a in ARCHITECTURES}
+
+
+def _width(layer: Layer, budget: dict[str, int], settings: Settings) -> int:
+    """``d_ff``: a mixture's for the baseline's active FLOPs, any other's for the baseline's parameters."""
+    return layer.width(settings.model.d_ff) if isinstance(layer, Mixture) else budget[layer.key]
 
 
 def _rate(step: int, steps: int, peak: float) -> float:
@@ -77,12 +85,14 @@ def validation_loss(model: LanguageModel, x: Tensor, y: Tensor, batch: int = 32)
 
 
 @torch.no_grad()
-def probe(model: LanguageModel, architecture: Architecture, x: Tensor, y: Tensor) -> tuple[float, list[Tensor]]:
+def probe(
+    model: LanguageModel, layer: Layer, x: Tensor, y: Tensor, routed: list[Routed] | None = None
+) -> tuple[float, list[Tensor]]:
     """The loss, and per layer bool [U]: the unit's output stays within ±DEAD_BELOW on every token of ``x``."""
     inputs: list[Tensor] = []
-    loss = F.cross_entropy(model(x, inputs).flatten(0, 1), y.flatten()).item()
+    loss = F.cross_entropy(model(x, inputs, routed).flatten(0, 1), y.flatten()).item()
     layers = zip(model.ffn_layers(), inputs, strict=True)
-    return loss, [architecture.units(ffn, hidden).abs().amax(0).lt(DEAD_BELOW) for ffn, hidden in layers]
+    return loss, [layer.units(ffn, hidden).abs().amax(0).lt(DEAD_BELOW) for ffn, hidden in layers]
 
 
 def _gradient_norm(layer: nn.Module) -> float:
@@ -91,16 +101,17 @@ def _gradient_norm(layer: nn.Module) -> float:
 
 
 class Trainer:
-    """One architecture, one seed: ``start``, then ``step`` for every batch, then ``finish``."""
+    """One layer, one seed: ``evaluate``, then ``step`` for every batch, then ``finish``."""
 
     def __init__(
-        self, architecture: Architecture, d_ff: int, text: Text, settings: Settings, seed: int, rate: float, steps: int
+        self, layer: Layer, d_ff: int, text: Text, settings: Settings, seed: int, rate: float, steps: int
     ) -> None:
         size, self.device = settings.model, torch.device(settings.device)
-        model = LanguageModel(size, lambda: architecture.fused(size.d_model, d_ff), seed).to(self.device)
-        ffn_parameters = sum(count_parameters(layer) for layer in model.ffn_layers())
-        self.run = Run(architecture.key, seed, rate, d_ff, ffn_parameters, count_parameters(model))
-        self.architecture, self.model, self.text, self.settings, self.steps = architecture, model, text, settings, steps
+        model = LanguageModel(size, lambda: layer.fused(size.d_model, d_ff), seed).to(self.device)
+        ffn_parameters = sum(count_parameters(ffn) for ffn in model.ffn_layers())
+        self.run = Run(layer.key, seed, rate, d_ff, ffn_parameters, count_parameters(model))
+        self.layer, self.model, self.text, self.settings, self.steps = layer, model, text, settings, steps
+        self.balance = layer.balance if isinstance(layer, Mixture) else 0.0
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.01)
         self.check = self._validation(settings.validation_windows)
         self.evaluate_at = {round(i * steps / settings.evaluations) for i in range(settings.evaluations + 1)}
@@ -114,7 +125,13 @@ class Trainer:
         return x.to(self.device), y.to(self.device)
 
     def evaluate(self, step: int) -> None:
-        loss, dead = probe(self.model, self.architecture, *self.check)
+        """In evaluation mode: no noise on a router's input, and BASE balances nothing."""
+        routed: list[Routed] = []
+        self.model.eval()
+        loss, dead = probe(self.model, self.layer, *self.check, routed)
+        self.model.train()
+        if routed:
+            self.run.validation_loads.append([layer_load(chosen) for chosen, _ in routed])
         self.run.steps.append(step)
         self.run.validation.append(loss)
         self.run.dead_share.append([layer.float().mean().item() for layer in dead])
@@ -128,7 +145,10 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = _rate(step, self.steps, self.run.learning_rate)
         self.optimizer.zero_grad(set_to_none=True)
-        loss = F.cross_entropy(self.model(x).flatten(0, 1), y.flatten())
+        routed: list[Routed] = []
+        loss = F.cross_entropy(self.model(x, routed=routed).flatten(0, 1), y.flatten())
+        if self.balance:
+            loss = loss + self.balance * balancing_loss(routed)
         loss.backward()  # type: ignore[no-untyped-call]
         if step % self.gradient_every == 0:
             self.run.gradient_steps.append(step)
@@ -137,6 +157,8 @@ class Trainer:
         self.optimizer.step()
         finite = math.isfinite(loss.item())  # item() waits for the device: the step's time is complete
         self.run.step_ms.append(round(1e3 * (time.perf_counter() - began), 3))
+        if routed and step % self.gradient_every == 0:
+            self.run.training_loads.append([layer_load(chosen) for chosen, _ in routed])
         if not finite:
             _diverge(self.run)
         elif step + 1 in self.evaluate_at:
@@ -146,6 +168,7 @@ class Trainer:
         run = self.run
         if run.diverged:
             return run
+        self.model.eval()
         run.final_validation = validation_loss(self.model, *self._validation(self.settings.final_windows))
         start, end, ever = self.dead[0], self.dead[-1], torch.stack(self.dead).any(0)
         run.units, run.dead_at_start, run.dead_at_end = end.numel(), int(start.sum()), int(end.sum())
@@ -156,7 +179,7 @@ class Trainer:
 
 
 def train_together(
-    architectures: Sequence[Architecture],
+    layers: Sequence[Layer],
     text: Text,
     settings: Settings,
     *,
@@ -165,18 +188,20 @@ def train_together(
     learning_rate: float,
     advance: Callable[[], object],
 ) -> list[Run]:
-    """``advance`` is called once per step and architecture."""
-    widths = budget_widths(settings)
-    trainers = [Trainer(a, widths[a.key], text, settings, seed, learning_rate, steps) for a in architectures]
+    """``advance`` is called once per step and layer."""
+    budget = budget_widths(settings)
+    trainers = [Trainer(a, _width(a, budget, settings), text, settings, seed, learning_rate, steps) for a in layers]
     context, device = settings.model.context, torch.device(settings.device)
     starts = text_module.training_starts(text.train, seed, steps, settings.batch, context)
     for trainer in trainers:
         trainer.evaluate(0)
-    for step in range(steps):
-        x, y = (t.to(device) for t in text_module.windows(text.train, starts[step], context))
-        for trainer in trainers if step % 2 == 0 else reversed(trainers):
-            trainer.step(step, x, y)
-            advance()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # the noise on a router's input is the one thing drawn in training
+        for step in range(steps):
+            x, y = (t.to(device) for t in text_module.windows(text.train, starts[step], context))
+            for trainer in trainers if step % 2 == 0 else reversed(trainers):
+                trainer.step(step, x, y)
+                advance()
     return [trainer.finish() for trainer in trainers]
 
 
@@ -186,6 +211,7 @@ def _diverge(run: Run) -> None:
     keep = [i for i, loss in enumerate(run.validation) if math.isfinite(loss)]
     run.steps, run.validation = [run.steps[i] for i in keep], [run.validation[i] for i in keep]
     run.dead_share = [run.dead_share[i] for i in keep]
+    run.validation_loads = [run.validation_loads[i] for i in keep if run.validation_loads]
     finite = [i for i, norms in enumerate(run.gradient_norms) if all(map(math.isfinite, norms))]
     run.gradient_steps = [run.gradient_steps[i] for i in finite]
     run.gradient_norms = [run.gradient_norms[i] for i in finite]

@@ -6,6 +6,7 @@ The five index tensors of a routing come in the order token, weight, offsets, ro
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -75,7 +76,7 @@ def check_routing(x: Tensor, routing: Routing) -> None:
     if x.dim() < 1:
         raise ValueError(f"x: expected shape [..., D], got {list(x.shape)}")
     tokens = routing.token_offsets.shape[0] - 1
-    if x.shape[:-1].numel() != tokens:
+    if math.prod(x.shape[:-1]) != tokens:
         raise ValueError(f"x: expected shape [..., D] with {tokens} tokens as the routing has, got {list(x.shape)}")
 
 

@@ -1,0 +1,117 @@
+"""THE list of mixtures of experts that are trained, each at the dense baseline's active FLOPs per token, and what is
+recorded of their routing. A mixture has several times the baseline's parameters.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import ffn_ops
+from ffn_ops import Routing, routing
+
+from .architectures import EXPERTS, LAYERS, Layer, expert_units
+
+BALANCE, JITTER = 0.01, 0.01  # Switch Transformers' weights of the load-balancing loss and of the router's noise
+Routed = tuple[Routing, Tensor]  # what one layer chose, and its logits
+
+
+@dataclass(frozen=True)
+class Mixture(Layer):
+    """``experts_per_token`` is exact or, for Expert Choice, the mean. ``balance`` weighs the load-balancing loss."""
+
+    experts_per_token: int
+    balance: float = 0.0
+    leaks: bool = False  # a byte's output depends on later bytes, so that its loss says nothing
+
+    def width(self, d_ff: int) -> int:
+        """Each expert's ``d_ff``, so that all experts of a token together are as wide as the dense layer."""
+        return max(1, d_ff // self.experts_per_token)
+
+
+def _mixture(
+    key: str,
+    name: str,
+    formula: str,
+    per_token: int,
+    router: Callable[..., Routing] | None,
+    balance: float = 0.0,
+    jitter: float = 0.0,
+    leaks: bool = False,
+) -> Mixture:
+    def fused(d_model: int, d_ff: int) -> ffn_ops.MoEFFN:
+        return ffn_ops.MoEFFN(d_model, d_ff, EXPERTS, per_token, router=router, router_jitter=jitter)
+
+    return Mixture(key, name, formula, fused, expert_units, per_token, balance, leaks)
+
+
+CAPACITY_FACTOR, EXPERT_CHOICE_FACTOR = 1.25, 2
+MIXTURES: tuple[Mixture, ...] = (
+    _mixture(
+        "switch",
+        "Switch top-1",
+        f"1 of {EXPERTS} by softmax; capacity factor {CAPACITY_FACTOR}, balancing loss {BALANCE}, jitter {JITTER}",
+        1,
+        functools.partial(routing.switch, capacity_factor=CAPACITY_FACTOR),
+        BALANCE,
+        JITTER,
+    ),
+    _mixture(
+        "top2",
+        "MoE top-2",
+        f"2 of {EXPERTS} by softmax, the guide's router; no capacity, balancing loss {BALANCE}",
+        2,
+        None,
+        BALANCE,
+    ),
+    _mixture(
+        "expert_choice",
+        "Expert Choice (leaks)",
+        f"each of {EXPERTS} experts takes its best bytes of the batch; capacity factor {EXPERT_CHOICE_FACTOR}",
+        EXPERT_CHOICE_FACTOR,
+        functools.partial(routing.expert_choice, capacity_factor=float(EXPERT_CHOICE_FACTOR), causal=False),
+        leaks=True,
+    ),
+    _mixture(
+        "base",
+        "BASE",
+        f"1 of {EXPERTS}: in training the best assignment with equal loads, else the highest logit; weight sigmoid",
+        1,
+        routing.base,
+    ),
+)
+NAMES = {layer.key: layer.name for layer in (*LAYERS, *MIXTURES)}
+
+
+@dataclass(frozen=True)
+class Load:
+    """How evenly one routing, or the mean of several, fills the experts. Entropy and maximum are after dropping."""
+
+    entropy: float  # divided by log E: 1 is uniform
+    max_over_mean: float
+    dropped: float  # share of the rows that chose an expert
+    unreached: float  # share of the tokens that no expert computes
+
+
+@dataclass(frozen=True)
+class LayerLoad(Load):
+    shares: list[float]  # of each expert in the rows that chose one, before dropping
+
+
+def layer_load(chosen: Routing) -> LayerLoad:
+    found = chosen.statistics()
+    wanted = chosen.counts.double()
+    reached = torch.zeros(chosen.token_offsets.shape[0] - 1, dtype=torch.bool, device=wanted.device)
+    reached[chosen.token[: int(chosen.offsets[-1])]] = True
+    values = (found.load_entropy, found.max_over_mean, found.dropped_fraction, 1 - reached.double().mean())
+    shares = (wanted / wanted.sum().clamp(min=1)).tolist()
+    return LayerLoad(*(round(v.item(), 5) for v in values), [round(s, 5) for s in shares])
+
+
+def balancing_loss(routed: list[Routed]) -> Tensor:
+    """The sum over the layers."""
+    return torch.stack([routing.load_balancing_loss(logits, chosen) for chosen, logits in routed]).sum()
