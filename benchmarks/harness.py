@@ -16,12 +16,23 @@ import torch
 from torch import Tensor, nn
 
 from . import peak
-from .providers import COMPILING, HUGE, PROVIDERS, Inputs, Provider, converted, eager_inputs, limit_inputs
+from .providers import (
+    COMPILING,
+    ENOUGH,
+    HUGE,
+    PROVIDERS,
+    Inputs,
+    Provider,
+    converted,
+    eager_inputs,
+    groups,
+    limit_inputs,
+)
 from .verify import Limit, WrongResultError, limit, worst
 from .worker import HugePageProcess, norms
 from .workloads import Mode, Row, Shape
 
-PREDICTING_TOKENS = 64  # from here on a call's time follows its FLOPs
+PREDICTING_ROWS = 64  # of a weight; from here on a call's time follows its FLOPs
 NORM_TOLERANCE = 1e-3  # of float32 results of the same code in another process
 
 
@@ -44,10 +55,17 @@ class Budget:
 QUICK = Budget(seconds=0.3, most_rounds=9, longest_call=4.0)
 
 
-def run_once(module: nn.Module, x: Tensor, d_y: Tensor, leaves: Sequence[Tensor], mode: Mode) -> tuple[Tensor, ...]:
-    """The output and, in training, the gradients of x and every parameter. Freeing them is part of a step."""
-    y = module(x)
-    return (y,) if mode == "inference" else (y, *torch.autograd.grad(y, leaves, d_y))
+def run_once(
+    module: nn.Module, args: Sequence[Tensor], d_y: Tensor | None, leaves: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
+    """The output or outputs, and the gradients of the leaves if there are any. Freeing them is part of a step.
+
+    An expert that no token chooses may have no gradient.
+    """
+    y = module(*args)
+    if leaves:
+        return (y, *torch.autograd.grad(y, leaves, d_y, allow_unused=True))
+    return y if isinstance(y, tuple) else (y,)
 
 
 @contextlib.contextmanager
@@ -66,16 +84,20 @@ class Case:
     def __init__(self, shape: Shape, dtype: str) -> None:
         self.shape, self.dtype = shape, dtype
         self.inputs = eager_inputs(shape, dtype)
-        self.names = ("y", "d_x", *(f"d_{name}" for name, _ in self.inputs.module.named_parameters()))
-        large = shape.T * shape.D * shape.F > 1e8
+        large = shape.forward_flops > 6e8
         with threads((os.cpu_count() or 1) if large else 1):
             self.exact = Local(converted(self.inputs, shape, torch.float64), shape, "training").results()
             eager = Local(limit_inputs(self.inputs), shape, "training").results()
             self.limits: list[Limit] = [limit(e, x) for e, x in zip(eager, self.exact, strict=True)]
+        args, d_y = self.inputs.draws[0]
+        inputs = ("x", "logits")[: len(args)]
+        leaves = [] if d_y is None else [f"d_{name}" for name in (*inputs, *groups(self.inputs.module))]
+        self.outputs = len(self.exact) - len(leaves)
+        self.names = (*("y", "y1", "y2")[: self.outputs], *leaves)
 
     def worst(self, results: Sequence[Tensor]) -> float:
         """The largest quotient of error and limit, of the output alone or with all gradients."""
-        count = 1 if len(results) == 1 else len(self.exact)
+        count = self.outputs if len(results) == self.outputs else len(self.exact)
         return worst(self.names[:count], results, self.exact[:count], self.limits[:count])
 
     def check_norms(self, found: Sequence[float]) -> None:
@@ -102,20 +124,45 @@ class Local:
     def __init__(self, inputs: Inputs, shape: Shape, mode: Mode) -> None:
         self.module, self.draws, self.mode = inputs.module, inputs.draws, mode
         self.parameters = tuple(self.module.parameters())
+        self.groups = list(groups(self.module).values())
+        args, d_y = self.draws[0]
+        self.leaves = () if mode == "inference" or d_y is None else (*args, *self.parameters)
         self.first_call = math.nan
         # Dropout stands behind every provider alike: it is timed and not verified.
         self.module.train(mode == "training" and not shape.dropout)
 
     def results(self) -> list[Tensor]:
-        """Output and gradients; those of several draws stacked."""
-        draws = []
+        """Output and gradients; small ones stacked from so many draws that they have ``ENOUGH`` numbers."""
+        pools: list[list[Tensor]] = []
+
+        def wanted(number: int, tensors: Sequence[Tensor]) -> bool:
+            return number * sum(t.numel() for t in tensors) < ENOUGH
+
         with torch.inference_mode(self.mode == "inference"):
-            for x, d_y in self.draws:
+            for number, (args, d_y) in enumerate(self.draws):
+                all_groups = [*((a,) for a in args), *self.groups] if self.leaves else []
+                chosen = [place for place, group in enumerate(all_groups) if wanted(number, group)]
+                leaves = [leaf for place in chosen for leaf in all_groups[place]]
+                if number and not leaves and not any(wanted(number, pool[:1]) for pool in pools):
+                    break
                 start = time.perf_counter()
-                draws.append([t.detach() for t in run_once(self.module, x, d_y, (x, *self.parameters), self.mode)])
-                if len(draws) == 1:
+                found = list(run_once(self.module, args, d_y, leaves))
+                if number == 0:
                     self.first_call = time.perf_counter() - start
-        return draws[0] if len(draws) == 1 else [torch.stack(each) for each in zip(*draws, strict=True)]
+                outputs = [t.detach() for t in found[: len(found) - len(leaves)] if t is not None]
+                del found[: len(outputs)]
+                outputs = list(getattr(self.module, "compared", lambda *y: y)(*outputs))
+                if number == 0:
+                    pools = [[] for _ in (*outputs, *all_groups)]
+                for pool, output in zip(pools, outputs, strict=False):
+                    if wanted(number, [output]):
+                        pool.append(output)
+                for place in chosen:
+                    group = all_groups[place]
+                    grads = [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(found, group, strict=False)]
+                    del found[: len(group)]  # the largest are gigabytes
+                    pools[len(outputs) + place].append(grads[0] if len(grads) == 1 else torch.stack(grads))
+        return [pool[0] if len(pool) == 1 else torch.stack(pool) for pool in pools]
 
     def begin(self) -> None:
         """After the results: from here on calls are timed."""
@@ -127,13 +174,12 @@ class Local:
         return quotient, self.first_call
 
     def sample(self, repeats: int) -> float:
-        module, mode = self.module, self.mode
-        x, d_y = self.draws[0]
-        leaves = (x, *self.parameters)
-        with torch.inference_mode(mode == "inference"):
+        module, leaves = self.module, self.leaves
+        args, d_y = self.draws[0]
+        with torch.inference_mode(self.mode == "inference"):
             start = time.perf_counter()
             for _ in range(repeats):
-                run_once(module, x, d_y, leaves, mode)
+                run_once(module, args, d_y, leaves)
             return (time.perf_counter() - start) / repeats
 
     def saved_bytes(self) -> int | None:
@@ -147,7 +193,7 @@ class Local:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            y = self.module(self.draws[0][0])
+            y = self.module(*self.draws[0][0])
         own = {parameter.untyped_storage().data_ptr() for parameter in self.parameters}
         total = sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in own)
         del y
@@ -267,7 +313,7 @@ class Harness:
             finally:
                 gc.enable()
         for timed in measured.timed:
-            if timed.seconds and row.shape.T >= PREDICTING_TOKENS:
+            if timed.seconds and row.flops and row.shape.rows >= PREDICTING_ROWS:
                 self._rates[timed.provider, row.dtype, row.mode] = min(timed.seconds) / row.flops
         return measured
 

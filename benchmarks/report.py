@@ -5,11 +5,12 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from .providers import COMPILE, EAGER, HUGE, OURS
+from .providers import COMPILE, EAGER, GROUPED, GROUPED_COMPILE, HUGE, LOOP, OURS, TORCH_ROUTING
 
 Record = dict[str, Any]
 
-STREAMING_TOKENS = 16  # up to here the weights' traffic bounds a row: bytes per second are shown
+STREAMING_ROWS = 16  # up to so many that a weight multiplies its traffic bounds a row: bytes per second are shown
+PEERS = (EAGER, HUGE, COMPILE, TORCH_ROUTING, LOOP, GROUPED, GROUPED_COMPILE)  # of the summary
 
 
 def ratio(row: Record, slow: str, fast: str) -> float | None:
@@ -43,7 +44,8 @@ def of_limit(row: Record, provider: Record) -> float:
 
 
 def is_streaming(row: Record) -> bool:
-    return bool(row["shape"]["T"] <= STREAMING_TOKENS)
+    shape = row["shape"]
+    return bool(shape["T"] * shape.get("K", 1) / shape.get("E", 1) <= STREAMING_ROWS)
 
 
 def time_text(seconds: float) -> str:
@@ -91,8 +93,9 @@ def row_text(row: Record) -> str:
         f"  {row['flops'] * 1e-9:.3g} GFLOP, at least {row['least_bytes'] * 1e-6:.3g} MB · in this row: FMA"
         f" {row['fma_gflops']:.1f} GFLOP/s ({row['isa']}), read {row['read_gbs']:.1f} GB/s"
     )
-    heads = ["  provider", "median", "min", "spread", "n", "GFLOP/s", "of peak", "GB/s", "of read", "x eager"]
-    heads += ["error", "saved MB", "first call"]
+    heads = ["  provider", "median", "min", "spread", "n", "GFLOP/s", "of peak", "GB/s", "of read"]
+    base = next(iter(row["providers"]))
+    heads += [f"x {base}", "error", "saved MB", "first call"]
     lines, notes = [], []
     for name, found in row["providers"].items():
         if found["note"]:
@@ -113,7 +116,7 @@ def row_text(row: Record) -> str:
                 f"{of_fma(row, found):.0%}",
                 f"{gbs(row, found):.3g}" if streaming else "–",
                 f"{of_read(row, found):.0%}" if streaming else "–",
-                _number(ratio(row, EAGER, name), ".2f"),
+                _number(ratio(row, base, name), ".2f"),
                 _number(found["error"], ".2f"),
                 _number(None if saved is None else saved * 1e-6, ".4g"),
                 time_text(found["first_call"]),
@@ -124,7 +127,8 @@ def row_text(row: Record) -> str:
 
 def summary_text(rows: list[Record]) -> str:
     """A line for each row: ours, in shares and against the others."""
-    heads = ["row", "ffn_ops", "of peak", "of read", "x eager", "x huge pages", "x compile"]
+    peers = [name for name in PEERS if any(name in row["providers"] for row in rows)]
+    heads = ["row", "ffn_ops", "of peak", "of read", *(f"x {name}" for name in peers)]
     lines = []
     for row in rows:
         found = row["providers"].get(OURS, {})
@@ -137,7 +141,7 @@ def summary_text(rows: list[Record]) -> str:
                 time_text(found["median"]),
                 f"{of_fma(row, found):.0%}",
                 f"{of_read(row, found):.0%}" if is_streaming(row) else "–",
-                *(_number(ratio(row, name, OURS), ".2f") for name in (EAGER, HUGE, COMPILE)),
+                *(_number(ratio(row, name, OURS), ".2f") for name in peers),
             ]
         )
     return table(heads, lines)
@@ -145,8 +149,9 @@ def summary_text(rows: list[Record]) -> str:
 
 LEGEND = (
     "median, min, spread (quartiles' distance / median) and n are over rounds, in which the providers take turns ·"
-    " of peak: 6TDF FLOPs forward, 18TDF with backward, against the FMA peak · of read: least traffic against the read"
-    " bandwidth (above 100 %: the weights stay in a cache) · x: median over rounds of their time / this time ·"
+    " of peak: the products' FLOPs (a gated layer: 6TDF forward, 18TDF with backward) against the FMA peak · of read:"
+    " least traffic against the read bandwidth (above 100 %: the weights stay in a cache); of experts those that are"
+    " chosen · x: median over rounds of their time / this time ·"
     " error: worst tensor's error against float64 / what is allowed (1.5 x eager's own) · saved: kept for backward,"
     " parameters not counted · first call: with compilation where there is one (in an empty cache but for --quick;"
     " the first row pays for the compiler's headers)"

@@ -1,4 +1,4 @@
-"""The dense layers' targets: what is asked, what a run measured, reached or short by how much.
+"""The targets: what is asked, what a run measured, reached or short by how much.
 
 ``python -m benchmarks.targets FILE`` prints them for a saved run.
 """
@@ -12,9 +12,25 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .providers import COMPILE, EAGER, FLOAT32, HUGE, OURS, OURS_FLOAT32, RECOMPUTE
+from .providers import COMPILE, EAGER, FLOAT32, HUGE, OURS, OURS_FLOAT32, RECOMPUTE, TORCH_ROUTING
 from .report import Record, of_fma, of_read, ratio, table
-from .workloads import EXAMPLE, FEW, ONE, TALL, TINY, WIDE, Shape
+from .workloads import (
+    EXAMPLE,
+    FEW,
+    FINE,
+    FINE_GELU,
+    GROWTH,
+    MANY,
+    MOE_FEW,
+    MOE_ONE,
+    MOE_TALL,
+    ONE,
+    ROUTING,
+    TALL,
+    TINY,
+    WIDE,
+    Shape,
+)
 
 Measure = Callable[[list[Record]], "float | None"]
 
@@ -46,6 +62,21 @@ def against_best(row: Record, others: tuple[str, ...] = (EAGER, COMPILE)) -> flo
     """How many times faster ours is than the fastest of the others; all of them must have run."""
     ratios = [ratio(row, other, OURS) for other in others]
     return None if None in ratios else min(r for r in ratios if r is not None)
+
+
+def _best_peer(row: Record) -> float | None:
+    """Of those that ran: native 16 bits or a compiler may be missing."""
+    ratios = [ratio(row, name, OURS) for name in row["providers"] if not name.startswith(OURS)]
+    return min((r for r in ratios if r is not None), default=None)
+
+
+def _growth(mode: str) -> Measure:
+    def measure(rows: list[Record]) -> float | None:
+        found = [_row(rows, shape, "float32", mode, 1) for shape in (GROWTH[0], GROWTH[-1])]
+        times = [None if row is None else row["providers"].get(OURS, {}).get("median") for row in found]
+        return times[0] / times[1] if all(times) else None
+
+    return measure
 
 
 def _against(other: str, ours: str = OURS) -> Callable[[Record], float | None]:
@@ -121,6 +152,43 @@ TARGETS = (
     ),
 )
 
+MOE_TARGETS = (
+    Target("float32 training T 2048 512/2048 E 8 K 2: of the FMA peak", 0.85, _of_row(MOE_TALL, "training", _peak)),
+    *(
+        Target(f"float32 training T 1024 512/256 E 64 K 8 {kind}: of the FMA peak", 0.75, _of_row(s, "training", _peak))
+        for kind, s in (("gelu", FINE_GELU), ("swiglu", FINE))
+    ),
+    *(
+        Target(f"T {s.T} 512/2048 E 8 K 2 {mode}: x the best peer", least, _of_row(s, mode, _best_peer))
+        for s, mode, least in ((MOE_FEW, "inference", 2.2), (MOE_FEW, "training", 2.0), (MOE_ONE, "inference", 1.5))
+    ),
+    Target(
+        "bfloat16 T 64 2048/768 E 128 K 8 inference, 2 threads: of the read bandwidth",
+        0.7,
+        _of_row(MANY, "inference", lambda row: of_read(row, row["providers"][OURS]), "bfloat16", 2),
+    ),
+    Target(
+        "bfloat16 training T 2048 512/2048 E 8 K 2: our float32 time / its time (1 / 1.1)",
+        1 / 1.1,
+        _of_row(MOE_TALL, "training", _against(OURS_FLOAT32), "bfloat16"),
+    ),
+    Target("routing T 4096 E 64 K 8: x torch", 5.0, _of_row(ROUTING, "inference", _against(TORCH_ROUTING))),
+    Target(
+        "saved, bfloat16 T 1024 512/256 E 64 K 8: x, two pre-activations and the routing / ours",
+        1.0,
+        _of_row(FINE, "training", _saved(OURS), "bfloat16"),
+    ),
+    Target("growth, T 1024 128/64 K 8 inference: time with E 8 / E 256 (1 / 1.5)", 1 / 1.5, _growth("inference")),
+)
+
+MOE_REPORTED = (
+    *(
+        (f"float32 training {s.label}: x the best peer", _of_row(s, "training", _best_peer))
+        for s in (MOE_TALL, FINE_GELU, FINE)
+    ),
+    ("growth, T 1024 128/64 K 8 training: time with E 8 / E 256", _growth("training")),
+)
+
 REPORTED = (
     ("T 1 2048/5632 training: x eager with huge pages", _of_row(ONE, "training", _against(HUGE))),
     ("T 16 2048/5632 training: x eager with huge pages", _of_row(FEW, "training", _against(HUGE))),
@@ -131,10 +199,14 @@ REPORTED = (
 )
 
 
+def _of_mixtures(rows: list[Record]) -> bool:
+    return any("E" in row["shape"] for row in rows)
+
+
 def judged(rows: list[Record]) -> list[Record]:
     """For the JSON file: every target with its figure (None: not measured in this run) and verdict."""
     found = []
-    for target in TARGETS:
+    for target in MOE_TARGETS if _of_mixtures(rows) else TARGETS:
         value = target.measure(rows)
         reached = None if value is None else value >= target.least
         found.append({"what": target.what, "least": target.least, "measured": value, "reached": reached})
@@ -150,7 +222,7 @@ def targets_text(rows: list[Record]) -> str:
         else:
             verdict = "reached" if each["reached"] else f"short by {1 - value / least:.1%}"
         lines.append([each["what"], f"{least:.2f}", "–" if value is None else f"{value:.3f}", verdict])
-    for what, measure in REPORTED:
+    for what, measure in MOE_REPORTED if _of_mixtures(rows) else REPORTED:
         value = measure(rows)
         lines.append([what, "", "–" if value is None else f"{value:.3f}", ""])
     return table(["target (one thread unless said; higher is better)", "at least", "measured", "verdict"], lines)

@@ -5,6 +5,7 @@ The operators are opaque to the compiler, so compiled results have the bits of e
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 from pathlib import Path
@@ -148,9 +149,10 @@ class Stack(nn.Module):
         self.gates = ffn_ops.GatedFFN(12, 20, 2, out_proj=True)
         self.plain = ffn_ops.GELUFFN(12, 24)
         self.swiglu = ffn_ops.FeedForward(12, 24, 8, 0.1)
+        self.moe = ffn_ops.MoEFFN(12, 10, 4, router=functools.partial(ffn_ops.routing.top_k, k=3, capacity_factor=0.9))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.swiglu(self.plain(self.gates(self.glu(ffn_ops.gated_act(x, x)))))
+        return self.moe(self.swiglu(self.plain(self.gates(self.glu(ffn_ops.gated_act(x, x))))))
 
 
 def exported(strict: bool) -> tuple[Stack, torch.export.ExportedProgram]:
@@ -168,6 +170,7 @@ def test_export(strict: bool, tmp_path: Path) -> None:
     assert [t for t in targets if t.startswith("ffn_ops")] == [
         "ffn_ops.gated_act.default", "ffn_ops.gated_linear.default", "ffn_ops.gated_linear.default",
         "ffn_ops.ffn.default", "ffn_ops.ffn.default",
+        "ffn_ops.route_top_k.default", "ffn_ops.moe_sort.default", "ffn_ops.moe.default",
     ]  # fmt: skip
     torch.export.save(program, tmp_path / "stack.pt2")
     loaded = torch.export.load(tmp_path / "stack.pt2")

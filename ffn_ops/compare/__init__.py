@@ -85,8 +85,9 @@ def compare(settings: Settings) -> int:
 
     from . import activations, counts, layers, plots, report, tables, terminal, text, train
     from .advice import choice, limits
-    from .architectures import ARCHITECTURES
+    from .architectures import ARCHITECTURES, LAYERS
     from .machine import facts
+    from .mixtures import MIXTURES
     from .results import Results, TextFacts, write_json
 
     data = text.load(settings.text, settings.model.context)
@@ -105,21 +106,24 @@ def compare(settings: Settings) -> int:
 
     with stage("counting"):
         results.counts = counts.count(settings.layer)
+        results.mixture_counts = counts.count_mixtures(settings.model)
     terminal.show(console, tables.counts_table(results))
     compiled = len(layers.compiled_keys(settings.compile))
     if compiled:
-        console.print(f"torch.compile is timed on {compiled} of {len(ARCHITECTURES)} layers; --compile all|some|none")
+        console.print(f"torch.compile is timed on {compiled} of {len(LAYERS)} layers; --compile all|some|none")
     with terminal.progress_bar(console) as progress:
         with stage("timing"):
             task = progress.add_task("timing", total=layers.progress_length(settings))
             results.activations = activations.measure(settings)
             results.layers = layers.measure(settings, lambda: progress.advance(task))
         with stage("training"):
-            task = progress.add_task("training", total=settings.seeds * len(ARCHITECTURES) * settings.steps)
+            mixtures = {m.key for m in MIXTURES}
+            trained = settings.seeds * len(ARCHITECTURES) + settings.mixture_seeds * len(MIXTURES)
+            task = progress.add_task("training", total=trained * settings.steps)
             for seed in range(settings.seeds):
                 progress.update(task, description=f"training, seed {seed}")
-                results.runs += train.train_together(
-                    ARCHITECTURES,
+                runs = train.train_together(
+                    (*ARCHITECTURES, *MIXTURES) if seed < settings.mixture_seeds else ARCHITECTURES,
                     data,
                     settings,
                     seed=seed,
@@ -127,6 +131,8 @@ def compare(settings: Settings) -> int:
                     learning_rate=settings.learning_rate,
                     advance=lambda: progress.advance(task),
                 )
+                results.runs += [r for r in runs if r.architecture not in mixtures]
+                results.mixtures += [r for r in runs if r.architecture in mixtures]
         with stage("stress"):
             stress = progress.add_task("high rate", total=len(ARCHITECTURES) * settings.stress_steps)
             results.stress = train.train_together(
@@ -138,7 +144,8 @@ def compare(settings: Settings) -> int:
                 learning_rate=settings.learning_rate * settings.stress_factor,
                 advance=lambda: progress.advance(stress),
             )
-    for table in (tables.layers_table, tables.training_table, tables.dead_table, tables.advice_table):
+    shown = (tables.layers_table, tables.training_table, tables.dead_table)
+    for table in (*shown, tables.mixtures_table, tables.loads_table, tables.advice_table):
         terminal.show(console, table(results))
     terminal.show_list(console, "From this run's figures", choice(results))
     terminal.show_list(console, "What this run does not support", limits(results))

@@ -84,6 +84,7 @@ MIXTURES: tuple[Mixture, ...] = (
         routing.base,
     ),
 )
+CAUSAL_MIXTURES = tuple(m for m in MIXTURES if not m.leaks)
 NAMES = {layer.key: layer.name for layer in (*LAYERS, *MIXTURES)}
 
 

@@ -10,7 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .activations import Curve
-from .architectures import ARCHITECTURES, BASELINE, BY_KEY
+from .architectures import ARCHITECTURES, BASELINE
+from .mixtures import EXPERTS, MIXTURES, NAMES, LayerLoad
 from .results import Results, trained
 from .train import Run
 
@@ -25,6 +26,7 @@ def _style(index: int) -> dict[str, str]:
 
 
 STYLES = {a.key: _style(i) for i, a in enumerate(ARCHITECTURES)}
+STYLES |= {m.key: _style(i + 2) for i, m in enumerate(MIXTURES)}  # their plots hold no other layer than the baseline
 
 
 def _runs(runs: Sequence[Run], key: str) -> list[Run]:
@@ -48,48 +50,56 @@ def _finish(axes: Axes, title: str, x: str, y: str) -> None:
 
 
 def loss(results: Results) -> Figure:
+    return _loss(results.runs)
+
+
+def mixtures(results: Results) -> Figure:
+    return _loss(results.equal_flops)
+
+
+def _loss(every: Sequence[Run]) -> Figure:
     """From the second evaluation on: the fall from the uniform loss would flatten all that follows."""
     figure = Figure(figsize=(15, 4.8), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
-    for key in BY_KEY:
-        if not (runs := [r for r in _runs(results.runs, key) if len(r.steps) > 1]):
+    for key in STYLES:
+        if not (runs := [r for r in _runs(every, key) if len(r.steps) > 1]):
             continue
         mean, low, high = _over_seeds(runs, lambda r: r.validation[1:])
         steps = runs[0].steps[1 : len(mean) + 1]
-        left.plot(steps, mean, label=BY_KEY[key].name, **STYLES[key])
+        left.plot(steps, mean, label=NAMES[key], **STYLES[key])
         left.fill_between(steps, low, high, color=STYLES[key]["color"], alpha=0.1, linewidth=0)
-        if differences := _differences(results, key):
+        if differences := _differences(every, key):
             width = 1.0 if key == BASELINE else 1.6
             middle.plot(steps[: len(differences)], differences, linewidth=width, **STYLES[key])
     _finish(left, "Validation loss (mean; band: range of seeds)", "step", "loss (nats per byte)")
     left.legend(fontsize=9)
-    name = BY_KEY[BASELINE].name
+    name = NAMES[BASELINE]
     _finish(middle, f"Minus {name} of the same seed, mean", "step", f"loss minus {name}'s (nats per byte)")
 
-    rows = [t for t in trained(results.runs) if t.architecture != BASELINE and t.paired is not None]
+    rows = [t for t in trained(every) if t.architecture != BASELINE and t.paired is not None]
     right.axvline(0, color="black", linewidth=1)
     for y, t in enumerate(rows):
         assert t.paired is not None
         colour = STYLES[t.architecture]["color"]
         right.plot(list(t.paired.differences.values()), [y] * len(t.paired.differences), "o", color=colour, alpha=0.5)
         right.errorbar(t.paired.mean, y + 0.22, xerr=t.paired.half_width, fmt="D", color=colour, capsize=4, ms=5)
-    right.set_yticks(range(len(rows)), [BY_KEY[t.architecture].name for t in rows])
+    right.set_yticks(range(len(rows)), [NAMES[t.architecture] for t in rows])
     right.set_ylim(len(rows) - 0.4, -0.6)
     right.locator_params(axis="x", nbins=6)
     _finish(right, "End: seeds (dots), mean, 95 % interval", f"final loss minus {name}'s (nats per byte)", "")
     return figure
 
 
-def _differences(results: Results, key: str) -> list[float]:
+def _differences(every: Sequence[Run], key: str) -> list[float]:
     """Per evaluation after the first: mean over the seeds of the loss minus the baseline's of the same seed."""
-    baseline = {r.seed: r.validation[1:] for r in _runs(results.runs, BASELINE)}
-    pairs = [(r.validation[1:], baseline[r.seed]) for r in _runs(results.runs, key) if r.seed in baseline]
+    baseline = {r.seed: r.validation[1:] for r in _runs(every, BASELINE)}
+    pairs = [(r.validation[1:], baseline[r.seed]) for r in _runs(every, key) if r.seed in baseline]
     per_seed = [[a - b for a, b in zip(mine, other, strict=False)] for mine, other in pairs]
     return [fmean(column) for column in zip(*per_seed, strict=False)]
 
 
 def gradients(results: Results) -> Figure:
-    keys = [key for key in BY_KEY if _runs(results.runs, key)]
+    keys = [key for key in STYLES if _runs(results.runs, key)]
     columns = 4
     rows = -(-len(keys) // columns)
     figure = Figure(figsize=(12, 2.9 * rows + 0.5), layout="constrained")
@@ -107,7 +117,7 @@ def gradients(results: Results) -> Figure:
             axes.plot(runs[0].gradient_steps[: len(mean)], mean, label=f"block {layer + 1}", **_style(layer))
         axes.set_yscale("log")
         below = index + columns >= len(keys)
-        _finish(axes, BY_KEY[key].name, "step" if below else "", "gradient norm" if index % columns == 0 else "")
+        _finish(axes, NAMES[key], "step" if below else "", "gradient norm" if index % columns == 0 else "")
         axes.xaxis.set_tick_params(labelbottom=below)
     grid.flat[0].legend(fontsize=9)
     figure.suptitle("Gradient norm of each feed-forward layer, before clipping (log scale, mean over seeds)")
@@ -121,17 +131,59 @@ def dead(results: Results) -> Figure:
     stress = f"stress: peak learning rate {rate * results.settings.stress_factor:g}, one seed"
     titles = (f"peak learning rate {rate:g}, mean and range of seeds", stress)
     for axes, runs, title in zip(panels, (results.runs, results.stress), titles, strict=True):
-        for key in BY_KEY:
+        for key in STYLES:
             if not (mine := _runs(runs, key)):
                 continue
             mean, low, high = _over_seeds(mine, lambda r: [100 * fmean(shares) for shares in r.dead_share])
             steps = mine[0].steps[: len(mean)]
-            axes.plot(steps, mean, label=BY_KEY[key].name, **STYLES[key])
+            axes.plot(steps, mean, label=NAMES[key], **STYLES[key])
             axes.fill_between(steps, low, high, color=STYLES[key]["color"], alpha=0.12, linewidth=0)
         _finish(axes, title, "step", "dead units (% of all blocks' units)")
         axes.set_ylim(bottom=0, top=max(1.0, axes.get_ylim()[1]))
     panels[0].legend(fontsize=9)
     return figure
+
+
+def experts(results: Results) -> Figure:
+    """Blocks by mixtures, of the first seed: the experts of two seeds, like those of two blocks, have nothing in common
+    but their number."""
+    runs = [r for m in MIXTURES for r in _runs(results.mixtures, m.key)[:1]]
+    blocks = results.settings.model.layers
+    figure = Figure(figsize=(15, 3 * blocks + 0.8), layout="constrained")
+    grid = figure.subplots(blocks, max(1, len(runs)), sharex=True, sharey=True, squeeze=False)
+    for column, run in enumerate(runs):
+        for block in range(blocks):
+            _load_panel(grid[block, column], run, block)
+            title = f"{NAMES[run.architecture]}, block {block + 1}"
+            y = "share (%)" if column == 0 else ""
+            _finish(grid[block, column], title, "step" if block == blocks - 1 else "", y)
+    grid[0, 0].set_ylim(bottom=0)
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=9)
+    figure.suptitle("Share of each expert in the tokens' choices, before dropping (first seed)")
+    return figure
+
+
+def _load_panel(axes: Axes, run: Run, block: int) -> None:
+    def shares(points: list[list[LayerLoad]], e: int) -> list[float]:
+        return [100 * layers[block].shares[e] for layers in points]
+
+    for e in range(EXPERTS):
+        colour = COLOURS[e]
+        training = shares(run.training_loads, e)
+        axes.plot(run.gradient_steps[: len(training)], training, color=colour, linewidth=1, label=f"expert {e + 1}")
+        validation = shares(run.validation_loads, e)
+        label = "the same on validation" if e == 0 else None
+        axes.plot(run.steps[: len(validation)], validation, "o", color=colour, markersize=3.5, alpha=0.8, label=label)
+    axes.axhline(100 / EXPERTS, color="black", linewidth=0.8, linestyle=":", label="uniform")
+    dropped = [100 * layers[block].dropped for layers in run.training_loads]
+    axes.plot(
+        run.gradient_steps[: len(dropped)],
+        dropped,
+        "k--",
+        linewidth=1.4,
+        label="dropped in training (% of all choices)",
+    )
 
 
 def _grouped(results: Results, axes: Axes, value: Callable[[str, str], tuple[float, float, float] | None]) -> None:
@@ -150,7 +202,7 @@ def _grouped(results: Results, axes: Axes, value: Callable[[str, str], tuple[flo
             axes.errorbar(at, heights, yerr=whiskers, fmt="none", capsize=2, ecolor="#333333")
         else:
             axes.bar_label(bars, fmt="%.0f", fontsize=8)
-    axes.set_xticks(range(len(layers)), [BY_KEY[r.architecture].name.replace(" ", "\n") for r in layers], fontsize=9)
+    axes.set_xticks(range(len(layers)), [NAMES[r.architecture].replace(" ", "\n") for r in layers], fontsize=9)
     axes.grid(axis="x", visible=False)
 
 
@@ -218,7 +270,10 @@ def swish(results: Results) -> Figure:
     return _curves(found.x, found.swish, 4.0, ("Swish: x * sigmoid(beta x)", "Its derivative"))
 
 
-PLOTS: tuple[Callable[[Results], Figure], ...] = (loss, gradients, dead, speed, memory, activations, swish)
+PLOTS: tuple[Callable[[Results], Figure], ...] = (
+    *(loss, gradients, dead, mixtures, experts),
+    *(speed, memory, activations, swish),
+)
 
 
 def write(results: Results, folder: Path) -> dict[str, str]:

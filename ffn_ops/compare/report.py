@@ -72,6 +72,14 @@ def write(results: Results, plots: dict[str, str], path: Path) -> None:
             plots, "dead", "Share of dead units at the training rate and at the stress rate; at 0 the lines coincide"
         )
         + "\n",
+        "## Mixtures of experts\n",
+        _markdown(tables.mixtures_table(results)) + "\n",
+        _markdown(tables.routers_table(results)) + "\n",
+        _image(plots, "mixtures", "Validation loss of the mixtures beside the dense layer of equal active FLOPs")
+        + "\n",
+        _markdown(tables.loads_table(results)) + "\n",
+        _image(plots, "experts", "Load of the experts: lines in training, dots in evaluation, where BASE balances none")
+        + "\n",
         "## Fused, eager, torch.compile\n",
         _markdown(tables.layers_table(results)) + "\n",
         _image(plots, "speed", "Time of one layer by provider; bars: quartiles") + "\n",

@@ -11,9 +11,10 @@ from statistics import fmean, median
 from typing import Any
 
 from .activations import Activations
-from .architectures import ARCHITECTURES, BASELINE, BY_KEY
+from .architectures import BASELINE, LAYERS
 from .counts import CountRow
 from .layers import LayerResult
+from .mixtures import MIXTURES, NAMES, Load
 from .paired import Paired, Summary, paired, summary
 from .settings import Settings
 from .train import Run
@@ -33,11 +34,19 @@ class Results:
     settings: Settings
     text: TextFacts
     counts: list[CountRow] = field(default_factory=list)
+    mixture_counts: list[CountRow] = field(default_factory=list)
     activations: Activations | None = None
     layers: list[LayerResult] = field(default_factory=list)
     runs: list[Run] = field(default_factory=list)
+    mixtures: list[Run] = field(default_factory=list)
     stress: list[Run] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def equal_flops(self) -> list[Run]:
+        """The mixtures' runs and the dense baseline's of the same seeds."""
+        seeds = {r.seed for r in self.mixtures}
+        return [r for r in self.runs if r.architecture == BASELINE and r.seed in seeds] + self.mixtures
 
 
 @dataclass(frozen=True)
@@ -61,6 +70,8 @@ class Trained:
     died: int
     revived: int
     diverged: int
+    training_load: Load | None  # of a mixture at the last recorded step, mean over blocks and seeds
+    validation_load: Load | None  # the same after the last step, on the validation text
 
 
 def losses(runs: Sequence[Run], key: str) -> dict[int, float]:
@@ -72,12 +83,21 @@ def _gradient_ratio(runs: Sequence[Run]) -> float | None:
     return math.exp(fmean(map(math.log, ratios))) if ratios else None
 
 
+def _end_load(recorded: Sequence[Sequence[Sequence[Load]]]) -> Load | None:
+    """``recorded``: per run, per point, per layer."""
+    last = [load for points in recorded if points for load in points[-1]]
+    if not last:
+        return None
+    fields = ("entropy", "max_over_mean", "dropped", "unreached")
+    return Load(*(fmean(getattr(load, name) for load in last) for name in fields))
+
+
 def trained(runs: Sequence[Run]) -> list[Trained]:
-    """In the order of the list of architectures; those without a run are left out."""
+    """In the order of the lists of layers; those without a run are left out."""
     baseline = losses(runs, BASELINE)
     budget = next((r.ffn_parameters for r in runs if r.architecture == BASELINE), None)
     rows = []
-    for key in BY_KEY:
+    for key in NAMES:
         mine = [r for r in runs if r.architecture == key]
         if not mine:
             continue
@@ -105,6 +125,8 @@ def trained(runs: Sequence[Run]) -> list[Trained]:
                 died=sum(r.died for r in ended),
                 revived=sum(r.revived for r in ended),
                 diverged=sum(r.diverged for r in mine),
+                training_load=_end_load([r.training_loads for r in ended]),
+                validation_load=_end_load([r.validation_loads for r in ended]),
             )
         )
     return rows
@@ -115,8 +137,9 @@ def write_json(results: Results, path: Path) -> None:
     record = asdict(results)
     record["settings"]["out"] = None
     record["settings"]["text"] = results.text.name
-    record["architectures"] = {a.key: {"name": a.name, "formula": a.formula} for a in ARCHITECTURES}
-    for name, runs in (("trained", results.runs), ("stressed", results.stress)):
+    record["architectures"] = {a.key: {"name": a.name, "formula": a.formula} for a in (*LAYERS, *MIXTURES)}
+    derived = (("trained", results.runs), ("trained_mixtures", results.equal_flops), ("stressed", results.stress))
+    for name, runs in derived:
         record[name] = [{k: v for k, v in asdict(t).items() if k != "step_times"} for t in trained(runs)]
     lines = [f"{json.dumps(key)}: {json.dumps(value, allow_nan=False, default=str)}" for key, value in record.items()]
     path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")

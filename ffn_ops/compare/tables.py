@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .advice import guide_advice, signed
-from .architectures import BASELINE, BY_KEY
+from .architectures import BASELINE
 from .counts import CountRow
 from .layers import LayerResult, Timing
+from .mixtures import EXPERTS, MIXTURES, NAMES, Load
 from .paired import speed_ratio
 from .results import Results, Trained, trained
 
@@ -76,7 +77,7 @@ def layers_table(results: Results) -> Table:
     size = results.settings.layer
     columns = ("layer", "provider", "forward ms", "forward+backward ms", "x eager", "kept for backward MiB")
     rows = [row for layer in results.layers for row in _layer_rows(layer)]
-    notes = [f"{BY_KEY[r.architecture].name}: {note}." for r in results.layers for note in r.notes]
+    notes = [f"{NAMES[r.architecture]}: {note}." for r in results.layers for note in r.notes]
     return Table(
         f"Fused, eager, torch.compile: {size.tokens} tokens, d_model {size.d_model}, d_ff {size.d_ff}, float32",
         columns,
@@ -103,14 +104,14 @@ def _layer_rows(layer: LayerResult) -> Sequence[tuple[str, ...]]:
             continue
         ratio = NONE if eager is None else _ratio(found.forward_backward, eager.forward_backward)
         kept = f"{found.saved_bytes / 2**20:.1f}"
-        label = BY_KEY[layer.architecture].name
+        label = NAMES[layer.architecture]
         rows.append((label, name, _time(found.forward), _time(found.forward_backward), ratio, kept))
-    return rows or [(BY_KEY[layer.architecture].name, "refused", NONE, NONE, NONE, NONE)]
+    return rows or [(NAMES[layer.architecture], "refused", NONE, NONE, NONE, NONE)]
 
 
 def training_table(results: Results) -> Table:
     settings = results.settings
-    baseline = BY_KEY[BASELINE].name
+    baseline = NAMES[BASELINE]
     columns = ("layer", "d_ff", "FFN parameters", "validation loss", f"minus {baseline}", "reading", "ms / step")
     return Table(
         f"Language model, {settings.steps} steps, {settings.seeds} paired seed(s), equal FFN parameters",
@@ -123,6 +124,12 @@ def training_table(results: Results) -> Table:
 
 
 def _training_row(t: Trained) -> tuple[str, ...]:
+    parameters = f"{t.ffn_parameters:,} ({100 * t.budget_deviation:+.1f} %)"
+    return (NAMES[t.architecture], str(t.d_ff), parameters, *_loss_cells(t))
+
+
+def _loss_cells(t: Trained) -> tuple[str, ...]:
+    """Loss, difference to the baseline, its reading, time of a step."""
     loss = "diverged" if t.loss is None else f"{t.loss.mean:.3f}"
     if t.loss is not None and t.loss.spread is not None:
         loss += f" ± {t.loss.spread:.3f}"
@@ -134,8 +141,61 @@ def _training_row(t: Trained) -> tuple[str, ...]:
         if t.paired is not None:
             half = "" if t.paired.half_width is None else f" ± {t.paired.half_width:.3f}"
             difference = signed(t.paired.mean) + half
-    parameters = f"{t.ffn_parameters:,} ({100 * t.budget_deviation:+.1f} %)"
-    return (BY_KEY[t.architecture].name, str(t.d_ff), parameters, loss, difference, reading, f"{t.step_ms:.1f}")
+    return (loss, difference, reading, f"{t.step_ms:.1f}")
+
+
+def mixtures_table(results: Results) -> Table:
+    settings, baseline = results.settings, NAMES[BASELINE]
+    counts = {row.name: row for row in results.mixture_counts}
+    leaking = {m.key for m in MIXTURES if m.leaks}
+    rows = []
+    for t in trained(results.equal_flops):
+        row = counts[NAMES[t.architecture]]
+        sizes = (f"{row.parameters:,}", f"{row.active_parameters:,}", f"{row.flops_per_token / 1e3:.1f}")
+        loss, difference, reading, step = _loss_cells(t)
+        reading = "not comparable" if t.architecture in leaking else reading
+        rows.append((row.name, str(row.d_ff), *sizes, loss, difference, reading, step))
+    return Table(
+        f"Mixtures of {EXPERTS} experts at equal active FLOPs per token, {settings.steps} steps,"
+        f" {settings.mixture_seeds} paired seed(s)",
+        ("layer", "d_ff", "parameters", "active", "kFLOP / token", "validation loss", f"minus {baseline}")
+        + ("reading", "ms / step"),
+        rows,
+        "Parameters, active parameters and FLOPs of one feed-forward layer; d_ff: of one expert. Loss and difference as"
+        " above. Expert Choice compares a byte with later ones, in validation too: its loss is that of a model that"
+        " sees what it should predict. Loss is validation cross-entropy alone, without the balancing loss.",
+    )
+
+
+def routers_table(results: Results) -> Table:
+    rows = [(row.name, row.counted) for row in results.mixture_counts]
+    return Table("What each mixture routes by", ("layer", "routing"), rows)
+
+
+def loads_table(results: Results) -> Table:
+    rows = [_load_row(t) for t in trained(results.mixtures)]
+    at = ("entropy", "max / mean", "dropped", "no expert")
+    return Table(
+        "Expert load at the end of training",
+        ("layer", *(f"training: {c}" for c in at), *(f"validation: {c}" for c in at), "dead units"),
+        rows,
+        "Mean over blocks and seeds, on the last recorded training batch and on the validation windows watched, after"
+        " dropping. Entropy: of the experts' loads, divided by log of their number; 1 is uniform. dropped: of the"
+        " choices, for want of capacity. no expert: tokens that none computes. Dead: as in the table of dead units, on"
+        " the tokens that reach the expert. BASE balances in training alone.",
+    )
+
+
+def _load_row(t: Trained) -> tuple[str, ...]:
+    dead = f"{100 * t.dead_at_end / t.units:.1f} %" if t.units else "diverged"
+    return (NAMES[t.architecture], *_load_cells(t.training_load), *_load_cells(t.validation_load), dead)
+
+
+def _load_cells(load: Load | None) -> tuple[str, ...]:
+    if load is None:
+        return (NONE,) * 4
+    shares = (f"{100 * load.dropped:.1f} %", f"{100 * load.unreached:.1f} %")
+    return (f"{load.entropy:.3f}", f"{load.max_over_mean:.2f}", *shares)
 
 
 def seeds_table(results: Results) -> Table:
@@ -147,8 +207,8 @@ def seeds_table(results: Results) -> Table:
         loss = [f"{t.losses[s]:.4f}" if s in t.losses else NONE for s in seeds]
         differences = {} if t.paired is None else t.paired.differences
         pairs = [f"{differences[s]:+.4f}" if s in differences else NONE for s in seeds]
-        cells.append((BY_KEY[t.architecture].name, *loss, *pairs))
-    return Table(f"Per seed: final validation loss and difference to {BY_KEY[BASELINE].name}", columns, cells)
+        cells.append((NAMES[t.architecture], *loss, *pairs))
+    return Table(f"Per seed: final validation loss and difference to {NAMES[BASELINE]}", columns, cells)
 
 
 def dead_table(results: Results) -> Table:
@@ -173,7 +233,7 @@ def _dead_row(t: Trained, stress: Trained | None) -> tuple[str, ...]:
     if stress is not None:
         stressed = f"{100 * stress.dead_at_end / stress.units:.1f} %" if stress.units else "diverged"
     return (
-        BY_KEY[t.architecture].name,
+        NAMES[t.architecture],
         str(t.units),
         str(t.dead_at_start),
         f"{100 * t.peak_dead_share:.1f} %",

@@ -215,3 +215,4 @@ def _diverge(run: Run) -> None:
     finite = [i for i, norms in enumerate(run.gradient_norms) if all(map(math.isfinite, norms))]
     run.gradient_steps = [run.gradient_steps[i] for i in finite]
     run.gradient_norms = [run.gradient_norms[i] for i in finite]
+    run.training_loads = [run.training_loads[i] for i in finite if run.training_loads]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import torch
@@ -138,5 +139,7 @@ def expert_capacity(tokens: Any, k: int, num_experts: int, capacity_factor: floa
     check.number("capacity_factor", capacity_factor)
     if capacity_factor < 0:
         raise ValueError(f"capacity_factor: expected 0 or more, got {capacity_factor}")
-    wanted = math.ceil(capacity_factor * tokens * k / num_experts)
+    # In integers: exact for the decimal fraction that was meant, and a graph with symbolic T can be stored.
+    factor = Fraction(capacity_factor).limit_denominator(10**6)
+    wanted = -(-factor.numerator * tokens * k // (factor.denominator * num_experts))
     return torch.sym_min(tokens, torch.sym_max(min_capacity, wanted))
