@@ -1,5 +1,6 @@
 // Tests the kernels of every instruction set that this machine has against naive loops in double, without torch: built
 // with the sanitizers, and for aarch64, where it runs under an emulator. Prints a line per case that fails.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -110,7 +111,9 @@ Gemm product(const Shape& s, DType dtype) {
 void test_store(const char* isa, const KernelTable& table, DType dtype, const Shape& s, int layout) {
   const int64_t step = layout == 2 ? 3 : 1;
   const bool columns = layout == 1;
-  Buffer a(dtype, s.M * s.K * step), b(dtype, s.N * s.K * step), bias(dtype, s.N), out(dtype, s.M * s.N);
+  const bool unrounded = layout == 1;
+  const DType out_type = unrounded ? arithmetic_dtype(dtype) : dtype;
+  Buffer a(dtype, s.M * s.K * step), b(dtype, s.N * s.K * step), bias(dtype, s.N), out(out_type, s.M * s.N);
   std::vector<int64_t> rows;
   for (int64_t i = 0; i < s.M; ++i) rows.push_back((i * 7) % (s.M ? s.M : 1));
   Gemm g = product(s, dtype);
@@ -122,6 +125,7 @@ void test_store(const char* isa, const KernelTable& table, DType dtype, const Sh
   g.b = &op;
   const void* biases[] = {bias.data.get()};
   g.epilogue.out = out.data.get();
+  g.epilogue.out_unrounded = unrounded;
   g.epilogue.bias = biases;
   run(table, g);
   for (int64_t m = 0; m < s.M; ++m) {
@@ -191,8 +195,9 @@ void test_gated(const char* isa, const KernelTable& table, DType dtype, const Sh
   }
 }
 
-// dH = A B^T with B along k in two stretches; gate and up gradients, and act(gate) * up.
-void test_grad(const char* isa, const KernelTable& table, DType dtype, const Shape& s, int activation) {
+// dH = A B^T with B along k in two stretches; gate and up gradients, and act(gate) * up. With weights for the rows all
+// of them times the weight, and the products of dH with act(gate) * up.
+void test_grad(const char* isa, const KernelTable& table, DType dtype, const Shape& s, int activation, bool weighted) {
   const int64_t half = s.K / 2, K = 2 * half;
   Buffer d(dtype, s.M * K), b0(dtype, half * s.N), b1(dtype, half * s.N);
   Buffer gate(dtype, s.M * s.N), up(dtype, s.M * s.N), out(dtype, s.M * 2 * s.N), h(dtype, s.M * s.N);
@@ -214,18 +219,31 @@ void test_grad(const char* isa, const KernelTable& table, DType dtype, const Sha
   e.up = up.data.get();
   e.pre_stride = s.N;
   e.activation = activation;
+  const int64_t panels = divide_up(s.N, table.tile_vectors * table.lanes * 4 / g.element());
+  Buffer weight(arithmetic_dtype(dtype), s.M), dots(arithmetic_dtype(dtype), s.M * panels);
+  if (weighted) {
+    e.row_weight = weight.data.get();
+    e.row_dots = dots.data.get();
+    e.row_dots_stride = panels;
+  }
   run(table, g);
   for (int64_t m = 0; m < s.M; ++m) {
+    const double w = weighted ? weight.get(m) : 1;
+    double dot = 0, actual_dot = 0;
     for (int64_t n = 0; n < s.N; ++n) {
       double dh = 0;
       for (int64_t k = 0; k < K; ++k)
         dh += d.get(m * K + k) * (k < half ? b0.get(k * s.N + n) : b1.get((k - half) * s.N + n));
       const Act act = silu(gate.get(m * s.N + n));
       const double magnitude = 1 + static_cast<double>(K) * 0.1;
-      expect("d_gate", isa, dtype, out.get(m * 2 * s.N + n), dh * act.slope * up.get(m * s.N + n), magnitude, 9);
-      expect("h", isa, dtype, h.get(m * s.N + n), act.value * up.get(m * s.N + n), 1, 9);
-      expect("d_up", isa, dtype, out.get(m * 2 * s.N + s.N + n), dh * act.value, magnitude, 9);
+      expect("d_gate", isa, dtype, out.get(m * 2 * s.N + n), w * dh * act.slope * up.get(m * s.N + n), magnitude, 9);
+      expect("h", isa, dtype, h.get(m * s.N + n), w * act.value * up.get(m * s.N + n), 1, 9);
+      expect("d_up", isa, dtype, out.get(m * 2 * s.N + s.N + n), w * dh * act.value, magnitude, 9);
+      dot += dh * act.value * up.get(m * s.N + n);
     }
+    for (int64_t p = 0; weighted && p < panels; ++p) actual_dot += dots.get(m * panels + p);
+    if (weighted)
+      expect("row dots", isa, arithmetic_dtype(dtype), actual_dot, dot, 1 + static_cast<double>(s.N * K), 9);
   }
 }
 
@@ -264,6 +282,106 @@ void test_elementwise(const char* isa, const KernelTable& table, DType dtype, in
   }
 }
 
+// Rows between tokens and experts: the first `kept` of them count, the others are dropped.
+void test_rows(const char* isa, const KernelTable& table, DType dtype, int64_t T, int64_t cols) {
+  const int64_t R = 2 * T, kept = R - 1;
+  const DType wide = arithmetic_dtype(dtype);
+  std::vector<int64_t> token, row, token_offsets = {0};
+  for (int64_t r = 0; r < R; ++r) token.push_back((r * 5 + 3) % T);
+  for (int64_t t = 0; t < T; ++t) {
+    for (int64_t r = R - 1; r >= 0; --r)  // any order that the list gives
+      if (token[static_cast<size_t>(r)] == t) row.push_back(r);
+    token_offsets.push_back(static_cast<int64_t>(row.size()));
+  }
+  Buffer x(dtype, T * cols), rows(dtype, R * cols), out(dtype, R * cols), y(dtype, T * cols);
+  Buffer weight(wide, R), parts(wide, R * 3), dots(wide, R), sums(dtype, cols);
+  MoveRows m;
+  m.routes = {T, kept, token.data(), row.data(), token_offsets.data()};
+  m.cols = cols;
+  m.weight = weight.data.get();
+  m.out_stride = cols;
+  m.out_dtype = dtype;
+  m.in = {x.data.get(), cols, 1, dtype, nullptr};
+  m.out = out.data.get();
+  table.dispatch_rows(m, 0, R);
+  m.in.data = rows.data.get();
+  m.out = y.data.get();
+  table.combine_rows(m, 0, T);
+  RowDots d;
+  d.cols = cols;
+  d.a = {x.data.get(), cols, 1, dtype, token.data()};
+  d.b = {rows.data.get(), cols, 1, dtype, nullptr};
+  d.parts = parts.data.get();
+  d.num_parts = 3;
+  d.out = dots.data.get();
+  table.row_dots(d, 0, kept);
+  table.column_sum({R, cols, {x.data.get(), cols, 1, dtype, token.data()}, weight.data.get(), sums.data.get()}, 0,
+                   cols);
+  for (int64_t r = 0; r < R; ++r) {
+    const int64_t t = token[static_cast<size_t>(r)];
+    double dot = parts.get(r * 3) + parts.get(r * 3 + 1) + parts.get(r * 3 + 2);
+    for (int64_t c = 0; c < cols; ++c) {
+      const double wanted = r < kept ? weight.get(r) * x.get(t * cols + c) : 0;
+      expect("dispatch", isa, dtype, out.get(r * cols + c), wanted, 0.1, 1);
+      dot += x.get(t * cols + c) * rows.get(r * cols + c);
+    }
+    if (r < kept) expect("row_dots", isa, wide, dots.get(r), dot, 3 + static_cast<double>(cols), 9);
+  }
+  for (int64_t c = 0; c < cols; ++c) {
+    double total = 0;
+    for (int64_t r = 0; r < R; ++r) total += weight.get(r) * x.get(token[static_cast<size_t>(r)] * cols + c);
+    expect("weighted column_sum", isa, dtype, sums.get(c), total, static_cast<double>(R), 9);
+    for (int64_t t = 0; t < T; ++t) {
+      double wanted = 0;
+      for (int64_t r = 0; r < kept; ++r)
+        if (token[static_cast<size_t>(r)] == t) wanted += weight.get(r) * rows.get(r * cols + c);
+      expect("combine", isa, dtype, y.get(t * cols + c), wanted, 3, 9);
+    }
+  }
+}
+
+// Softmax, the best K by counting who is better, and the gradient of their weights by finite differences' closed form.
+void test_top_k(const char* isa, const KernelTable& table, DType dtype, int64_t E, int64_t K) {
+  constexpr int64_t T = 3;
+  const DType wide = arithmetic_dtype(dtype);
+  Buffer logits(dtype, T * E), weights(wide, T * K), d_weights(wide, T * K), d_logits(dtype, T * E);
+  std::vector<int64_t> ids(static_cast<size_t>(T * K));
+  TopK k;
+  k.T = T;
+  k.E = E;
+  k.K = K;
+  k.logits = {logits.data.get(), E, 1, dtype, nullptr};
+  k.ids = ids.data();
+  k.weights = weights.data.get();
+  std::vector<char> scratch(static_cast<size_t>(top_k_scratch_bytes(k)));
+  table.top_k(k, 0, T, scratch.data());
+  k.weights = d_weights.data.get();
+  k.d_logits = d_logits.data.get();
+  table.top_k_backward(k, 0, T, scratch.data());
+  for (int64_t t = 0; t < T; ++t) {
+    double sum = 0, common = 0;
+    for (int64_t e = 0; e < E; ++e) sum += std::exp(logits.get(t * E + e));
+    std::vector<double> d(static_cast<size_t>(E));
+    for (int64_t j = 0; j < K; ++j) {
+      const int64_t id = ids[static_cast<size_t>(t * K + j)];
+      int64_t better = 0;
+      for (int64_t e = 0; e < E; ++e) {
+        const double mine = logits.get(t * E + id), other = logits.get(t * E + e);
+        better += other > mine || (other == mine && e < id);
+      }
+      if (better != j && ++failures <= 20) std::printf("%s top_k: rank %d, not %d\n", isa, int(better), int(j));
+      const double p = std::exp(logits.get(t * E + id)) / sum;
+      expect("top_k weight", isa, wide, weights.get(t * K + j), p, 0.1, 9);
+      d[static_cast<size_t>(id)] = d_weights.get(t * K + j);
+      common += p * d[static_cast<size_t>(id)];
+    }
+    for (int64_t e = 0; e < E; ++e) {
+      const double p = std::exp(logits.get(t * E + e)) / sum;
+      expect("top_k d_logits", isa, dtype, d_logits.get(t * E + e), p * (d[static_cast<size_t>(e)] - common), 0.5, 9);
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -280,10 +398,15 @@ int main() {
       for (const Shape& shape : shapes) {
         for (int layout = 0; layout < 3; ++layout) test_store(isa_name(isa), *table, dtype, shape, layout);
         test_gated(isa_name(isa), *table, dtype, shape, activation);
-        test_grad(isa_name(isa), *table, dtype, shape, activation);
+        for (const bool weighted : {false, true}) test_grad(isa_name(isa), *table, dtype, shape, activation, weighted);
       }
       test_elementwise(isa_name(isa), *table, dtype, 5, 77, activation);
       test_elementwise(isa_name(isa), *table, dtype, 1100, 3, activation);
+      for (const int64_t cols : {1, 16, 77, 300}) test_rows(isa_name(isa), *table, dtype, 9, cols);
+      for (const int64_t experts : {1, 7, 64, 130}) {
+        test_top_k(isa_name(isa), *table, dtype, experts, std::min<int64_t>(experts, 8));
+        test_top_k(isa_name(isa), *table, dtype, experts, experts);
+      }
     }
     std::printf("%s: %s\n", isa_name(isa), failures == before ? "passed" : "FAILED");
   }
