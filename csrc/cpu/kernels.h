@@ -199,9 +199,9 @@ struct KernelTable {
   void (*top_k_backward)(const TopK&, int64_t row_begin, int64_t row_end, void* scratch);
 };
 
-// Bytes of thread-private memory that `top_k` and its backward need.
+// Bytes of thread-private memory that `top_k` and its backward need: a whole vector has at most 64.
 inline int64_t top_k_scratch_bytes(const TopK& k) {
-  return (2 * k.E + k.K + k.num_groups + 64) * 8 + (k.K + k.num_groups) * 16;
+  return 2 * 64 * (k.E + 16) + 2 * 64 * k.K + (k.K + k.num_groups + 32) * 8 + (k.K + k.num_groups) * 16;
 }
 
 // Bytes of thread-private memory that `gemm` needs: the packed B group and sums of tiles.

@@ -104,8 +104,9 @@ struct Entries {
   int64_t R, E, T, K;
   const int64_t* expert;
   const int64_t* token;  // null: entry i belongs to token i / K
-  int64_t token_of(int64_t i) const { return token ? token[i] : i / K; }
-  bool counts(int64_t i) const { return expert[i] >= 0 && expert[i] < E && token_of(i) >= 0 && token_of(i) < T; }
+  bool counts(int64_t i) const {
+    return expert[i] >= 0 && expert[i] < E && (!token || (token[i] >= 0 && token[i] < T));
+  }
 };
 
 // Which entries stay where each expert takes at most `capacity`: all first choices before any second, earlier tokens
@@ -201,12 +202,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_sort(cons
   char* to = static_cast<char*>(out_weight.mutable_data_ptr());
   const auto fill = [&](auto tag) {
     using W = decltype(tag);
+    int64_t t = 0, slot = 0;  // of entry p, where entries come token by token
     for (int64_t p = 0; p < in.R; ++p) {
       const int64_t i = order.empty() ? p : order[static_cast<size_t>(p)];
       const bool stays = in.counts(i) && (kept.empty() || kept[static_cast<size_t>(i)]);
       const int64_t r = next[static_cast<size_t>(stays ? in.expert[i] : in.E)]++;
-      const int64_t t = in.token_of(i);
-      tokens[r] = t >= 0 && t < in.T ? t : 0;
+      if (!token) {
+        tokens[r] = t;
+        if (++slot == in.K) slot = 0, ++t;
+      } else {
+        tokens[r] = in.token[i] >= 0 && in.token[i] < in.T ? in.token[i] : 0;
+      }
       reinterpret_cast<W*>(to)[r] = reinterpret_cast<const W*>(from)[i];
       row[p] = r;
       if (token) place[i] = r;

@@ -69,6 +69,34 @@ void best_by_heap(const T* values, int64_t n, int64_t count, Candidate<T>* best)
 
 constexpr int64_t kInsertMost = 32;
 
+// The best `count` of a row in each lane, from W rows that are `stride` apart: `best` and `place` [count] of vectors,
+// best first. A value goes in behind all that are as large and moves the rest down, in every lane at once, without a
+// branch. NaN is left out, and so is what is not above -inf: a lane with too few others ends with -inf as its last.
+template <class V>
+void best_in_lanes(const typename V::Scalar* values, int64_t stride, int64_t rows, int64_t n, int64_t count,
+                   typename V::Scalar* best, typename V::Scalar* place) {
+  using T = typename V::Scalar;
+  constexpr int64_t W = V::kLanes;
+  for (int64_t j = 0; j < count; ++j) store(best + j * W, V(-__builtin_inf()));
+  for (int64_t e0 = 0; e0 < n; e0 += W) {
+    V block[W];
+    for (int64_t r = 0; r < W; ++r) block[r] = load<V>(values + (r < rows ? r : 0) * stride + e0);
+    transpose(block);
+    for (int64_t e = e0; e < n && e < e0 + W; ++e) {
+      V value = block[e - e0], index(static_cast<T>(e));
+      auto inside = value > load<V>(best);
+      for (int64_t j = 0; j < count; ++j) {
+        const V held = load<V>(best + j * W), held_index = load<V>(place + j * W);
+        inside = inside | (value > held);
+        store(best + j * W, select(inside, value, held));
+        store(place + j * W, select(inside, index, held_index));
+        value = select(inside, held, value);
+        index = select(inside, held_index, index);
+      }
+    }
+  }
+}
+
 // The best `count` of all n values, best first.
 template <class T>
 FFN_FN void choose_best(const T* values, int64_t n, int64_t count, Candidate<T>* best) {
@@ -125,57 +153,77 @@ FFN_FN void sigmoid_in_place(typename V::Scalar* z, int64_t n) {
   for (int64_t i = 0; i < n; i += V::kLanes) store(z + i, sigmoid(load<V>(z + i)));
 }
 
-// The pieces of a worker's scratch: see top_k_scratch_bytes.
+// The pieces of a worker's scratch, see top_k_scratch_bytes: W rows of scores and of what they are chosen by.
 template <class V>
 struct TopKScratch {
   using T = typename V::Scalar;
-  T *scores, *choice, *chosen, *group_scores;
-  Candidate<T>*best, *groups;
+  int64_t stride;  // of rows
+  T *scores, *choice, *best, *place, *chosen, *group_scores;
+  Candidate<T>*candidates, *groups;
 
   FFN_FN TopKScratch(const TopK& k, void* scratch) {
-    constexpr int64_t kRoom = 16;  // a whole vector
+    constexpr int64_t W = V::kLanes;
+    stride = divide_up(k.E, W) * W;
     scores = static_cast<T*>(scratch);
-    choice = scores + k.E + kRoom;
-    chosen = choice + k.E + kRoom;
-    group_scores = chosen + k.K + kRoom;
-    void* const candidates = static_cast<char*>(scratch) + (2 * k.E + k.K + k.num_groups + 4 * kRoom) * 8;
-    best = static_cast<Candidate<T>*>(candidates);
-    groups = best + k.K;
+    choice = scores + W * stride;
+    best = choice + W * stride;
+    place = best + k.K * W;
+    chosen = place + k.K * W;
+    group_scores = chosen + k.K + W;
+    void* const behind = static_cast<char*>(scratch) + top_k_scratch_bytes(k);
+    groups = static_cast<Candidate<T>*>(behind) - k.num_groups;
+    candidates = groups - k.K;
   }
 };
 
 constexpr double kNormEpsilon = 1e-20;  // DeepSeek-V3's; without influence where weights are not all tiny
 
+// Scores of one row, and what its experts are chosen by.
+template <class V>
+FFN_FN void score_row(const TopK& k, int64_t t, typename V::Scalar* scores, typename V::Scalar* choice) {
+  using T = typename V::Scalar;
+  const T* bias = static_cast<const T*>(k.bias);
+  const bool by_score = (bias || k.num_groups > 1) && !k.softmax_after;
+  read_row<V>(k.logits, t, 0, k.E, scores);
+  // Scores grow with logits, and logits distinguish more.
+  if (!by_score) __builtin_memcpy(choice, scores, sizeof(T) * k.E);
+  if (k.sigmoid) sigmoid_in_place<V>(scores, k.E);
+  else if (!k.softmax_after) softmax_in_place<V>(scores, k.E);
+  if (by_score) __builtin_memcpy(choice, scores, sizeof(T) * k.E);
+  if (bias)
+    for (int64_t e = 0; e < k.E; ++e) choice[e] += bias[e];
+}
+
 template <class V>
 void top_k_as(const TopK& k, int64_t row_begin, int64_t row_end, void* scratch) {
   using T = typename V::Scalar;
+  constexpr int64_t W = V::kLanes;
   const TopKScratch<V> at(k, scratch);
-  const T* bias = static_cast<const T*>(k.bias);
-  const bool by_score = (bias || k.num_groups > 1) && !k.softmax_after;
-  for (int64_t t = row_begin; t < row_end; ++t) {
-    read_row<V>(k.logits, t, 0, k.E, at.scores);
-    // Scores grow with logits, and logits distinguish more.
-    if (!by_score) __builtin_memcpy(at.choice, at.scores, sizeof(T) * k.E);
-    if (k.sigmoid) sigmoid_in_place<V>(at.scores, k.E);
-    else if (!k.softmax_after) softmax_in_place<V>(at.scores, k.E);
-    if (by_score) __builtin_memcpy(at.choice, at.scores, sizeof(T) * k.E);
-    if (bias)
-      for (int64_t e = 0; e < k.E; ++e) at.choice[e] += bias[e];
-    if (k.num_groups > 1) choose_within_groups(k, at.choice, at.best, at.groups, at.group_scores);
-    else choose_best(at.choice, k.E, k.K, at.best);
-
-    for (int64_t j = 0; j < k.K; ++j) {
-      k.ids[t * k.K + j] = at.best[j].index;
-      at.chosen[j] = at.scores[at.best[j].index];
+  const bool in_lanes = k.num_groups == 1 && k.K <= kInsertMost;
+  for (int64_t first = row_begin; first < row_end; first += W) {
+    const int64_t rows = row_end - first < W ? row_end - first : W;
+    for (int64_t r = 0; r < rows; ++r) score_row<V>(k, first + r, at.scores + r * at.stride, at.choice + r * at.stride);
+    if (in_lanes) best_in_lanes<V>(at.choice, at.stride, rows, k.E, k.K, at.best, at.place);
+    for (int64_t r = 0; r < rows; ++r) {
+      const T *scores = at.scores + r * at.stride, *choice = at.choice + r * at.stride;
+      int64_t* ids = k.ids + (first + r) * k.K;
+      if (in_lanes && at.best[(k.K - 1) * W + r] > -__builtin_inf()) {
+        for (int64_t j = 0; j < k.K; ++j) ids[j] = static_cast<int64_t>(at.place[j * W + r]);
+      } else {
+        if (k.num_groups > 1) choose_within_groups(k, choice, at.candidates, at.groups, at.group_scores);
+        else choose_best(choice, k.E, k.K, at.candidates);
+        for (int64_t j = 0; j < k.K; ++j) ids[j] = at.candidates[j].index;
+      }
+      for (int64_t j = 0; j < k.K; ++j) at.chosen[j] = scores[ids[j]];
+      if (k.softmax_after) softmax_in_place<V>(at.chosen, k.K);
+      T factor = static_cast<T>(k.scale);
+      if (k.renormalize) {
+        T sum = 0;
+        for (int64_t j = 0; j < k.K; ++j) sum += at.chosen[j];
+        factor /= sum + static_cast<T>(kNormEpsilon);
+      }
+      for (int64_t j = 0; j < k.K; ++j) static_cast<T*>(k.weights)[(first + r) * k.K + j] = at.chosen[j] * factor;
     }
-    if (k.softmax_after) softmax_in_place<V>(at.chosen, k.K);
-    T factor = static_cast<T>(k.scale);
-    if (k.renormalize) {
-      T sum = 0;
-      for (int64_t j = 0; j < k.K; ++j) sum += at.chosen[j];
-      factor /= sum + static_cast<T>(kNormEpsilon);
-    }
-    for (int64_t j = 0; j < k.K; ++j) static_cast<T*>(k.weights)[t * k.K + j] = at.chosen[j] * factor;
   }
 }
 
