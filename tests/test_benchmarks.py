@@ -19,14 +19,45 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import dense, peak, targets, verify
+from benchmarks import command, dense, moe, peak, targets, verify, workloads
 from benchmarks.harness import Budget, Case, Harness, Local, Measured, Timed
-from benchmarks.providers import COMPILE, EAGER, HUGE, OURS, PROVIDERS, RECOMPUTE, Inputs, Provider, eager_inputs
-from benchmarks.workloads import DTYPES, EXAMPLE, TALL, TINY, Row, Shape, all_rows, in_order, quick_rows, target_rows
+from benchmarks.providers import (
+    COMPILE,
+    COMPILING,
+    EAGER,
+    GROUPED,
+    HUGE,
+    LOOP,
+    MOE_PROVIDERS,
+    OURS,
+    PROVIDERS,
+    RECOMPUTE,
+    TORCH_ROUTING,
+    Inputs,
+    Provider,
+    eager_inputs,
+)
+from benchmarks.workloads import (
+    DTYPES,
+    EXAMPLE,
+    GROWING,
+    GROWTH,
+    TALL,
+    TINY,
+    Mixture,
+    Row,
+    Shape,
+    in_order,
+)
 
 SMALL = Shape(64, 32, 48)
 SHORT = Budget(seconds=10.0, most_rounds=2, least_sample=1e-5)
+MIXED = Mixture(64, 32, 48, E=4)
+MIXED_BIAS = Mixture(24, 40, 32, "gelu", bias=True, E=16, K=3)
+FEW_CHOSEN = Mixture(1, 24, 16, "gelu", bias=True, E=8)
+ROUTED = Mixture(50, 0, 0, E=8, K=3)
 RUNNING = tuple(provider for provider in PROVIDERS if provider.name != COMPILE)  # the compiler takes seconds a row
+MOE_RUNNING = tuple(provider for provider in MOE_PROVIDERS if provider.name not in COMPILING)
 
 
 @pytest.fixture(autouse=True)
@@ -49,8 +80,8 @@ class Changed(nn.Module):
         super().__init__()
         self.layer, self.change = layer, change
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.change(self.layer(x))
+    def forward(self, *args: Tensor) -> Tensor:
+        return self.change(self.layer(*args))
 
 
 def changed(change: Callable[[Tensor], Tensor], name: str = "changed") -> Provider:
@@ -99,9 +130,57 @@ def test_every_provider_is_right(shape: Shape, dtype: str) -> None:
                 assert case.worst(Local(provider.build(case.inputs, shape), shape, mode).results()) <= 1, provider.name
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [MIXED, MIXED_BIAS, FEW_CHOSEN, ROUTED], ids=lambda s: s.label)
+def test_every_mixture_is_right(shape: Mixture, dtype: str) -> None:
+    case = Case(shape, dtype)
+    assert case.names[-1] == ("d_b_down" if shape.bias else "d_w_down" if shape.D else "y2")
+    for provider in MOE_RUNNING:
+        for mode in ("training", "inference"):
+            if provider.serves(Row(shape, dtype, mode)):
+                assert case.worst(Local(provider.build(case.inputs, shape), shape, mode).results()) <= 1, provider.name
+
+
+@pytest.mark.parametrize("wrong", ["one column lost", "gradient doubled"])
+def test_wrong_mixture_is_not_timed(wrong: str) -> None:
+    change, note = WRONG[wrong]
+    ours = next(provider for provider in MOE_PROVIDERS if provider.name == OURS)
+
+    def build(inputs: Inputs, shape: Shape) -> Inputs:
+        return Inputs(Changed(ours.build(inputs, shape).module, change), inputs.draws)
+
+    harness = Harness(SHORT, "baseline", [Provider("changed", build)], huge=False)
+    (timed,) = harness.measure(Row(MIXED, "float32", "training")).timed
+    assert timed.refused and timed.note.startswith(note)
+
+
+def test_slack_widens_the_limit() -> None:
+    exact, off = torch.ones(8, dtype=torch.float64), torch.full((8,), 1.02)
+    limits = [verify.Limit(0.01, 0.01)]
+    with pytest.raises(verify.WrongResultError, match=r"allowed 0\.01"):
+        verify.worst(["y"], [off], [exact], limits)
+    assert verify.worst(["y"], [off], [exact], limits, slack=3.0) == pytest.approx(2.0, rel=1e-3)
+
+
+def test_wrong_order_of_rows_is_not_timed() -> None:
+    class Unsorted(nn.Module):
+        def forward(self, logits: Tensor) -> tuple[Tensor, ...]:
+            weights, ids = torch.softmax(logits, -1).topk(ROUTED.K, -1)
+            tokens = torch.arange(ROUTED.T).repeat_interleave(ROUTED.K).double()
+            return weights.flatten(), tokens, torch.bincount(ids.flatten(), minlength=ROUTED.E).double()
+
+    harness = Harness(
+        SHORT, "baseline", [Provider("unsorted", lambda i, s: Inputs(Unsorted(), i.draws)), *MOE_RUNNING], huge=False
+    )
+    unsorted, torchs, ours = harness.measure(Row(ROUTED, "float32", "inference")).timed
+    assert unsorted.refused and not unsorted.seconds
+    assert (torchs.provider, ours.provider) == (TORCH_ROUTING, OURS) and torchs.seconds and ours.seconds
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_yardstick_of_16_bits_is_eagers_error(dtype: str) -> None:
-    case = Case(Shape(96, 64, 80), dtype)
+@pytest.mark.parametrize("shape", [Shape(96, 64, 80), Mixture(96, 64, 80, E=4)], ids=lambda s: s.label)
+def test_yardstick_of_16_bits_is_eagers_error(shape: Shape, dtype: str) -> None:
+    case = Case(shape, dtype)
     native = Local(case.inputs, case.shape, "training").results()
     for name, result, exact, limit in zip(case.names, native, case.exact, case.limits, strict=True):
         again = verify.limit(result, exact)
@@ -130,14 +209,15 @@ def test_rule_is_the_tests_own(dtype: torch.dtype, factor: float) -> None:
     assert ours == passes(lambda: theirs.check("y"), AssertionError) == (factor <= 1.5)
 
 
-def test_flops_are_those_of_the_products() -> None:
-    inputs = eager_inputs(SMALL, "float32")
-    x, d_y = inputs.draws[0]
+@pytest.mark.parametrize("shape", [SMALL, MIXED, MIXED_BIAS], ids=lambda s: s.label)
+def test_flops_are_those_of_the_products(shape: Shape) -> None:
+    inputs = eager_inputs(shape, "float32")
+    args, d_y = inputs.draws[0]
     with FlopCounterMode(display=False) as counter:
-        y = inputs.module(x)
-        assert Row(SMALL, "float32", "inference").flops == counter.get_total_flops()
+        y = inputs.module(*args)
+        assert Row(shape, "float32", "inference").flops == counter.get_total_flops()
         y.backward(d_y)
-    assert Row(SMALL, "float32", "training").flops == counter.get_total_flops()
+    assert Row(shape, "float32", "training").flops == counter.get_total_flops()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -146,7 +226,7 @@ def test_bytes_are_those_of_the_tensors(dtype: str, bias: bool) -> None:
     shape = dataclasses.replace(SMALL, bias=bias)
     inputs = eager_inputs(shape, dtype)
     weights = sum(p.nbytes for p in inputs.module.parameters())
-    tokens = inputs.draws[0][0].nbytes
+    tokens = inputs.draws[0][0][0].nbytes
     pre = 2 * Local(inputs, shape, "training").results()[0].element_size() * shape.T * shape.F
     forward = weights + tokens + tokens  # x, y
     assert Row(shape, dtype, "inference").least_bytes == forward
@@ -162,6 +242,25 @@ def test_saved_bytes() -> None:
     assert saved[EAGER] == x + 4 * SMALL.T * SMALL.F * 4
     assert saved[OURS] == row.saved_bytes == x + 2 * SMALL.T * SMALL.F * 4
     assert saved[RECOMPUTE] == x
+
+
+@pytest.mark.parametrize("shape", [FEW_CHOSEN, MIXED_BIAS], ids=lambda s: s.label)
+def test_bytes_of_mixtures_are_those_of_the_chosen_experts(shape: Mixture) -> None:
+    inputs = eager_inputs(shape, "float32")
+    (x, logits), _ = inputs.draws[0]
+    chosen = logits.topk(shape.K).indices.unique().tolist()
+    weights = sum(leaves[e].nbytes for leaves in inputs.module.groups().values() for e in chosen)
+    assert Row(shape, "float32", "inference").least_bytes == weights + 2 * x.nbytes
+    assert len(chosen) == workloads.chosen_experts(shape.T, shape.E, shape.K)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [MIXED, MIXED_BIAS], ids=lambda s: s.label)
+def test_saved_bytes_of_mixtures(shape: Mixture, dtype: str) -> None:
+    inputs = eager_inputs(shape, dtype)
+    (ours,) = (p for p in MOE_RUNNING if p.name == OURS)
+    found = Local(ours.build(inputs, shape), shape, "training").saved_bytes()
+    assert found is not None and found <= Row(shape, dtype, "training").saved_bytes
 
 
 def test_budget() -> None:
@@ -200,6 +299,7 @@ def test_very_slow_provider_is_called_once() -> None:
 
 def _record(row: Row, **seconds: list[float]) -> dict[str, Any]:
     names = {"eager": EAGER, "compiled": COMPILE, "ours": OURS}
+    names |= {"loop": LOOP, "grouped": GROUPED, "torch": TORCH_ROUTING}
     timed = [Timed(names[key], value, error=0.5, first_call=1.0) for key, value in seconds.items()]
     return Measured(row, "avx2", [100.0], [10.0], timed).record()
 
@@ -223,14 +323,39 @@ def test_targets() -> None:
     assert [t["what"] for t in targets.judged(rows) if t["measured"] is not None] == [one["what"]]  # compile is missing
 
 
-def test_rows() -> None:
-    rows = in_order(all_rows())
+def test_targets_of_mixtures() -> None:
+    def growing(experts: int, seconds: float) -> dict[str, Any]:
+        return _record(Row(GROWTH[experts], "float32", "inference", 1, GROWING), ours=[seconds])
+
+    routing = Row(workloads.ROUTING, "float32", "inference")
+    few = Row(workloads.MOE_FEW, "float32", "training")
+    rows = [
+        growing(0, 1.0),
+        growing(-1, 2.0),
+        _record(routing, torch=[6.0], ours=[1.0]),
+        _record(few, loop=[3.0, 4.0], grouped=[5.0, 3.0], ours=[1.0, 1.0]),
+    ]
+    judged = [t for t in targets.judged(rows) if t["measured"] is not None]
+    # The best peer has the least median quotient: 3.5 and 4.
+    assert [(t["measured"], t["reached"]) for t in judged] == [(3.5, True), (6.0, True), (0.5, False)]
+    assert "nan" not in targets.targets_text(rows)
+
+
+@pytest.mark.parametrize(("suite", "numbers"), [(dense.SUITE, range(1, 8)), (moe.SUITE, range(8, 13))])
+def test_rows(suite: command.Suite, numbers: range) -> None:
+    rows = in_order(suite.all_rows(1))
     assert len({row.name for row in rows}) == len(rows)
     kept = {(r.shape, r.dtype, r.mode, r.threads) for r in rows}
-    assert kept >= {(r.shape, r.dtype, r.mode, r.threads) for r in target_rows()}
-    assert {row.configuration for row in rows} >= set("1234567")
+    assert kept >= {(r.shape, r.dtype, r.mode, r.threads) for r in suite.target_rows(1)}
+    assert {row.configuration for row in rows} >= {str(number) for number in numbers}
     assert [row.shape.T for row in rows] == sorted(row.shape.T for row in rows)
-    assert len(quick_rows()) < len(target_rows()) < len(rows)
+    assert len(suite.quick_rows(1)) < len(suite.target_rows(1)) < len(rows)
+    assert {p.name for p in suite.providers} >= {OURS}
+
+
+def test_growing_mixtures_fit_a_cache() -> None:
+    assert len({shape.T * shape.K for shape in GROWTH}) == 1
+    assert all(3 * shape.E * shape.D * shape.F * 4 <= 24 << 20 for shape in GROWTH)
 
 
 def test_command_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -243,7 +368,7 @@ def test_command_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     ]
     harness = Harness(SHORT, "baseline", [*RUNNING, changed(lambda y: y * 0, "nothing")])
     file = tmp_path / "new" / "results.json"
-    assert dense.run(rows, harness, dense.machine({1}), file) == 1
+    assert command.run(rows, harness, command.machine({1}), file) == 1
     captured = capsys.readouterr()
     assert captured.err.count("REFUSED") == 3
     results = json.loads(file.read_text(encoding="utf-8"))
@@ -256,9 +381,26 @@ def test_command_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert file.with_suffix(".png").stat().st_size > 10_000
 
 
-def test_command_names_its_rows() -> None:
+def test_command_of_mixtures_end_to_end(tmp_path: Path) -> None:
+    rows = [
+        Row(dataclasses.replace(MIXED, D=512), "float32", "training"),
+        Row(MIXED_BIAS, "bfloat16", "inference"),
+        Row(ROUTED, "float32", "inference"),
+        *(Row(Mixture(16, 16, 16, E=experts), "float32", "training", 1, GROWING) for experts in (4, 8)),
+    ]
+    file = tmp_path / "moe.json"
+    assert command.run(rows, Harness(SHORT, "baseline", MOE_RUNNING, huge=False), command.machine({1}), file) == 0
+    found = [set(row["providers"]) for row in json.loads(file.read_text(encoding="utf-8"))["rows"]]
+    assert {LOOP, OURS} <= found[0] and found[2:] == [{TORCH_ROUTING, OURS}, {OURS}, {OURS}]
+    assert targets.main([str(file)]) == 0
+    pytest.importorskip("matplotlib")
+    assert file.with_suffix(".png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("suite", [dense.SUITE, moe.SUITE], ids=lambda s: s.name)
+def test_command_names_its_rows(suite: command.Suite) -> None:
     with pytest.raises(SystemExit, match="no row has all of these"):
-        dense.main(["--only", "T 5 "])
+        command.main(suite, ["--only", "T 5 "])
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="the limits' kernels are compiled")

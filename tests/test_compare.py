@@ -18,9 +18,10 @@ import torch
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
-from ffn_ops import compare
-from ffn_ops.compare import advice, architectures, counts, layers, paired, text, train
-from ffn_ops.compare.architectures import ARCHITECTURES, BASELINE, BY_KEY, Architecture
+from ffn_ops import MoEFFN, Routing, compare
+from ffn_ops.compare import advice, architectures, counts, layers, mixtures, paired, text, train
+from ffn_ops.compare.architectures import ARCHITECTURES, BASELINE, BY_KEY, EXPERTS, LAYERS, MOE, Architecture, Layer
+from ffn_ops.compare.mixtures import MIXTURES, Mixture
 from ffn_ops.compare.model import LanguageModel
 from ffn_ops.compare.results import Results, TextFacts
 from ffn_ops.compare.settings import CompareError, LayerSize, ModelSize, Settings
@@ -64,9 +65,9 @@ def test_every_file_is_written(finished: tuple[Path, dict[str, Any]]) -> None:
     out, _ = finished
     report = (out / "report.md").read_text(encoding="utf-8")
     pictures = sorted(path.name for path in out.glob("*.png"))
-    assert len(pictures) == 7
+    assert len(pictures) == 9
     assert all(f"({name})" in report for name in pictures)
-    assert all(a.name in report for a in ARCHITECTURES)
+    assert all(a.name in report for a in (*LAYERS, *MIXTURES))
     assert str(out) not in report + (out / "results.json").read_text(encoding="utf-8")
 
 
@@ -94,6 +95,26 @@ def test_results_are_finite_and_losses_fall(finished: tuple[Path, dict[str, Any]
         assert run["dead_at_end"] / run["units"] == pytest.approx(last, abs=1e-6)
 
 
+def test_mixtures_learn_and_their_loads_are_recorded(finished: tuple[Path, dict[str, Any]]) -> None:
+    """The batch of 128 bytes divides among the experts, so that two of the mixtures balance it exactly."""
+    _, results = finished
+    assert len(results["mixtures"]) == 2 * len(MIXTURES)
+    for run in results["mixtures"]:
+        assert run["final_validation"] < UNIFORM - 1, run["architecture"]
+        assert len(run["training_loads"]) == len(run["gradient_steps"])
+        assert len(run["validation_loads"]) == len(run["steps"])
+        for load in (load for loads in run["training_loads"] + run["validation_loads"] for load in loads):
+            assert sum(load["shares"]) == pytest.approx(1, abs=1e-3)
+            assert 0 <= load["entropy"] <= 1 + 1e-5 and 1 - 1e-5 <= load["max_over_mean"] <= EXPERTS
+            assert 0 <= load["dropped"] <= load["unreached"] or run["architecture"] != "switch"
+        balanced = [load["max_over_mean"] == 1 for loads in run["training_loads"] for load in loads]
+        assert all(balanced) if run["architecture"] in ("expert_choice", "base") else not all(balanced)
+    rows = {row["architecture"]: row for row in results["trained_mixtures"]}
+    assert rows.keys() == {BASELINE, *(m.key for m in MIXTURES)}
+    assert rows["switch"]["training_load"]["dropped"] > 0 == rows["top2"]["training_load"]["dropped"]
+    assert rows[BASELINE]["training_load"] is None and len(rows["base"]["paired"]["differences"]) == 2
+
+
 def test_budgets_match_and_seeds_are_paired(finished: tuple[Path, dict[str, Any]]) -> None:
     _, results = finished
     budget = next(r["ffn_parameters"] for r in results["runs"] if r["architecture"] == BASELINE)
@@ -106,6 +127,7 @@ def test_budgets_match_and_seeds_are_paired(finished: tuple[Path, dict[str, Any]
 
 def test_fused_layers_were_timed_and_agree(finished: tuple[Path, dict[str, Any]]) -> None:
     _, results = finished
+    assert [layer["architecture"] for layer in results["layers"]] == [a.key for a in LAYERS]
     for layer in results["layers"]:
         assert not layer["refused"], layer["notes"]
         assert layer["providers"].keys() == {"eager", "fused"}
@@ -140,13 +162,96 @@ def test_counts_equal_the_formulas_and_the_guides() -> None:
     assert rows["SwiGLU, 2/3 width"].parameters == pytest.approx(plain, rel=1e-3)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda a: a.key)
+def test_mixtures_have_the_dense_layers_active_flops() -> None:
+    """Up to the router, D * E products of the dense layer's 2 * D * F. The plain loop's FLOPs are those of its rows."""
+    dense, *rows = counts.count_mixtures(ModelSize())
+    assert [row.name for row in rows] == [m.name for m in MIXTURES]
+    for row in rows:
+        assert row.flops_per_token - dense.flops_per_token == 2 * 96 * EXPERTS
+        assert 1 < row.active_parameters / dense.parameters < 1.02 and row.multiple > 4
+    assert architectures.flops_per_token(MOE.fused(32, 48), 32) == architectures.flops_per_token(MOE.eager(32, 48), 32)
+
+
+@pytest.mark.parametrize("mixture", MIXTURES, ids=lambda m: m.key)
+def test_only_the_mixture_marked_so_leaks_the_future(mixture: Mixture) -> None:
+    """Another last token changes what the earlier ones get, in evaluation."""
+    torch.manual_seed(0)
+    layer = mixture.fused(32, mixture.width(48)).eval()
+    x = torch.randn(1, 64, 32)
+    other = torch.cat([x[:, :-1], 10 * torch.randn(1, 1, 32)], 1)
+    same = torch.allclose(layer(x)[:, :-1], layer(other)[:, :-1], rtol=1e-4, atol=1e-6)
+    assert same is not mixture.leaks
+
+
+def test_load_of_a_known_routing() -> None:
+    """Six tokens choose experts 0 0 0 1 2 and none; expert 0 has room for two."""
+    ids = torch.tensor([[0], [0], [0], [1], [2], [4]])
+    load = mixtures.layer_load(Routing.from_topk(ids, torch.ones(6, 1), 4, capacity=2))
+    assert load.shares == [0.6, 0.2, 0.2, 0.0]
+    assert (load.dropped, load.max_over_mean) == (0.2, 2.0)
+    assert load.unreached == pytest.approx(2 / 6, abs=1e-5)
+    assert load.entropy == pytest.approx((0.5 * math.log(2) + 0.5 * math.log(4)) / math.log(4), abs=1e-5)
+
+
+def test_balancing_loss_is_one_per_balanced_layer() -> None:
+    logits = torch.zeros(8, 4)
+    routing = Routing.from_topk(torch.arange(8)[:, None] % 4, torch.ones(8, 1), 4)
+    assert mixtures.balancing_loss([(routing, logits)] * 3).item() == pytest.approx(3)
+
+
+def test_units_of_an_expert_that_no_token_reaches_are_dead() -> None:
+    torch.manual_seed(0)
+    layer = MoEFFN(16, 24, EXPERTS, 1)
+    with torch.no_grad():
+        layer.router.bias[3] = 100.0
+    x = torch.randn(5, 16)
+    units = architectures.expert_units(layer, x).unflatten(1, (EXPERTS, 24))
+    assert layer.b_in is not None
+    expected = torch.nn.functional.gelu(x @ layer.w_in[3].t() + layer.b_in[3])
+    torch.testing.assert_close(units[:, 3], expected)
+    units[:, 3] = 0
+    assert not units.any()
+
+
+def test_training_with_noise_is_repeatable_and_draws_nothing_from_the_caller(tmp_path: Path) -> None:
+    data, settings = text.load(None, 32), TINY(out=tmp_path)
+    before = torch.random.get_rng_state()
+
+    def trained(steps: int = 3) -> list[float]:
+        layers: list[Layer] = [BY_KEY["gelu"], MIXTURES[0]]
+        runs = train.train_together(
+            layers, data, settings, seed=0, steps=steps, learning_rate=1e-2, advance=lambda: None
+        )
+        return [run.validation[-1] for run in runs]
+
+    first = trained()
+    torch.rand(1)
+    assert trained() == first
+    torch.random.set_rng_state(before)
+    trained(1)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_nothing_that_depends_on_data_is_compiled() -> None:
+    assert layers.compiled_keys("all") == [a.key for a in ARCHITECTURES]
+    assert MOE.key not in layers.compiled_keys("some")
+
+
+def test_advice_on_sparsity_is_counted(tmp_path: Path) -> None:
+    """The guide's parameters and active share hold for its code; its growth of compute does not."""
+    results = Results({}, Settings(tmp_path), TextFacts("text", 1, 1, False), counts=counts.count(LayerSize()))
+    found = advice._sparse(results)
+    assert found.verdict == advice.MIXED
+    assert "8.00x ReLU FFN's parameters, 25.0 % of them active for a token, +100 % FLOPs" in found.measured
+
+
+@pytest.mark.parametrize("architecture", LAYERS, ids=lambda a: a.key)
 def test_fused_layer_has_the_counted_parameters(architecture: Architecture) -> None:
     for d_ff in (48, 85):  # even, odd: the guide's 2/3 rule rounds
         fused, eager = architecture.fused(32, d_ff), architecture.eager(32, d_ff)
         assert architectures.disagreement(fused, eager) == []
         units = architecture.units(fused, torch.randn(5, 32))
-        assert units.shape[0] == 5 and units.shape[1] in (d_ff, 4 * d_ff)
+        assert units.shape[0] <= 5 and units.shape[1] in (d_ff, 4 * d_ff, EXPERTS * d_ff)
 
 
 def test_default_budgets_are_within_one_percent() -> None:
@@ -160,7 +265,7 @@ def test_default_budgets_are_within_one_percent() -> None:
 
 def test_equal_seeds_give_equal_weights_outside_the_ffn() -> None:
     size = ModelSize(d_model=16, d_ff=24, layers=2, heads=2, context=8)
-    models = [LanguageModel(size, functools.partial(a.fused, 16, 24), seed=3) for a in ARCHITECTURES]
+    models = [LanguageModel(size, functools.partial(a.fused, 16, 24), seed=3) for a in (*ARCHITECTURES, *MIXTURES)]
     states = [{k: v for k, v in m.state_dict().items() if ".ffn." not in k} for m in models]
     assert len(states[0]) > 10
     for state in states[1:]:

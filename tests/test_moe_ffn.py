@@ -11,6 +11,7 @@ import pytest
 import torch
 from test_routing import ROUTERS
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ffn_ops
 from ffn_ops import Routing, reference, routing
@@ -169,6 +170,13 @@ def test_router_stays_in_float32() -> None:
     y, r, logits = low(x.bfloat16(), return_routing=True)
     wide = nn.functional.linear(x.bfloat16().float(), low.router.weight.float(), low.router.bias.float())
     assert torch.equal(logits, wide) and y.dtype is torch.bfloat16 and r.weight.dtype is torch.float32
+
+
+def test_meta_and_fake_tensors_give_shapes() -> None:
+    layer = ffn_ops.MoEFFN(12, 20, 4, gated=True)
+    assert copy.deepcopy(layer).to("meta")(torch.empty(2, 5, 12, device="meta")).shape == (2, 5, 12)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert layer(torch.empty(2, 5, 12)).shape == (2, 5, 12)
 
 
 def test_hooked_or_replaced_router_is_called() -> None:

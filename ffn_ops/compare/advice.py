@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 
-from .architectures import ARCHITECTURES, BASELINE
+from .architectures import ARCHITECTURES, BASELINE, EXPERTS
 from .layers import Timing
-from .mixtures import CAUSAL_MIXTURES, EXPERTS, MIXTURES, NAMES, Load
+from .mixtures import CAUSAL_MIXTURES, MIXTURES, NAMES, Load
 from .paired import FASTER, HIGHER, LOWER, NOT_SHOWN, SLOWER, UNTESTABLE, Paired, paired, speed_ratio
 from .results import Results, Trained, losses, trained
 
@@ -186,22 +186,23 @@ def _sparse(results: Results) -> Advice:
     moe, dense = rows[NAMES["moe"]], rows[NAMES["relu"]]
     active, compute = moe.active_parameters / moe.parameters, moe.flops_per_token / dense.flops_per_token
     measured = (
-        f"{moe.name} at d_ff {moe.d_ff}: {moe.multiple:.2f}x {dense.name}'s parameters, {100 * active:.1f} % of them active"
-        f" for a token, {100 * (compute - 1):+.0f} % FLOPs per token"
+        f"{moe.name} at d_ff {moe.d_ff}: {moe.multiple:.2f}x {dense.name}'s parameters,"
+        f" {100 * active:.1f} % of them active for a token, {100 * (compute - 1):+.0f} % FLOPs per token"
     )
     agreeing = [round(moe.multiple, 1) == 8.0, round(active, 2) == 0.25, compute <= 1.5]
     return Advice(guide, measured, SUPPORTED if all(agreeing) else MIXED if any(agreeing) else CONTRADICTED)
 
 
 def _switch(results: Results) -> Advice:
-    guide = "Switch: top-1, simple and efficient"
+    guide = "Switch: top-1, simple and efficient (here: a step's time at equal active FLOPs)"
     rows = {t.architecture: t for t in trained(results.equal_flops)}
     switch, top2 = rows.get("switch"), rows.get("top2")
     if switch is None or top2 is None or len(switch.step_times) != len(top2.step_times) or not switch.step_times:
         return Advice(guide, "no pair of finished runs", NOT_TESTED)
     ratio = speed_ratio(switch.step_times, top2.step_times)
     measured = (
-        f"training step, {NAMES['top2']} / {NAMES['switch']}: {ratio.median:.2f} ({ratio.verdict});"
+        f"training step, {NAMES['top2']} / {NAMES['switch']}: {ratio.median:.2f} ({ratio.verdict}), with"
+        f" {switch.ffn_parameters / top2.ffn_parameters:.1f}x its parameters;"
         f" {describe('switch', 'top2', _difference(results, 'switch', 'top2'))}"
     )
     verdicts = {FASTER: SUPPORTED, SLOWER: CONTRADICTED, UNTESTABLE: NOT_TESTED}
@@ -323,21 +324,22 @@ def limits(results: Results) -> list[str]:
         f" of one text ({results.text.name}): nothing follows for large models or long training.",
         "One learning rate for all, tuned for none: a layer may do better at its own.",
         "Equal parameters narrow the gated layers; the guides' sizes (same d_ff, more parameters) are not compared.",
-        "Mixtures: equal active FLOPs are not equal parameters, memory or time. Experts see a part of the tokens each, and"
-        f" {settings.steps} steps are few for that; the guide means models thousands of times as large.",
+        "Mixtures: equal active FLOPs are not equal parameters, memory or time. Each expert sees a part of the tokens,"
+        f" and {settings.steps} steps are few for that; the guide means very large models.",
         "No mixture was trained without its means of balance (loss, capacity or assignment): what each one does is not"
         " shown. In validation BASE takes each byte's best expert, which it was not trained for alone.",
-        f"{', '.join(m.name for m in MIXTURES if m.leaks)}: the experts choose among all bytes of the batch, so a byte's"
-        " output depends on later bytes. Its loss measures a leak of the future and supports no comparison.",
+        f"{', '.join(m.name for m in MIXTURES if m.leaks)}: the experts choose among all bytes of the batch, so a"
+        " byte's output depends on later bytes. Its loss measures a leak of the future and supports no comparison.",
         f"Dead means: activation output within ±0.001 on all {settings.validation_windows} validation windows watched.",
     ]
     if settings.seeds > 1:
         chance = 100 * (1 - 0.95**comparisons)
         lines.insert(
             1,
-            f"{settings.seeds} seeds ({settings.mixture_seeds} for mixtures). A difference counts as shown where the paired 95 % t interval excludes zero; in"
-            f" {comparisons} comparisons, chance alone shows at least one in up to {chance:.0f} % of such runs. The"
-            " layer with the lowest mean was picked after the fact, which flatters it.",
+            f"{settings.seeds} seeds ({settings.mixture_seeds} for mixtures). A difference counts as shown where the"
+            f" paired 95 % t interval excludes zero; in {comparisons} comparisons, chance alone shows at least one in"
+            f" up to {chance:.0f} % of such runs. The layer with the lowest mean was picked after the fact, which"
+            " flatters it.",
         )
     else:
         lines.insert(1, "One seed: no spread is known, so no difference between layers can be shown.")

@@ -108,9 +108,14 @@ def layer_load(chosen: Routing) -> LayerLoad:
     wanted = chosen.counts.double()
     reached = torch.zeros(chosen.token_offsets.shape[0] - 1, dtype=torch.bool, device=wanted.device)
     reached[chosen.token[: int(chosen.offsets[-1])]] = True
-    values = (found.load_entropy, found.max_over_mean, found.dropped_fraction, 1 - reached.double().mean())
-    shares = (wanted / wanted.sum().clamp(min=1)).tolist()
-    return LayerLoad(*(round(v.item(), 5) for v in values), [round(s, 5) for s in shares])
+    shares = wanted / wanted.sum().clamp(min=1)
+    return LayerLoad(
+        entropy=round(found.load_entropy.item(), 5),
+        max_over_mean=round(found.max_over_mean.item(), 5),
+        dropped=round(found.dropped_fraction.item(), 5),
+        unreached=round(1 - reached.double().mean().item(), 5),
+        shares=[round(share, 5) for share in shares.tolist()],
+    )
 
 
 def balancing_loss(routed: list[Routed]) -> Tensor:

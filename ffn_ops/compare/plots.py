@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .activations import Curve
-from .architectures import ARCHITECTURES, BASELINE
-from .mixtures import EXPERTS, MIXTURES, NAMES, LayerLoad
+from .architectures import ARCHITECTURES, BASELINE, EXPERTS
+from .mixtures import MIXTURES, NAMES, LayerLoad
 from .results import Results, trained
 from .train import Run
 
@@ -155,7 +155,7 @@ def experts(results: Results) -> Figure:
         for block in range(blocks):
             _load_panel(grid[block, column], run, block)
             title = f"{NAMES[run.architecture]}, block {block + 1}"
-            y = "share (%)" if column == 0 else ""
+            y = "share of choices (%)" if column == 0 else ""
             _finish(grid[block, column], title, "step" if block == blocks - 1 else "", y)
     grid[0, 0].set_ylim(bottom=0)
     handles, labels = grid[0, 0].get_legend_handles_labels()

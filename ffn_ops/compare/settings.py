@@ -35,9 +35,9 @@ class Settings:
     out: Path
     text: Path | None = None
     device: str = "cpu"
-    steps: int = 90
+    steps: int = 80
     seeds: int = 5
-    most_mixture_seeds: int = 4  # the mixtures' steps are the slowest: the first seeds alone, to keep the run short
+    most_mixture_seeds: int = 3  # the mixtures' steps are the slowest: the first seeds alone, to keep the run short
     repeats: int = 9
     compile: str = "some"
     batch: int = 8

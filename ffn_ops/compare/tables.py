@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .advice import guide_advice, signed
-from .architectures import BASELINE
+from .architectures import BASELINE, EXPERTS
 from .counts import CountRow
 from .layers import LayerResult, Timing
-from .mixtures import EXPERTS, MIXTURES, NAMES, Load
+from .mixtures import MIXTURES, NAMES, Load
 from .paired import speed_ratio
 from .results import Results, Trained, trained
 
@@ -148,18 +148,18 @@ def mixtures_table(results: Results) -> Table:
     settings, baseline = results.settings, NAMES[BASELINE]
     counts = {row.name: row for row in results.mixture_counts}
     leaking = {m.key for m in MIXTURES if m.leaks}
+    sizes = ("layer", "d_ff", "parameters", "active", "kFLOP / token")
     rows = []
     for t in trained(results.equal_flops):
         row = counts[NAMES[t.architecture]]
-        sizes = (f"{row.parameters:,}", f"{row.active_parameters:,}", f"{row.flops_per_token / 1e3:.1f}")
+        counted = (f"{row.parameters:,}", f"{row.active_parameters:,}", f"{row.flops_per_token / 1e3:.1f}")
         loss, difference, reading, step = _loss_cells(t)
         reading = "not comparable" if t.architecture in leaking else reading
-        rows.append((row.name, str(row.d_ff), *sizes, loss, difference, reading, step))
+        rows.append((row.name, str(row.d_ff), *counted, loss, difference, reading, step))
     return Table(
         f"Mixtures of {EXPERTS} experts at equal active FLOPs per token, {settings.steps} steps,"
         f" {settings.mixture_seeds} paired seed(s)",
-        ("layer", "d_ff", "parameters", "active", "kFLOP / token", "validation loss", f"minus {baseline}")
-        + ("reading", "ms / step"),
+        (*sizes, "validation loss", f"minus {baseline}", "reading", "ms / step"),
         rows,
         "Parameters, active parameters and FLOPs of one feed-forward layer; d_ff: of one expert. Loss and difference as"
         " above. Expert Choice compares a byte with later ones, in validation too: its loss is that of a model that"
