@@ -27,6 +27,7 @@ format:
 
 bench:
 	$(PYTHON) -m benchmarks.dense
+	$(PYTHON) -m benchmarks.moe
 
 # The kernel tests need no torch: plain, under the sanitizers, and for aarch64 under an emulator.
 define kernel_tests

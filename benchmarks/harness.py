@@ -95,10 +95,10 @@ class Case:
         self.outputs = len(self.exact) - len(leaves)
         self.names = (*("y", "y1", "y2")[: self.outputs], *leaves)
 
-    def worst(self, results: Sequence[Tensor]) -> float:
+    def worst(self, results: Sequence[Tensor], slack: float = 1.0) -> float:
         """The largest quotient of error and limit, of the output alone or with all gradients."""
         count = self.outputs if len(results) == self.outputs else len(self.exact)
-        return worst(self.names[:count], results, self.exact[:count], self.limits[:count])
+        return worst(self.names[:count], results, self.exact[:count], self.limits[:count], slack)
 
     def check_norms(self, found: Sequence[float]) -> None:
         for name, norm, right in zip(self.names, found, norms(self.exact[: len(found)]), strict=False):
@@ -125,6 +125,7 @@ class Local:
         self.module, self.draws, self.mode = inputs.module, inputs.draws, mode
         self.parameters = tuple(self.module.parameters())
         self.groups = list(groups(self.module).values())
+        self.slack = inputs.slack
         args, d_y = self.draws[0]
         self.leaves = () if mode == "inference" or d_y is None else (*args, *self.parameters)
         self.first_call = math.nan
@@ -169,7 +170,7 @@ class Local:
         self.module.train(self.mode == "training")
 
     def check(self, case: Case) -> tuple[float | None, float]:
-        quotient = case.worst(self.results())
+        quotient = case.worst(self.results(), self.slack)
         self.begin()
         return quotient, self.first_call
 
@@ -225,7 +226,7 @@ class Timed:
     provider: str
     seconds: list[float] = field(default_factory=list)  # one entry a round
     repeats: int = 1  # calls in a sample
-    error: float | None = None  # worst quotient of error and limit: at most 1
+    error: float | None = None  # worst quotient of error and limit: at most 1, or the slack of its inputs
     first_call: float | None = None  # with compilation, where there is one
     saved_bytes: int | None = None
     note: str = ""  # why there are no samples, or what is special about them

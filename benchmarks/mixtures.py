@@ -88,7 +88,8 @@ class Grouped(Experts):
         weight: Tensor = getattr(self, f"w_{name}")
         y = F.grouped_mm(rows, weight.to(rows.dtype).transpose(1, 2), offs=ends)
         if self.shape.bias:
-            y = y + getattr(self, f"b_{name}").to(rows.dtype)[sorted_ids]
+            bias: Tensor = getattr(self, f"b_{name}")
+            y = y + bias.float()[sorted_ids].to(rows.dtype)  # gathered in 16 bits, its gradient would be summed in them
         return y
 
     def forward(self, x: Tensor, logits: Tensor) -> Tensor:
@@ -103,6 +104,11 @@ class Grouped(Experts):
 
 
 class Ours(Experts):
+    w_in: Tensor
+    w_down: Tensor
+    b_in: Tensor
+    b_down: Tensor
+
     def forward(self, x: Tensor, logits: Tensor) -> Tensor:
         return ffn_ops.moe(
             x,

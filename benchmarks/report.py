@@ -112,8 +112,8 @@ def row_text(row: Record) -> str:
                 time_text(found["min"]),
                 f"{found['spread']:.0%}",
                 str(found["n"]),
-                f"{gflops(row, found):.3g}",
-                f"{of_fma(row, found):.0%}",
+                f"{gflops(row, found):.3g}" if row["flops"] else "–",
+                f"{of_fma(row, found):.0%}" if row["flops"] else "–",
                 f"{gbs(row, found):.3g}" if streaming else "–",
                 f"{of_read(row, found):.0%}" if streaming else "–",
                 _number(ratio(row, base, name), ".2f"),
@@ -139,7 +139,7 @@ def summary_text(rows: list[Record]) -> str:
             [
                 row["name"],
                 time_text(found["median"]),
-                f"{of_fma(row, found):.0%}",
+                f"{of_fma(row, found):.0%}" if row["flops"] else "–",
                 f"{of_read(row, found):.0%}" if is_streaming(row) else "–",
                 *(_number(ratio(row, name, OURS), ".2f") for name in peers),
             ]

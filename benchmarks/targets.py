@@ -73,8 +73,8 @@ def _best_peer(row: Record) -> float | None:
 def _growth(mode: str) -> Measure:
     def measure(rows: list[Record]) -> float | None:
         found = [_row(rows, shape, "float32", mode, 1) for shape in (GROWTH[0], GROWTH[-1])]
-        times = [None if row is None else row["providers"].get(OURS, {}).get("median") for row in found]
-        return times[0] / times[1] if all(times) else None
+        few, many = (None if row is None else row["providers"].get(OURS, {}).get("median") for row in found)
+        return few / many if few and many else None
 
     return measure
 

@@ -52,11 +52,17 @@ def limit(eager: Tensor, exact: Tensor) -> Limit:
     return Limit(WORST * largest + 2 * rounding * size, RATIO * rms + rounding * size_rms)
 
 
-def worst(names: Sequence[str], actual: Sequence[Tensor], exact: Sequence[Tensor], limits: Sequence[Limit]) -> float:
+def worst(
+    names: Sequence[str],
+    actual: Sequence[Tensor],
+    exact: Sequence[Tensor],
+    limits: Sequence[Limit],
+    slack: float = 1.0,
+) -> float:
     """The largest quotient of error and limit.
 
     Raises:
-        WrongResultError: it is above 1, or a shape differs; names the tensor.
+        WrongResultError: it is above ``slack``, or a shape differs; names the tensor.
     """
     if len(actual) != len(exact):
         raise WrongResultError(f"expected {len(exact)} tensors ({', '.join(names)}), got {len(actual)}")
@@ -66,8 +72,8 @@ def worst(names: Sequence[str], actual: Sequence[Tensor], exact: Sequence[Tensor
             raise WrongResultError(f"{name}: expected shape {list(right.shape)}, got {list(ours.shape)}")
         largest, rms = errors(ours, right)
         for kind, error, bound in (("largest", largest, allowed.largest), ("rms", rms, allowed.rms)):
-            if not error <= bound:
-                raise WrongResultError(f"{name}: {kind} error {error:.3g}, allowed {bound:.3g}")
+            if not error <= slack * bound:
+                raise WrongResultError(f"{name}: {kind} error {error:.3g}, allowed {slack * bound:.3g}")
             most = max(most, error / bound if bound else 0.0)
     return most
 

@@ -61,8 +61,10 @@ class Shape:
 
 @dataclass(frozen=True)
 class Mixture(Shape):
-    """Experts of FFN width F, each token in K of E: SwiGLU with ``silu``, otherwise two layers; D = F = 0 is the routing
-    alone."""
+    """E experts of FFN width F, K of them for each token: SwiGLU with ``silu``, otherwise two layers.
+
+    D = F = 0 is the routing alone.
+    """
 
     E: int = 8
     K: int = 2
@@ -253,7 +255,9 @@ def moe_target_rows(threads: int = 1, pair: bool = True) -> list[Row]:
 
 
 def moe_quick_rows(threads: int = 1) -> list[Row]:
-    return [row for row in moe_target_rows(threads, pair=False) if row.shape not in (MOE_TALL, *GROWTH[1:-1])]
+    """A minute: the targets at fewer samples, without the largest rows."""
+    left_out = (MOE_TALL, FINE_GELU, *GROWTH[1:-1])
+    return [row for row in moe_target_rows(threads, pair=False) if row.shape not in left_out]
 
 
 def moe_all_rows(threads: int = 1) -> list[Row]:

@@ -94,3 +94,22 @@ def test_weight() -> None:
     assert y[-1, -1] == 36.0 and torch.count_nonzero(y) == 1
     (d_x,) = torch.autograd.grad(y, x, torch.ones_like(y))
     assert d_x[-1, -1] == 36.0 and torch.count_nonzero(d_x) == 1
+
+
+def test_experts() -> None:
+    """Stacked weights with more than 2^31 elements: the last expert; experts without tokens have zero gradients."""
+    need(11)
+    E, F = 512, 64
+    D = BORDER // (E * F) + 1
+    w_in, w_down = torch.zeros(E, F, D, dtype=torch.bfloat16), torch.zeros(E, 1, F, dtype=torch.bfloat16)
+    x = torch.zeros(2, D, dtype=torch.bfloat16)
+    w_in[-1, -1, -1], w_down[-1, 0, -1], x[1, -1] = 3.0, 5.0, 2.0
+    w_in.requires_grad_()
+    x.requires_grad_()
+    routing = ffn_ops.Routing.from_topk(torch.tensor([[0], [E - 1]]), torch.tensor([[1.0], [0.5]]), E)
+    y = ffn_ops.moe(x, routing, w_in, w_down, activation="identity")
+    assert y.tolist() == [[0.0], [15.0]]
+    d_x, d_w_in = torch.autograd.grad(y, [x, w_in], torch.ones_like(y))
+    assert d_x[1, -1] == 7.5 and torch.count_nonzero(d_x) == 1
+    assert d_w_in[-1, -1, -1] == 5.0
+    assert sum(int(torch.count_nonzero(part)) for part in d_w_in.view(-1).split(1 << 28)) == 1

@@ -1,0 +1,158 @@
+"""A suite of rows as a command: measures them, prints the tables, writes JSON and a plot."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import ffn_ops
+
+from . import peak
+from .harness import QUICK, Budget, Harness
+from .providers import COMPILING, OURS, Provider
+from .report import LEGEND, Record, machine_text, row_text, summary_text
+from .targets import judged, targets_text
+from .workloads import Row, in_order
+
+ROOT = Path(__file__).parents[1]
+HELP = (
+    "With FFN_OPS_ISA=avx2 set ATEN_CPU_CAPABILITY=avx2, MKL_ENABLE_INSTRUCTIONS=AVX2 and ONEDNN_MAX_CPU_ISA=AVX2 too:"
+    " they hold the other providers to AVX2."
+)
+
+Rows = Callable[[int], list[Row]]  # of a number of threads
+
+
+@dataclass(frozen=True)
+class Suite:
+    name: str
+    all_rows: Rows
+    target_rows: Rows
+    quick_rows: Rows
+    providers: tuple[Provider, ...]
+    huge: bool  # whether eager runs in a process on huge pages too
+
+
+def machine(threads: set[int]) -> Record:
+    """What the figures belong to, with the limits of every instruction set before the rows run."""
+    info = ffn_ops.info()
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    chosen = re.search(r"\[(\w+)\]", setting.read_text()) if setting.exists() else None
+    limits = {
+        str(count): {
+            isa: {
+                "fma_gflops": max(peak.fma(isa, count) for _ in range(3)),
+                "read_gbs": max(peak.read(isa, count) for _ in range(2)),
+            }
+            for isa in peak.isas()
+        }
+        for count in sorted(threads)
+    }
+    return {
+        **{key: info[key] for key in ("cpu", "isa", "isas", "torch", "version")},
+        "torch_isa": torch.backends.cpu.get_cpu_capability(),
+        "cpus": os.cpu_count(),
+        "last_level_cache": peak.last_level_cache(),
+        "huge_pages": chosen.group(1) if chosen else "unknown",
+        "date": datetime.date.today().isoformat(),
+        "limits": limits,
+    }
+
+
+def chosen_rows(suite: Suite, options: argparse.Namespace) -> list[Row]:
+    kind = suite.quick_rows if options.quick else suite.target_rows if options.targets else suite.all_rows
+    rows = kind(options.threads)
+    rows = [row for row in rows if all(word in row.name for word in options.only)]
+    if not rows:
+        names = "\n  ".join(row.name for row in in_order(suite.all_rows(options.threads)))
+        raise SystemExit(f"--only {' '.join(options.only)}: no row has all of these in its name. Rows:\n  {names}")
+    return in_order(rows)
+
+
+def default_file(suite: Suite, options: argparse.Namespace, facts: Record) -> Path:
+    """A whole run is kept with the repository, a part of one is not."""
+    if options.quick or options.targets or options.only or options.no_compile:
+        return ROOT / "out" / "benchmarks" / f"{suite.name}.json"
+    cpu = re.sub(r"[^a-z0-9]+", "-", facts["cpu"].lower()).strip("-")
+    return ROOT / "benchmarks" / "results" / f"{suite.name}-{cpu}-{facts['isa']}-{options.threads}.json"
+
+
+def save(file: Path, results: dict[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _shown(file: Path) -> str:
+    return str(file.relative_to(ROOT)) if file.is_relative_to(ROOT) else str(file)
+
+
+def run(rows: list[Row], harness: Harness, facts: Record, file: Path) -> int:
+    """Measures the rows, printing each as it ends. 1 where a provider was refused or ours failed."""
+    print(machine_text(facts), flush=True)
+    start = time.perf_counter()
+    results: dict[str, Any] = {"machine": facts, "rows": []}
+    refused = []
+    try:
+        for number, row in enumerate(rows, 1):
+            measured = harness.measure(row)
+            record = measured.record()
+            refused += [
+                f"{row.name}: {each.provider}: {each.note}"
+                for each in measured.timed
+                if each.refused or (each.provider.startswith(OURS) and each.note.startswith("failed"))
+            ]
+            results["rows"].append(record)
+            print(f"\n[{number}/{len(rows)}, {time.perf_counter() - start:.0f} s] {row_text(record)}", flush=True)
+    except KeyboardInterrupt:
+        print("\ninterrupted: the rows so far", flush=True)
+    finally:
+        harness.close()
+    results["targets"] = judged(results["rows"])
+    print(f"\n{LEGEND}\n\n{summary_text(results['rows'])}\n\n{targets_text(results['rows'])}\n")
+    save(file, results)
+    written = [_shown(file)]
+    try:
+        from .plot import plot
+    except ImportError as missing:
+        print(f"no plot: {missing}")
+    else:
+        plot(results, file.with_suffix(".png"))
+        written.append(_shown(file.with_suffix(".png")))
+    print(f"{' and '.join(written)} written after {time.perf_counter() - start:.0f} s")
+    for line in refused:
+        print(f"REFUSED {line}", file=sys.stderr)
+    return 1 if refused else 0
+
+
+def main(suite: Suite, arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{suite.name}", epilog=HELP)
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--quick", action="store_true", help="a minute: most targets with few samples")
+    which.add_argument("--targets", action="store_true", help="only the rows that the targets read")
+    parser.add_argument("--threads", type=int, default=1, help="of every row (default 1, and some rows with 2)")
+    parser.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="rows whose name has every TEXT")
+    parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
+    parser.add_argument("--out", type=Path, help="the JSON file; the plot stands beside it")
+    options = parser.parse_args(arguments)
+    if options.threads < 1:
+        parser.error(f"--threads: expected at least 1, got {options.threads}")
+    rows = chosen_rows(suite, options)
+    facts = machine({row.threads for row in rows} | {options.threads})
+    providers = [p for p in suite.providers if not (options.no_compile and p.name in COMPILING)]
+    with tempfile.TemporaryDirectory() as folder:
+        if not options.quick:  # a fresh cache, so that a first call says what compilation takes
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+        harness = Harness(QUICK if options.quick else Budget(), facts["isa"], providers, suite.huge)
+        return run(rows, harness, facts, options.out or default_file(suite, options, facts))
