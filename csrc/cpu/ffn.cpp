@@ -91,8 +91,8 @@ std::tuple<Tensor, Tensor, Tensor> ffn(const Tensor& x, const Tensor& w_in, std:
   if (b_down) check_tensor(*b_down, "b_down", c.dtype, {c.O});
   const void* bias_down = bias_data(b_down, c.keep);
   Tensor y = fresh(x, {c.T, c.O});
-  Tensor gate = save ? fresh(x, {c.T, c.F}) : nothing(x);
-  Tensor up = save && c.gated ? fresh(x, {c.T, c.F}) : nothing(x);
+  Tensor gate = save ? recycled(x, {c.T, c.F}) : nothing(x);
+  Tensor up = save && c.gated ? recycled(x, {c.T, c.F}) : nothing(x);
   const Operand down = lanes_are_rows(matrix(w_down, c.dtype));
 
   // Blocks of tokens, so that h and the packed operands of a block stay in the last-level cache.
@@ -193,7 +193,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_backward(
     add_gated_act_backward(steps, a);
   }
 
-  Tensor d_w_down = need_down ? fresh(x, {c.O, c.F}) : nothing(x);
+  Tensor d_w_down = need_down ? recycled(x, {c.O, c.F}) : nothing(x);
   const Operand h_by_token = lanes_are_columns(dense(h, c.F, c.dtype));
   if (need_down) {
     g.M = c.O;
@@ -229,7 +229,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_backward(
   for (int i = 0; i < 2; ++i) {
     const Matrix part = dense(advance(d_hidden, i * in_rows, c.dtype), c.hidden(), c.dtype);
     if (need_w[i]) {
-      d_w[i] = fresh(x, {in_rows, c.D});
+      d_w[i] = recycled(x, {in_rows, c.D});
       g.M = in_rows;
       g.K = c.T;
       g.a = lanes_are_columns(part);

@@ -58,8 +58,8 @@ std::tuple<Tensor, Tensor, Tensor> gated_linear(const Tensor& x, std::vector<Ten
   for (size_t i = 0; i < b_gate.size(); ++i) bias[2 * i] = bias_data(b_gate[i], keep);
   for (size_t i = 0; i < b_up.size(); ++i) bias[2 * i + 1] = bias_data(b_up[i], keep);
   Tensor y = fresh(x, {c.T, c.F});
-  Tensor gate = save ? fresh(x, {c.G, c.T, c.F}) : nothing(x);
-  Tensor up = save ? fresh(x, {c.G, c.T, c.F}) : nothing(x);
+  Tensor gate = save ? recycled(x, {c.G, c.T, c.F}) : nothing(x);
+  Tensor up = save ? recycled(x, {c.G, c.T, c.F}) : nothing(x);
 
   Gemm g;
   g.M = c.T;
@@ -144,7 +144,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_linear_backward(
   for (int i = 0; i < 2; ++i) {
     const Matrix part = dense(advance(d_hidden, i * half, c.dtype), 2 * half, c.dtype);
     if (needs.at(static_cast<size_t>(1 + i))) {
-      d_w[i] = fresh(x, {c.G, c.F, c.D});
+      d_w[i] = recycled(x, {c.G, c.F, c.D});
       g.M = half;
       g.K = c.T;
       g.a = lanes_are_columns(part);

@@ -181,8 +181,8 @@ std::tuple<Tensor, Tensor, Tensor> moe(const Tensor& x, std::optional<Tensor> to
                                        std::string activation, double beta, bool save) {
   Moe c = check_moe(x, token, weight, offsets, row, token_offsets, w_in, w_down, b_in, b_down, gated, activation, beta);
   Tensor y = fresh(x, {c.T, c.O});
-  Tensor gate = save ? fresh(x, {c.R, c.F}) : nothing(x);
-  Tensor up = save && c.gated ? fresh(x, {c.R, c.F}) : nothing(x);
+  Tensor gate = save ? recycled(x, {c.R, c.F}) : nothing(x);
+  Tensor up = save && c.gated ? recycled(x, {c.R, c.F}) : nothing(x);
 
   Workspace workspace;
   Steps steps(kernels(), workspace, threads());
@@ -377,7 +377,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_backward(
     return [&c, &t](const Segment& s) { return c.rows_of(t, s); };
   };
 
-  Tensor d_w_down = need_down ? fresh(x, {c.E, c.O, c.F}) : nothing(x);
+  Tensor d_w_down = need_down ? recycled(x, {c.E, c.O, c.F}) : nothing(x);
   if (need_down)
     add_outer_products(steps, c, c.O, c.F, token_rows(d_y), dense_rows(h, c.F), d_w_down.mutable_data_ptr());
 
@@ -387,7 +387,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_backward(
     add_combined_product(steps, workspace, c, d_hidden, c.hidden(), c.D, in, nullptr, nullptr, d_x.mutable_data_ptr());
   }
 
-  Tensor d_w_in = need_in ? fresh(x, {c.E, c.hidden(), c.D}) : nothing(x);
+  Tensor d_w_in = need_in ? recycled(x, {c.E, c.hidden(), c.D}) : nothing(x);
   if (need_in)
     add_outer_products(steps, c, c.hidden(), c.D, dense_rows(d_hidden, c.hidden()), token_rows(x),
                        d_w_in.mutable_data_ptr());

@@ -68,6 +68,29 @@ inline Tensor fresh(const Tensor& like, std::initializer_list<int64_t> sizes) {
   return fresh(dtype, sizes);
 }
 
+// As fresh, for weight gradients and what is saved for backward: large ones live in blocks that are used again.
+inline Tensor recycled(const Tensor& like, std::initializer_list<int64_t> sizes) {
+  constexpr size_t kLarge = size_t{4} << 20;
+  std::vector<int64_t> strides(sizes.size());
+  int64_t elements = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = elements;
+    elements *= sizes.begin()[i];
+  }
+  const size_t bytes = static_cast<size_t>(elements) * like.element_size();
+  if (bytes < kLarge) return fresh(like, sizes);
+  int32_t dtype = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  void* data = take_block(bytes);
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(torch_from_blob(
+      data, static_cast<int64_t>(sizes.size()), sizes.begin(), strides.data(), 0, dtype, aoti_torch_device_type_cpu(),
+      -1, &handle, aoti_torch_layout_strided(), nullptr, 0,
+      [](void* block, void* size) { give_back_block(block, reinterpret_cast<size_t>(size)); },
+      reinterpret_cast<void*>(bytes)));
+  return Tensor(handle);
+}
+
 inline Tensor fresh_arithmetic(DType storage, std::initializer_list<int64_t> sizes) {
   return fresh(storage == DType::kFloat64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32(), sizes);
 }

@@ -90,6 +90,63 @@ Workspace::~Workspace() {
   }
 }
 
+namespace {
+
+struct KeptBlock {
+  void* data;
+  size_t bytes;
+};
+constexpr size_t kKeepBlocksBytes = size_t{256} << 20;
+
+// Never destroyed: tensors may be freed after everything else of the process.
+std::mutex& blocks_mutex() {
+  static auto* mutex = new std::mutex;
+  return *mutex;
+}
+std::vector<KeptBlock>& kept_blocks() {  // the longest kept first
+  static auto* blocks = new std::vector<KeptBlock>;
+  return *blocks;
+}
+
+}  // namespace
+
+void* take_block(size_t bytes) {
+  bytes = round_up(bytes, kHugePage);
+  {
+    const std::lock_guard<std::mutex> lock(blocks_mutex());
+    std::vector<KeptBlock>& kept = kept_blocks();
+    for (size_t i = kept.size(); i-- > 0;) {
+      if (kept[i].bytes != bytes) continue;
+      void* const data = kept[i].data;
+      kept.erase(kept.begin() + static_cast<std::ptrdiff_t>(i));
+      return data;
+    }
+  }
+  void* data = std::aligned_alloc(kHugePage, bytes);
+  if (!data) throw std::bad_alloc();
+  advise_huge_pages(data, bytes);
+  return data;
+}
+
+void give_back_block(void* data, size_t bytes) {
+  bytes = round_up(bytes, kHugePage);
+  if (bytes > kKeepBlocksBytes) return std::free(data);
+  std::vector<KeptBlock> unwanted;
+  {
+    const std::lock_guard<std::mutex> lock(blocks_mutex());
+    std::vector<KeptBlock>& kept = kept_blocks();
+    kept.push_back({data, bytes});
+    size_t total = 0;
+    for (const KeptBlock& block : kept) total += block.bytes;
+    while (total > kKeepBlocksBytes) {
+      total -= kept.front().bytes;
+      unwanted.push_back(kept.front());
+      kept.erase(kept.begin());
+    }
+  }
+  for (const KeptBlock& block : unwanted) std::free(block.data);
+}
+
 void Phases::add(int64_t tasks, Task run) {
   const int64_t begin = phases_.empty() ? 0 : phases_.back().end;
   phases_.push_back({begin, begin + tasks, std::move(run)});

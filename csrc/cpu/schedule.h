@@ -35,6 +35,11 @@ class Workspace {
 // Asks for huge pages behind a large fresh output: one fault for 2 MiB in place of 512.
 void advise_huge_pages(void* data, size_t bytes);
 
+// Large blocks for tensors that live until backward or the next step: touching fresh memory costs more than computing
+// what goes into it, so up to kKeepBlocksBytes that were given back are kept for the next who asks.
+void* take_block(size_t bytes);
+void give_back_block(void* data, size_t bytes);
+
 // Tasks of a phase start when every task of the phases before it has ended. One parallel region; workers take the next
 // task as they become free. Which worker runs a task never matters to its result.
 class Phases {
