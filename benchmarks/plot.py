@@ -91,7 +91,8 @@ def _growth_panel(axes: Any, rows: list[Record]) -> None:
         )
         if found:
             axes.plot([e for e, _ in found], [t / found[0][1] for _, t in found], style, color=COLOURS[OURS])
-            axes.annotate(mode, (found[-1][0], found[-1][1] / found[0][1]), xytext=(5, 0), textcoords="offset points")
+            end = (found[-1][0], found[-1][1] / found[0][1])
+            axes.annotate(mode, end, xytext=(5, 5 if mode == "inference" else -9), textcoords="offset points")
     axes.set_xscale("log", base=2)
     ticks = sorted({row["shape"]["E"] for row in rows})
     axes.set_xticks(ticks, [str(e) for e in ticks])

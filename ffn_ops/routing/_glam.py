@@ -55,4 +55,4 @@ def glam_top2(
     weights = torch.where(stays, p, 0)
     weights = weights / torch.where(stays.any(1, keepdim=True), weights.sum(1, keepdim=True), 1)
     again = sorted_rows(torch.where(stays, ids, experts), None, weights, experts, tokens)
-    return again._replace(counts=routing.counts)
+    return Routing(*again[:5], routing.counts)

@@ -59,6 +59,10 @@ struct Vec {
   FFN_FN friend Vec scale_by_power_of_two(Vec a, Vec k) { return Vec(scale_lanes(a.reg, k.reg)); }
   FFN_FN friend Vec scale_down(Vec a, Vec k) { return Vec(scale_down_lanes(a.reg, k.reg)); }
 
+  // Lanes that hold the bits of two bfloat16 each: the first of them, the second.
+  FFN_FN friend Vec first_bfloat16(Vec pairs) { return Vec((Register)((Bits)pairs.reg << 16)); }
+  FFN_FN friend Vec second_bfloat16(Vec pairs) { return Vec((Register)(((Bits)pairs.reg >> 16) << 16)); }
+
   // Sum in one fixed order: upper half onto lower half, until one lane is left.
   FFN_FN friend T reduce_add(Vec a) { return reduce_add_lanes(a.reg); }
 

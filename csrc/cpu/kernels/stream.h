@@ -33,7 +33,27 @@ void stream_vector(const Matrix& m, int64_t lane0, int64_t valid, int64_t K, con
     V acc[H];
     FFN_UNROLL
     for (int t = 0; t < H; ++t) acc[t] = V::zero();
-    for (int64_t k = c; k < end; k += W) {
+    int64_t k = c;
+    if constexpr (__is_same(S, BFloat16)) {
+      // Two neighbours move as one lane, so that transposing costs half.
+      for (; k + 2 * W <= end; k += 2 * W) {
+        V block[W];
+        FFN_UNROLL
+        for (int64_t i = 0; i < W; ++i) {
+          block[i] = load<V>(reinterpret_cast<const float*>(row[i] + k));
+          prefetch(row[i] + k + kStreamBytes / sizeof(S));
+        }
+        transpose(block);
+        FFN_UNROLL
+        for (int64_t i = 0; i < W; ++i) {
+          const V first = first_bfloat16(block[i]), second = second_bfloat16(block[i]);
+          FFN_UNROLL
+          for (int t = 0; t < H; ++t)
+            acc[t] = fma(V(a[(k + 2 * i + 1) * H + t]), second, fma(V(a[(k + 2 * i) * H + t]), first, acc[t]));
+        }
+      }
+    }
+    for (; k < end; k += W) {
       const int64_t n = end - k < W ? end - k : W;
       V block[W];
       if (n == W) {
