@@ -48,13 +48,16 @@ void gated_act_range(const GatedAct& g, void (*ActKernels<V>::*pick)(const ActVe
   }
 }
 
+template <class V>
+FFN_FN V add_weighted(V sum, V value, const typename V::Scalar* weight, int64_t r) {
+  return weight ? fma(V(weight[r]), value, sum) : sum + value;
+}
+
 // Three levels of 32 rows: the error grows with the cube root of the number of rows, the order depends on nothing else.
 template <class V>
 void column_sum_as(const ColumnSum& s, int64_t col_begin, int64_t col_end) {
   constexpr int64_t kLevel = 32;
   const auto* weight = static_cast<const typename V::Scalar*>(s.weight);
-  const auto add = [weight](V sum, V value, int64_t r)
-                       __attribute__((always_inline)) { return weight ? fma(V(weight[r]), value, sum) : sum + value; };
   dispatch_storage<typename V::Scalar>(s.matrix.dtype, [&](auto storage) {
     using S = typename decltype(storage)::Type;
     for (int64_t c = col_begin; c < col_end; c += V::kLanes) {
@@ -65,7 +68,7 @@ void column_sum_as(const ColumnSum& s, int64_t col_begin, int64_t col_end) {
         for (int64_t r1 = r2; r1 < s.rows && r1 < r2 + kLevel * kLevel; r1 += kLevel) {
           V sum = V::zero();
           for (int64_t r = r1; r < s.rows && r < r1 + kLevel; ++r)
-            sum = add(sum, load_columns<V>(row_pointer<S>(s.matrix, r), s.matrix.col_stride, c, n), r);
+            sum = add_weighted(sum, load_columns<V>(row_pointer<S>(s.matrix, r), s.matrix.col_stride, c, n), weight, r);
           middle = middle + sum;
         }
         total = total + middle;
