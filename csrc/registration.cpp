@@ -55,9 +55,8 @@ STABLE_TORCH_LIBRARY(ffn_ops, m) {
 
   // Routing. Indices >= num_experts (or num_tokens) are skipped; capacity < 0: none.
   m.def(
-      "route_top_k(Tensor logits, Tensor? bias, SymInt k, str score, bool renormalize, bool softmax_after, int "
-      "num_groups,"
-      " int top_groups, float scale) -> (Tensor weights, Tensor ids)");
+      "route_top_k(Tensor logits, Tensor? bias, SymInt k, str score, bool renormalize, bool softmax_after,"
+      " int num_groups, int top_groups, float scale) -> (Tensor weights, Tensor ids)");
   m.def(
       "route_top_k_backward(Tensor d_weights, Tensor logits, Tensor ids, str score, bool renormalize,"
       " bool softmax_after, float scale) -> Tensor");

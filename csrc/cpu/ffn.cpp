@@ -47,11 +47,11 @@ Ffn check_ffn(const Tensor& x, const Tensor& w_in, const std::optional<Tensor>& 
 
   c.in.push_back(lanes_are_rows(matrix(w_in, c.dtype)));
   c.in_by_k.push_back(lanes_are_columns(matrix(w_in, c.dtype)));
-  c.bias.push_back(bias_data(b_in, c.keep));
+  c.bias.push_back(dense_data(b_in, c.keep));
   if (w_up) {
     c.in.push_back(lanes_are_rows(matrix(*w_up, c.dtype)));
     c.in_by_k.push_back(lanes_are_columns(matrix(*w_up, c.dtype)));
-    c.bias.push_back(bias_data(b_up, c.keep));
+    c.bias.push_back(dense_data(b_up, c.keep));
   } else if (fused) {
     c.in.push_back(lanes_are_rows(matrix(w_in, c.dtype, c.F)));
     c.bias.push_back(advance(c.bias[0], c.F, c.dtype));
@@ -89,7 +89,7 @@ std::tuple<Tensor, Tensor, Tensor> ffn(const Tensor& x, const Tensor& w_in, std:
                                        bool save) {
   Ffn c = check_ffn(x, w_in, w_up, w_down, b_in, b_up, gated, activation, beta);
   if (b_down) check_tensor(*b_down, "b_down", c.dtype, {c.O});
-  const void* bias_down = bias_data(b_down, c.keep);
+  const void* bias_down = dense_data(b_down, c.keep);
   Tensor y = fresh(x, {c.T, c.O});
   Tensor gate = save ? recycled(x, {c.T, c.F}) : nothing(x);
   Tensor up = save && c.gated ? recycled(x, {c.T, c.F}) : nothing(x);

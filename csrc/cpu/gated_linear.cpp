@@ -55,8 +55,8 @@ std::tuple<Tensor, Tensor, Tensor> gated_linear(const Tensor& x, std::vector<Ten
   check_biases(b_up, "b_up", c);
   std::vector<Tensor> keep;
   std::vector<const void*> bias(static_cast<size_t>(2 * c.G), nullptr);
-  for (size_t i = 0; i < b_gate.size(); ++i) bias[2 * i] = bias_data(b_gate[i], keep);
-  for (size_t i = 0; i < b_up.size(); ++i) bias[2 * i + 1] = bias_data(b_up[i], keep);
+  for (size_t i = 0; i < b_gate.size(); ++i) bias[2 * i] = dense_data(b_gate[i], keep);
+  for (size_t i = 0; i < b_up.size(); ++i) bias[2 * i + 1] = dense_data(b_up[i], keep);
   Tensor y = fresh(x, {c.T, c.F});
   Tensor gate = save ? recycled(x, {c.G, c.T, c.F}) : nothing(x);
   Tensor up = save ? recycled(x, {c.G, c.T, c.F}) : nothing(x);

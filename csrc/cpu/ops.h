@@ -45,49 +45,51 @@ inline Operand operand(Matrix m, bool k_along_rows) {
 inline Operand lanes_are_rows(const Matrix& m) { return operand(m, false); }    // element (lane, k) is m(lane, k)
 inline Operand lanes_are_columns(const Matrix& m) { return operand(m, true); }  // element (lane, k) is m(k, lane)
 
-// A dense tensor on the CPU. Straight from the C interface: torch::stable's own functions look their operator up by
-// name at each call, which a call on a few tokens would feel.
-inline Tensor fresh(int32_t dtype, std::initializer_list<int64_t> sizes) {
+inline std::vector<int64_t> dense_strides(std::initializer_list<int64_t> sizes) {
   std::vector<int64_t> strides(sizes.size());
   int64_t elements = 1;
   for (size_t i = sizes.size(); i-- > 0;) {
     strides[i] = elements;
     elements *= std::max<int64_t>(1, sizes.begin()[i]);
   }
+  return strides;
+}
+
+inline int32_t dtype_code(const Tensor& t) {
+  int32_t dtype = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+  return dtype;
+}
+
+// A dense tensor on the CPU. Straight from the C interface: torch::stable's own functions look their operator up by
+// name at each call, which a call on a few tokens would feel.
+inline Tensor fresh(int32_t dtype, std::initializer_list<int64_t> sizes) {
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides.data(),
-                                                  dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(),
+                                                  dense_strides(sizes).data(), dtype, aoti_torch_device_type_cpu(), 0,
+                                                  &handle));
   Tensor t(handle);
   advise_huge_pages(t.mutable_data_ptr(), static_cast<size_t>(t.numel()) * t.element_size());
   return t;
 }
 
-inline Tensor fresh(const Tensor& like, std::initializer_list<int64_t> sizes) {
-  int32_t dtype = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
-  return fresh(dtype, sizes);
-}
+inline Tensor fresh(const Tensor& like, std::initializer_list<int64_t> sizes) { return fresh(dtype_code(like), sizes); }
 
 // As fresh, for weight gradients and what is saved for backward: large ones live in blocks that are used again.
 inline Tensor recycled(const Tensor& like, std::initializer_list<int64_t> sizes) {
   constexpr size_t kLarge = size_t{4} << 20;
-  std::vector<int64_t> strides(sizes.size());
-  int64_t elements = 1;
-  for (size_t i = sizes.size(); i-- > 0;) {
-    strides[i] = elements;
-    elements *= sizes.begin()[i];
-  }
-  const size_t bytes = static_cast<size_t>(elements) * like.element_size();
+  size_t bytes = like.element_size();
+  for (const int64_t size : sizes) bytes *= static_cast<size_t>(size);
   if (bytes < kLarge) return fresh(like, sizes);
-  int32_t dtype = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
-  void* data = take_block(bytes);
+  const Block block = take_block(bytes);
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(torch_from_blob(
-      data, static_cast<int64_t>(sizes.size()), sizes.begin(), strides.data(), 0, dtype, aoti_torch_device_type_cpu(),
-      -1, &handle, aoti_torch_layout_strided(), nullptr, 0,
-      [](void* block, void* size) { give_back_block(block, reinterpret_cast<size_t>(size)); },
-      reinterpret_cast<void*>(bytes)));
+  const auto error = torch_from_blob(
+      block.data, static_cast<int64_t>(sizes.size()), sizes.begin(), dense_strides(sizes).data(), 0, dtype_code(like),
+      aoti_torch_device_type_cpu(), -1, &handle, aoti_torch_layout_strided(), nullptr, 0,
+      [](void* data, void* size) { give_back({data, reinterpret_cast<size_t>(size)}); },
+      reinterpret_cast<void*>(block.bytes));
+  if (error) give_back(block);
+  TORCH_ERROR_CODE_CHECK(error);
   return Tensor(handle);
 }
 
@@ -99,10 +101,10 @@ inline Tensor fresh_indices(std::initializer_list<int64_t> sizes) { return fresh
 
 inline Tensor nothing(const Tensor& like) { return fresh(like, {0}); }
 
-// A bias as the kernels read it. `keep` holds the dense copy of a strided one.
-inline const void* bias_data(const std::optional<Tensor>& bias, std::vector<Tensor>& keep) {
-  if (!bias) return nullptr;
-  keep.push_back(bias->numel() < 2 || bias->stride(0) == 1 ? *bias : torch::stable::contiguous(*bias));
+// Dense data of an optional tensor, null where there is none. `keep` holds the copy of a strided one.
+inline const void* dense_data(const std::optional<Tensor>& t, std::vector<Tensor>& keep) {
+  if (!t) return nullptr;
+  keep.push_back(t->is_contiguous() ? *t : torch::stable::contiguous(*t));
   return keep.back().const_data_ptr();
 }
 

@@ -9,6 +9,14 @@
 
 namespace ffn_ops {
 
+// Routing weights and scores are float32 or float64.
+inline DType weight_dtype(const Tensor& t, const char* name) {
+  const DType dtype = storage_dtype(t, name);
+  STD_TORCH_CHECK(dtype == DType::kFloat32 || dtype == DType::kFloat64, name,
+                  ": expected dtype float32 or float64, got ", kDTypeNames[static_cast<int>(dtype)]);
+  return dtype;
+}
+
 // Rows [begin, end) belong to an expert.
 struct Segment {
   int64_t expert, begin, end;
@@ -22,8 +30,7 @@ inline const int64_t* check_indices(const Tensor& t, const char* name, int64_t s
                   name, ": expected an int64 vector on the CPU, got scalar type ", static_cast<int>(t.scalar_type()),
                   " of shape ", shape_text(t));
   STD_TORCH_CHECK(size < 0 || t.size(0) == size, name, ": expected shape [", size, "], got ", shape_text(t));
-  keep.push_back(t.size(0) < 2 || t.stride(0) == 1 ? t : torch::stable::contiguous(t));
-  const auto* data = static_cast<const int64_t*>(keep.back().const_data_ptr());
+  const auto* data = static_cast<const int64_t*>(dense_data(t, keep));
   bool inside = true;
   for (int64_t i = 0; i < t.size(0); ++i) inside = inside && data[i] >= 0 && data[i] <= limit;
   STD_TORCH_CHECK(inside, name, ": expected indices between 0 and ", limit, ", got one outside");

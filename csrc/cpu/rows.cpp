@@ -35,7 +35,7 @@ Move check_move(const Tensor& in, const char* name, const Tensor& token, const s
   m.routes.row = check_indices(row, "row", R, R - 1, m.keep);
   m.routes.token_offsets = check_offsets(token_offsets, "token_offsets", m.routes.tokens, R, m.keep);
   if (weight) check_tensor(*weight, "weight", arithmetic_dtype(m.dtype), {R});
-  m.weight = bias_data(weight, m.keep);
+  m.weight = dense_data(weight, m.keep);
   return m;
 }
 

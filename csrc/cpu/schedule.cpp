@@ -16,13 +16,30 @@ namespace ffn_ops {
 namespace {
 
 constexpr size_t kHugePage = size_t{2} << 20;
-constexpr size_t kKeepBytes = size_t{128} << 20;
+constexpr size_t kKeepBytes = size_t{384} << 20;
 
-std::mutex kept_mutex;
-void* kept_data = nullptr;
-size_t kept_bytes = 0;
+// Blocks that were given back, the longest kept first. Never destroyed: tensors may be freed after everything else of
+// the process.
+struct Kept {
+  std::mutex mutex;
+  std::vector<Block> blocks;
+};
+Kept& kept() {
+  static auto* const kept = new Kept;
+  return *kept;
+}
 
 size_t round_up(size_t value, size_t step) { return (value + step - 1) / step * step; }
+
+// Task `task` of several items with `ends[i]` tasks up to and with item i.
+struct Place {
+  size_t item;
+  int64_t task;
+};
+Place find_place(const std::vector<int64_t>& ends, int64_t task) {
+  const auto item = static_cast<size_t>(std::upper_bound(ends.begin(), ends.end(), task) - ends.begin());
+  return {item, item ? task - ends[item - 1] : task};
+}
 
 }  // namespace
 
@@ -36,115 +53,57 @@ void advise_huge_pages(void* data, size_t bytes) {
 #endif
 }
 
-Workspace::Block Workspace::fresh(size_t bytes) {
+Block take_block(size_t bytes) {
+  bytes = round_up(std::max<size_t>(bytes, 1), kHugePage);
   {
-    const std::lock_guard<std::mutex> lock(kept_mutex);
-    if (kept_data && kept_bytes >= bytes) {
-      const Block block{static_cast<char*>(kept_data), kept_bytes};
-      kept_data = nullptr;
-      kept_bytes = 0;
+    const std::lock_guard<std::mutex> lock(kept().mutex);
+    std::vector<Block>& blocks = kept().blocks;
+    auto best = blocks.end();  // the smallest that fits and is not much too large
+    for (auto block = blocks.begin(); block != blocks.end(); ++block)
+      if (block->bytes >= bytes && block->bytes <= 2 * bytes && (best == blocks.end() || block->bytes < best->bytes))
+        best = block;
+    if (best != blocks.end()) {
+      const Block block = *best;
+      blocks.erase(best);
       return block;
     }
   }
-  bytes = round_up(bytes, kHugePage);
   void* data = std::aligned_alloc(kHugePage, bytes);
   if (!data) throw std::bad_alloc();
   advise_huge_pages(data, bytes);
-  return {static_cast<char*>(data), bytes};
+  return {data, bytes};
+}
+
+void give_back(const Block& block) {
+  std::vector<Block> unwanted;
+  {
+    const std::lock_guard<std::mutex> lock(kept().mutex);
+    std::vector<Block>& blocks = kept().blocks;
+    (block.bytes > kKeepBytes ? unwanted : blocks).push_back(block);
+    size_t total = 0;
+    for (const Block& each : blocks) total += each.bytes;
+    while (total > kKeepBytes) {
+      total -= blocks.front().bytes;
+      unwanted.push_back(blocks.front());
+      blocks.erase(blocks.begin());
+    }
+  }
+  for (const Block& each : unwanted) std::free(each.data);
 }
 
 void* Workspace::take(size_t bytes) {
   bytes = round_up(std::max<size_t>(bytes, 1), 128);
   if (blocks_.empty() || used_ + bytes > blocks_.back().bytes) {
-    blocks_.push_back(fresh(bytes));
+    blocks_.push_back(take_block(bytes));
     used_ = 0;
   }
-  void* data = blocks_.back().data + used_;
+  void* data = static_cast<char*>(blocks_.back().data) + used_;
   used_ += bytes;
-  total_ += bytes;
   return data;
 }
 
 Workspace::~Workspace() {
-  // One block large enough for the whole call serves the next one; several are replaced by one such.
-  if (blocks_.size() > 1 && total_ <= kKeepBytes) {
-    for (const Block& block : blocks_) std::free(block.data);
-    const size_t bytes = round_up(total_, kHugePage);
-    void* data = std::aligned_alloc(kHugePage, bytes);
-    blocks_.clear();
-    if (!data) return;
-    advise_huge_pages(data, bytes);
-    blocks_.push_back({static_cast<char*>(data), bytes});
-  }
-  for (const Block& block : blocks_) {
-    void* unwanted = block.data;
-    if (block.bytes <= kKeepBytes) {
-      const std::lock_guard<std::mutex> lock(kept_mutex);
-      if (block.bytes > kept_bytes) {
-        unwanted = kept_data;
-        kept_data = block.data;
-        kept_bytes = block.bytes;
-      }
-    }
-    std::free(unwanted);
-  }
-}
-
-namespace {
-
-struct KeptBlock {
-  void* data;
-  size_t bytes;
-};
-constexpr size_t kKeepBlocksBytes = size_t{256} << 20;
-
-// Never destroyed: tensors may be freed after everything else of the process.
-std::mutex& blocks_mutex() {
-  static auto* mutex = new std::mutex;
-  return *mutex;
-}
-std::vector<KeptBlock>& kept_blocks() {  // the longest kept first
-  static auto* blocks = new std::vector<KeptBlock>;
-  return *blocks;
-}
-
-}  // namespace
-
-void* take_block(size_t bytes) {
-  bytes = round_up(bytes, kHugePage);
-  {
-    const std::lock_guard<std::mutex> lock(blocks_mutex());
-    std::vector<KeptBlock>& kept = kept_blocks();
-    for (size_t i = kept.size(); i-- > 0;) {
-      if (kept[i].bytes != bytes) continue;
-      void* const data = kept[i].data;
-      kept.erase(kept.begin() + static_cast<std::ptrdiff_t>(i));
-      return data;
-    }
-  }
-  void* data = std::aligned_alloc(kHugePage, bytes);
-  if (!data) throw std::bad_alloc();
-  advise_huge_pages(data, bytes);
-  return data;
-}
-
-void give_back_block(void* data, size_t bytes) {
-  bytes = round_up(bytes, kHugePage);
-  if (bytes > kKeepBlocksBytes) return std::free(data);
-  std::vector<KeptBlock> unwanted;
-  {
-    const std::lock_guard<std::mutex> lock(blocks_mutex());
-    std::vector<KeptBlock>& kept = kept_blocks();
-    kept.push_back({data, bytes});
-    size_t total = 0;
-    for (const KeptBlock& block : kept) total += block.bytes;
-    while (total > kKeepBlocksBytes) {
-      total -= kept.front().bytes;
-      unwanted.push_back(kept.front());
-      kept.erase(kept.begin());
-    }
-  }
-  for (const KeptBlock& block : unwanted) std::free(block.data);
+  for (const Block& block : blocks_) give_back(block);
 }
 
 void Phases::add(int64_t tasks, Task run) {
@@ -185,16 +144,6 @@ void Steps::pass(int64_t tasks, Phases::Task run) { steps_.push_back({{}, tasks,
 void Steps::products(const std::vector<Gemm>& gemms) {
   for (std::vector<Gemm>& group : plan_products(gemms, table_, workers_))
     steps_.push_back({std::move(group), 0, nullptr});
-}
-
-// Task `task` of several items with `ends[i]` tasks up to and with item i.
-struct Place {
-  size_t item;
-  int64_t task;
-};
-static Place find_place(const std::vector<int64_t>& ends, int64_t task) {
-  const auto item = static_cast<size_t>(std::upper_bound(ends.begin(), ends.end(), task) - ends.begin());
-  return {item, item ? task - ends[item - 1] : task};
 }
 
 void Steps::add_products(std::vector<Gemm>& gemms, Phases& phases, char* packed, char* scratch, size_t scratch_bytes,

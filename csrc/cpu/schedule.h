@@ -11,8 +11,16 @@
 
 namespace ffn_ops {
 
-// Memory for one call, handed out piece by piece and given back together. A block of up to kKeepBytes is kept for the
-// next call, because touching fresh memory costs more than using it.
+// A large piece of memory. Touching fresh pages costs more than computing what goes into them, so up to kKeepBytes of
+// blocks that were given back are kept for whoever asks next.
+struct Block {
+  void* data = nullptr;
+  size_t bytes = 0;
+};
+Block take_block(size_t bytes);  // at least so many
+void give_back(const Block& block);
+
+// Memory for one call, handed out piece by piece and given back together.
 class Workspace {
  public:
   Workspace() = default;
@@ -22,23 +30,12 @@ class Workspace {
   void* take(size_t bytes);
 
  private:
-  struct Block {
-    char* data;
-    size_t bytes;
-  };
-  static Block fresh(size_t bytes);
   std::vector<Block> blocks_;
-  size_t used_ = 0;   // of the last block
-  size_t total_ = 0;  // of all
+  size_t used_ = 0;  // of the last block
 };
 
 // Asks for huge pages behind a large fresh output: one fault for 2 MiB in place of 512.
 void advise_huge_pages(void* data, size_t bytes);
-
-// Large blocks for tensors that live until backward or the next step: touching fresh memory costs more than computing
-// what goes into it, so up to kKeepBlocksBytes that were given back are kept for the next who asks.
-void* take_block(size_t bytes);
-void give_back_block(void* data, size_t bytes);
 
 // Tasks of a phase start when every task of the phases before it has ended. One parallel region; workers take the next
 // task as they become free. Which worker runs a task never matters to its result.

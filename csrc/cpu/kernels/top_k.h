@@ -77,6 +77,7 @@ void best_in_lanes(const typename V::Scalar* values, int64_t stride, int64_t row
                    typename V::Scalar* best, typename V::Scalar* place) {
   using T = typename V::Scalar;
   constexpr int64_t W = V::kLanes;
+  const auto nowhere = V::zero() > V::zero();
   for (int64_t j = 0; j < count; ++j) store(best + j * W, V(-__builtin_inf()));
   for (int64_t e0 = 0; e0 < n; e0 += W) {
     V block[W];
@@ -84,7 +85,7 @@ void best_in_lanes(const typename V::Scalar* values, int64_t stride, int64_t row
     transpose(block);
     for (int64_t e = e0; e < n && e < e0 + W; ++e) {
       V value = block[e - e0], index(static_cast<T>(e));
-      auto inside = value > load<V>(best);
+      auto inside = nowhere;
       for (int64_t j = 0; j < count; ++j) {
         const V held = load<V>(best + j * W), held_index = load<V>(place + j * W);
         inside = inside | (value > held);

@@ -1,0 +1,195 @@
+// See experts.h.
+#include "experts.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace ffn_ops {
+namespace {
+
+// What a product over experts writes is held for a slab of columns of at most this size until tokens gather from it.
+constexpr int64_t kSlabBytes = int64_t{64} << 20;
+
+}  // namespace
+
+void add_pre_activations(Steps& steps, Experts& c, const Tensor& x, const Tensor& w_in,
+                         const std::optional<Tensor>& b_in, void* gate, void* up, void* h) {
+  const void* bias = dense_data(b_in, c.keep);
+  const RowsOf tokens = token_rows(c, x);
+  std::vector<Gemm> products;
+  for (const Segment& s : c.segments) {
+    Gemm g;
+    g.M = s.rows();
+    g.N = c.F;
+    g.K = c.D;
+    g.a = lanes_are_rows(tokens(s));
+    const void* in_bias = advance(bias, s.expert * c.hidden(), c.dtype);
+    const Operand in = lanes_are_rows(expert_matrix(w_in, c.dtype, s.expert));
+    Epilogue& e = g.epilogue;
+    if (c.gated) {
+      g.gated = true;
+      g.num_b = 2;
+      g.b = c.hold(in, lanes_are_rows(expert_matrix(w_in, c.dtype, s.expert, c.F)));
+      e.bias = c.hold_bias(in_bias, advance(in_bias, c.F, c.dtype));
+    } else {
+      g.b = c.hold(in);
+      e.bias = c.hold_bias(in_bias);
+    }
+    e.kind = Epilogue::Kind::kActivate;
+    e.dtype = c.dtype;
+    e.out = advance(h, s.begin * c.F, c.dtype);
+    e.out_stride = c.F;
+    e.gate = advance(gate, s.begin * c.F, c.dtype);
+    e.up = advance(up, s.begin * c.F, c.dtype);
+    e.pre_stride = c.F;
+    e.activation = c.activation;
+    e.beta = c.beta;
+    products.push_back(g);
+  }
+  steps.products(products);
+}
+
+void add_combined_product(Steps& steps, Workspace& workspace, Experts& c, const RowsOf& rows, int64_t K, int64_t N,
+                          const WeightsFrom& weights, const void* bias, const void* row_weight, void* out) {
+  const int64_t size = storage_size(arithmetic_dtype(c.dtype));
+  constexpr int64_t kColumns = 128;  // a multiple of every tile's width
+  int64_t most = N;
+  if (c.routed) most = kSlabBytes / std::max<int64_t>(1, c.routes.kept * size) / kColumns * kColumns;
+  const int64_t cols = std::min(N, std::max(kColumns, most));
+  void* slab = c.routed ? workspace.take(static_cast<size_t>(c.routes.kept * cols * size)) : out;
+  for (int64_t col = 0; col < N; col += cols) {
+    const int64_t width = std::min(cols, N - col);
+    std::vector<Gemm> products;
+    for (const Segment& s : c.segments) {
+      Gemm g;
+      g.M = s.rows();
+      g.N = width;
+      g.K = K;
+      g.a = lanes_are_rows(rows(s));
+      g.b = c.hold(weights(s.expert, col));
+      g.epilogue.dtype = c.dtype;
+      g.epilogue.out_unrounded = c.routed;
+      g.epilogue.out = static_cast<char*>(slab) + s.begin * width * storage_size(g.epilogue.out_dtype());
+      g.epilogue.out_stride = width;
+      if (bias) g.epilogue.bias = c.hold_bias(advance(bias, s.expert * N + col, c.dtype));
+      products.push_back(g);
+    }
+    steps.products(products);
+    if (!c.routed) continue;
+    MoveRows m;
+    m.routes = c.routes;
+    m.cols = width;
+    m.in = dense(slab, width, arithmetic_dtype(c.dtype));
+    m.weight = row_weight;
+    m.out = advance(out, col, c.dtype);
+    m.out_stride = N;
+    m.out_dtype = c.dtype;
+    add_combine(steps, m);
+  }
+  if (!c.routed) zero_rows(steps, out, c.routes.kept, c.R, N * storage_size(c.dtype));
+}
+
+void add_hidden_gradient(Steps& steps, Experts& c, const Tensor& d_y, const Tensor& w_down, const void* gate,
+                         const void* up, void* d_hidden, void* h, void* parts, int64_t num_parts) {
+  const RowsOf tokens = token_rows(c, d_y);
+  std::vector<Gemm> products;
+  for (const Segment& s : c.segments) {
+    Gemm g;
+    g.M = s.rows();
+    g.N = c.F;
+    g.K = c.O;
+    g.a = lanes_are_rows(tokens(s));
+    g.b = c.hold(lanes_are_columns(expert_matrix(w_down, c.dtype, s.expert)));
+    Epilogue& e = g.epilogue;
+    e.kind = Epilogue::Kind::kActivateGrad;
+    e.dtype = c.dtype;
+    e.out = advance(d_hidden, s.begin * c.hidden(), c.dtype);
+    e.out_up = c.gated ? advance(e.out, c.F, c.dtype) : nullptr;
+    e.out_stride = c.hidden();
+    e.h = advance(h, s.begin * c.F, c.dtype);
+    e.gate = advance(const_cast<void*>(gate), s.begin * c.F, c.dtype);
+    e.up = advance(const_cast<void*>(up), s.begin * c.F, c.dtype);
+    e.pre_stride = c.F;
+    e.activation = c.activation;
+    e.beta = c.beta;
+    if (c.routed) {
+      e.row_weight = c.row_weight(s);
+      e.row_dots = advance(parts, s.begin * num_parts, e.arithmetic());
+      e.row_dots_stride = num_parts;
+    }
+    products.push_back(g);
+  }
+  steps.products(products);
+}
+
+void add_weight_gradient(Steps& steps, const Experts& c, const Tensor& d_y, const void* bias, const void* parts,
+                         int64_t num_parts, void* out) {
+  const DType arithmetic = arithmetic_dtype(c.dtype);
+  const RowsOf tokens = token_rows(c, d_y);
+  std::vector<RowDots> dots;  // one for each segment
+  for (const Segment& s : c.segments) {
+    RowDots d;
+    d.a = d.b = dense(nullptr, 0, c.dtype);
+    if (bias) {
+      d.cols = c.O;
+      d.a = tokens(s);
+      d.b.data = advance(bias, s.expert * c.O, c.dtype);
+    }
+    d.parts = advance(parts, s.begin * num_parts, arithmetic);
+    d.num_parts = num_parts;
+    d.out = advance(out, s.begin, arithmetic);
+    dots.push_back(d);
+  }
+  const int64_t rows = rows_of_task((bias ? c.O : 0) + num_parts);
+  const KernelTable& table = kernels();
+  steps.pass(divide_up(c.routes.kept, rows), [=, &table, &c](int64_t task, int64_t) {
+    const int64_t begin = task * rows, end = std::min(c.routes.kept, begin + rows);
+    for (size_t i = 0; i < dots.size(); ++i) {
+      const Segment& s = c.segments[i];
+      if (s.begin < end && begin < s.end)
+        table.row_dots(dots[i], std::max(begin, s.begin) - s.begin, std::min(end, s.end) - s.begin);
+    }
+  });
+}
+
+void add_outer_products(Steps& steps, Experts& c, int64_t M, int64_t N, const RowsOf& a, const RowsOf& b, void* out) {
+  const int64_t size = storage_size(c.dtype);
+  std::vector<Gemm> products;
+  for (const Segment& s : c.segments) {
+    Gemm g;
+    g.M = M;
+    g.N = N;
+    g.K = s.rows();
+    g.a = lanes_are_columns(a(s));
+    g.b = c.hold(lanes_are_columns(b(s)));
+    g.epilogue.dtype = c.dtype;
+    g.epilogue.out = static_cast<char*>(out) + s.expert * M * N * size;
+    g.epilogue.out_stride = N;
+    products.push_back(g);
+  }
+  steps.products(products);
+  std::vector<char*> empty;
+  for (int64_t e = 0; e < c.E; ++e)
+    if (c.offsets[e] == c.offsets[e + 1]) empty.push_back(static_cast<char*>(out) + e * M * N * size);
+  if (empty.empty()) return;
+  const auto bytes = static_cast<size_t>(M * N * size);
+  steps.pass(static_cast<int64_t>(empty.size()),
+             [=](int64_t task, int64_t) { std::memset(empty[static_cast<size_t>(task)], 0, bytes); });
+}
+
+void add_bias_gradients(Steps& steps, const Experts& c, int64_t N, const RowsOf& rows, bool weighted, void* out) {
+  constexpr int64_t kColumns = 64;
+  const KernelTable& table = kernels();
+  std::vector<ColumnSum> sums;
+  for (int64_t e = 0; e < c.E; ++e) {
+    const Segment s{e, c.offsets[e], c.offsets[e + 1]};
+    sums.push_back({s.rows(), N, rows(s), weighted ? c.row_weight(s) : nullptr, advance(out, e * N, c.dtype)});
+  }
+  const int64_t pieces = divide_up(N, kColumns);
+  steps.pass(c.E * pieces, [=, &table](int64_t task, int64_t) {
+    const int64_t col = task % pieces * kColumns;
+    table.column_sum(sums[static_cast<size_t>(task / pieces)], col, std::min(N, col + kColumns));
+  });
+}
+
+}  // namespace ffn_ops

@@ -1,0 +1,88 @@
+// The products and sums of a mixture of experts, expert by expert, as steps of one call. The operators are in moe.cpp.
+#pragma once
+
+#include <array>
+#include <deque>
+#include <functional>
+
+#include "routes.h"
+
+namespace ffn_ops {
+
+// Rows sorted by expert, and where they come from: gathered from tokens, or in order already (not routed).
+struct Experts {
+  DType dtype;
+  int64_t T = 0, D = 0, F = 0, O = 0, E = 0, R = 0;
+  bool gated = false, routed = false;
+  int activation = 0;
+  double beta = 1.0;
+  Routes routes;
+  const int64_t* offsets = nullptr;
+  const void* weight = nullptr;  // of each row, of the arithmetic's dtype
+  std::vector<Segment> segments;
+  std::vector<Tensor> keep;
+  std::deque<std::array<Operand, 2>> operands;  // products point to them
+  std::deque<std::array<const void*, 2>> biases;
+
+  int64_t hidden() const { return gated ? 2 * F : F; }
+  void set_rows(const Tensor& expert_offsets, int64_t experts, int64_t rows) {
+    E = experts;
+    R = rows;
+    offsets = check_offsets(expert_offsets, "offsets", E, R, keep);
+    routes.kept = offsets[E];
+    segments = ffn_ops::segments(offsets, E);
+  }
+  const Operand* hold(const Operand& first, const Operand& second = {}) {
+    return operands.emplace_back(std::array{first, second}).data();
+  }
+  const void* const* hold_bias(const void* first, const void* second = nullptr) {
+    return biases.emplace_back(std::array{first, second}).data();
+  }
+  const void* row_weight(const Segment& s) const { return advance(weight, s.begin, arithmetic_dtype(dtype)); }
+};
+
+// The rows of an expert in a matrix.
+using RowsOf = std::function<Matrix(const Segment&)>;
+
+// In a tensor of tokens, gathered where routed.
+inline RowsOf token_rows(const Experts& c, const Tensor& t) {
+  return [&c, &t](const Segment& s) {
+    Matrix m = matrix(t, c.dtype, c.routed ? 0 : s.begin);
+    if (c.routed) m.rows = c.routes.token + s.begin;
+    return m;
+  };
+}
+
+// In dense rows of the workspace.
+inline RowsOf dense_rows(const Experts& c, const void* data, int64_t width) {
+  return [&c, data, width](const Segment& s) { return dense(advance(data, s.begin * width, c.dtype), width, c.dtype); };
+}
+
+// The weights of an expert from an output column on.
+using WeightsFrom = std::function<Operand(int64_t expert, int64_t column)>;
+
+// Gate and up (saved where given) and h (where given) of every row.
+void add_pre_activations(Steps& steps, Experts& c, const Tensor& x, const Tensor& w_in,
+                         const std::optional<Tensor>& b_in, void* gate, void* up, void* h);
+
+// out[t] = sum over the rows r of token t of weight[r] (null: 1) * (rows[r] weights^T + bias); not routed: out[r], and
+// zeros behind the experts' rows.
+void add_combined_product(Steps& steps, Workspace& workspace, Experts& c, const RowsOf& rows, int64_t K, int64_t N,
+                          const WeightsFrom& weights, const void* bias, const void* row_weight, void* out);
+
+// d_hidden [R, 2F] (d_gate, then d_up) and h, times the row's weight where there is one; parts of the gradient of the
+// weight (null: not routed).
+void add_hidden_gradient(Steps& steps, Experts& c, const Tensor& d_y, const Tensor& w_down, const void* gate,
+                         const void* up, void* d_hidden, void* h, void* parts, int64_t num_parts);
+
+// Of each row: the sum of its parts, and d_y of its token times its expert's bias.
+void add_weight_gradient(Steps& steps, const Experts& c, const Tensor& d_y, const void* bias, const void* parts,
+                         int64_t num_parts, void* out);
+
+// Of each expert: out[M, N] = sum over its rows of a(row)^T b(row). Experts without rows get zeros.
+void add_outer_products(Steps& steps, Experts& c, int64_t M, int64_t N, const RowsOf& a, const RowsOf& b, void* out);
+
+// Of each expert: out[N] = sum over its rows of weight * m(row).
+void add_bias_gradients(Steps& steps, const Experts& c, int64_t N, const RowsOf& rows, bool weighted, void* out);
+
+}  // namespace ffn_ops
