@@ -16,9 +16,7 @@ def tensor(name: str, value: Any, shape: Sequence[int | str] | None = None, like
     """``shape`` holds extents, or letters where any extent will do; ``like`` sets dtype and device."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
-    if value.layout is not torch.strided or value.is_nested:
-        layout = "nested" if value.is_nested else value.layout
-        raise ValueError(f"{name}: expected a strided tensor, got layout {layout}")
+    _strided(name, value)
     if like is None:
         if value.dtype not in DTYPES:
             raise TypeError(f"{name}: expected dtype float64, float32, float16 or bfloat16, got {_dtype(value)}")
@@ -29,6 +27,12 @@ def tensor(name: str, value: Any, shape: Sequence[int | str] | None = None, like
             raise ValueError(f"{name}: expected device {like.device} as x has, got {value.device}")
     if shape is not None:
         _shape(name, value, shape)
+
+
+def _strided(name: str, value: Tensor) -> None:
+    if value.layout is not torch.strided or value.is_nested:
+        layout = "nested" if value.is_nested else value.layout
+        raise ValueError(f"{name}: expected a strided tensor, got layout {layout}")
 
 
 def _shape(name: str, value: Tensor, shape: Sequence[int | str]) -> None:
@@ -45,10 +49,14 @@ def _dtype(value: Tensor) -> str:
 
 
 def activation(value: Any, names: Sequence[str]) -> None:
+    choice("activation", value, names)
+
+
+def choice(name: str, value: Any, allowed: Sequence[str]) -> None:
     if not isinstance(value, str):
-        raise TypeError(f"activation: expected a name, one of {', '.join(names)}, got {type(value).__name__}")
-    if value not in names:
-        raise ValueError(f"activation: expected one of {', '.join(names)}, got {value!r}")
+        raise TypeError(f"{name}: expected a name, one of {', '.join(allowed)}, got {type(value).__name__}")
+    if value not in allowed:
+        raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
 
 
 def number(name: str, value: Any) -> None:
@@ -63,25 +71,16 @@ def flag(name: str, value: Any) -> None:
         raise TypeError(f"{name}: expected True or False, got {type(value).__name__}")
 
 
-def positive(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name}: expected at least 1, got {value}")
-
-
 def at_least(name: str, value: Any, least: int, most: Any = None) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
     if value < least or (most is not None and value > most):
-        raise ValueError(f"{name}: expected {least} {'or more' if most is None else f'to {most}'}, got {value}")
+        wanted = f"at least {least}" if most is None else f"{least} to {most}"
+        raise ValueError(f"{name}: expected {wanted}, got {value}")
 
 
-def choice(name: str, value: Any, allowed: Sequence[str]) -> None:
-    if not isinstance(value, str):
-        raise TypeError(f"{name}: expected one of {', '.join(allowed)}, got {type(value).__name__}")
-    if value not in allowed:
-        raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
+def positive(name: str, value: Any) -> None:
+    at_least(name, value, 1)
 
 
 def indices(name: str, value: Any, shape: Sequence[int | str] = ("R",)) -> None:
@@ -89,8 +88,7 @@ def indices(name: str, value: Any, shape: Sequence[int | str] = ("R",)) -> None:
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
     if value.dtype is not torch.int64:
         raise TypeError(f"{name}: expected dtype int64, got {_dtype(value)}")
-    if value.layout is not torch.strided or value.is_nested:
-        raise ValueError(f"{name}: expected a strided tensor, got layout {value.layout}")
+    _strided(name, value)
     _shape(name, value, shape)
 
 

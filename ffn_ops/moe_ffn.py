@@ -9,6 +9,7 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 from . import _checks as check
 from . import ops
 from .modules import FeedForward, PlainFFN, is_plain_linear
+from .ops._shared import arithmetic
 from .routing import Routing, jitter
 from .routing import top_k as _top_k
 
@@ -114,11 +116,10 @@ class MoEFFN(nn.Module):
             x = jitter(x, self.router_jitter)
         if not is_plain_linear(self.router):
             z: Tensor = self.router(x)
-            return z if z.dtype is torch.float64 else z.float()
-        wide = torch.float64 if x.dtype is torch.float64 else torch.float32
-        if x.device.type == "meta":  # which has no autocast to leave
-            return F.linear(x.to(wide), self.router.weight.to(wide), self.router.bias.to(wide))
-        with torch.autocast(x.device.type, enabled=False):
+            return z.to(arithmetic(z))
+        wide = arithmetic(x)
+        meta = x.device.type == "meta"  # which has no autocast to leave
+        with nullcontext() if meta else torch.autocast(x.device.type, enabled=False):
             return F.linear(x.to(wide), self.router.weight.to(wide), self.router.bias.to(wide))
 
     def route(self, logits: Tensor, **options: Any) -> Routing:

@@ -82,6 +82,30 @@ def test_mixture_of_experts(form: str, dtype: torch.dtype) -> None:
         assert recompute == size * T * (D + E) + routing
 
 
+def test_large_gradients_do_not_share_memory() -> None:
+    """Blocks are used again only once nobody holds them: kept gradients keep their values over further steps, and a
+    gradient in a used block has the bits of the first."""
+    w_in, w_down = torch.randn(1200, 1000), torch.randn(900, 1200)  # 4 MB and more
+
+    def step(T: int) -> tuple[Tensor, ...]:
+        g = torch.Generator().manual_seed(T)
+        leaves = [w_in.requires_grad_(), w_down.requires_grad_()]
+        y = ffn_ops.ffn(torch.randn(T, 1000, generator=g), *leaves)
+        return torch.autograd.grad(y, leaves, torch.randn(y.shape, generator=g))
+
+    first = step(3)
+    copies = [t.clone() for t in first]
+    held = [step(T) for T in (4, 1100, 5, 6)]
+    assert len({t.data_ptr() for grads in (first, *held) for t in grads}) == 10
+    assert all(torch.equal(a, b) for a, b in zip(first, copies, strict=True))
+    del held
+    for _ in range(3):
+        again = step(3)
+        assert all(torch.equal(a, b) for a, b in zip(again, copies, strict=True))
+    again[0].add_(1)  # in place, as optimisers do
+    assert torch.equal(first[0], copies[0])
+
+
 @pytest.mark.parametrize("form", FFN_FORMS)
 def test_recompute_saves_x_alone(form: str) -> None:
     assert numbers_saved(Problem(form, **SIZES), recompute=True) == SIZES["T"] * SIZES["D"]

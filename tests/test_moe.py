@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from problems import DTYPES, assert_same_bits, dtype_name
-from test_routing import ROUTERS
+from routes import ROUTERS
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_routing import ROUTERS
+from routes import ROUTERS
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -250,7 +250,7 @@ def test_errors() -> None:
         ({"top_k": 1.0}, TypeError, "top_k: expected an integer"),
         ({"router": "switch"}, TypeError, "router: expected a callable"),
         ({"gated": 1}, TypeError, "gated: expected True or False"),
-        ({"num_shared": -1}, ValueError, "num_shared: expected 0"),
+        ({"num_shared": -1}, ValueError, "num_shared: expected at least 0"),
         ({"activation": "softplus"}, ValueError, "activation: expected one of"),
     ):
         with pytest.raises(error, match=message):

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from .. import _checks as check
 from .._library import differentiable, fake, vmap_by_loop
 from ._gated_act import gated_act, gated_act_backward, gated_act_double_backward, gated_act_op
-from ._shared import NAMES, autocast, dense, fold, given, linear_cotangent, prefers_torch, split
+from ._shared import NAMES, autocast, dense, fold, given, linear_cotangent, needs_grad, prefers_torch, split
 
 
 def ffn(
@@ -69,15 +69,10 @@ def ffn(
         return _ffn_by_torch(x, w_in, w_up, w_down, b_in, b_up, b_down, gated, activation, beta)
     refused: Exception | None = None
     try:
-        needs_grad = torch.is_grad_enabled() and (
-            x.requires_grad
-            or w_in.requires_grad
-            or w_down.requires_grad
-            or any(t is not None and t.requires_grad for t in (w_up, b_in, b_up, b_down))
-        )
-        save = needs_grad and not recompute
+        grad = needs_grad(x, w_in, w_down, w_up, b_in, b_up, b_down)
+        save = grad and not recompute
         args = (w_in, w_up, w_down, b_in, b_up, b_down, gated, activation, float(beta), save)
-        y = _ffn(fold(x), *args, grad=needs_grad)[0]
+        y = _ffn(fold(x), *args, grad=grad)[0]
     except Exception as error:
         refused = error
     if refused is not None:  # the operator checks as strictly, and before any work; the words are found here

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from .. import _checks as check
 from .._library import differentiable, fake, vmap_by_loop
 from ._gated_act import gated_act, gated_act_backward, gated_act_double_backward
-from ._shared import NAMES, autocast, dense, fold, given, linear_cotangent, prefers_torch
+from ._shared import NAMES, autocast, dense, fold, given, linear_cotangent, needs_grad, prefers_torch
 
 
 def gated_linear(
@@ -65,8 +65,8 @@ def gated_linear(
             for i in range(len(gates))
         ]
         return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
-    save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *gates, *ups, *gate_biases, *up_biases))
-    y = _gated_linear(fold(x), gates, ups, gate_biases, up_biases, activation, float(beta), save)[0]
+    grad = needs_grad(x, *gates, *ups, *gate_biases, *up_biases)
+    y = _gated_linear(fold(x), gates, ups, gate_biases, up_biases, activation, float(beta), grad, grad=grad)[0]
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[-1])  # type: ignore[no-any-return]
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from .. import _checks as check
 from .._library import differentiable, fake, vmap_by_loop
 from ._gated_act import gated_act_backward, gated_act_double_backward, gated_act_op
-from ._rows import arithmetic, check_routing, combine_op, dispatch_op, linear_op, outer_op
-from ._shared import NAMES, autocast, dense, fold, given
+from ._rows import check_routing, combine_op, dispatch_op, linear_op, outer_op
+from ._shared import NAMES, arithmetic, autocast, dense, fold, given, needs_grad
 
 if TYPE_CHECKING:
     from ..routing import Routing
@@ -63,9 +63,9 @@ def moe(
     _check_weights(x, routing.offsets, w_in, w_down, b_in, b_down, gated, activation, beta, recompute)
     token, weight, offsets, row, token_offsets = routing[:5]
     weight = weight.to(arithmetic(x))
-    save = not recompute and _needs_grad(x, weight, w_in, w_down, b_in, b_down)
-    route = (token, weight, offsets, row, token_offsets)
-    y = moe_op(fold(x), *route, w_in, w_down, b_in, b_down, gated, activation, float(beta), save)[0]
+    grad = needs_grad(x, weight, w_in, w_down, b_in, b_down)
+    experts = (w_in, w_down, b_in, b_down, gated, activation, float(beta), grad and not recompute)
+    y = moe_op(fold(x), token, weight, offsets, row, token_offsets, *experts, grad=grad)[0]
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], w_down.shape[1])  # type: ignore[no-any-return]
 
 
@@ -103,13 +103,9 @@ def moe_experts(
     rows, w_in, w_down, b_in, b_down = autocast(rows, w_in, w_down, b_in, b_down)  # type: ignore[assignment]
     check.indices("offsets", offsets)
     _check_weights(rows, offsets, w_in, w_down, b_in, b_down, gated, activation, beta, recompute)
-    save = not recompute and _needs_grad(rows, w_in, w_down, b_in, b_down)
-    route = (None, None, offsets, None, None)
-    return moe_op(rows, *route, w_in, w_down, b_in, b_down, gated, activation, float(beta), save)[0]  # type: ignore[no-any-return]
-
-
-def _needs_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    grad = needs_grad(rows, w_in, w_down, b_in, b_down)
+    experts = (w_in, w_down, b_in, b_down, gated, activation, float(beta), grad and not recompute)
+    return moe_op(rows, None, None, offsets, None, None, *experts, grad=grad)[0]  # type: ignore[no-any-return]
 
 
 def _check_weights(

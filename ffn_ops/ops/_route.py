@@ -12,12 +12,19 @@ from torch import Tensor
 
 from .. import _checks as check
 from .._library import differentiable, fake, overload, vmap_by_loop
+from ._shared import arithmetic
 
 NORM_EPSILON = 1e-20  # as the kernel's
 
 
 def check_top_k(
-    logits: Tensor, k: Any, score: Any, renormalize: Any, softmax_after: Any, num_groups: Any, top_groups: Any
+    logits: Tensor,
+    k: Any,
+    score: Any = "softmax",
+    renormalize: Any = False,
+    softmax_after: Any = False,
+    num_groups: Any = 1,
+    top_groups: Any = 1,
 ) -> None:
     check.tensor("logits", logits, ("T", "E"))
     experts = logits.shape[1]
@@ -35,10 +42,6 @@ def check_top_k(
         raise ValueError(f"top_groups: expected groups that hold k = {k} experts, got {top_groups} of {num_groups}")
 
 
-def _wide(t: Tensor) -> torch.dtype:
-    return torch.float64 if t.dtype is torch.float64 else torch.float32
-
-
 @fake("route_top_k")
 def _(
     logits: Tensor,
@@ -53,7 +56,7 @@ def _(
 ) -> Any:
     check_top_k(logits, k, score, renormalize, softmax_after, num_groups, top_groups)
     shape = (logits.shape[0], k)
-    return logits.new_empty(shape, dtype=_wide(logits)), logits.new_empty(shape, dtype=torch.int64)
+    return logits.new_empty(shape, dtype=arithmetic(logits)), logits.new_empty(shape, dtype=torch.int64)
 
 
 @fake("route_top_k_backward")

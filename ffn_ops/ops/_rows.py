@@ -9,12 +9,11 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from .. import _checks as check
 from .._library import differentiable, fake, vmap_by_loop
-from ._shared import autocast, dense, fold
+from ._shared import arithmetic, autocast, dense, fold
 
 if TYPE_CHECKING:
     from ..routing import Routing
@@ -64,11 +63,6 @@ def moe_combine(rows: Tensor, routing: Routing) -> Tensor:
     check.tensor("rows", rows, (routing.token.shape[0], "D"))
     weight = routing.weight.to(arithmetic(rows))
     return combine_op(rows, routing.token, weight, routing.offsets, routing.row, routing.token_offsets)  # type: ignore[no-any-return]
-
-
-def arithmetic(t: Tensor) -> torch.dtype:
-    """What a tensor is computed in, and what its routing weights are."""
-    return torch.float64 if t.dtype is torch.float64 else torch.float32
 
 
 def check_routing(x: Tensor, routing: Routing) -> None:

@@ -39,6 +39,19 @@ def split(x: Tensor | None, width: int) -> tuple[Any, Any]:
     return (None, None) if x is None else (x[:width], x[width:])
 
 
+def arithmetic(t: Tensor) -> torch.dtype:
+    """What a tensor is computed in, and what its routing weights are."""
+    return torch.float64 if t.dtype is torch.float64 else torch.float32
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
+
+
 def dense(like: Tensor, *shape: Any) -> Tensor:
     return like.new_empty(shape)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import _checks as check
 from ..ops._route import balanced_assignment_op
 from ._routing import Routing, check_mask, fold_logits, wide
-from ._top_k import choose
+from ._top_k import softmax_top_k
 
 
 def base(logits: Tensor, *, training: bool = True, mask: Tensor | None = None) -> Routing:
@@ -31,5 +31,5 @@ def base(logits: Tensor, *, training: bool = True, mask: Tensor | None = None) -
         ids = balanced_assignment_op(z.detach(), real).unsqueeze(1)
         inside = ids.clamp(max=z.shape[1] - 1)
     else:
-        inside = ids = choose(z.detach(), 1)[0]
+        inside = ids = softmax_top_k(z.detach(), 1)[0]
     return Routing.from_topk(ids, torch.sigmoid(z.gather(1, inside)), z.shape[1], mask=real)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from ._routing import Routing, check_mask, expert_capacity, fold_logits, sorted_rows
-from ._top_k import choose
+from ._top_k import softmax_top_k
 
 
 def glam_top2(
@@ -38,7 +38,7 @@ def glam_top2(
     check.flag("random_second", random_second)
     z = fold_logits(logits)
     tokens, experts = z.shape
-    ids, p = choose(z, 2)
+    ids, p = softmax_top_k(z, 2)
     share = p / p.sum(1, keepdim=True)
     if mask is not None:
         ids = torch.where(check_mask(mask, tokens).unsqueeze(1), ids, experts)

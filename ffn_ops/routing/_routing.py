@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from ..ops._route import sort_op
+from ..ops._shared import arithmetic
 
 
 class Statistics(NamedTuple):
@@ -81,7 +82,7 @@ class Routing(NamedTuple):
         entropy = -(share * share.clamp(min=1e-30).log()).sum()
         return Statistics(
             tokens_per_expert=load,
-            dropped_fraction=1 - kept / wanted.clamp(min=1) * (wanted > 0) - (wanted == 0).float(),
+            dropped_fraction=(wanted - kept) / wanted.clamp(min=1),
             load_entropy=entropy / math.log(experts) if experts > 1 else torch.ones_like(entropy),
             max_over_mean=load.max() * experts / kept.clamp(min=1),
         )
@@ -128,7 +129,7 @@ def check_mask(mask: Any, tokens: Any) -> Tensor:
 
 def wide(logits: Tensor) -> Tensor:
     """What scores are computed in: float32, float64 for float64; autocast does not lower it."""
-    return logits if logits.dtype is torch.float64 else logits.float()
+    return logits.to(arithmetic(logits))
 
 
 def expert_capacity(tokens: Any, k: int, num_experts: int, capacity_factor: float | None, min_capacity: int) -> Any:

@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import _checks as check
 from ..ops._route import round_tokens_op
 from ._routing import Routing, check_mask, fold_logits, sorted_rows, wide
-from ._top_k import choose
+from ._top_k import softmax_top_k
 
 
 def token_rounding(
@@ -35,7 +35,7 @@ def token_rounding(
     check.flag("renormalize", renormalize)
     z = fold_logits(logits)
     tokens, experts = z.shape
-    ids, highest = choose(z, k)
+    ids, highest = softmax_top_k(z, k)
     p = torch.softmax(wide(z), 1)
     choice = p.detach()
     if mask is not None:

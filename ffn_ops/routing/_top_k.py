@@ -6,7 +6,8 @@ from torch import Tensor
 
 from .. import _checks as check
 from ..ops._route import check_top_k, top_k_op
-from ._routing import Routing, expert_capacity, fold_logits, wide
+from ..ops._shared import arithmetic
+from ._routing import Routing, expert_capacity, fold_logits
 
 
 def top_k(
@@ -53,30 +54,22 @@ def top_k(
         DeepSeek-V3 (2024), equations 13 to 16.
     """
     z = fold_logits(logits)
-    ids, weights = choose(z, k, score, renormalize, softmax_after, bias, num_groups, top_groups, scale)
-    experts = z.shape[1]
-    capacity = expert_capacity(z.shape[0], k, experts, capacity_factor, min_capacity)
-    return Routing.from_topk(ids, weights, experts, capacity=capacity, drop=drop, mask=mask)
-
-
-def choose(
-    z: Tensor,
-    k: int,
-    score: str = "softmax",
-    renormalize: bool = False,
-    softmax_after: bool = False,
-    bias: Tensor | None = None,
-    num_groups: int = 1,
-    top_groups: int = 1,
-    scale: float = 1.0,
-) -> tuple[Tensor, Tensor]:
-    """Ids and weights ``[T, k]`` of logits ``[T, E]``."""
+    tokens, experts = z.shape
     check_top_k(z, k, score, renormalize, softmax_after, num_groups, top_groups)
     check.number("scale", scale)
     if bias is not None:
-        check.tensor("bias", bias, (z.shape[1],))
+        check.tensor("bias", bias, (experts,))
         if bias.device != z.device:
             raise ValueError(f"bias: expected device {z.device} as logits has, got {bias.device}")
-        bias = bias.detach().to(wide(z[:0]).dtype)
-    weights, ids = top_k_op(z, bias, k, score, renormalize, softmax_after, num_groups, top_groups, float(scale))
+        bias = bias.detach().to(arithmetic(z))
+    choice = (k, score, renormalize, softmax_after, num_groups, top_groups, float(scale))
+    weights, ids = top_k_op(z, bias, *choice)
+    capacity = expert_capacity(tokens, k, experts, capacity_factor, min_capacity)
+    return Routing.from_topk(ids, weights, experts, capacity=capacity, drop=drop, mask=mask)
+
+
+def softmax_top_k(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Ids and weights ``[T, k]`` of logits ``[T, E]``: the k largest of p."""
+    check_top_k(z, k)
+    weights, ids = top_k_op(z, None, k, "softmax", False, False, 1, 1, 1.0)
     return ids, weights

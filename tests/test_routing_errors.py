@@ -1,0 +1,72 @@
+"""Wrong arguments of routers: TypeError or ValueError with the name, what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from ffn_ops import Routing, routing
+
+ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "logits a list": (lambda: routing.top_k([[1.0]], 1), TypeError, "logits: expected a torch.Tensor, got list"),
+    "logits of integers": (lambda: routing.top_k(torch.ones(2, 3).int(), 1), TypeError, "logits: expected dtype"),
+    "one dimension": (lambda: routing.top_k(torch.ones(3), 1), ValueError, "logits: expected shape"),
+    "no experts": (lambda: routing.top_k(torch.ones(3, 0), 1), ValueError, "logits: expected shape"),
+    "k > E": (lambda: routing.top_k(torch.ones(2, 3), 4), ValueError, "k: expected 1 to 3, got 4"),
+    "k = 0": (lambda: routing.top_k(torch.ones(2, 3), 0), ValueError, "k: expected 1 to 3, got 0"),
+    "k a float": (lambda: routing.top_k(torch.ones(2, 3), 1.0), TypeError, "k: expected an integer, got float"),
+    "score": (lambda: routing.top_k(torch.ones(2, 3), 1, score="tanh"), ValueError, "score: expected one of softmax"),
+    "renormalize": (lambda: routing.top_k(torch.ones(2, 3), 1, renormalize=1), TypeError, "renormalize: expected True"),
+    "softmax after sigmoid": (
+        lambda: routing.top_k(torch.ones(2, 3), 1, score="sigmoid", softmax_after=True), ValueError, "softmax_after",
+    ),
+    "groups": (lambda: routing.top_k(torch.ones(2, 6), 1, num_groups=4), ValueError, "num_groups: expected"),
+    "top groups": (
+        lambda: routing.top_k(torch.ones(2, 6), 3, num_groups=3, top_groups=1), ValueError, "top_groups: expected",
+    ),
+    "bias": (lambda: routing.top_k(torch.ones(2, 6), 3, bias=torch.ones(5)), ValueError, r"bias: expected shape \[6\]"),
+    "scale": (lambda: routing.top_k(torch.ones(2, 6), 3, scale=math.inf), ValueError, "scale: expected a finite"),
+    "capacity factor": (
+        lambda: routing.top_k(torch.ones(2, 6), 3, capacity_factor=-1.0), ValueError, "capacity_factor: expected 0 or",
+    ),
+    "min capacity": (lambda: routing.switch(torch.ones(2, 6), min_capacity=-1), ValueError, "min_capacity: exp"),
+    "drop": (lambda: routing.switch(torch.ones(2, 6), drop="random"), ValueError, "drop: expected one of position"),
+    "mask dtype": (lambda: routing.switch(torch.ones(2, 6), mask=torch.ones(2)), TypeError, "mask: expected dtype"),
+    "mask size": (
+        lambda: routing.base(torch.ones(2, 6), mask=torch.ones(3, dtype=torch.bool)), ValueError, "mask: expected",
+    ),
+    "glam": (lambda: routing.glam_top2(torch.ones(2, 6), renormalize="yes"), ValueError, "renormalize: expected"),
+    "glam with one expert": (lambda: routing.glam_top2(torch.ones(2, 1)), ValueError, "k: expected 1 to 1, got 2"),
+    "tile": (lambda: routing.token_rounding(torch.ones(2, 6), 2, tile=0), ValueError, "tile: expected at least 1"),
+    "hash ids": (lambda: routing.hash(torch.ones(2), torch.ones(2).int(), 2), TypeError, "token_ids: expected"),
+    "ids of floats": (
+        lambda: Routing.from_topk(torch.ones(2, 3), torch.ones(2, 3), 4), TypeError, "ids: expected an integer dtype",
+    ),
+    "ids' shape": (
+        lambda: Routing.from_topk(torch.ones(2).int(), torch.ones(2), 4), ValueError, r"ids: expected shape \[T, K\]",
+    ),
+    "weights' shape": (
+        lambda: Routing.from_topk(torch.ones(2, 3).int(), torch.ones(2), 4), ValueError, r"weights: expected shape",
+    ),
+    "number of experts": (
+        lambda: Routing.from_topk(torch.ones(2, 3).int(), torch.ones(2, 3), 0), ValueError, "num_experts: expected",
+    ),
+    "capacity": (
+        lambda: Routing.from_topk(torch.ones(2, 3).int(), torch.ones(2, 3), 2, capacity=-1), ValueError, "capacity:",
+    ),
+    "loss": (
+        lambda: routing.load_balancing_loss(torch.ones(3, 4), routing.top_k(torch.ones(2, 4), 1)), ValueError, "logits",
+    ),
+    "jitter": (lambda: routing.jitter(torch.ones(3), 2.0), ValueError, "epsilon: expected 0 to 1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors(case: str) -> None:
+    call, error, message = ERRORS[case]
+    with pytest.raises(error, match=message):
+        call()
