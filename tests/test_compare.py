@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import functools
-import importlib.util
 import json
 import math
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from comparing import STEPS, TINY, UNIFORM, parsed
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
@@ -24,26 +22,7 @@ from ffn_ops.compare.architectures import ARCHITECTURES, BASELINE, BY_KEY, EXPER
 from ffn_ops.compare.mixtures import MIXTURES, Mixture
 from ffn_ops.compare.model import LanguageModel
 from ffn_ops.compare.results import Results, TextFacts
-from ffn_ops.compare.settings import CompareError, LayerSize, ModelSize, Settings
-
-TINY = functools.partial(
-    Settings,
-    batch=4,
-    model=ModelSize(d_model=32, d_ff=64, layers=2, heads=2, context=32),
-    layer=LayerSize(tokens=16, d_model=32, d_ff=48),
-)
-STEPS = 24
-UNIFORM = math.log(256)
-
-
-def parsed(*arguments: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    compare.add_arguments(parser)
-    return parser.parse_args(list(arguments))
-
-
-def command(*arguments: str) -> int:
-    return compare.run(parsed(*arguments))
+from ffn_ops.compare.settings import LayerSize, ModelSize, Settings
 
 
 @pytest.fixture(scope="module")
@@ -388,72 +367,3 @@ def test_windows_are_next_bytes_and_stay_in_the_text() -> None:
     assert (int(starts.min()), int(starts.max())) == (0, 67)
     assert torch.equal(starts, text.training_starts(data, 0, 500, 4, 32))
     assert int(text.validation_starts(data, 50, 32).max()) == 67
-
-
-BAD_TEXTS = {
-    "missing": "no such file",
-    "folder": "expected a regular file, got a folder",
-    "empty": "the file is empty",
-    "short": "too short: 100 bytes, at least",
-}
-
-
-@pytest.mark.parametrize("kind", BAD_TEXTS)
-def test_bad_text_is_one_line_and_exit_code_2(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path, out = tmp_path / kind, tmp_path / "out"
-    if kind == "folder":
-        path.mkdir()
-    elif kind != "missing":
-        path.write_bytes(b"" if kind == "empty" else b"x" * 100)
-    assert command("--text", str(path), "--out", str(out)) == 2
-    printed = capsys.readouterr()
-    assert BAD_TEXTS[kind] in printed.err and str(path) in printed.err
-    assert printed.err.count("\n") == 1 and printed.out == ""
-    assert not out.exists()
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="no such devices")
-def test_endless_text_is_refused() -> None:
-    with pytest.raises(CompareError, match="device, pipe or socket"):
-        text.load(Path("/dev/zero"), 32)
-
-
-def test_unreadable_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def denied(*_: object, **__: object) -> None:
-        raise PermissionError(13, "Permission denied")
-
-    path = tmp_path / "text"
-    path.write_bytes(b"x" * 10_000)
-    monkeypatch.setattr(Path, "open", denied)
-    with pytest.raises(CompareError, match="cannot be read: Permission denied"):
-        text.load(path, 32)
-
-
-def test_bad_folder_is_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "file").write_text("kept")
-    assert command("--out", str(tmp_path / "file")) == 2
-    assert command("--out", str(tmp_path / "file" / "below")) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2 and all("error: --out" in line for line in lines)
-    assert (tmp_path / "file").read_text() == "kept"
-
-
-@pytest.mark.parametrize("device", ["tpu", "meta", "cuda:99"])
-def test_bad_device_is_exit_code_2(device: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert command("--device", device, "--out", str(tmp_path / "out")) == 2
-    assert f"error: --device {device}" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("option", ["--steps", "--seeds", "--repeats"])
-@pytest.mark.parametrize("value", ["0", "-1", "two", "1.5"])
-def test_bad_number_is_exit_code_2(option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        command(f"{option}={value}")
-    assert stopped.value.code == 2
-    assert "expected a whole number of at least 1" in capsys.readouterr().err
-
-
-def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert command() == 2
-    assert "matplotlib and rich not installed: pip install 'ffn_ops[compare]'" in capsys.readouterr().err
