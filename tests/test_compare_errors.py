@@ -1,4 +1,4 @@
-"""``python -m ffn_ops compare`` with bad texts, folders, devices, numbers: one line, exit code 2, nothing half-written."""
+"""``python -m ffn_ops compare`` with bad texts, folders, devices, numbers: one line, exit code 2, no half result."""
 
 from __future__ import annotations
 
