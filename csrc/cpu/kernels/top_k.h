@@ -71,29 +71,36 @@ constexpr int64_t kInsertMost = 32;
 
 // The best `count` of a row in each lane, from W rows that are `stride` apart: `best` and `place` [count] of vectors,
 // best first. A value goes in behind all that are as large and moves the rest down, in every lane at once, without a
-// branch. NaN is left out, and so is what is not above -inf: a lane with too few others ends with -inf as its last.
+// branch, and without one place waiting for another: each looks at the value and at the place above alone. NaN counts
+// as -inf, which is above nothing: a lane with too few others ends with -inf as its last.
 template <class V>
 void best_in_lanes(const typename V::Scalar* values, int64_t stride, int64_t rows, int64_t n, int64_t count,
                    typename V::Scalar* best, typename V::Scalar* place) {
   using T = typename V::Scalar;
   constexpr int64_t W = V::kLanes;
-  const auto nowhere = V::zero() > V::zero();
-  for (int64_t j = 0; j < count; ++j) store(best + j * W, V(-__builtin_inf()));
+  for (int64_t j = 0; j < count; ++j) {
+    store(best + j * W, V(-__builtin_inf()));
+    store(place + j * W, V::zero());
+  }
   for (int64_t e0 = 0; e0 < n; e0 += W) {
     V block[W];
     for (int64_t r = 0; r < W; ++r) block[r] = load<V>(values + (r < rows ? r : 0) * stride + e0);
     transpose(block);
     for (int64_t e = e0; e < n && e < e0 + W; ++e) {
-      V value = block[e - e0], index(static_cast<T>(e));
-      auto inside = nowhere;
-      for (int64_t j = 0; j < count; ++j) {
-        const V held = load<V>(best + j * W), held_index = load<V>(place + j * W);
-        inside = inside | (value > held);
-        store(best + j * W, select(inside, value, held));
-        store(place + j * W, select(inside, index, held_index));
-        value = select(inside, held, value);
-        index = select(inside, held_index, index);
+      const V value = max(block[e - e0], V(-__builtin_inf())), index(static_cast<T>(e));
+      V held = load<V>(best + (count - 1) * W), held_index = load<V>(place + (count - 1) * W);
+      auto larger = value > held;
+      for (int64_t j = count - 1; j > 0; --j) {
+        const V above = load<V>(best + (j - 1) * W), above_index = load<V>(place + (j - 1) * W);
+        const auto larger_yet = value > above;
+        store(best + j * W, min(above, max(value, held)));
+        store(place + j * W, select(larger_yet, above_index, select(larger, index, held_index)));
+        held = above;
+        held_index = above_index;
+        larger = larger_yet;
       }
+      store(best, max(value, held));
+      store(place, select(larger, index, held_index));
     }
   }
 }
