@@ -189,7 +189,7 @@ void Steps::run() {
     }
     most_packed = std::max(most_packed, packed);
   }
-  constexpr double kParallelWork = 1 << 17;  // multiply-adds worth waking a second thread for
+  constexpr double kParallelWork = 1 << 20;  // multiply-adds worth waking a second thread for
   const int64_t workers = work < kParallelWork ? 1 : workers_;
   char* packed = static_cast<char*>(workspace_.take(most_packed));
   char* scratch = static_cast<char*>(workspace_.take(scratch_bytes * static_cast<size_t>(workers)));
