@@ -40,52 +40,86 @@ def fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return decorator
 
 
+def _flatten(args: Sequence[Any]) -> tuple[list[Any], tuple[int | None, ...]]:
+    """Arguments with lists of them spread out, as an autograd.Function sees tensors, and how long each list was."""
+    flat: list[Any] = []
+    for arg in args:
+        flat.extend(arg) if isinstance(arg, list) else flat.append(arg)
+    return flat, tuple([len(arg) if isinstance(arg, list) else None for arg in args])
+
+
+def _unflatten(flat: Sequence[Any], lengths: Sequence[int | None] | None) -> tuple[Any, ...]:
+    if lengths is None:  # no lists
+        return tuple(flat)
+    args, at = [], 0
+    for length in lengths:
+        args.append(flat[at] if length is None else list(flat[at : at + length]))
+        at += 1 if length is None else length
+    return tuple(args)
+
+
 def differentiable(name: str, setup_context: Callable[..., None], backward: Callable[..., Any]) -> Callable[..., Any]:
     """Registers ``backward`` for the operator and returns the function that calls it.
 
-    ``torch.library.register_autograd`` serves eager, compile and export; torch.func needs an autograd.Function with
-    ``setup_context``, so inside its transforms the same pair of functions is used through one. So it is in forward
-    mode, where the operator itself would silently drop the tangent and the Function raises.
+    ``torch.library.register_autograd`` serves compile, export and raw calls of the operator. In eager mode it spends
+    longer on a small layer than the layer takes, so an autograd.Function with the same pair of functions stands in for
+    it. torch.func needs one with a ``setup_context`` of its own; so does forward mode, where the operator itself would
+    silently drop the tangent and the Function raises.
     """
     op = overload(name)
     torch.library.register_autograd(f"ffn_ops::{name}", backward, setup_context=setup_context)
+    takes_lists = any(str(each.type) == "List[Tensor]" for each in op._schema.arguments)
 
-    class Function(torch.autograd.Function):
+    def flat_backward(ctx: Any, *grads: Any) -> Any:
+        needs = ctx.needs_input_grad
+        ctx.needs_input_grad = _unflatten(needs[1:], ctx.arg_lengths)
+        try:
+            result = backward(ctx, *grads)
+        finally:
+            ctx.needs_input_grad = needs
+        if ctx.arg_lengths is None:
+            return None, *result
+        flat: list[Any] = [None]
+        for grad, length in zip(result, ctx.arg_lengths, strict=True):
+            flat.extend([grad] if length is None else grad if isinstance(grad, (list, tuple)) else [grad] * length)
+        return tuple(flat)
+
+    class Eager(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, lengths: Any, *flat: Any) -> Any:
+            args = _unflatten(flat, lengths)
+            with torch._C._AutoDispatchBelowAutograd():
+                output = op(*args)
+            ctx.arg_lengths = lengths
+            setup_context(ctx, args, output)
+            return output
+
+        backward = staticmethod(flat_backward)
+
+    class Transformed(torch.autograd.Function):
         generate_vmap_rule = True
 
         @staticmethod
-        def forward(spec: Any, *flat: Any) -> Any:
-            return op(*pytree.tree_unflatten(list(flat), spec))
+        def forward(lengths: Any, *flat: Any) -> Any:
+            return op(*_unflatten(flat, lengths))
 
         @staticmethod
         def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-            ctx.spec = inputs[0]
-            setup_context(ctx, tuple(pytree.tree_unflatten(list(inputs[1:]), inputs[0])), output)
+            ctx.arg_lengths = inputs[0]
+            setup_context(ctx, _unflatten(inputs[1:], inputs[0]), output)
 
-        @staticmethod
-        def backward(ctx: Any, *grads: Any) -> Any:
-            flat_needs = ctx.needs_input_grad
-            ctx.needs_input_grad = tuple(pytree.tree_unflatten(list(flat_needs[1:]), ctx.spec))
-            try:
-                result = backward(ctx, *grads)
-            finally:
-                ctx.needs_input_grad = flat_needs
-            flat: list[Any] = [None]
-            for grad, child in zip(result, ctx.spec.children(), strict=True):
-                flat.extend(grad if isinstance(grad, (list, tuple)) else [grad] * child.num_leaves)
-            return tuple(flat)
+        backward = staticmethod(flat_backward)
 
     def call(*args: Any, grad: bool = True) -> Any:
         """``grad=False`` says that nothing needs a gradient: autograd is then stepped over."""
         if torch.compiler.is_compiling():
             return op(*args)
-        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-            flat, spec = pytree.tree_flatten(args)
-            return Function.apply(spec, *flat)
-        if grad:
-            return op(*args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*args)
+        transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+        if not transformed and not (grad and torch.is_grad_enabled()):
+            with torch._C._AutoDispatchBelowAutograd():
+                return op(*args)
+        flat, lengths = _flatten(args) if takes_lists else (args, None)
+        return (Transformed if transformed else Eager).apply(lengths, *flat)
 
     return call
 

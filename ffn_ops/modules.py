@@ -92,8 +92,10 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         w1, w2, w3 = self.w1, self.w2, self.w3
         if is_plain_linear(w1) and is_plain_linear(w2) and is_plain_linear(w3):
+            parameters: list[Any] = [w1._parameters, w2._parameters, w3._parameters]
+            p1, p2, p3 = parameters  # read directly: a small layer feels Module.__getattr__
             y = ops.ffn(
-                x, w1.weight, w2.weight, w_up=w3.weight, b_in=w1.bias, b_up=w3.bias, b_down=w2.bias,
+                x, p1["weight"], p2["weight"], w_up=p3["weight"], b_in=p1["bias"], b_up=p3["bias"], b_down=p2["bias"],
                 recompute=self.recompute, activation=self.activation, beta=self.beta,
             )  # fmt: skip
         else:

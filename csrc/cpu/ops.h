@@ -2,6 +2,8 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
+#include <cassert>
 #include <initializer_list>
 #include <optional>
 #include <utility>
@@ -45,8 +47,10 @@ inline Operand operand(Matrix m, bool k_along_rows) {
 inline Operand lanes_are_rows(const Matrix& m) { return operand(m, false); }    // element (lane, k) is m(lane, k)
 inline Operand lanes_are_columns(const Matrix& m) { return operand(m, true); }  // element (lane, k) is m(k, lane)
 
-inline std::vector<int64_t> dense_strides(std::initializer_list<int64_t> sizes) {
-  std::vector<int64_t> strides(sizes.size());
+using Strides = std::array<int64_t, 3>;  // of an output: no operator has one of more dimensions
+inline Strides dense_strides(std::initializer_list<int64_t> sizes) {
+  assert(sizes.size() <= std::tuple_size_v<Strides>);
+  Strides strides{};
   int64_t elements = 1;
   for (size_t i = sizes.size(); i-- > 0;) {
     strides[i] = elements;

@@ -25,6 +25,8 @@ def fold(x: Tensor) -> Tensor:
 
 def autocast(x: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Casts what a native matrix product under autocast casts; the rest, right or wrong, is left to the checks."""
+    if not torch._C._is_any_autocast_enabled():
+        return (x, *tensors)
     device = x.device.type
     if device == "meta" or not torch.is_autocast_enabled(device) or x.dtype is torch.float64:
         return (x, *tensors)
