@@ -32,7 +32,7 @@ bench:
 # The kernel tests need no torch: plain, under the sanitizers, and for aarch64 under an emulator.
 define kernel_tests
 	mkdir -p $(TMP)/$(1)
-	for f in $(KERNELS) tests/cpp/kernel_test.cpp; do echo $$f; done | xargs -P 2 -I{} sh -c \
+	for f in $(KERNELS) tests/cpp/emulated_pairs.cpp tests/cpp/kernel_test.cpp; do echo $$f; done | xargs -P 2 -I{} sh -c \
 	  '$(2) $(KERNEL_FLAGS) $(3) -c {} -o $(TMP)/$(1)/$$(basename {} .cpp).o'
 	$(2) $(3) -o $(TMP)/$(1)/kernel_test $(TMP)/$(1)/*.o
 	$(2) $(KERNEL_FLAGS) $(3) -o $(TMP)/$(1)/vector_test tests/cpp/vector_test.cpp tests/cpp/vector_isas.cpp csrc/cpu/isa/isa.cpp

@@ -72,7 +72,7 @@ struct Epilogue {
   DType out_dtype() const { return out_unrounded ? arithmetic() : dtype; }
 };
 
-// out[M, N] = epilogue(sum over k of A(m, k) * B(n, k)).
+// out[M, N] = epilogue(sum over k of A(m, k) * B(n, k)). Operands and epilogue are of one storage dtype.
 struct Gemm {
   int64_t M = 0, N = 0, K = 0;
   Operand a;
@@ -95,13 +95,14 @@ struct Gemm {
   // Swapped: the product is computed as its transpose. M and N above are exchanged, b is the shared operand, element
   // (m, n) of a tile goes to out[n][m] and its bias is bias[m].
   bool swapped = false;
+  int64_t terms = 1;         // neighbours along k that a lane of a packed operand holds: one step
   int64_t first_row = 0;     // of the shared operand: this is a part of the product
   int64_t panel_rows = 0;    // rows of an A panel, 1 .. tile rows
   int64_t panels_m = 0;      // A panels
   int64_t panels_n = 0;      // B panels of one tile's width
   int64_t group_n = 0;       // B panels of one task
   int64_t block_m = 0;       // A panels of one task
-  void* packed_a = nullptr;  // [K chunk][panel][k][panel_rows]
+  void* packed_a = nullptr;  // [K chunk][panel][step of k][panel_rows]
 
   bool wide() const { return epilogue.dtype == DType::kFloat64; }  // float64 arithmetic
   int64_t element() const { return wide() ? 8 : 4; }               // bytes of it
@@ -111,6 +112,8 @@ struct Gemm {
     return K == 0 ? 1 : K / stretch() * divide_up(stretch(), kChunkK);
   }
   int64_t chunk_length() const { return stretch() < kChunkK ? stretch() : kChunkK; }  // of the longest
+  int64_t steps(int64_t k) const { return divide_up(k, terms); }                      // that k takes when packed
+  int64_t packed_length() const { return K == 0 ? 0 : K / stretch() * steps(stretch()); }
   int64_t tasks_n() const { return divide_up(panels_n, group_n); }
   int64_t tasks_m() const { return divide_up(panels_m, block_m); }
 };
@@ -185,7 +188,8 @@ struct KernelTable {
   int64_t lanes;      // float32 lanes of a vector; float64: half
   int64_t tile_rows;  // the register tile: rows, and vectors in each
   int64_t tile_vectors;
-  int64_t sum_rows;  // Way::kSums: rows of an A panel
+  int64_t sum_rows;        // Way::kSums: rows of an A panel
+  int64_t bfloat16_terms;  // Gemm::terms of bfloat16 products
   void (*pack_a)(const Gemm&, int64_t chunk, int64_t panel_begin, int64_t panel_end);
   void (*gemm)(const Gemm&, int64_t task, void* scratch);
   void (*gated_act)(const GatedAct&, const Range&);
@@ -209,8 +213,9 @@ inline int64_t gemm_scratch_bytes(const Gemm& g, const KernelTable& table) {
   const int64_t width = table.tile_vectors * table.lanes * 4 / g.element();
   const int64_t tile = g.panel_rows * width;
   if (g.way == Gemm::Way::kSums) return (2 * g.panels_m * g.group_n + 1) * tile * g.element();
-  if (g.way == Gemm::Way::kTokens) return (2 * tile + width * kRunK + (g.branches() > 1 ? tile / 2 : 0)) * g.element();
-  const int64_t b = g.way == Gemm::Way::kDots ? 0 : g.group_n * width * g.chunk_length();
+  if (g.way == Gemm::Way::kTokens)
+    return (2 * tile + width * kRunK / g.terms + (g.branches() > 1 ? tile / 2 : 0)) * g.element();
+  const int64_t b = g.way == Gemm::Way::kDots ? 0 : g.group_n * width * g.steps(g.chunk_length());
   const int64_t slots = g.block_m * g.group_n;
   const int64_t tiles = g.chunks() > 1 ? slots * tile : tile;
   const int64_t sums = g.branches() > 1 ? slots * tile / 2 : 0;

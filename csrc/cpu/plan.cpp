@@ -66,7 +66,7 @@ void fill_schedule(Gemm& g, const KernelTable& table, int64_t tasks) {
   g.panels_m = divide_up(g.M, g.panel_rows);
   g.panels_n = divide_up(g.N, g.gated ? width / 2 : width);
 
-  const int64_t panel = width * g.element() * std::clamp<int64_t>(g.stretch(), 1, kChunkK);
+  const int64_t panel = width * g.element() * g.steps(std::clamp<int64_t>(g.stretch(), 1, kChunkK));
   g.group_n = std::clamp<int64_t>(kGroupBytes / panel, 1, g.panels_n);
   // A few rows: weights are read once, so a task takes whole rows of them from end to end, or long pieces.
   const bool by_rows = g.M <= kFewTokens && !(g.swapped ? g.a : g.b[0]).k_along_rows;
@@ -85,8 +85,9 @@ void fill_schedule(Gemm& g, const KernelTable& table, int64_t tasks) {
 }
 
 void add_parts(const Gemm& wanted, const KernelTable& table, int64_t tasks, std::vector<Gemm>& parts) {
-  const Gemm g = small_operand_first(wanted);
-  const int64_t fit_rows = kPackedBytes / std::max<int64_t>(1, g.K * g.element());
+  Gemm g = small_operand_first(wanted);
+  if (g.epilogue.dtype == DType::kBFloat16) g.terms = table.bfloat16_terms;
+  const int64_t fit_rows = kPackedBytes / std::max<int64_t>(1, g.packed_length() * g.element());
   const int64_t fit = std::max<int64_t>(1, fit_rows / table.tile_rows) * table.tile_rows;
   const int64_t rows = divide_up(divide_up(g.M, divide_up(g.M, fit)), table.tile_rows) * table.tile_rows;
   for (int64_t m = 0; m < g.M; m += rows) {

@@ -8,12 +8,15 @@
 #include <vector>
 
 #include "../../csrc/common/activation_names.h"
-#include "../../csrc/cpu/plan.h"
-#include "kernel_buffer.h"
+#include "kernel_ways.h"
 
+namespace ffn_ops {
+#if defined(__x86_64__)
+namespace avx512_bf16_emulated {
+extern const KernelTable kTable;
+}
+#endif
 namespace {
-
-using namespace ffn_ops;
 
 // SiLU and its slope, or ReLU's; enough to see that the epilogue passes the right numbers to the right place (the
 // activations themselves are tested in vector_test.cpp).
@@ -23,36 +26,6 @@ struct Act {
 Act silu(double z) {
   const double s = 1 / (1 + std::exp(-z));
   return {z * s, s * (1 + z * (1 - s))};
-}
-
-struct Shape {
-  int64_t M, N, K;
-};
-
-void run(const KernelTable& table, const Gemm& whole) {
-  std::vector<Gemm> parts;
-  for (const std::vector<Gemm>& group : plan_products({whole}, table, 2))
-    parts.insert(parts.end(), group.begin(), group.end());
-  for (Gemm& g : parts) {
-    std::vector<char> packed(static_cast<size_t>(g.panels_m * g.panel_rows * g.K * g.element()));
-    std::vector<double> scratch(static_cast<size_t>(gemm_scratch_bytes(g, table)) / sizeof(double) + 1,
-                                std::numeric_limits<double>::quiet_NaN());
-    g.packed_a = packed.data();
-    // Last panels first: a store over a panel's end must not touch its neighbour.
-    for (int64_t c = g.chunks() - 1; c >= 0; --c)
-      for (int64_t p = g.panels_m - 1; p >= 0; --p) table.pack_a(g, c, p, p + 1);
-    for (int64_t t = 0; t < g.tasks_m() * g.tasks_n(); ++t) table.gemm(g, t, scratch.data());
-  }
-}
-
-Gemm product(const Shape& s, DType dtype) {
-  Gemm g;
-  g.M = s.M;
-  g.N = s.N;
-  g.K = s.K;
-  g.epilogue.dtype = dtype;
-  g.epilogue.out_stride = s.N;
-  return g;
 }
 
 // Both operands in every layout: dense rows, dense columns, neither; A gathered.
@@ -330,33 +303,46 @@ void test_top_k(const char* isa, const KernelTable& table, DType dtype, int64_t 
   }
 }
 
-}  // namespace
-
-int main() {
+void test_table(const char* isa, const KernelTable& table) {
   const int activation = activation_index("silu");
   // One row, the register tile's edges, primes, more than one chunk of k, more than one task in both directions.
   const Shape shapes[] = {{1, 1, 1}, {1, 37, 600},   {6, 16, 64},   {14, 32, 512}, {15, 33, 1031},
                           {3, 2, 0}, {61, 307, 131}, {16, 70, 150}, {32, 9, 1031}};
+  const int before = failures;
+  for (int type = 0; type < StorageTypes::kSize; ++type) {
+    const DType dtype = static_cast<DType>(type);
+    for (const Shape& shape : shapes) {
+      for (int layout = 0; layout < 3; ++layout) test_store(isa, table, dtype, shape, layout);
+      test_gated(isa, table, dtype, shape, activation);
+      for (const bool weighted : {false, true}) test_grad(isa, table, dtype, shape, activation, weighted);
+    }
+    // A single k, less than a run, odd ends of a run and of a chunk; fewer columns than rows, and more.
+    for (const int64_t K : {1, 31, 64, 131, 601}) {
+      for (const int64_t N : {5, 70})
+        for (const int64_t stretches : {0, 1, 2}) test_ways(isa, table, dtype, {40, N, K}, stretches);
+    }
+    test_elementwise(isa, table, dtype, 5, 77, activation);
+    test_elementwise(isa, table, dtype, 1100, 3, activation);
+    for (const int64_t cols : {1, 16, 77, 300}) test_rows(isa, table, dtype, 9, cols);
+    for (const int64_t experts : {1, 7, 64, 130}) {
+      test_top_k(isa, table, dtype, experts, std::min<int64_t>(experts, 8));
+      test_top_k(isa, table, dtype, experts, experts);
+    }
+  }
+  std::printf("%s: %s\n", isa, failures == before ? "passed" : "FAILED");
+}
+
+}  // namespace
+}  // namespace ffn_ops
+
+int main() {
+  using namespace ffn_ops;
   for (const Isa isa : kIsas) {
     const KernelTable* table = kernel_table(isa);
-    if (!table || !isa_supported(isa)) continue;
-    const int before = failures;
-    for (int type = 0; type < StorageTypes::kSize; ++type) {
-      const DType dtype = static_cast<DType>(type);
-      for (const Shape& shape : shapes) {
-        for (int layout = 0; layout < 3; ++layout) test_store(isa_name(isa), *table, dtype, shape, layout);
-        test_gated(isa_name(isa), *table, dtype, shape, activation);
-        for (const bool weighted : {false, true}) test_grad(isa_name(isa), *table, dtype, shape, activation, weighted);
-      }
-      test_elementwise(isa_name(isa), *table, dtype, 5, 77, activation);
-      test_elementwise(isa_name(isa), *table, dtype, 1100, 3, activation);
-      for (const int64_t cols : {1, 16, 77, 300}) test_rows(isa_name(isa), *table, dtype, 9, cols);
-      for (const int64_t experts : {1, 7, 64, 130}) {
-        test_top_k(isa_name(isa), *table, dtype, experts, std::min<int64_t>(experts, 8));
-        test_top_k(isa_name(isa), *table, dtype, experts, experts);
-      }
-    }
-    std::printf("%s: %s\n", isa_name(isa), failures == before ? "passed" : "FAILED");
+    if (table && isa_supported(isa)) test_table(isa_name(isa), *table);
   }
+#if defined(__x86_64__)
+  if (isa_supported(Isa::avx512)) test_table("avx512_bf16, emulated", avx512_bf16_emulated::kTable);
+#endif
   return failures ? 1 : 0;
 }

@@ -27,6 +27,7 @@ namespace ffn_ops::avx2 {
 
 constexpr int kTileRows = 6;
 constexpr int kTileVectors = 2;
+using BFloat16Operands = Vec<float>;
 
 #include "../kernels/table.h"
 }  // namespace ffn_ops::avx2

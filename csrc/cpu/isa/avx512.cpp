@@ -35,6 +35,7 @@ namespace ffn_ops::avx512 {
 
 constexpr int kTileRows = 6;
 constexpr int kTileVectors = 4;
+using BFloat16Operands = Vec<float>;
 
 #include "../kernels/table.h"
 }  // namespace ffn_ops::avx512

@@ -29,12 +29,15 @@
 namespace ffn_ops::avx512_bf16 {
 #include "vec_avx512.h"
 
+#include "vec_bfloat16_pairs.h"
+
 #include "../../common/math.h"
 
 #include "../../common/activations.h"
 
 constexpr int kTileRows = 6;
 constexpr int kTileVectors = 4;
+using BFloat16Operands = BFloat16Pairs;
 
 #include "../kernels/table.h"
 }  // namespace ffn_ops::avx512_bf16

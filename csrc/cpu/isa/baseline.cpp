@@ -19,6 +19,7 @@ namespace ffn_ops::baseline {
 
 constexpr int kTileRows = 6;
 constexpr int kTileVectors = 2;
+using BFloat16Operands = Vec<float>;
 
 #include "../kernels/table.h"
 }  // namespace ffn_ops::baseline

@@ -59,7 +59,11 @@ bool isa_supported(Isa isa) {
     case Isa::avx512:
       return avx512;
     case Isa::avx512_bf16:
+#ifdef FFN_OPS_EMULATE_BFLOAT16_PAIRS
+      return avx512;
+#else
       return avx512 && __builtin_cpu_supports("avx512bf16");
+#endif
   }
   return false;
 #else

@@ -31,7 +31,7 @@ FFN_FN FloatLanes broadcast_lanes(float x) { return x - FloatLanes{}; }
 FFN_FN DoubleLanes broadcast_lanes(double x) { return x - DoubleLanes{}; }
 
 // bfloat16 is the upper half of a float: round the lower half to nearest even by an integer add, quiet a NaN instead.
-// The AVX512-BF16 instruction is not used: it takes denormals as zero.
+// AVX512-BF16's conversion is not used: it takes denormals as zero.
 FFN_FN Uint32Lanes bfloat16_bits(FloatLanes v) {
   const Uint32Lanes bits = (Uint32Lanes)v;
   const Uint32Lanes rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;

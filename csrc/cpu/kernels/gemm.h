@@ -26,19 +26,20 @@ FFN_FN void end_run(const V (&run)[H][N], typename V::Scalar* sums, bool add) {
   }
 }
 
-// tile[H][vectors] (+)= sum over kc of a[k][H] * b[k][vectors].
+// tile[H][vectors] (+)= sum over `steps` of k of a[k][H] * b[k][vectors].
 template <class V, int H>
-void micro_kernel(int64_t kc, const typename V::Scalar* a, const typename V::Scalar* b, typename V::Scalar* tile,
+void micro_kernel(int64_t steps, const typename V::Scalar* a, const typename V::Scalar* b, typename V::Scalar* tile,
                   bool add) {
   constexpr int W = V::kLanes;
   constexpr int N = kTileVectors;
-  for (int64_t run = 0; run < kc || run == 0; run += kRunK) {
-    const int64_t end = kc - run < kRunK ? kc : run + kRunK;
-    V acc[H][N];
+  constexpr int64_t kRun = kRunK / V::kTerms;
+  for (int64_t run = 0; run < steps || run == 0; run += kRun) {
+    const int64_t end = steps - run < kRun ? steps : run + kRun;
+    typename V::Sum acc[H][N];
     FFN_UNROLL
     for (int i = 0; i < H; ++i) {
       FFN_UNROLL
-      for (int j = 0; j < N; ++j) acc[i][j] = V::zero();
+      for (int j = 0; j < N; ++j) acc[i][j] = V::Sum::zero();
     }
 #pragma GCC unroll 4
     for (int64_t k = run; k < end; ++k) {
@@ -58,8 +59,9 @@ void micro_kernel(int64_t kc, const typename V::Scalar* a, const typename V::Sca
 }
 
 // A piece of k that is packed at once: [k, k + length) of stretch `b` (see Gemm::b), which begins at s, of one branch.
+// Packed it takes `steps` from `step` on.
 struct Chunk {
-  int64_t branch, b, s, k, length;
+  int64_t branch, b, s, k, length, step, steps;
 };
 
 FFN_FN Chunk chunk_at(const Gemm& g, int64_t index) {
@@ -68,7 +70,8 @@ FFN_FN Chunk chunk_at(const Gemm& g, int64_t index) {
   const int64_t per_stretch = divide_up(stretch, kChunkK);
   const int64_t k = stretch ? in_branch % per_stretch * kChunkK : 0;
   const int64_t b = stretch ? in_branch / per_stretch : 0;
-  return {index / g.chunks(), b, b * stretch, k, stretch - k < kChunkK ? stretch - k : kChunkK};
+  const int64_t length = stretch - k < kChunkK ? stretch - k : kChunkK;
+  return {index / g.chunks(), b, b * stretch, k, length, b * g.steps(stretch) + g.steps(k), g.steps(length)};
 }
 
 // Calls f(operand, first k, columns, place in a panel) for what makes up the unshared side of a chunk: gate and up, or
@@ -88,11 +91,11 @@ FFN_FN void for_each_part(const Gemm& g, const Chunk& c, int64_t width, const F&
 template <class V>
 void pack_a_as(const Gemm& g, int64_t chunk, int64_t panel_begin, int64_t panel_end) {
   const Chunk c = chunk_at(g, chunk);
-  auto* out = static_cast<typename V::Scalar*>(g.packed_a) + (c.s + c.k) * g.panels_m * g.panel_rows +
-              panel_begin * c.length * g.panel_rows;
+  auto* out = static_cast<typename V::Scalar*>(g.packed_a) + c.step * g.panels_m * g.panel_rows +
+              panel_begin * c.steps * g.panel_rows;
   const Operand& operand = g.swapped ? g.b[c.b] : g.a;
   pack_panels<V>(operand, g.first_row + panel_begin * g.panel_rows, g.first_row + g.M, g.swapped ? c.k : c.s + c.k,
-                 c.length, g.panel_rows, out, g.panel_rows, c.length * g.panel_rows, panel_end - panel_begin);
+                 c.length, g.panel_rows, out, g.panel_rows, c.steps * g.panel_rows, panel_end - panel_begin);
 }
 
 template <class V>
@@ -108,18 +111,18 @@ void gemm_task(const Gemm& g, int64_t task, void* scratch) {
   const int64_t columns = g.gated ? kWidth / 2 : kWidth;  // output columns of a panel
 
   T* packed_b = static_cast<T*>(scratch);
-  T* tiles = packed_b + g.group_n * kWidth * g.chunk_length();
+  T* tiles = packed_b + g.group_n * kWidth * g.steps(g.chunk_length());
   T* sums = tiles + (g.chunks() > 1 ? g.block_m * g.group_n : 1) * H * kWidth;  // branches: act(gate) * up so far
   const auto micro = choose<kTileRows>(H, [](auto rows) { return &micro_kernel<V, decltype(rows)::value>; });
 
   const int64_t chunks = g.chunks() * g.branches();
   for (int64_t i = 0; i < chunks; ++i) {
     const Chunk c = chunk_at(g, i);
-    const int64_t panel_step = c.length * kWidth;
+    const int64_t panel_step = c.steps * kWidth;
     for_each_part(g, c, kWidth, [&](const Operand& operand, int64_t k, int64_t width, int64_t place) {
       pack_panels<V>(operand, q0 * width, g.N, k, c.length, width, packed_b + place, kWidth, panel_step, groups);
     });
-    const T* chunk = static_cast<const T*>(g.packed_a) + (c.s + c.k) * g.panels_m * H;
+    const T* chunk = static_cast<const T*>(g.packed_a) + c.step * g.panels_m * H;
     const bool first = i % g.chunks() == 0;
     const bool last = (i + 1) % g.chunks() == 0;
     // Short sums are bound by their stores: whole rows of the output are finished one after the other.
@@ -134,8 +137,8 @@ void gemm_task(const Gemm& g, int64_t task, void* scratch) {
           const TilePart part = {p * H, g.M - p * H < H ? g.M - p * H : H, col,
                                  g.N - col < columns ? g.N - col : columns};
           if (last) prefetch_tile(g.epilogue, part);
-          micro(c.length, chunk + p * c.length * H, packed_b + q * panel_step, tile, !first);
-          if (last) finish_tile<V>(g, c.branch, tile, part, sums + slot * H * columns);
+          micro(c.steps, chunk + p * c.steps * H, packed_b + q * panel_step, tile, !first);
+          if (last) finish_tile<typename V::Sum>(g, c.branch, tile, part, sums + slot * H * columns);
         }
       }
     }

@@ -1,5 +1,6 @@
-// Textual, per instruction set: panels for the micro kernel, out[k * stride + lane], read from any strided, gathered
-// or 16-bit operand. Storage dtypes and layouts end here; behind it everything is dense float32 or float64.
+// Textual, per instruction set: panels for the micro kernel, out[step of k * stride + lane], read from any strided,
+// gathered or 16-bit operand. Storage dtypes and layouts end here; behind it everything is dense: float32, float64, or
+// pairs of bfloat16 neighbours along k, of which the last is half zero where their number is odd.
 
 #define FFN_UNROLL _Pragma("GCC unroll 32")
 
@@ -11,15 +12,24 @@ FFN_FN void dispatch_storage(DType dtype, const F& f) {
   });
 }
 
+// Only those whose products take their operands in V.
+template <class V, class F>
+FFN_FN void dispatch_operand(DType dtype, const F& f) {
+  dispatch_storage<typename V::Scalar>(dtype, [&](auto storage) {
+    constexpr bool kNarrow = __is_same(typename decltype(storage)::Type, BFloat16);
+    if constexpr (kNarrow ? __is_same(V, BFloat16Operands) : V::kTerms == 1) f(storage);
+  });
+}
+
 template <class S>
 FFN_FN const S* row_pointer(const Matrix& m, int64_t r) {
   return static_cast<const S*>(m.data) + (m.rows ? m.rows[r] : r) * m.row_stride;
 }
 
-// The first n <= kLanes lanes.
+// The first n elements of a vector, the rest zero.
 template <class V, class S>
 FFN_FN V load_part(const S* from, int64_t n) {
-  return n == V::kLanes ? load<V>(from) : load<V>(from, static_cast<int>(n));
+  return n == V::kLanes * V::kTerms ? load<V>(from) : load<V>(from, static_cast<int>(n));
 }
 
 template <class V, class S>
@@ -28,13 +38,23 @@ FFN_FN void store_part(S* to, V v, int64_t n) {
   else store(to, v, static_cast<int>(n));
 }
 
-// n <= lanes elements of one row from column c on, the rest zero.
+// n elements of one row from column c on, the rest of a vector zero.
 template <class V, class S>
 FFN_FN V load_columns(const S* row, int64_t col_stride, int64_t c, int64_t n) {
   if (col_stride == 1) return load_part<V>(row + c, n);
-  S buffer[V::kLanes] = {};
+  S buffer[V::kLanes * V::kTerms] = {};
   for (int64_t i = 0; i < n; ++i) buffer[i] = row[(c + i) * col_stride];
   return load<V>(buffer);
+}
+
+// n lanes from column c on of rows along the columns that belong to one step of k: of row[0], and row[1] in pairs with
+// it where a lane holds two, or zero where no row is left.
+template <class V, class S>
+FFN_FN V load_step(const S* const* row, int64_t rows_left, int64_t col_stride, int64_t c, int64_t n) {
+  using Sum = typename V::Sum;
+  const Sum first = load_columns<Sum>(row[0], col_stride, c, n);
+  if constexpr (V::kTerms == 1) return first;
+  else return V(first, rows_left > 1 ? load_columns<Sum>(row[1], col_stride, c, n) : Sum::zero());
 }
 
 // Row r from column c on, n elements, into scratch that holds whole vectors.
@@ -53,15 +73,15 @@ void read_row(const Matrix& m, int64_t r, int64_t c, int64_t n, typename V::Scal
 template <class V, class S>
 void pack_transposed(const Matrix& m, int64_t lane0, int64_t lanes, int64_t valid, int64_t k0, int64_t kc,
                      typename V::Scalar* out, int64_t stride) {
-  constexpr int64_t W = V::kLanes;
+  constexpr int64_t W = V::kLanes, kBlockK = W * V::kTerms;
   const S* row[W];
   for (int64_t i = 0; i < W; ++i) row[i] = row_pointer<S>(m, lane0 + (i < valid ? i : 0));
   // A full store may run over the end of its k row where the rows behind are written later, within the panel.
-  const int64_t room = lanes == stride ? kc * stride - W : -1;  // last place of a full store
+  const int64_t room = lanes == stride ? divide_up(kc, V::kTerms) * stride - W : -1;  // last place of a full store
   V block[W];
-  for (int64_t k = 0; k < kc; k += W) {
-    const int64_t n = kc - k < W ? kc - k : W;
-    if (m.col_stride == 1 && n == W) {
+  for (int64_t k = 0; k < kc; k += kBlockK) {
+    const int64_t n = kc - k < kBlockK ? kc - k : kBlockK;
+    if (m.col_stride == 1 && n == kBlockK) {
       FFN_UNROLL
       for (int64_t i = 0; i < W; ++i) {
         block[i] = i < valid ? load<V>(row[i] + k0 + k) : V::zero();
@@ -71,12 +91,14 @@ void pack_transposed(const Matrix& m, int64_t lane0, int64_t lanes, int64_t vali
         block[i] = i < valid ? load_columns<V>(row[i], m.col_stride, k0 + k, n) : V::zero();
     }
     transpose(block);
-    typename V::Scalar* to = out + k * stride;
-    if (n == W && (lanes == W || (k + W - 1) * stride <= room)) {
+    const int64_t step = k / V::kTerms, steps = divide_up(n, V::kTerms);
+    typename V::Scalar* to = out + step * stride;
+    if (steps == W && (lanes == W || (step + W - 1) * stride <= room)) {
       FFN_UNROLL
       for (int64_t i = 0; i < W; ++i) store(to + i * stride, block[i]);
     } else {
-      for (int64_t i = 0; i < n; ++i) store_part(to + i * stride, block[i], (k + i) * stride <= room ? W : lanes);
+      for (int64_t i = 0; i < steps; ++i)
+        store_part(to + i * stride, block[i], (step + i) * stride <= room ? W : lanes);
     }
   }
 }
@@ -92,6 +114,7 @@ void pack_copied(const Matrix& m, int64_t lane0, int64_t valid, int64_t k0, int6
   const int64_t wanted = panels * panel_lanes < valid ? panels * panel_lanes : valid;
   const int64_t whole = divide_up(panel_lanes, W) * W;  // lanes that whole vectors of a panel touch
   const bool dense = m.col_stride == 1;
+  const int64_t steps = divide_up(kc, V::kTerms);
   for (int64_t kb = 0; kb < kc; kb += kRowsAtOnce) {
     const int64_t n = kc - kb < kRowsAtOnce ? kc - kb : kRowsAtOnce;
     const S* from[kRowsAtOnce];
@@ -105,9 +128,9 @@ void pack_copied(const Matrix& m, int64_t lane0, int64_t valid, int64_t k0, int6
     for (int64_t p = 0; p < panels; ++p) {
       const int64_t lane = p * panel_lanes;
       const bool full = dense && lane + whole <= valid;
-      for (int64_t i = 0; i < n; ++i) {
-        const int64_t k = kb + i;
-        T* to = out + p * panel_step + k * stride;
+      for (int64_t i = 0; i < n; i += V::kTerms) {
+        const int64_t step = (kb + i) / V::kTerms;
+        T* to = out + p * panel_step + step * stride;
         if constexpr (sizeof(S) == sizeof(T)) {
           if (dense && panel_lanes == kTileRows && lane + panel_lanes <= valid) {
             __builtin_memcpy(to, from[i] + lane, kTileRows * sizeof(T));  // no vectors across cache lines
@@ -115,17 +138,18 @@ void pack_copied(const Matrix& m, int64_t lane0, int64_t valid, int64_t k0, int6
           }
         }
         // A whole vector may run over the end of its row where the rows behind are written later, within the panel.
-        const bool may_run_over = whole == panel_lanes || (panel_lanes == stride && k * stride + whole <= kc * stride);
+        const bool may_run_over =
+            whole == panel_lanes || (panel_lanes == stride && step * stride + whole <= steps * stride);
         if (full && may_run_over) {
-          for (int64_t j = 0; j < whole; j += W) store(to + j, load<V>(from[i] + lane + j));
+          for (int64_t j = 0; j < whole; j += W) store(to + j, load_step<V>(from + i, n - i, 1, lane + j, W));
           continue;
         }
         for (int64_t j = 0; j < panel_lanes; j += W) {
           const int64_t room = panel_lanes - j < W ? panel_lanes - j : W;
           const int64_t left = valid - lane - j;
           const int64_t lanes = left >= room ? room : (left > 0 ? left : 0);
-          const V v = lanes > 0 ? load_columns<V>(from[i], m.col_stride, lane + j, lanes) : V::zero();
-          store_part(to + j, v, panel_lanes == stride && k * stride + j + W <= kc * stride ? W : room);
+          const V v = lanes > 0 ? load_step<V>(from + i, n - i, m.col_stride, lane + j, lanes) : V::zero();
+          store_part(to + j, v, panel_lanes == stride && step * stride + j + W <= steps * stride ? W : room);
         }
       }
     }
@@ -137,7 +161,7 @@ template <class V>
 void pack_panels(const Operand& op, int64_t lane0, int64_t lane_end, int64_t k0, int64_t kc, int64_t panel_lanes,
                  typename V::Scalar* out, int64_t stride, int64_t panel_step, int64_t panels) {
   constexpr int64_t W = V::kLanes;
-  dispatch_storage<typename V::Scalar>(op.matrix.dtype, [&](auto storage) {
+  dispatch_operand<V>(op.matrix.dtype, [&](auto storage) {
     using S = typename decltype(storage)::Type;
     if (op.k_along_rows) {
       pack_copied<V, S>(op.matrix, lane0, lane_end - lane0, k0, kc, panel_lanes, out, stride, panel_step, panels);
@@ -151,7 +175,7 @@ void pack_panels(const Operand& op, int64_t lane0, int64_t lane_end, int64_t k0,
           if (left > 0) {
             pack_transposed<V, S>(op.matrix, lane, room, left < room ? left : room, k0, kc, to, stride);
           } else {
-            for (int64_t k = 0; k < kc; ++k) store_part(to + k * stride, V::zero(), room);
+            for (int64_t k = 0; k < divide_up(kc, V::kTerms); ++k) store_part(to + k * stride, V::zero(), room);
           }
         }
       }

@@ -2,9 +2,9 @@
 // to end, as streams that the hardware can follow, and multiplied at once: nothing is packed. The sums run in the same
 // order as those of the packed product, so results have the same bits.
 
-// acc[t] += sum over n of a[k][t] * block[k].
+// acc[t] += sum over n steps of k of a[k][t] * block[k].
 template <int H, class V>
-FFN_FN void multiply_block(const typename V::Scalar* a, const V* block, int64_t n, V (&acc)[H]) {
+FFN_FN void multiply_block(const typename V::Scalar* a, const V* block, int64_t n, typename V::Sum (&acc)[H]) {
   if (n == V::kLanes) {
     FFN_UNROLL
     for (int64_t i = 0; i < V::kLanes; ++i) {
@@ -22,19 +22,20 @@ FFN_FN void multiply_block(const typename V::Scalar* a, const V* block, int64_t 
 template <class V, class S, int H>
 void stream_vector(const Matrix& m, int64_t lane0, int64_t valid, int64_t K, const typename V::Scalar* a,
                    typename V::Scalar* tile) {
-  constexpr int64_t W = V::kLanes;
+  using Sum = typename V::Sum;
+  constexpr int64_t W = V::kLanes, kBlockK = W * V::kTerms;
   const S* row[W];
   for (int64_t i = 0; i < W; ++i) row[i] = row_pointer<S>(m, lane0 + (i < valid ? i : valid - 1));
-  V total[H];
+  Sum total[H];
   FFN_UNROLL
-  for (int t = 0; t < H; ++t) total[t] = V::zero();
+  for (int t = 0; t < H; ++t) total[t] = Sum::zero();
   for (int64_t c = 0; c < K; c += kRunK) {
     const int64_t end = K - c < kRunK ? K : c + kRunK;
-    V acc[H];
+    Sum acc[H];
     FFN_UNROLL
-    for (int t = 0; t < H; ++t) acc[t] = V::zero();
+    for (int t = 0; t < H; ++t) acc[t] = Sum::zero();
     int64_t k = c;
-    if constexpr (__is_same(S, BFloat16)) {
+    if constexpr (__is_same(S, BFloat16) && V::kTerms == 1) {
       // Two neighbours move as one lane, so that transposing costs half.
       for (; k + 2 * W <= end; k += 2 * W) {
         V block[W];
@@ -53,10 +54,10 @@ void stream_vector(const Matrix& m, int64_t lane0, int64_t valid, int64_t K, con
         }
       }
     }
-    for (; k < end; k += W) {
-      const int64_t n = end - k < W ? end - k : W;
+    for (; k < end; k += kBlockK) {
+      const int64_t n = end - k < kBlockK ? end - k : kBlockK;
       V block[W];
-      if (n == W) {
+      if (n == kBlockK) {
         FFN_UNROLL
         for (int64_t i = 0; i < W; ++i) {
           block[i] = load<V>(row[i] + k);
@@ -66,7 +67,7 @@ void stream_vector(const Matrix& m, int64_t lane0, int64_t valid, int64_t K, con
         for (int64_t i = 0; i < W; ++i) block[i] = load<V>(row[i] + k, static_cast<int>(n));
       }
       transpose(block);
-      multiply_block<H>(a + k * H, block, n, acc);
+      multiply_block<H>(a + k / V::kTerms * H, block, divide_up(n, V::kTerms), acc);
     }
     FFN_UNROLL
     for (int t = 0; t < H; ++t) total[t] = c == 0 ? acc[t] : total[t] + acc[t];
@@ -93,30 +94,31 @@ void dots_task(const Gemm& g, int64_t task, void* scratch) {
         const Matrix& m = g.b[g.gated ? 2 * branch + j / columns : 0].matrix;
         const int64_t lane = j % columns;
         if (lane >= cols) continue;
-        dispatch_storage<T>(m.dtype, [&](auto tag) {
+        dispatch_operand<V>(m.dtype, [&](auto tag) {
           using S = typename decltype(tag)::Type;
           const auto kernel =
               choose<kTileRows>(g.panel_rows, [](auto rows) { return &stream_vector<V, S, decltype(rows)::value>; });
           kernel(m, col + lane, cols - lane < W ? cols - lane : W, g.K, a, tile + j);
         });
       }
-      finish_tile<V>(g, branch, tile, {0, g.M, col, cols}, sums);
+      finish_tile<typename V::Sum>(g, branch, tile, {0, g.M, col, cols}, sums);
     }
   }
 }
 
 // Rows along k, tokens in the lanes: dots[R][N vectors] (+)= sum over a run of k of row r's element k * x[k][N
-// vectors]. `rows` are kRunK apart. Meanwhile the next run of the rows at `ahead`, `stride` apart, is asked for.
+// vectors]. `rows` are a run apart. Meanwhile the next run of the rows at `ahead`, `stride` apart, is asked for.
 template <class V, class S, int R, int N>
-void token_run(const typename V::Scalar* rows, int64_t length, const typename V::Scalar* x, typename V::Scalar* dots,
+void token_run(const typename V::Scalar* rows, int64_t steps, const typename V::Scalar* x, typename V::Scalar* dots,
                bool add, const S* ahead, int64_t stride) {
   constexpr int W = V::kLanes;
   constexpr int kAtOnce = N == 1 ? 4 : N == 2 ? 2 : 1;  // of k: as many vectors of x as registers are left
-  V acc[R][N];
+  constexpr int64_t kRun = kRunK / V::kTerms;
+  typename V::Sum acc[R][N];
   FFN_UNROLL
   for (int r = 0; r < R; ++r) {
     FFN_UNROLL
-    for (int j = 0; j < N; ++j) acc[r][j] = V::zero();
+    for (int j = 0; j < N; ++j) acc[r][j] = V::Sum::zero();
   }
   const auto multiply = [&](int64_t k, auto count) __attribute__((always_inline)) {
     constexpr int kCount = decltype(count)::value;
@@ -128,7 +130,7 @@ void token_run(const typename V::Scalar* rows, int64_t length, const typename V:
     }
     FFN_UNROLL
     for (int r = 0; r < R; ++r) {
-      const typename V::Scalar* row = rows + r * kRunK + k;
+      const typename V::Scalar* row = rows + r * kRun + k;
       FFN_UNROLL
       for (int i = 0; i < kCount; ++i) {
         const V b(row[i]);
@@ -139,12 +141,12 @@ void token_run(const typename V::Scalar* rows, int64_t length, const typename V:
   };
   int64_t k = 0;
   constexpr int64_t kLine = 64 / sizeof(S), kRowLines = kRunK / kLine, kLines = R * kRowLines;
-  for (; k + kAtOnce <= length; k += kAtOnce) {
-    for (int64_t line = k * kLines / kRunK; line < (k + kAtOnce) * kLines / kRunK; ++line)
+  for (; k + kAtOnce <= steps; k += kAtOnce) {
+    for (int64_t line = k * kLines / kRun; line < (k + kAtOnce) * kLines / kRun; ++line)
       prefetch(ahead + line / kRowLines * stride + line % kRowLines * kLine);
     multiply(k, std::integral_constant<int, kAtOnce>{});
   }
-  for (; k < length; ++k) multiply(k, std::integral_constant<int, 1>{});
+  for (; k < steps; ++k) multiply(k, std::integral_constant<int, 1>{});
   end_run(acc, dots, add);
 }
 
@@ -153,19 +155,22 @@ void token_run(const typename V::Scalar* rows, int64_t length, const typename V:
 template <class V, class S, int R, int N>
 void token_rows(const S* rows, int64_t stride, int64_t K, const typename V::Scalar* x, typename V::Scalar* dots,
                 typename V::Scalar* copied) {
-  constexpr int64_t W = V::kLanes;
+  constexpr int64_t W = V::kLanes, kAtOnce = W * V::kTerms;
   for (int64_t run = 0; run < K; run += kRunK) {
     const int64_t n = K - run < kRunK ? K - run : kRunK;
     for (int r = 0; r < R; ++r) {
       const S* row = rows + r * stride + run;
+      typename V::Scalar* to = copied + r * (kRunK / V::kTerms);
       if (n == kRunK) {
         FFN_UNROLL
-        for (int64_t i = 0; i < kRunK; i += W) store(copied + r * kRunK + i, load<V>(row + i));
+        for (int64_t i = 0; i < kRunK; i += kAtOnce) store(to + i / V::kTerms, load<V>(row + i));
       } else {
-        for (int64_t i = 0; i < n; i += W) store(copied + r * kRunK + i, load_part<V>(row + i, n - i < W ? n - i : W));
+        for (int64_t i = 0; i < n; i += kAtOnce)
+          store(to + i / V::kTerms, load_part<V>(row + i, n - i < kAtOnce ? n - i : kAtOnce));
       }
     }
-    token_run<V, S, R, N>(copied, n, x + run * N * W, dots, run > 0, rows + run + kRunK, stride);
+    token_run<V, S, R, N>(copied, divide_up(n, V::kTerms), x + run / V::kTerms * N * W, dots, run > 0,
+                          rows + run + kRunK, stride);
   }
 }
 
@@ -193,14 +198,14 @@ void tokens_task(const Gemm& g, int64_t task, void* scratch) {
   T* dots = static_cast<T*>(scratch);  // [kWidth][tokens]
   T* tile = dots + kWidth * tokens;    // [tokens][kWidth]
   T* copied = tile + kWidth * tokens;
-  T* sums = copied + kWidth * kRunK;
+  T* sums = copied + kWidth * kRunK / V::kTerms;
   const T* x = static_cast<const T*>(g.packed_a);
   const int64_t col = task * columns;
   const int64_t cols = g.N - col < columns ? g.N - col : columns;
   for (int64_t branch = 0; branch < g.branches(); ++branch) {
     for (int64_t place = 0; place < kWidth; place += columns) {
       const Matrix& m = g.b[g.gated ? 2 * branch + place / columns : 0].matrix;
-      dispatch_storage<T>(m.dtype, [&](auto tag) {
+      dispatch_operand<V>(m.dtype, [&](auto tag) {
         using S = typename decltype(tag)::Type;
         const auto kernel =
             choose<kTokenVectors>(tokens / W, [](auto n) { return &token_dots<V, S, decltype(n)::value>; });
@@ -208,9 +213,9 @@ void tokens_task(const Gemm& g, int64_t task, void* scratch) {
       });
       for (int64_t j = 0; j < cols; j += W) {
         for (int64_t t = 0; t < tokens; t += W) {
-          V block[W];
+          typename V::Sum block[W];
           FFN_UNROLL
-          for (int64_t i = 0; i < W; ++i) block[i] = load<V>(dots + (j + i) * tokens + t);
+          for (int64_t i = 0; i < W; ++i) block[i] = load<typename V::Sum>(dots + (j + i) * tokens + t);
           transpose(block);
           FFN_UNROLL
           for (int64_t i = 0; i < W; ++i) store(tile + (t + i) * kWidth + place + j, block[i]);
@@ -218,39 +223,40 @@ void tokens_task(const Gemm& g, int64_t task, void* scratch) {
       }
     }
     for (int64_t t = 0; t < g.M; t += kTileRows)
-      finish_tile<V>(g, branch, tile + t * kWidth, {t, g.M - t < kTileRows ? g.M - t : kTileRows, col, cols},
-                     sums + t * columns);
+      finish_tile<typename V::Sum>(g, branch, tile + t * kWidth,
+                                   {t, g.M - t < kTileRows ? g.M - t : kTileRows, col, cols}, sums + t * columns);
   }
 }
 
-// Rows along the columns: a few of them, `n`, scaled by a[n][H] and added to runs[H][cols], the sums of the run at
-// hand, which is added to totals[H][cols] at its end.
+// Rows along the columns: a few of them, `n`, scaled by a[steps of n][H] and added to runs[H][cols], the sums of the
+// run at hand, which is added to totals[H][cols] at its end.
 template <class V, class S, int H>
 void add_rows(const S* const* row, int64_t n, int64_t cols, const typename V::Scalar* a, typename V::Scalar* runs,
               typename V::Scalar* totals, int64_t stride, bool begins, bool ends, bool add) {
-  constexpr int64_t W = V::kLanes;
+  using Sum = typename V::Sum;
+  constexpr int64_t W = V::kLanes, kTerms = V::kTerms;
   for (int64_t j = 0; j < cols; j += W) {
     const int64_t lanes = cols - j < W ? cols - j : W;
-    V acc[H];
+    Sum acc[H];
     FFN_UNROLL
-    for (int t = 0; t < H; ++t) acc[t] = begins ? V::zero() : load<V>(runs + t * stride + j);
+    for (int t = 0; t < H; ++t) acc[t] = begins ? Sum::zero() : load<Sum>(runs + t * stride + j);
     if (n == kRowsAdded && lanes == W) {
       FFN_UNROLL
-      for (int64_t i = 0; i < kRowsAdded; ++i) {
-        const V b = load<V>(row[i] + j);
+      for (int64_t i = 0; i < kRowsAdded; i += kTerms) {
+        const V b = load_step<V>(row + i, kTerms, 1, j, W);
         FFN_UNROLL
-        for (int t = 0; t < H; ++t) acc[t] = fma(V(a[i * H + t]), b, acc[t]);
+        for (int t = 0; t < H; ++t) acc[t] = fma(V(a[i / kTerms * H + t]), b, acc[t]);
       }
     } else {
-      for (int64_t i = 0; i < n; ++i) {
-        const V b = load_part<V>(row[i] + j, lanes);
-        for (int t = 0; t < H; ++t) acc[t] = fma(V(a[i * H + t]), b, acc[t]);
+      for (int64_t i = 0; i < n; i += kTerms) {
+        const V b = load_step<V>(row + i, n - i, 1, j, lanes);
+        for (int t = 0; t < H; ++t) acc[t] = fma(V(a[i / kTerms * H + t]), b, acc[t]);
       }
     }
     FFN_UNROLL
     for (int t = 0; t < H; ++t) {
       typename V::Scalar* at = (ends ? totals : runs) + t * stride + j;
-      store(at, ends && add ? load<V>(at) + acc[t] : acc[t]);
+      store(at, ends && add ? load<Sum>(at) + acc[t] : acc[t]);
     }
   }
 }
@@ -269,8 +275,8 @@ void sums_task(const Gemm& g, int64_t task, void* scratch) {
   for (int64_t i = 0; i < g.chunks(); ++i) {
     const Chunk c = chunk_at(g, i);
     const Matrix& m = g.b[c.b].matrix;
-    const T* a = static_cast<const T*>(g.packed_a) + (c.s + c.k) * g.panels_m * H;
-    dispatch_storage<T>(m.dtype, [&](auto tag) {
+    const T* a = static_cast<const T*>(g.packed_a) + c.step * g.panels_m * H;
+    dispatch_operand<V>(m.dtype, [&](auto tag) {
       using S = typename decltype(tag)::Type;
       const auto add = choose<kSumRows>(H, [](auto rows) { return &add_rows<V, S, decltype(rows)::value>; });
       for (int64_t k = 0, n = 0; k < c.length; k += n) {
@@ -279,8 +285,8 @@ void sums_task(const Gemm& g, int64_t task, void* scratch) {
         const S* row[kRowsAdded];
         for (int64_t r = 0; r < n; ++r) row[r] = row_pointer<S>(m, c.k + k + r) + begin;
         for (int64_t p = 0; p < g.panels_m; ++p)
-          add(row, n, cols, a + (p * c.length + k) * H, runs + p * H * stride, totals + p * H * stride, stride,
-              k % kRunK == 0, k + n == run_end, i > 0 || k >= kRunK);
+          add(row, n, cols, a + (p * c.steps + k / V::kTerms) * H, runs + p * H * stride, totals + p * H * stride,
+              stride, k % kRunK == 0, k + n == run_end, i > 0 || k >= kRunK);
       }
     });
   }
@@ -290,8 +296,8 @@ void sums_task(const Gemm& g, int64_t task, void* scratch) {
     for (int64_t j = 0; j < cols; j += kWidth) {
       for (int64_t t = 0; t < rows; ++t)
         for (int64_t l = 0; l < kWidth; l += V::kLanes)
-          store(tile + t * kWidth + l, load<V>(totals + (p + t) * stride + j + l));
-      finish_tile<V>(g, 0, tile, {p, rows, begin + j, cols - j < kWidth ? cols - j : kWidth}, nullptr);
+          store(tile + t * kWidth + l, load<typename V::Sum>(totals + (p + t) * stride + j + l));
+      finish_tile<typename V::Sum>(g, 0, tile, {p, rows, begin + j, cols - j < kWidth ? cols - j : kWidth}, nullptr);
     }
   }
 }

@@ -1,5 +1,6 @@
 // Textual, per instruction set: all kernels and the table that the boundary calls them through. The including file
-// sets the register tile, kTileRows x kTileVectors (even: gate and up), before.
+// sets the register tile, kTileRows x kTileVectors (even: gate and up), and BFloat16Operands, the vectors that hold the
+// operands of bfloat16 products, before.
 
 constexpr int64_t kPanelBlock = 16;                         // A panels that stay in L2 while a B panel is used
 constexpr int64_t kRowsAtOnce = 16;                         // where rows are copied
@@ -26,6 +27,7 @@ constexpr int kSumRows = kTileRows * kTileVectors * 2 / 3;  // accumulators, whe
 
 void pack_a(const Gemm& g, int64_t chunk, int64_t panel_begin, int64_t panel_end) {
   if (g.wide()) pack_a_as<Vec<double>>(g, chunk, panel_begin, panel_end);
+  else if (g.epilogue.dtype == DType::kBFloat16) pack_a_as<BFloat16Operands>(g, chunk, panel_begin, panel_end);
   else pack_a_as<Vec<float>>(g, chunk, panel_begin, panel_end);
 }
 
@@ -45,6 +47,7 @@ void gemm_as(const Gemm& g, int64_t task, void* scratch) {
 
 void gemm(const Gemm& g, int64_t task, void* scratch) {
   if (g.wide()) gemm_as<Vec<double>>(g, task, scratch);
+  else if (g.epilogue.dtype == DType::kBFloat16) gemm_as<BFloat16Operands>(g, task, scratch);
   else gemm_as<Vec<float>>(g, task, scratch);
 }
 
@@ -99,6 +102,7 @@ const KernelTable kTable = {Vec<float>::kLanes,
                             kTileRows,
                             kTileVectors,
                             kSumRows,
+                            BFloat16Operands::kTerms,
                             pack_a,
                             gemm,
                             gated_act,
