@@ -8,7 +8,7 @@
 
 namespace ffn_ops {
 
-// M rows times weights of N rows along k, or of rows along N in one or two stretches of K each. What lies behind a row
+// M rows times weights of N rows along k, or of rows along N in stretches of K each. What lies behind a row
 // along k, and behind the last row along N, is NaN: it must not get in.
 inline void test_ways(const char* isa, const KernelTable& table, DType dtype, const Shape& s, int64_t stretches) {
   constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
