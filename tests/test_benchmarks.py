@@ -50,6 +50,8 @@ from benchmarks.workloads import (
     in_order,
 )
 
+pytestmark = pytest.mark.cpu_only("of what runs on the CPU; the rest stands in test_gpu_benchmarks.py")
+
 SMALL = Shape(64, 32, 48)
 SHORT = Budget(seconds=10.0, most_rounds=2, least_sample=1e-5)
 MIXED = Mixture(64, 32, 48, E=4)

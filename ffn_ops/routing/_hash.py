@@ -10,10 +10,13 @@ from ._routing import Routing, fold_logits, wide
 
 
 def hash_table(vocabulary: int, num_experts: int, *, seed: int = 0) -> Tensor:
-    """A random table ``[vocabulary]`` in which every expert has floor or ceil of ``vocabulary / num_experts`` ids."""
+    """A random table ``[vocabulary]`` in which every expert has floor or ceil of ``vocabulary / num_experts`` ids.
+
+    The same on every device; it stands on torch's default device."""
     check.at_least("vocabulary", vocabulary, 1)
     check.at_least("num_experts", num_experts, 1)
-    return torch.randperm(vocabulary, generator=torch.Generator().manual_seed(seed)) % num_experts
+    order = torch.randperm(vocabulary, generator=torch.Generator().manual_seed(seed), device="cpu")
+    return order.to(torch.get_default_device()) % num_experts
 
 
 def hash(
