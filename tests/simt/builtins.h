@@ -29,7 +29,7 @@ auto warp_wide(const char* function, const Place& place, unsigned mask, T value,
     Result result;
   } mine{value, pick, {}};
   Block& block = *Block::running();
-  if (mask != 0xffffffffu) block.fail(format("%s of a part of a warp", function));
+  if (mask != 0xffffffffu) block.fail(function, "a mask of a part of the warp");
   block.exchange(function, place, mine, [](Lane*(&lanes)[kWarp]) {
     T values[kWarp];
     for (int lane = 0; lane < kWarp; ++lane) values[lane] = lanes[lane]->value;
@@ -119,10 +119,10 @@ inline char* dynamic_shared() { return simt::Block::running()->shared(); }
 inline void cp_async_16(void* shared, const void* global, int bytes) {
   simt::Block& block = *simt::Block::running();
   if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16)
-    block.fail("cp_async_16: an address is not a multiple of 16");
-  if (bytes < 0 || bytes > 16) block.fail("cp_async_16: bytes outside 0 to 16");
-  if (!block.in_shared(shared, 16)) block.fail("cp_async_16: the destination is outside shared memory");
-  if (__asan_address_is_poisoned(shared)) block.fail("cp_async_16: the destination is still being copied to");
+    block.fail("cp_async_16", "an address is not a multiple of 16");
+  if (bytes < 0 || bytes > 16) block.fail("cp_async_16", "bytes outside 0 to 16");
+  if (!block.in_shared(shared, 16)) block.fail("cp_async_16", "the destination is outside shared memory");
+  if (__asan_address_is_poisoned(shared)) block.fail("cp_async_16", "the destination is still being copied to");
   simt::Copy copy{static_cast<char*>(shared),
                   static_cast<const char*>(global),
                   static_cast<size_t>(bytes),
@@ -151,7 +151,7 @@ template <bool kTransposed>
 void load_matrices(const char* function, const simt::Place& place, uint32_t (&r)[4], const void* shared_row) {
   simt::Block& block = *simt::Block::running();
   if (reinterpret_cast<uintptr_t>(shared_row) % 16 || !block.in_shared(shared_row, 16))
-    block.fail(simt::format("%s: a row's address is not a multiple of 16, or outside shared memory", function));
+    block.fail(function, "a row's address is not a multiple of 16, or outside shared memory");
   struct Lane {
     const char* row;
     uint32_t (&r)[4];

@@ -175,7 +175,7 @@ class Block {
     if (complete) {
       Lane* lanes[kWarp];
       for (int lane = 0; lane < kWarp; ++lane) {
-        if (!same_place(warp[lane], thread())) fail("the lanes of a warp are at different functions");
+        if (!same_place(warp[lane], thread())) fail(function, "the lanes of a warp are at different functions");
         lanes[lane] = static_cast<Lane*>(warp[lane].exchange);
       }
       combine(lanes);
@@ -185,9 +185,9 @@ class Block {
     switch_context(thread().fiber->context(), scheduler_);
   }
 
-  // Stops the launch with an error that the calling thread made.
-  [[noreturn]] void fail(const std::string& what) {
-    error_ = what + format("; seen by thread %u", current_);
+  // Stops the launch with an error that the calling thread made. Its frames are abandoned: no std::string in them.
+  [[noreturn]] void fail(const char* function, const char* what) {
+    error_ = format("%s: %s; seen by thread %u", function, what, current_);
     switch_context(thread().fiber->context(), scheduler_);
     std::abort();
   }
@@ -287,8 +287,8 @@ class Block {
 template <class... Parameters, class... Args>
 void launch(const Grid& grid, void (*kernel)(Parameters...), Args&&... args) {
   static_assert((std::is_trivially_copyable_v<Parameters> && ...) && (sizeof(Parameters) + ... + 0) <= kMaxParameters);
-  char name[512] = "";
-  __sanitizer_symbolize_pc(reinterpret_cast<void*>(kernel), "%f", name, sizeof(name));
+  char name[512] = "";  // one byte on: the sanitizer takes it for a place to return to
+  __sanitizer_symbolize_pc(reinterpret_cast<char*>(kernel) + 1, "%f", name, sizeof(name));
   if (grid.blocks < 1 || grid.threads < 1 || grid.threads > kMaxThreads || grid.threads % kWarp != 0 ||
       grid.shared_bytes < 0 || grid.shared_bytes > kMaxShared)
     throw Error(format("%s: cannot launch %lld blocks of %d threads and %lld shared bytes", name,
