@@ -1,12 +1,14 @@
 # The project's commands; CI runs the same ones.
 PYTHON ?= python
 CXX ?= g++
-CPP_SOURCES := $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'tests/cpp/*.cpp' 'tests/cpp/*.h' 'benchmarks/*.cpp')
+CPP_SOURCES := $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/cpp/*.cpp' 'tests/cpp/*.h' \
+  'tests/simt/*.cpp' 'tests/simt/*.h' 'benchmarks/*.cpp')
 KERNELS := $(wildcard csrc/cpu/isa/*.cpp) csrc/cpu/kernel_table.cpp csrc/cpu/plan.cpp
 KERNEL_FLAGS := -std=c++20 -ffp-contract=off -fno-math-errno -fno-trapping-math -Wall -Wextra -Wno-psabi -Wno-unknown-pragmas
+SANITIZERS := -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined
 TMP := build/kernels
 
-.PHONY: build test lint bench sanitize aarch64 kernels format
+.PHONY: build test lint bench sanitize aarch64 simt kernels format
 
 build:
 	$(PYTHON) -m pip install -e ".[compare,test,lint]"
@@ -44,9 +46,15 @@ kernels:
 	$(call kernel_tests,plain,$(CXX),-O2 -Werror,)
 
 sanitize:
-	$(call kernel_tests,sanitize,$(CXX),-O1 -g1 -fsanitize=address$(comma)undefined -fno-sanitize-recover=undefined,)
+	$(call kernel_tests,sanitize,$(CXX),$(SANITIZERS),)
 
 aarch64:
 	$(call kernel_tests,aarch64,aarch64-linux-gnu-g++,-O2 -static,qemu-aarch64)
 
-comma := ,
+# The CUDA kernels on the host, without nvcc and GPU: threads as fibers, under the sanitizers.
+SIMT_TESTS := $(patsubst tests/simt/%.cpp,%,$(wildcard tests/simt/*_test.cpp))
+simt:
+	mkdir -p build/simt
+	for t in $(SIMT_TESTS); do echo $$t; done | xargs -P 2 -I{} \
+	  $(CXX) $(KERNEL_FLAGS) -Werror $(SANITIZERS) -fno-omit-frame-pointer -DFFN_OPS_SIMT -o build/simt/{} tests/simt/{}.cpp
+	for t in $(SIMT_TESTS); do build/simt/$$t || exit 1; done
