@@ -9,10 +9,6 @@
 
 namespace ffn_ops::cuda {
 
-constexpr DType arithmetic_dtype(DType storage) {
-  return storage == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
-}
-
 constexpr int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
 // Element (r, c) is data[r * row_stride + c * col_stride].
@@ -22,37 +18,41 @@ struct Matrix {
   int64_t col_stride = 1;
 };
 
-// Element-wise passes over [rows, cols]; outputs are dense. What is null is not there.
+// Element-wise passes over [rows, cols]. What is null is not there.
 struct GatedAct {
   int64_t rows = 0, cols = 0;
   DType dtype = DType::kFloat32;
-  Matrix gate, up, d_out;           // up.data null: plain
-  const void* bias_gate = nullptr;  // [cols], added to gate before anything else (forward and backward)
+  const int64_t* kept = nullptr;  // rows from *kept on are not read, and zero in every output; null: all are there
+  Matrix gate, up, d_out;         // up.data null: plain
+  Matrix dd_gate, dd_up;          // double backward: cotangents of d_gate and d_up; null: zero
+  // [cols], added to gate and up before anything else: forward and backward.
+  const void* bias_gate = nullptr;
   const void* bias_up = nullptr;
-  Matrix dd_gate, dd_up;  // double backward: cotangents of d_gate and d_up
+  const void* row_weight = nullptr;  // [rows], of the arithmetic's dtype: backward, a factor of h alone; null: 1
   // forward: out, and gate and up with their biases where asked for. backward: d_gate, d_up, h = act(gate) * up.
-  // double backward: d_d_out, d_gate, d_up.
+  // double backward: d_d_out, d_gate, d_up. Columns are dense.
   void* out[3] = {};
   int64_t out_stride[3] = {};  // between rows of each
-  bool accumulate = false;     // forward: out += (branches of a gated linear layer); float32 or float64 sums in `sum`
-  void* sum =
-      nullptr;  // [rows, cols] of the arithmetic's dtype: the sum so far, read where accumulate, written where given
+  // Branches of a gated linear layer add up in `sum` [rows, cols], of the arithmetic's dtype: read where `accumulate`,
+  // written where given. out, where given, is the rounded sum.
+  void* sum = nullptr;
+  bool accumulate = false;
   int activation = 0;
   double beta = 1.0;
 };
 
-// out[c] = sum over rows r in [begin, end) of weight[r] * matrix(rows ? rows[r] : r, c), for each of `experts` segments
-// [offsets[e], offsets[e + 1]) (offsets null: one segment of all `rows` rows); out [experts, cols].
+// out[e, c] = sum over the rows r of segment e, offsets[e] <= r < offsets[e + 1] (offsets null: one segment of all
+// rows), of weight[r] * matrix(gather ? gather[r] : r, c).
 struct ColumnSum {
   int64_t rows = 0, cols = 0, experts = 1;
   DType dtype = DType::kFloat32;
   Matrix matrix;
-  const int64_t* gather = nullptr;  // token of each row, in [0, gather_limit)
+  const int64_t* gather = nullptr;  // token of each row; one outside [0, gather_limit) adds nothing
   int64_t gather_limit = 0;
-  const int64_t* offsets = nullptr;  // [experts + 1]
+  const int64_t* offsets = nullptr;  // [experts + 1], in [0, rows], never falling (else held there)
   const void* weight = nullptr;      // [rows], of the arithmetic's dtype; null: 1
-  void* partial = nullptr;           // workspace, [column_sum_parts(...), experts, cols] of the arithmetic's dtype
-  void* out = nullptr;
+  void* partial = nullptr;           // workspace of column_sum_bytes()
+  void* out = nullptr;               // [experts, cols]
 };
 
 // Tokens and their routed rows; rows from *kept on are neither read nor computed.
@@ -77,14 +77,14 @@ struct MoveRows {
   DType out_dtype = DType::kFloat32;
 };
 
-// out[r] = sum over c of a(token[r], c) * b(r, c) (expert given: b(expert of r, c)), plus the sum of the `parts` of row
-// r in order; zero from *kept on.
+// out[r] = sum over c of a(token[r], c) * b(r, c) (offsets given: b(expert of r, c)), plus the sum of the `parts` of
+// row r, all in one order; zero from *kept on.
 struct RowDots {
   Routes routes;
   int64_t cols = 0;
   Matrix a, b;  // a.data null: only the parts
   DType dtype = DType::kFloat32;
-  const int64_t* offsets = nullptr;  // with it, b holds one row for each of `experts` experts
+  const int64_t* offsets = nullptr;  // [experts + 1]
   int64_t experts = 0;
   const void* parts = nullptr;  // [R, num_parts], like out of the arithmetic's dtype
   int64_t num_parts = 0;
@@ -107,6 +107,7 @@ struct TopK {
 };
 
 // The stable counting sort of R entries (pairs of token and expert) by expert, with capacity; see moe_sort on the CPU.
+// sort_plan() says what to launch.
 struct Sort {
   int64_t R = 0, E = 0, T = 0, K = 0;  // without `token`, entry i belongs to token i / K
   const int64_t* expert = nullptr;     // [R], outside [0, E): skipped
@@ -115,11 +116,29 @@ struct Sort {
   DType weight_dtype = DType::kFloat32;
   int64_t capacity = -1;  // < 0: none
   bool by_weight = false;
-  void* out_weight = nullptr;  // [R]
-  int64_t *out_token = nullptr, *out_offsets = nullptr, *out_row = nullptr, *out_token_offsets = nullptr;
-  int64_t *out_counts = nullptr, *out_place = nullptr;
-  void* scratch = nullptr;  // sort_scratch_bytes()
+  void* out_weight = nullptr;            // [R]
+  int64_t* out_token = nullptr;          // [R]
+  int64_t* out_offsets = nullptr;        // [E + 1]
+  int64_t* out_row = nullptr;            // [R]
+  int64_t* out_token_offsets = nullptr;  // [T + 1]
+  int64_t* out_counts = nullptr;         // [E]
+  int64_t* out_place = nullptr;          // [R] with `token`
+  void* scratch = nullptr;
 };
+
+// Each expert's tokens, their number rounded to a multiple of `tile`; see round_tokens on the CPU. round_plan() says
+// what to launch.
+struct RoundTokens {
+  int64_t T = 0, E = 0, K = 0, tile = 1;
+  const void* scores = nullptr;  // [T, E]
+  DType dtype = DType::kFloat32;
+  const int64_t* ids = nullptr;   // [T, K], outside [0, E): skipped
+  int64_t* out_expert = nullptr;  // [rounded_rows()]
+  int64_t* out_token = nullptr;
+  void* scratch = nullptr;
+};
+
+constexpr int64_t rounded_rows(const RoundTokens& r) { return r.T * r.K + r.E * (r.tile / 2); }
 
 // ---- products over experts ------------------------------------------------------------------------------------------
 
