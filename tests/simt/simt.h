@@ -61,6 +61,12 @@ inline std::string format(const char* text, ...) {
   return line;
 }
 
+inline std::string name_of(const void* function) {
+  char name[512] = "";  // one byte on: the sanitizer takes it for a place to return to
+  __sanitizer_symbolize_pc(static_cast<char*>(const_cast<void*>(function)) + 1, "%f", name, sizeof(name));
+  return name;
+}
+
 class Random {
  public:
   explicit Random(uint64_t seed) : state_(seed) {}
@@ -70,7 +76,7 @@ class Random {
     z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
     return z ^ (z >> 31);
   }
-  size_t below(size_t n) { return static_cast<size_t>(next() % n); }
+  size_t below(size_t n) { return static_cast<size_t>((next() >> 32) * n >> 32); }  // n < 2^32
   bool coin() { return next() >> 63; }
 
  private:
@@ -100,8 +106,8 @@ struct Thread {
 // A block of a running kernel.
 class Block {
  public:
-  Block(const Grid& grid, std::string kernel, void (*call)(void*), void* arguments)
-      : grid_(grid), kernel_(std::move(kernel)), call_(call), arguments_(arguments) {
+  Block(const Grid& grid, const void* kernel, void (*call)(void*), void* arguments)
+      : grid_(grid), kernel_(kernel), call_(call), arguments_(arguments) {
     // The margins are never accessible. 128 bytes is what device.cuh declares; the memory is aligned to no more.
     memory_.resize(static_cast<size_t>(kMargin + 2 * kAlign + grid.shared_bytes + kMargin));
     const auto start = reinterpret_cast<uintptr_t>(memory_.data()) + kMargin;
@@ -130,6 +136,7 @@ class Block {
     char* end = shared_ + grid_.shared_bytes;
     __asan_poison_memory_region(end, static_cast<size_t>(memory_.data() + memory_.size() - end));
     runnable_.clear();
+    std::fill_n(arrived_, kMaxThreads / kWarp, 0);
     for (unsigned t = 0; t < static_cast<unsigned>(grid_.threads); ++t) {
       Thread& thread = pool()[t];
       thread.fiber->prepare(enter);
@@ -170,9 +177,8 @@ class Block {
     thread().function = function;
     thread().place = place;
     thread().state = Thread::State::kInWarp;
-    const bool complete =
-        std::all_of(warp, warp + kWarp, [](const Thread& t) { return t.state == Thread::State::kInWarp; });
-    if (complete) {
+    if (++arrived_[first / kWarp] == kWarp) {
+      arrived_[first / kWarp] = 0;
       Lane* lanes[kWarp];
       for (int lane = 0; lane < kWarp; ++lane) {
         if (!same_place(warp[lane], thread())) fail(function, "the lanes of a warp are at different functions");
@@ -251,8 +257,8 @@ class Block {
 
   // Ends the launch; says where its threads stand, each place once.
   [[noreturn]] void stop() {
-    std::string text = format("%s: %s; block %u of %u, seed %llu", kernel_.c_str(), error_.c_str(), blockIdx.x,
-                              gridDim.x, static_cast<unsigned long long>(grid_.seed));
+    std::string text = name_of(kernel_) + format(": %s; block %u of %u, seed %llu", error_.c_str(), blockIdx.x,
+                                                 gridDim.x, static_cast<unsigned long long>(grid_.seed));
     const auto describe = [&](const Thread& t) -> std::string {
       if (t.state == Thread::State::kReturned) return "returned";
       if (t.state == Thread::State::kRunnable) return "running";
@@ -270,7 +276,7 @@ class Block {
   }
 
   const Grid& grid_;
-  std::string kernel_;
+  const void* kernel_;
   void (*call_)(void*);
   void* arguments_;
   std::vector<char> memory_;
@@ -280,6 +286,7 @@ class Block {
   bool one_ahead_ = false;
   std::vector<unsigned> runnable_;  // the next one to run is the last, or any
   unsigned current_ = 0;
+  int arrived_[kMaxThreads / kWarp];  // lanes of each warp that wait at its function
   std::string error_;
 };
 
@@ -287,12 +294,12 @@ class Block {
 template <class... Parameters, class... Args>
 void launch(const Grid& grid, void (*kernel)(Parameters...), Args&&... args) {
   static_assert((std::is_trivially_copyable_v<Parameters> && ...) && (sizeof(Parameters) + ... + 0) <= kMaxParameters);
-  char name[512] = "";  // one byte on: the sanitizer takes it for a place to return to
-  __sanitizer_symbolize_pc(reinterpret_cast<char*>(kernel) + 1, "%f", name, sizeof(name));
+  const auto address = reinterpret_cast<const void*>(kernel);
   if (grid.blocks < 1 || grid.threads < 1 || grid.threads > kMaxThreads || grid.threads % kWarp != 0 ||
       grid.shared_bytes < 0 || grid.shared_bytes > kMaxShared)
-    throw Error(format("%s: cannot launch %lld blocks of %d threads and %lld shared bytes", name,
-                       static_cast<long long>(grid.blocks), grid.threads, static_cast<long long>(grid.shared_bytes)));
+    throw Error(name_of(address) + format(": cannot launch %lld blocks of %d threads and %lld shared bytes",
+                                          static_cast<long long>(grid.blocks), grid.threads,
+                                          static_cast<long long>(grid.shared_bytes)));
   struct Call {
     void (*kernel)(Parameters...);
     std::tuple<Parameters...> parameters;
@@ -300,7 +307,8 @@ void launch(const Grid& grid, void (*kernel)(Parameters...), Args&&... args) {
   blockDim = {static_cast<unsigned>(grid.threads)};
   gridDim = {static_cast<unsigned>(grid.blocks)};
   Block block(
-      grid, name, [](void* c) { std::apply(static_cast<Call*>(c)->kernel, static_cast<Call*>(c)->parameters); }, &call);
+      grid, address, [](void* c) { std::apply(static_cast<Call*>(c)->kernel, static_cast<Call*>(c)->parameters); },
+      &call);
   std::vector<unsigned> order(static_cast<size_t>(grid.blocks));
   for (unsigned i = 0; i < gridDim.x; ++i) order[i] = i;
   Random random(grid.seed);
