@@ -1,6 +1,6 @@
 // Tests of the host's way to run kernels itself: known kernels give the right result under every seed, and kernels with
 // one mistake are caught.
-#include <cmath>
+#include <algorithm>
 #include <string>
 #include <vector>
 
@@ -19,7 +19,20 @@ constexpr uint64_t kSeeds = 20;
 
 // ---- kernels; with the mistake that a parameter names, if any -------------------------------------------------------
 
-enum class Mistake { kNone, kNoBarrier, kNoInit, kNoWait, kPastEnd, kDivergent, kEarlyReturn, kHalfWarp, kMixed };
+enum class Mistake {
+  kNone,
+  kNoBarrier,
+  kNoInit,
+  kNoWait,
+  kNoArrival,
+  kTwice,
+  kMisaligned,
+  kPastEnd,
+  kDivergent,
+  kEarlyReturn,
+  kHalfWarp,
+  kMixed
+};
 
 // out[block] = sum of the block's part.
 template <Mistake M, class T>
@@ -108,11 +121,13 @@ __global__ void copy_kernel(const char* in, char* out, unsigned tiles, int tail)
     if (tile < tiles) cp_async_16(shared + (tile % 2 * n + t) * 16, in + piece * 16, piece + 1 < tiles * n ? 16 : tail);
     cp_async_commit();
   };
+  if constexpr (M == Mistake::kMisaligned) in += 8;
+  if constexpr (M == Mistake::kTwice) load(0);
   load(0);
   for (unsigned tile = 0; tile < tiles; ++tile) {
     load(tile + 1);
     if constexpr (M != Mistake::kNoWait) cp_async_wait<1>();
-    __syncthreads();
+    if constexpr (M != Mistake::kNoArrival) __syncthreads();
     const char* piece = shared + (tile % 2 * n + n - 1 - t) * 16;
     for (unsigned i = 0; i < 16; ++i) out[(tile * n + t) * 16 + i] = piece[i];
     if constexpr (M != Mistake::kNoBarrier) __syncthreads();
@@ -181,6 +196,11 @@ __global__ void wrong_kernel(unsigned* out) {
     __syncthreads();
   }
   out[t] = t;
+}
+
+// Each thread draws a number: the order in which they ran.
+__global__ void order_kernel(unsigned* next, unsigned* order) {
+  order[blockIdx.x * blockDim.x + threadIdx.x] = atomicAdd(next, 1u);
 }
 
 // ---- right kernels --------------------------------------------------------------------------------------------------
@@ -288,6 +308,23 @@ void test_mma(const char* type, uint64_t seed) {
   }
 }
 
+// Blocks and threads run in an order that the seed, and nothing else, decides.
+void test_order() {
+  const auto order = [](uint64_t seed) {
+    Buffer<unsigned> next(std::vector<unsigned>{0}), numbers(8 * 64);
+    simt::launch({8, 64, 0, seed}, order_kernel, next.data(), numbers.data());
+    return std::vector<unsigned>(numbers.begin(), numbers.end());
+  };
+  const std::vector<unsigned> first = order(1);
+  std::vector<unsigned> sorted = first;
+  std::sort(sorted.begin(), sorted.end());
+  for (unsigned i = 0; i < sorted.size(); ++i) check(sorted[i] == i, "not every thread runs once");
+  check(first != sorted, "threads run in their order");
+  check(!std::is_sorted(first.begin(), first.end(), [](unsigned a, unsigned b) { return a / 64 < b / 64; }),
+        "blocks run in their order");
+  check(first == order(1) && first != order(2), "the order does not follow from the seed");
+}
+
 // ---- wrong kernels --------------------------------------------------------------------------------------------------
 
 void test_caught(const char* what, const std::string& message, std::initializer_list<const char*> parts) {
@@ -319,6 +356,18 @@ void test_mistakes() {
               {"use-after-poison", "copy_kernel"});
   test_caught("cp.async without a wait", simt::death_of([] { copy_is_right<Mistake::kNoWait>(1); }),
               {"use-after-poison", "copy_kernel"});
+  test_caught("a barrier missing before what others copied is read",
+              simt::death_of([] { copy_is_right<Mistake::kNoArrival>(1); }), {"use-after-poison", "copy_kernel"});
+  const auto error_of_copy = [](auto copy) { return simt::error_of([&] { copy(1); }); };
+  test_caught("two copies to one place", error_of_copy(copy_is_right<Mistake::kTwice>),
+              {"copy_kernel", "still being copied"});
+  test_caught("a misaligned copy", error_of_copy(copy_is_right<Mistake::kMisaligned>),
+              {"cp_async_16", "multiple of 16"});
+  test_caught("global memory past its end", simt::death_of([] {
+                Buffer<float> in = numbers<float>(255, 1), out(1);
+                simt::launch({1, 256, 1024, 1}, sum_kernel<Mistake::kNone, float>, in.data(), out.data());
+              }),
+              {"heap-buffer-overflow", "sum_kernel"});
   test_caught("shared memory past its end", simt::death_of([] { sum_is_right<Mistake::kPastEnd>(1); }),
               {"use-after-poison", "sum_kernel"});
   test_caught("divergent barriers", error_of_wrong_kernel<Mistake::kDivergent>(),
@@ -345,6 +394,7 @@ int main() {
     test_mma<Half>("float16", seed);
     test_mma<BFloat16>("bfloat16", seed);
   }
+  test_order();
   test_mistakes();
   return simt::report("simt_test");
 }
