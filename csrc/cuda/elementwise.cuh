@@ -8,30 +8,33 @@
 
 namespace ffn_ops::cuda {
 
-// The pack that a thread works on in step u: its row, first column, and how many columns it has (0: none).
+// What a thread works on in its steps u = 0, 1, ...: rows, first columns, and how many columns there are (0: none).
 struct PackPlace {
   int64_t row, col;
   int n;
 };
 
-template <int kPack>
-FFN_FN PackPlace pack_place(const PackGrid& grid, int u, int64_t rows, int64_t cols) {
-  const uint32_t row_block = blockIdx.x / grid.col_blocks, col_block = blockIdx.x - row_block * grid.col_blocks;
-  const int64_t width = int64_t{1} << grid.shift, height = kPackThreads >> grid.shift;
-  int64_t row = row_block * height, col = col_block * width;
-  if (grid.along_cols) col = col * kUnroll + u * width;
-  else row = row * kUnroll + u * height;
-  row += threadIdx.x >> grid.shift;
-  col = (col + (threadIdx.x & (width - 1))) * kPack;
-  const int64_t left = row < rows ? cols - col : 0;
-  return {row, col, left < 0 ? 0 : left < kPack ? int(left) : kPack};
+template <int kPack, int kSteps>
+FFN_FN void pack_places(const PackGrid& grid, int64_t rows, int64_t cols, PackPlace (&at)[kSteps]) {
+  const uint32_t row_block = rows > 1 ? blockIdx.x / grid.col_blocks : 0;
+  const uint32_t col_block = blockIdx.x - row_block * grid.col_blocks;
+  const int width = 1 << grid.shift, height = kPackThreads >> grid.shift;
+  const int row_step = grid.along_cols ? 0 : height, col_step = grid.along_cols ? width * kPack : 0;
+  const int64_t row = int64_t(row_block) * (grid.along_cols ? height : height * kSteps) + (threadIdx.x >> grid.shift);
+  const int64_t col = int64_t(col_block) * (grid.along_cols ? width * kPack * kSteps : width * kPack) +
+                      (threadIdx.x & (width - 1)) * kPack;
+#pragma unroll
+  for (int u = 0; u < kSteps; ++u) {
+    at[u] = {row + u * row_step, col + u * col_step, 0};
+    const int64_t left = at[u].row < rows ? cols - at[u].col : 0;
+    at[u].n = left <= 0 ? 0 : left < kPack ? int(left) : kPack;
+  }
 }
 
-// The inputs of one pass at one element; absent ones are 0, an absent `up` is told by `gated`.
+// The inputs of a pass at one element. What is absent is 0, `up` 1.
 template <class V>
 struct GatedActPoint {
   V gate, up, d, dd_gate, dd_up, beta;
-  bool gated;
 };
 
 // Each pass: what it reads, as bits, and out[] at a point. As in cpu/kernels/act.h.
@@ -39,8 +42,7 @@ struct GatedActForward {
   static constexpr uint32_t kReads = 1 << kGate | 1 << kUp | 1 << kBiasGate | 1 << kBiasUp;
   template <class Act, class V>
   FFN_FN static void compute(const GatedActPoint<V>& p, V (&out)[3]) {
-    const V value = Act::fwd(p.gate, p.beta);
-    out[0] = p.gated ? value * p.up : value;
+    out[0] = Act::fwd(p.gate, p.beta) * p.up;
     out[1] = p.gate;
     out[2] = p.up;
   }
@@ -51,10 +53,9 @@ struct GatedActBackward {
   template <class Act, class V>
   FFN_FN static void compute(const GatedActPoint<V>& p, V (&out)[3]) {
     const auto act = Act::grad(p.gate, p.beta);
-    const V d_gate = p.d * act.slope;
-    out[0] = p.gated ? d_gate * p.up : d_gate;
+    out[0] = p.d * act.slope * p.up;
     out[1] = p.d * act.value;
-    out[2] = p.gated ? act.value * p.up : act.value;
+    out[2] = act.value * p.up;
   }
 };
 
@@ -63,75 +64,115 @@ struct GatedActDoubleBackward {
   template <class Act, class V>
   FFN_FN static void compute(const GatedActPoint<V>& p, V (&out)[3]) {
     const auto act = Act::grad2(p.gate, p.beta);
-    const V scaled = p.gated ? p.dd_gate * p.up : p.dd_gate;
+    const V scaled = p.dd_gate * p.up;
     out[0] = fma(scaled, act.slope, p.dd_up * act.value);
     out[1] = p.d * fma(scaled, act.curvature, p.dd_up * act.slope);
     out[2] = p.dd_gate * p.d * act.slope;
   }
 };
 
-// The columns of one pack: arithmetic on what was loaded, and the stores.
-template <class S, class Act, class Pass>
-FFN_FN void gated_act_pack(const GatedAct& g, const PackGrid& grid, const PackPlace& at,
-                           const Pack<S> (&in)[kGatedActInputs], bool kept) {
-  using V = Lane<ComputeOf<S>>;
+// N columns of every input, as they are stored.
+template <class S, int N>
+struct GatedActValues {
   using T = ComputeOf<S>;
-  constexpr int kPack = Pack<S>::kSize;
+  Elements<S, N> in[kGatedActInputs];
+  Elements<T, N> sum;
+  T weight;
+};
+
+template <class S, int N>
+FFN_FN Elements<S, N> ones() {
+  ComputeOf<S> values[N];
+#pragma unroll
+  for (int i = 0; i < N; ++i) values[i] = 1;
+  return Elements<S, N>::of(values);
+}
+
+template <class S, class Pass, bool kPlain, int N>
+FFN_FN GatedActValues<S, N> load_gated_act(const GatedAct& g, const PackPlace& at) {
+  using T = ComputeOf<S>;
+  GatedActValues<S, N> v{};
+  v.weight = 1;
+#pragma unroll
+  for (int i = 0; i < kGatedActInputs; ++i) {
+    if (!(Pass::kReads >> i & 1) || (kPlain && (i == kBiasGate || i == kBiasUp))) continue;
+    const Matrix m = gated_act_input(g, i);
+    if (m.data) v.in[i] = load_elements<N>(element<S>(m, at.row, at.col));
+    else if (i == kUp) v.in[i] = ones<S, N>();
+  }
+  if constexpr (!kPlain && __is_same(Pass, GatedActForward))
+    if (g.accumulate) v.sum = load_elements<N>(static_cast<const T*>(g.sum) + at.row * g.cols + at.col);
+  if constexpr (!kPlain && __is_same(Pass, GatedActBackward))
+    if (g.row_weight) v.weight = static_cast<const T*>(g.row_weight)[at.row];
+  return v;
+}
+
+// The arithmetic on what was loaded, and the stores; zeros where the row is not `kept`.
+template <class S, class Act, class Pass, bool kPlain, int N>
+FFN_FN void finish_gated_act(const GatedAct& g, const PackPlace& at, const GatedActValues<S, N>& v, bool kept) {
+  using T = ComputeOf<S>;
+  using V = Lane<T>;
   constexpr bool kForward = __is_same(Pass, GatedActForward);
-  const int64_t at_sum = at.row * g.cols + at.col;
-  Pack<T, kPack> sum{};
-  if (kForward && g.accumulate && kept)
-    sum = load_pack<kPack>(static_cast<const T*>(g.sum) + at_sum, 1, at.n, grid.vector >> kSumBit & 1);
-  const T weight =
-      __is_same(Pass, GatedActBackward) && g.row_weight && kept ? static_cast<const T*>(g.row_weight)[at.row] : T(1);
-  Pack<S> packs[3]{};
-  Pack<T, kPack> sums{};
-  if (kept) {
+  constexpr int kOuts = kPlain && kForward ? 1 : 3;
+  T results[3][N];
 #pragma unroll
-    for (int i = 0; i < kPack; ++i) {
-      V gate(in[kGate][i]), up(in[kUp][i]);
-      if ((Pass::kReads >> kBiasGate & 1) && g.bias_gate) gate = gate + V(in[kBiasGate][i]);
-      if ((Pass::kReads >> kBiasUp & 1) && g.bias_up) up = up + V(in[kBiasUp][i]);
-      const GatedActPoint<V> point{gate,         up,           in[kDOut][i],        in[kDdGate][i],
-                                   in[kDdUp][i], V(T(g.beta)), g.up.data != nullptr};
-      V out[3];
-      Pass::template compute<Act>(point, out);
-      if (kForward && g.accumulate) out[0] = V(sum[i]) + out[0];
-      if (__is_same(Pass, GatedActBackward)) out[2] = V(weight) * out[2];
-      if (kForward) sums.set(i, out[0].value);
-#pragma unroll
-      for (int j = 0; j < 3; ++j) packs[j].set(i, out[j].value);
+  for (int i = 0; i < N; ++i) {
+    GatedActPoint<V> point{v.in[kGate][i],   v.in[kUp][i],   v.in[kDOut][i],
+                           v.in[kDdGate][i], v.in[kDdUp][i], V(T(g.beta))};
+    if constexpr (!kPlain) {
+      if (g.bias_gate) point.gate = point.gate + V(v.in[kBiasGate][i]);
+      if (g.bias_up) point.up = point.up + V(v.in[kBiasUp][i]);
     }
+    V out[3];
+    Pass::template compute<Act>(point, out);
+    if constexpr (!kPlain && kForward)
+      if (g.accumulate) out[0] = V(v.sum[i]) + out[0];
+    if constexpr (!kPlain && __is_same(Pass, GatedActBackward)) out[2] = V(v.weight) * out[2];
+#pragma unroll
+    for (int j = 0; j < kOuts; ++j) results[j][i] = kPlain || kept ? out[j].value : T(0);
   }
 #pragma unroll
-  for (int j = 0; j < 3; ++j)
+  for (int j = 0; j < kOuts; ++j)
     if (g.out[j])
-      store_pack(static_cast<S*>(g.out[j]) + at.row * g.out_stride[j] + at.col, packs[j], at.n,
-                 grid.vector >> (kGatedActInputs + j) & 1);
-  if (kForward && g.sum) store_pack(static_cast<T*>(g.sum) + at_sum, sums, at.n, grid.vector >> kSumBit & 1);
+      store_elements(static_cast<S*>(g.out[j]) + at.row * g.out_stride[j] + at.col, Elements<S, N>::of(results[j]));
+  if constexpr (!kPlain && kForward)
+    if (g.sum) store_elements(static_cast<T*>(g.sum) + at.row * g.cols + at.col, Elements<T, N>::of(results[0]));
+}
+
+// All steps of a thread: first what they load, then the arithmetic. A part of a pack goes column by column.
+template <class S, class Act, class Pass, bool kPlain, int kPack, int kSteps>
+FFN_FN void gated_act_steps(const GatedAct& g, const PackGrid& grid) {
+  const int64_t rows_kept = !kPlain && g.kept ? *g.kept : g.rows;
+  PackPlace at[kSteps];
+  pack_places<kPack>(grid, g.rows, g.cols, at);
+  GatedActValues<S, kPack> values[kSteps];
+#pragma unroll
+  for (int u = 0; u < kSteps; ++u) {
+    values[u] = {};
+    if (at[u].n == kPack && at[u].row < rows_kept) values[u] = load_gated_act<S, Pass, kPlain, kPack>(g, at[u]);
+  }
+#pragma unroll
+  for (int u = 0; u < kSteps; ++u) {
+    const bool kept = at[u].row < rows_kept;
+    if (at[u].n == kPack) {
+      finish_gated_act<S, Act, Pass, kPlain>(g, at[u], values[u], kept);
+    } else if constexpr (kPack > 1) {
+#pragma unroll 1
+      for (PackPlace one = at[u]; one.n > 0; --one.n, ++one.col) {
+        GatedActValues<S, 1> single{};
+        if (kept) single = load_gated_act<S, Pass, kPlain, 1>(g, one);
+        finish_gated_act<S, Act, Pass, kPlain>(g, one, single, kept);
+      }
+    }
+  }
 }
 
 template <class S, class Act, class Pass>
-FFN_KERNEL_BOUNDS(kPackThreads, 2)
+FFN_KERNEL_BOUNDS(kPackThreads, sizeof(S) == 2 ? 3 : 2)
 __global__ void gated_act_kernel(GatedAct g, PackGrid grid) {
-  constexpr int kPack = Pack<S>::kSize;
-  const int64_t rows_kept = g.kept ? *g.kept : g.rows;
-  PackPlace at[kUnroll];
-  Pack<S> in[kUnroll][kGatedActInputs]{};
-#pragma unroll
-  for (int u = 0; u < kUnroll; ++u) {
-    at[u] = pack_place<kPack>(grid, u, g.rows, g.cols);
-    if (at[u].n == 0 || at[u].row >= rows_kept) continue;
-#pragma unroll
-    for (int i = 0; i < kGatedActInputs; ++i) {
-      const Matrix m = gated_act_input(g, i);
-      if ((Pass::kReads >> i & 1) && m.data)
-        in[u][i] = load_pack<kPack>(element<S>(m, at[u].row, at[u].col), m.col_stride, at[u].n, grid.vector >> i & 1);
-    }
-  }
-#pragma unroll
-  for (int u = 0; u < kUnroll; ++u)
-    if (at[u].n > 0) gated_act_pack<S, Act, Pass>(g, grid, at[u], in[u], at[u].row < rows_kept);
+  if (!grid.vector) gated_act_steps<S, Act, Pass, false, 1, kScalarSteps>(g, grid);
+  else if (grid.plain) gated_act_steps<S, Act, Pass, true, Pack<S>::kSize, kVectorSteps>(g, grid);
+  else gated_act_steps<S, Act, Pass, false, Pack<S>::kSize, kVectorSteps>(g, grid);
 }
 
 // ---- sums over rows -------------------------------------------------------------------------------------------------

@@ -12,18 +12,21 @@ constexpr bool aligned_16(const void* p) { return __builtin_bit_cast(uintptr_t, 
 
 // ---- rows of packs --------------------------------------------------------------------------------------------------
 
-// A block of 256 threads covers a rectangle of packs (of as many columns as 16 bytes hold): 2^shift threads along a
-// row, the others along rows, and each thread kUnroll packs that lie one rectangle apart, along columns or rows.
+// A pack is what a thread handles at once: the columns that 16 bytes hold, or one. A block of 256 threads covers a
+// rectangle of packs, 2^shift of them along a row, and each thread as many rectangles as it has steps, one after the
+// other along columns or rows.
 struct PackGrid {
   int64_t blocks = 0;
   int32_t shift = 0;
   bool along_cols = false;
+  bool plain = false;       // gated_act_kernel: none of the options
   uint32_t col_blocks = 1;  // of one row
-  uint32_t vector = 0;      // bit i: operand i is accessed 16 bytes at a time
+  uint32_t vector = 0;      // what is accessed 16 bytes at a time
 };
 
 constexpr int kPackThreads = 256;
-constexpr int kUnroll = 2;
+constexpr int kVectorSteps = 2;  // of a thread, where packs are of 16 bytes: at least 4 such loads are on their way
+constexpr int kScalarSteps = 4;  // where they are single columns
 
 constexpr int32_t ceil_log2(int64_t value, int32_t most) {
   int32_t bits = 0;
@@ -31,16 +34,15 @@ constexpr int32_t ceil_log2(int64_t value, int32_t most) {
   return bits;
 }
 
-// `narrow`: some operand is contiguous along rows, so that threads run along them, with just enough of them along
-// columns to fill a sector of the output.
-constexpr PackGrid pack_grid(int64_t rows, int64_t cols, int64_t pack, bool narrow) {
+// `most`: the largest shift.
+constexpr PackGrid pack_grid(int64_t rows, int64_t cols, int64_t pack, int64_t steps, int32_t most = 8) {
   PackGrid g;
   const int64_t packs = divide_up(cols, pack);
-  g.shift = ceil_log2(packs, narrow ? 1 : 8);
+  g.shift = ceil_log2(packs, most);
   const int64_t width = int64_t{1} << g.shift, height = kPackThreads / width;
   g.along_cols = packs > width;
-  const int64_t col_blocks = divide_up(packs, width * (g.along_cols ? kUnroll : 1));
-  const int64_t row_blocks = divide_up(rows, height * (g.along_cols ? 1 : kUnroll));
+  const int64_t col_blocks = divide_up(packs, width * (g.along_cols ? steps : 1));
+  const int64_t row_blocks = divide_up(rows, height * (g.along_cols ? 1 : steps));
   g.col_blocks = static_cast<uint32_t>(col_blocks);
   g.blocks = col_blocks * row_blocks;
   return g;
@@ -48,12 +50,11 @@ constexpr PackGrid pack_grid(int64_t rows, int64_t cols, int64_t pack, bool narr
 
 // Whether packs of a matrix of `size`-byte elements start at multiples of 16 bytes and lie densely.
 constexpr bool packs_are_aligned(const Matrix& m, int64_t rows, int64_t size) {
-  return m.data && m.col_stride == 1 && aligned_16(m.data) && (rows <= 1 || m.row_stride * size % 16 == 0);
+  return m.col_stride == 1 && aligned_16(m.data) && (rows <= 1 || m.row_stride * size % 16 == 0);
 }
 
-// What gated_act_kernel reads, as bits of PackGrid::vector; behind them its outputs and the sum.
+// What gated_act_kernel reads.
 enum GatedActInput : int { kGate, kUp, kBiasGate, kBiasUp, kDOut, kDdGate, kDdUp, kGatedActInputs };
-constexpr int kSumBit = kGatedActInputs + 3;
 
 constexpr Matrix gated_act_input(const GatedAct& g, int input) {
   switch (input) {
@@ -87,27 +88,29 @@ constexpr void flatten(GatedAct& g) {
   g.rows = 1;
 }
 
+// Vector access where every operand allows it. Else a thread takes single columns; where some operand is contiguous
+// along rows, blocks are squares of 16, so that it and the outputs are accessed by whole sectors.
 constexpr PackGrid gated_act_grid(const GatedAct& g) {
   const int64_t size = storage_size(g.dtype), wide = storage_size(arithmetic_dtype(g.dtype));
-  bool narrow = false;
-  uint32_t vector = 0;
+  bool vector = !g.sum || packs_are_aligned({g.sum, g.cols, 1}, g.rows, wide), by_rows = false;
   for (int i = 0; i < kGatedActInputs; ++i) {
     const Matrix m = gated_act_input(g, i);
-    narrow = narrow || (m.data && m.row_stride == 1 && m.col_stride > 1 && g.rows > 1);
-    vector |= uint32_t{packs_are_aligned(m, g.rows, size)} << i;
+    vector = vector && (!m.data || packs_are_aligned(m, g.rows, size));
+    by_rows = by_rows || (m.data && m.row_stride == 1 && m.col_stride > 1 && g.rows > 1);
   }
   for (int i = 0; i < 3; ++i)
-    vector |= uint32_t{packs_are_aligned({g.out[i], g.out_stride[i], 1}, g.rows, size)} << (kGatedActInputs + i);
-  vector |= uint32_t{packs_are_aligned({g.sum, g.cols, 1}, g.rows, wide)} << kSumBit;
-  PackGrid grid = pack_grid(g.rows, g.cols, 16 / size, narrow);
+    vector = vector && (!g.out[i] || packs_are_aligned({g.out[i], g.out_stride[i], 1}, g.rows, size));
+  PackGrid grid = vector ? pack_grid(g.rows, g.cols, 16 / size, kVectorSteps)
+                         : pack_grid(g.rows, g.cols, 1, kScalarSteps, by_rows ? 4 : 8);
   grid.vector = vector;
+  grid.plain = !g.kept && !g.bias_gate && !g.bias_up && !g.row_weight && !g.sum;
   return grid;
 }
 
 // Bit 0: in, bit 1: out.
 constexpr PackGrid move_rows_grid(const MoveRows& m, int64_t out_rows) {
   const int64_t size = storage_size(m.out_dtype);
-  PackGrid grid = pack_grid(out_rows, m.cols, 16 / size, false);
+  PackGrid grid = pack_grid(out_rows, m.cols, 16 / size, kVectorSteps);
   grid.vector = uint32_t{packs_are_aligned(m.in, 2, storage_size(m.in_dtype))} |
                 uint32_t{packs_are_aligned({m.out, m.out_stride, 1}, 2, size)} << 1;
   return grid;

@@ -16,12 +16,12 @@ __global__ void dispatch_rows_kernel(MoveRows m, PackGrid grid) {
   constexpr int kPack = Pack<To>::kSize;
   const int64_t kept = kept_rows(m.routes);
   const T* const weight = static_cast<const T*>(m.weight);
-  PackPlace at[kUnroll];
-  Pack<From, kPack> in[kUnroll]{};
-  T w[kUnroll];
+  PackPlace at[kVectorSteps];
+  pack_places<kPack>(grid, m.routes.rows, m.cols, at);
+  Pack<From, kPack> in[kVectorSteps]{};
+  T w[kVectorSteps];
 #pragma unroll
-  for (int u = 0; u < kUnroll; ++u) {
-    at[u] = pack_place<kPack>(grid, u, m.routes.rows, m.cols);
+  for (int u = 0; u < kVectorSteps; ++u) {
     w[u] = 1;
     if (at[u].n == 0 || at[u].row >= kept) continue;
     const int64_t t = m.routes.token[at[u].row];
@@ -30,12 +30,13 @@ __global__ void dispatch_rows_kernel(MoveRows m, PackGrid grid) {
     in[u] = load_pack<kPack>(element<From>(m.in, t, at[u].col), m.in.col_stride, at[u].n, grid.vector & 1);
   }
 #pragma unroll
-  for (int u = 0; u < kUnroll; ++u) {
+  for (int u = 0; u < kVectorSteps; ++u) {
     if (at[u].n == 0) continue;
-    Pack<To> out{};
+    T out[kPack];
 #pragma unroll
-    for (int i = 0; i < kPack; ++i) out.set(i, w[u] * in[u][i]);
-    store_pack(static_cast<To*>(m.out) + at[u].row * m.out_stride + at[u].col, out, at[u].n, grid.vector >> 1 & 1);
+    for (int i = 0; i < kPack; ++i) out[i] = w[u] * in[u][i];
+    store_pack(static_cast<To*>(m.out) + at[u].row * m.out_stride + at[u].col, Pack<To>::of(out), at[u].n,
+               grid.vector >> 1 & 1);
   }
 }
 
@@ -47,9 +48,10 @@ __global__ void combine_rows_kernel(MoveRows m, PackGrid grid) {
   constexpr int kPack = Pack<To>::kSize, kAtOnce = 4;
   const int64_t kept = kept_rows(m.routes);
   const T* const weight = static_cast<const T*>(m.weight);
-#pragma unroll 1
-  for (int u = 0; u < kUnroll; ++u) {
-    const PackPlace at = pack_place<kPack>(grid, u, m.routes.tokens, m.cols);
+  PackPlace places[kVectorSteps];
+  pack_places<kPack>(grid, m.routes.tokens, m.cols, places);
+#pragma unroll
+  for (const PackPlace& at : places) {
     if (at.n == 0) continue;
     const int64_t begin = held(m.routes.token_offsets[at.row], 0, m.routes.rows);
     const int64_t end = held(m.routes.token_offsets[at.row + 1], begin, m.routes.rows);
@@ -74,10 +76,10 @@ __global__ void combine_rows_kernel(MoveRows m, PackGrid grid) {
 #pragma unroll
           for (int i = 0; i < kPack; ++i) sum[i] = fma(Lane<T>(w[j]), Lane<T>(in[j][i]), sum[i]);
     }
-    Pack<To> out{};
+    T out[kPack];
 #pragma unroll
-    for (int i = 0; i < kPack; ++i) out.set(i, sum[i].value);
-    store_pack(static_cast<To*>(m.out) + at.row * m.out_stride + at.col, out, at.n, grid.vector >> 1 & 1);
+    for (int i = 0; i < kPack; ++i) out[i] = sum[i].value;
+    store_pack(static_cast<To*>(m.out) + at.row * m.out_stride + at.col, Pack<To>::of(out), at.n, grid.vector >> 1 & 1);
   }
 }
 

@@ -13,6 +13,29 @@ namespace ffn_ops::cuda {
 
 constexpr bool kHasFma = true;
 
+#ifdef __CUDA_ARCH__
+FFN_FN float approximate_reciprocal(float x) {  // 1 ULP, for 2^-126 <= |x| <= 2^126
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+#endif
+
+// a / b for 2^-100 <= |b| <= 2^100 and no overflow or underflow, which is what math.h has, or NaN: without the branch
+// to other cases that would keep elements from running side by side. Newton's step and one correction by the remainder
+// leave an error of half an ULP and a hair.
+FFN_FN float quotient(float a, float b) {
+#ifdef __CUDA_ARCH__
+  const float guess = approximate_reciprocal(b);
+  const float reciprocal = ::fmaf(::fmaf(-b, guess, 1.0f), guess, guess);
+  const float result = a * reciprocal;
+  return ::fmaf(::fmaf(-b, result, a), reciprocal, result);
+#else
+  return a / b;
+#endif
+}
+FFN_FN double quotient(double a, double b) { return a / b; }
+
 // As Vec<T> in cpu/isa/vec.h, with bool for a mask.
 template <class T>
 struct Lane {
@@ -29,7 +52,7 @@ struct Lane {
   FFN_FN friend Lane operator+(Lane a, Lane b) { return Lane(a.value + b.value); }
   FFN_FN friend Lane operator-(Lane a, Lane b) { return Lane(a.value - b.value); }
   FFN_FN friend Lane operator*(Lane a, Lane b) { return Lane(a.value * b.value); }
-  FFN_FN friend Lane operator/(Lane a, Lane b) { return Lane(a.value / b.value); }
+  FFN_FN friend Lane operator/(Lane a, Lane b) { return Lane(quotient(a.value, b.value)); }
   FFN_FN friend Lane operator-(Lane a) { return Lane(-a.value); }
   FFN_FN Lane& operator+=(Lane b) { return *this = *this + b; }
   FFN_FN Lane& operator-=(Lane b) { return *this = *this - b; }
@@ -129,6 +152,19 @@ FFN_FN S encode(ComputeOf<S> x) {
   return Codec<S>::encode(x);
 }
 
+// Two at once, the first one in the lower half.
+template <class S>
+FFN_FN uint32_t encode_pair(float first, float second) {
+#ifdef __CUDA_ARCH__
+  uint32_t pair;
+  if constexpr (__is_same(S, Half)) asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+  else asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+  return pair;
+#else
+  return encode<S>(first).bits | uint32_t(encode<S>(second).bits) << 16;
+#endif
+}
+
 // What one instruction moves.
 struct alignas(16) Words {
   uint32_t word[4];
@@ -159,14 +195,51 @@ struct Pack {
     } else if constexpr (sizeof(S) == 4) {
       words[i / 4].word[i % 4] = __builtin_bit_cast(uint32_t, value);
     } else {
-      const uint64_t bits = __builtin_bit_cast(uint64_t, value);
+      uint64_t bits = __builtin_bit_cast(uint64_t, value);  // not const: nvcc 13.0 would try it as a constant, and fail
       words[i / 2].word[i % 2 * 2] = uint32_t(bits);
       words[i / 2].word[i % 2 * 2 + 1] = uint32_t(bits >> 32);
     }
   }
   FFN_FN ComputeOf<S> operator[](int i) const { return decode(raw(i)); }
-  FFN_FN void set(int i, ComputeOf<S> value) { set_raw(i, encode<S>(value)); }
+  FFN_FN static Pack of(const ComputeOf<S> (&values)[N]) {
+    Pack pack{};
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      if constexpr (sizeof(S) > 2) pack.set_raw(i, encode<S>(values[i]));
+      else if (i % 2 == 0) pack.words[i / 8].word[i % 8 / 2] = encode_pair<S>(values[i], values[i + 1]);
+    }
+    return pack;
+  }
 };
+
+// One value, with the functions of a pack.
+template <class S>
+struct Single {
+  S value;
+  FFN_FN ComputeOf<S> operator[](int) const { return decode(value); }
+  FFN_FN static Single of(const ComputeOf<S> (&values)[1]) { return {encode<S>(values[0])}; }
+};
+
+template <class S, int N>
+struct ElementsType {
+  using Type = Pack<S, N>;
+};
+template <class S>
+struct ElementsType<S, 1> {
+  using Type = Single<S>;
+};
+// N values in registers: one, or whole packs.
+template <class S, int N>
+using Elements = typename ElementsType<S, N>::Type;
+
+template <int N, class S>
+FFN_FN Elements<S, N> load_elements(const S* from) {
+  return *reinterpret_cast<const Elements<S, N>*>(from);
+}
+template <class S, class E>
+FFN_FN void store_elements(S* to, const E& elements) {
+  *reinterpret_cast<E*>(to) = elements;
+}
 
 // The first n of N values that are `stride` apart; the others are zero and their memory is not touched. With `vector`
 // the address is a multiple of 16 and the stride 1: whole packs move 16 bytes at a time.

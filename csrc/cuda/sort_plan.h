@@ -111,7 +111,6 @@ constexpr void add_passes(SortPlan& plan, SortKey key, int bits, int64_t n, cons
     pass.n = n;
     pass.chunks = chunks_of(n);
     pass.from = from;
-    // The last of the others may not be what it reads from.
     pass.to = i + 1 == count ? to : from == spare[0] ? spare[1] : spare[0];
     from = pass.to;
     pass.counts = plan.counts;
@@ -154,7 +153,7 @@ constexpr SortPlan sort_plan(const Sort& s) {
   }
   int64_t* queued = nullptr;  // entries by weight
   if (by_weight) {
-    queued = spare[passes_for(weight_bits) % 2];
+    queued = spare[(passes_for(weight_bits) - 1) % 2];
     add_passes(plan, SortKey::kWeight, weight_bits, s.R, nullptr, queued, spare);
   }
   SortPass& counting = plan.pass[plan.passes];
@@ -186,7 +185,7 @@ constexpr SortPlan round_plan(const RoundTokens& r) {
   plan.scratch_bytes = carver.used();
   plan.clear[0] = {plan.flags, n};
   int64_t* const spare[2] = {plan.orders[0], plan.orders[1]};
-  int64_t* const scored = spare[passes_for(score_bits) % 2];
+  int64_t* const scored = spare[(passes_for(score_bits) - 1) % 2];
   add_passes(plan, SortKey::kScore, score_bits, n, nullptr, scored, spare);
   SortPass& choice = plan.pass[plan.passes];
   add_passes(plan, SortKey::kChoice, choice_bits, n, scored, nullptr, spare);
