@@ -8,7 +8,7 @@ KERNEL_FLAGS := -std=c++20 -ffp-contract=off -fno-math-errno -fno-trapping-math 
 SANITIZERS := -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined
 TMP := build/kernels
 
-.PHONY: build test lint bench sanitize aarch64 simt kernels format
+.PHONY: build test lint bench sanitize aarch64 simt cuda kernels format
 
 build:
 	$(PYTHON) -m pip install -e ".[compare,test,lint]"
