@@ -8,7 +8,7 @@ namespace ffn_ops::cuda {
 
 constexpr int kWarpSize = 32;
 
-constexpr bool aligned_16(const void* p) { return __builtin_bit_cast(uintptr_t, p) % 16 == 0; }
+inline bool aligned_16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 // ---- rows of packs --------------------------------------------------------------------------------------------------
 
@@ -49,7 +49,7 @@ constexpr PackGrid pack_grid(int64_t rows, int64_t cols, int64_t pack, int64_t s
 }
 
 // Whether packs of a matrix of `size`-byte elements start at multiples of 16 bytes and lie densely.
-constexpr bool packs_are_aligned(const Matrix& m, int64_t rows, int64_t size) {
+inline bool packs_are_aligned(const Matrix& m, int64_t rows, int64_t size) {
   return m.col_stride == 1 && aligned_16(m.data) && (rows <= 1 || m.row_stride * size % 16 == 0);
 }
 
@@ -76,7 +76,7 @@ constexpr Matrix gated_act_input(const GatedAct& g, int input) {
 }
 
 // One long row, where every operand's rows follow each other without a gap.
-constexpr void flatten(GatedAct& g) {
+inline void flatten(GatedAct& g) {
   if (g.kept || g.bias_gate || g.bias_up || g.row_weight) return;
   for (int i = 0; i < kGatedActInputs; ++i) {
     const Matrix m = gated_act_input(g, i);
@@ -90,7 +90,7 @@ constexpr void flatten(GatedAct& g) {
 
 // Vector access where every operand allows it. Else a thread takes single columns; where some operand is contiguous
 // along rows, blocks are squares of 16, so that it and the outputs are accessed by whole sectors.
-constexpr PackGrid gated_act_grid(const GatedAct& g) {
+inline PackGrid gated_act_grid(const GatedAct& g) {
   const int64_t size = storage_size(g.dtype), wide = storage_size(arithmetic_dtype(g.dtype));
   bool vector = !g.sum || packs_are_aligned({g.sum, g.cols, 1}, g.rows, wide), by_rows = false;
   for (int i = 0; i < kGatedActInputs; ++i) {
@@ -108,7 +108,7 @@ constexpr PackGrid gated_act_grid(const GatedAct& g) {
 }
 
 // Bit 0: in, bit 1: out.
-constexpr PackGrid move_rows_grid(const MoveRows& m, int64_t out_rows) {
+inline PackGrid move_rows_grid(const MoveRows& m, int64_t out_rows) {
   const int64_t size = storage_size(m.out_dtype);
   PackGrid grid = pack_grid(out_rows, m.cols, 16 / size, kVectorSteps);
   grid.vector = uint32_t{packs_are_aligned(m.in, 2, storage_size(m.in_dtype))} |
@@ -135,7 +135,7 @@ struct ColumnSumGrid {
   bool vector = false;
 };
 
-constexpr ColumnSumGrid column_sum_grid(const ColumnSum& s) {
+inline ColumnSumGrid column_sum_grid(const ColumnSum& s) {
   ColumnSumGrid g;
   const int64_t size = storage_size(s.dtype), width = kWarpSize * 16 / size;
   const int64_t col_blocks = divide_up(s.cols, width);
@@ -150,7 +150,7 @@ constexpr ColumnSumGrid column_sum_grid(const ColumnSum& s) {
 // One warp for each row.
 constexpr int64_t row_dots_blocks(const RowDots& d) { return divide_up(d.routes.rows, kPackThreads / kWarpSize); }
 // Bit 0: a, bit 1: b.
-constexpr uint32_t row_dots_vector(const RowDots& d) {
+inline uint32_t row_dots_vector(const RowDots& d) {
   const int64_t size = storage_size(d.dtype);
   return uint32_t{packs_are_aligned(d.a, 2, size)} | uint32_t{packs_are_aligned(d.b, 2, size)} << 1;
 }

@@ -84,14 +84,14 @@ constexpr int64_t chunks_of(int64_t n) { return n > 0 ? divide_up(n, kChunk) : 1
 // Hands out the scratch, or where it is null only counts.
 class Carver {
  public:
-  constexpr explicit Carver(void* memory) : memory_(static_cast<char*>(memory)) {}
+  explicit Carver(void* memory) : memory_(static_cast<char*>(memory)) {}
   template <class T>
-  constexpr T* take(int64_t count) {
+  T* take(int64_t count) {
     char* const at = memory_ ? memory_ + used_ : nullptr;
     used_ += divide_up(count * static_cast<int64_t>(sizeof(T)), 16) * 16;
     return static_cast<T*>(static_cast<void*>(at));
   }
-  constexpr int64_t used() const { return used_; }
+  int64_t used() const { return used_; }
 
  private:
   char* memory_;
@@ -100,8 +100,8 @@ class Carver {
 
 // Adds the passes by one key of n entries: from `from` (null: in their own order), by way of `spare`, to `to` (null:
 // the last pass finishes entries).
-constexpr void add_passes(SortPlan& plan, SortKey key, int bits, int64_t n, const int64_t* from, int64_t* to,
-                          int64_t* const (&spare)[2]) {
+inline void add_passes(SortPlan& plan, SortKey key, int bits, int64_t n, const int64_t* from, int64_t* to,
+                       int64_t* const (&spare)[2]) {
   const int count = passes_for(bits), each = digit_bits(bits);
   for (int i = 0; i < count; ++i) {
     SortPass& pass = plan.pass[plan.passes++];
@@ -119,11 +119,11 @@ constexpr void add_passes(SortPlan& plan, SortKey key, int bits, int64_t n, cons
   }
 }
 
-constexpr void add_scan(SortPass& pass, const ScanJob& job) { pass.scans.job[pass.scans.count++] = job; }
+inline void add_scan(SortPass& pass, const ScanJob& job) { pass.scans.job[pass.scans.count++] = job; }
 
 constexpr int64_t most_cells(int bits, int64_t n) { return (int64_t{1} << digit_bits(bits)) * chunks_of(n); }
 
-constexpr SortPlan sort_plan(const Sort& s) {
+inline SortPlan sort_plan(const Sort& s) {
   SortPlan plan;
   const int expert_bits = bit_width(s.E), token_bits = bit_width(s.T);
   const int weight_bits = static_cast<int>(8 * storage_size(s.weight_dtype));
@@ -169,7 +169,7 @@ constexpr SortPlan sort_plan(const Sort& s) {
   return plan;
 }
 
-constexpr SortPlan round_plan(const RoundTokens& r) {
+inline SortPlan round_plan(const RoundTokens& r) {
   SortPlan plan;
   const int choice_bits = bit_width(2 * r.E - 1), score_bits = static_cast<int>(8 * storage_size(r.dtype));
   const int64_t n = r.T * r.E;

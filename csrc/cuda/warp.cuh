@@ -6,6 +6,7 @@
 
 namespace ffn_ops::cuda {
 
+// `value`, held within what is allowed.
 FFN_FN int64_t held(int64_t value, int64_t least, int64_t most) {
   return value < least ? least : value > most ? most : value;
 }

@@ -1,5 +1,7 @@
 // elementwise.cuh and scalar.cuh on the host: one lane's mathematics against the C library, gated activation with its
 // derivatives in every dtype, activation, layout and option against plain formulas in double, sums over rows.
+#define FFN_FN inline  // not always: a hundred kernels compile in a fraction of the time
+
 #include "../../csrc/cuda/elementwise.cuh"
 
 #include <cmath>
