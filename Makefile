@@ -58,3 +58,11 @@ simt:
 	for t in $(SIMT_TESTS); do echo $$t; done | xargs -P 2 -I{} \
 	  $(CXX) $(KERNEL_FLAGS) -Werror $(SANITIZERS) -fno-omit-frame-pointer -DFFN_OPS_SIMT -o build/simt/{} tests/simt/{}.cpp
 	for t in $(SIMT_TESTS); do build/simt/$$t || exit 1; done
+
+# Compiles every CUDA source for each architecture (no GPU needed) and says how many registers each kernel takes.
+cuda:
+	rm -rf build/cuda build/temp*/csrc/cuda
+	mkdir -p build/cuda
+	FFN_OPS_CUDA=1 FFN_OPS_NVCCFLAGS=-Xptxas=-v $(PYTHON) setup.py build_ext --build-lib build/cuda > build/cuda/log 2>&1 || \
+	  { tail -n 40 build/cuda/log; exit 1; }
+	$(PYTHON) tests/cuda_registers.py build/cuda/log

@@ -58,9 +58,7 @@ def _refuse_cuda(reason: str) -> torch.library.Library:
             continue
 
         def refuse(*_: Any, name: str = name) -> Any:
-            raise RuntimeError(
-                f"{name}: there are no CUDA kernels in this installation of ffn_ops, the CUDA library {reason}"
-            )
+            raise RuntimeError(f"{name}: no CUDA kernels in this installation of ffn_ops. CUDA library: {reason}")
 
         library.impl(name.removeprefix("ffn_ops::"), refuse, "CUDA")
     return library

@@ -1,5 +1,5 @@
-"""The libraries as binaries: linked to torch's stable C interface and the C and C++ run-time libraries, nothing else. The
-CUDA library carries its own CUDA runtime, and needs neither a driver nor cuBLAS."""
+"""The libraries as binaries: linked to torch's stable C interface and the C and C++ run-time libraries, nothing else.
+The CUDA library carries its own CUDA runtime, and needs neither a driver nor cuBLAS."""
 
 from __future__ import annotations
 

@@ -15,13 +15,14 @@ from typing import Any
 import pytest
 import torch
 from routes import ROUTERS
+from test_torch_integration import CALLS
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
 
 import ffn_ops
 from ffn_ops._library import CUDA_ABSENT, CUDA_LIBRARY, cuda_build
 
-ROOT = Path(__file__).parent.parent
 OPERATORS = sorted(
     name
     for name in torch._C._dispatch_get_all_op_names()
@@ -60,26 +61,51 @@ def test_every_operator_has_a_kernel() -> None:
     assert [name for name in OPERATORS if not has(name, "CPU")] == []
 
 
-def python(code: str, **environment: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, check=False
-    )
+def python(code: str, folder: Path) -> str:
+    """In a folder whose package comes before the installed one."""
+    environment = {**os.environ, "PYTHONPATH": str(folder)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
+SETUP = Path(__file__).parent.parent / "setup.py"
+
+
+@pytest.mark.skipif(not SETUP.exists(), reason="the sources are not there")
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"FFN_OPS_CUDA": "yes"}, "FFN_OPS_CUDA: expected 1, 0 or nothing, got 'yes'"),
+        ({"FFN_OPS_CUDA": "1", "CUDA_HOME": "/nowhere"}, "FFN_OPS_CUDA=1, but "),
+        ({"FFN_OPS_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "9;8"}, "TORCH_CUDA_ARCH_LIST: expected|FFN_OPS_CUDA=1, but"),
+    ],
+)  # fmt: skip
+def test_builds_that_cannot_be(environment: dict[str, str], message: str) -> None:
+    done = subprocess.run(
+        [sys.executable, str(SETUP), "--name"], cwd=SETUP.parent, env={**os.environ, **environment},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode != 0 and re.search(f"ffn_ops cannot be built: ({message})", done.stderr), done.stderr
+
+
+def copied_package(folder: Path) -> Path:
+    package = folder / "ffn_ops"
+    shutil.copytree(Path(ffn_ops.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    return package
+
+
 def test_who_calls_it_without_a_library_is_told_why(tmp_path: Path) -> None:
     """The package as it is built without CUDA: the CPU works, and calls on a GPU name the reason."""
-    shutil.copytree(ROOT / "ffn_ops" if (ROOT / "ffn_ops").exists() else Path(ffn_ops.__file__).parent,
-                    tmp_path / "ffn_ops", ignore=shutil.ignore_patterns("*cuda*", "__pycache__"))  # fmt: skip
-    shutil.copy(Path(ffn_ops.__file__).with_name("libffn_ops_cpu.so"), tmp_path / "ffn_ops")
-    (tmp_path / "ffn_ops" / "cuda_build.json").write_text(json.dumps({"reason": "no CUDA toolkit found"}))
+    package = copied_package(tmp_path)
+    (package / "libffn_ops_cuda.so").unlink(missing_ok=True)
+    (package / "cuda_build.json").write_text(json.dumps({"reason": "no CUDA toolkit found"}))
     code = """
 import torch, ffn_ops
 assert ffn_ops.info()["cuda"] == "not built: no CUDA toolkit found", ffn_ops.info()
 assert ffn_ops.gated_act(torch.ones(3)).shape == (3,)
-x = torch.ones(2, 3)
-for op, args in (("gated_act", (x, None, "silu", 1.0)), ("ffn", (x, x, None, x.t(), None, None, None, False, "silu", 1.0, True))):
+x, none, act = torch.ones(2, 3), (None, None, None), ("silu", 1.0)
+for op, args in (("gated_act", (x, None, *act)), ("ffn", (x, x, None, x.t(), *none, False, *act, True))):
     overload = getattr(torch.ops.ffn_ops, op).default
     try:
         overload.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), *args)
@@ -88,80 +114,60 @@ for op, args in (("gated_act", (x, None, "silu", 1.0)), ("ffn", (x, x, None, x.t
     else:
         raise AssertionError(op)
 """
-    python(code, PYTHONPATH=str(tmp_path))
+    python(code, tmp_path)
 
 
 @needs_library
 def test_a_library_that_does_not_load_leaves_the_cpu_alone(tmp_path: Path) -> None:
-    package = tmp_path / "ffn_ops"
-    shutil.copytree(Path(ffn_ops.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
-    (package / "libffn_ops_cuda.so").write_bytes(b"no library")
+    (copied_package(tmp_path) / "libffn_ops_cuda.so").write_bytes(b"no library")
     code = """
 import torch, ffn_ops
 assert "does not load on torch" in ffn_ops.info()["cuda"], ffn_ops.info()
 assert ffn_ops.gated_act(torch.ones(3)).shape == (3,)
 """
-    python(code, PYTHONPATH=str(tmp_path))
+    python(code, tmp_path)
 
 
 @needs_library
 @no_gpu
-def test_loading_asks_for_no_driver() -> None:
-    code = "import ffn_ops; print(sorted(l.split('/')[-1] for l in open('/proc/self/maps') if 'libcuda.so' in l))"
-    assert python(code).strip() == "[]"
+def test_loading_asks_for_no_driver(tmp_path: Path) -> None:
+    copied_package(tmp_path)
+    code = "import ffn_ops; print([line for line in open('/proc/self/maps') if 'libcuda.so' in line])"
+    assert python(code, tmp_path).strip() == "[]"
 
 
-# ---- shapes ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", CALLS)
+def test_fakes_on_a_gpu(name: str) -> None:
+    """What compilers see of each operator, forward and backward: as on the CPU, and everything on the GPU."""
+    op, args = CALLS[name]
 
+    def results(result: Any) -> list[Tensor]:
+        return [result] if isinstance(result, Tensor) else list(result)
 
-def flatten(result: Any) -> list[Tensor]:
-    return [result] if isinstance(result, Tensor) else [t for t in result if isinstance(t, Tensor)]
-
-
-def same_on_a_fake_gpu(make: Any, call: Any) -> None:
-    """`call(*make())`, with its gradients: shapes, dtypes and strides as on the CPU, everything on the GPU."""
-
-    def run(tensors: list[Tensor]) -> list[Tensor]:
-        out = flatten(call(*tensors))
-        wanted = [t for t in tensors if t.requires_grad]
-        total = sum(t.sum() for t in out if t.requires_grad)
-        return out + list(torch.autograd.grad(total, wanted, allow_unused=True)) if wanted else out  # type: ignore[arg-type]
-
-    expected = run(make())
-    with FakeTensorMode() as mode:
-        tensors = [mode.from_tensor(t).to("cuda").detach().requires_grad_(t.requires_grad) for t in make()]
-        actual = run(tensors)
+    with torch.no_grad():
+        expected = results(op(*args))
+        with FakeTensorMode() as mode:
+            fakes = pytree.tree_map_only(Tensor, lambda t: mode.from_tensor(t).to("cuda"), args)
+            actual = results(op(*fakes))
     for e, a in zip(expected, actual, strict=True):
-        assert (e is None) == (a is None)
-        if e is not None:
-            assert a.device.type == "cuda" and (a.shape, a.dtype, a.stride()) == (e.shape, e.dtype, e.stride())
-
-
-def weights(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    return [torch.randn(shape, dtype=dtype).requires_grad_() for shape in shapes]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("recompute", [False, True])
-def test_dense_layers_on_a_fake_gpu(dtype: torch.dtype, recompute: bool) -> None:
-    shapes = ((2, 3, 4), (6, 4), (5, 6), (6, 4), (6,), (6,), (5,))
-
-    def ffn(x: Any, w_in: Any, w_down: Any, w_up: Any, b_in: Any, b_up: Any, b_down: Any) -> Tensor:
-        return ffn_ops.ffn(x, w_in, w_down, w_up=w_up, b_in=b_in, b_up=b_up, b_down=b_down, recompute=recompute)
-
-    same_on_a_fake_gpu(lambda: weights(*shapes, dtype=dtype), ffn)
-    same_on_a_fake_gpu(lambda: weights((3, 4), (6, 4), (6, 4), dtype=dtype), ffn_ops.gated_linear)
-    same_on_a_fake_gpu(lambda: weights((3, 4), (3, 4), dtype=dtype), ffn_ops.gated_act)
+        assert a.device.type == "cuda" and (a.shape, a.dtype, a.stride()) == (e.shape, e.dtype, e.stride())
 
 
 @pytest.mark.parametrize("name", ROUTERS)
 def test_routers_and_mixtures_on_a_fake_gpu(name: str) -> None:
-    def mixture(logits: Tensor, x: Tensor, w_in: Tensor, w_down: Tensor) -> Any:
-        routing = ROUTERS[name](logits)
-        rows = ffn_ops.moe_dispatch(x, routing)
-        return ffn_ops.moe(x, routing, w_in, w_down, gated=True), ffn_ops.moe_combine(rows, routing), *routing
+    """No step of a router falls back to the CPU or asks what is in a tensor."""
 
-    same_on_a_fake_gpu(lambda: weights((12, 4), (12, 3), (4, 10, 3), (4, 3, 5)), mixture)
+    def mixture() -> list[Tensor]:
+        logits, x, w_in, w_down = (torch.ones(s) for s in ((12, 4), (12, 3), (4, 10, 3), (4, 3, 5)))
+        routing = ROUTERS[name](logits)
+        y = ffn_ops.moe(x, routing, w_in, w_down, gated=True)
+        return [y, ffn_ops.moe_combine(ffn_ops.moe_dispatch(x, routing), routing), *routing, *routing.statistics()]
+
+    expected = mixture()
+    with FakeTensorMode(), torch.device("cuda"):
+        actual = mixture()
+    for e, a in zip(expected, actual, strict=True):
+        assert a.device.type == "cuda" and (a.shape, a.dtype) == (e.shape, e.dtype)
 
 
 def test_devices_that_differ_are_named() -> None:
@@ -169,7 +175,7 @@ def test_devices_that_differ_are_named() -> None:
         x, w = torch.ones(3, 4), torch.ones(6, 4, device="cuda")
         with pytest.raises(ValueError, match="w_in: expected device cpu as x has, got cuda:0"):
             ffn_ops.ffn(x, w, torch.ones(4, 6))
-        with pytest.raises(ValueError, match="routing.token: expected device cuda:0 as x has, got cpu"):
+        with pytest.raises(ValueError, match=r"routing\.token: expected device cuda:0 as x has, got cpu"):
             routing = ffn_ops.routing.top_k(torch.ones(3, 2), 1)
             ffn_ops.moe(x.to("cuda"), routing, torch.ones(2, 6, 4, device="cuda"), torch.ones(2, 4, 6, device="cuda"))
 

@@ -40,9 +40,11 @@ def hash(
             raise TypeError(f"{name}: expected an integer dtype, got {value.dtype}")
     if table.dim() != 1:
         raise ValueError(f"table: expected shape [vocabulary], got {list(table.shape)}")
+    check.device("table", table, token_ids, "token_ids")
     ids = table.long()[token_ids.reshape(-1).long()].unsqueeze(1)
     if logits is None:
         return Routing.from_topk(ids, torch.ones_like(ids, dtype=torch.float32), num_experts, mask=mask)
     z = wide(fold_logits(logits))
     check.tensor("logits", z, (ids.shape[0], num_experts))
+    check.device("logits", z, token_ids, "token_ids")
     return Routing.from_topk(ids, torch.softmax(z, 1).gather(1, ids), num_experts, mask=mask)
