@@ -75,9 +75,9 @@ constexpr Matrix gated_act_input(const GatedAct& g, int input) {
   }
 }
 
-// One long row, where every operand's rows follow each other without a gap.
+// One long row, where every operand's rows follow each other without a gap; those of a bias never do.
 inline void flatten(GatedAct& g) {
-  if (g.kept || g.bias_gate || g.bias_up || g.row_weight) return;
+  if (g.kept || g.row_weight) return;
   for (int i = 0; i < kGatedActInputs; ++i) {
     const Matrix m = gated_act_input(g, i);
     if (m.data && (m.col_stride != 1 || m.row_stride != g.cols)) return;

@@ -40,7 +40,8 @@ void test_math() {
     long double (*exact)(long double);
     double bound;
   };
-  const Function functions[] = {  // bounds as in tests/cpp/vector_sweep.h
+  const Function functions[] = {
+      // bounds as in tests/cpp/vector_sweep.h
       {"exp", [](T x) { return exp(V(x)).value; }, [](long double x) { return std::exp(x); }, 1},
       {"tanh", [](T x) { return tanh(V(x)).value; }, [](long double x) { return std::tanh(x); }, 1},
       {"erf", [](T x) { return erf(V(x)).value; }, [](long double x) { return std::erf(x); }, 2},
