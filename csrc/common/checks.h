@@ -39,16 +39,23 @@ inline DType storage_dtype(const Tensor& t, const char* name) {
   }
 }
 
+// Of a tensor on a GPU. By the C interface, as the name of torch::stable's own function changes with its version.
+inline int32_t gpu_index(const Tensor& t) {
+  int32_t index = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &index));
+  return index;
+}
+
 // Where all tensors of a call live: a GPU, or the CPU.
 struct Place {
   int32_t gpu = -1;
-  bool holds(const Tensor& t) const { return gpu < 0 ? t.is_cpu() : t.is_cuda() && t.get_device_index() == gpu; }
+  bool holds(const Tensor& t) const { return gpu < 0 ? t.is_cpu() : t.is_cuda() && gpu_index(t) == gpu; }
   std::string text() const { return gpu < 0 ? "the CPU" : "cuda:" + std::to_string(gpu); }
 };
 
 inline std::string place_text(const Tensor& t) {
   if (t.is_cpu()) return "the CPU";
-  return t.is_cuda() ? "cuda:" + std::to_string(t.get_device_index()) : "another device";
+  return t.is_cuda() ? "cuda:" + std::to_string(gpu_index(t)) : "another device";
 }
 
 // A defined, strided tensor of the place and dtype of the call with these extents (-1: any).

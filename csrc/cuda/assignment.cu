@@ -18,7 +18,7 @@ Tensor balanced_assignment(const Tensor& scores, MaybeTensor mask) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   check_cuda(cudaStreamIsCapturing(call.stream(), &status), "cudaStreamIsCapturing");
   STD_TORCH_CHECK(status == cudaStreamCaptureStatusNone,
-                  "balanced_assignment: a CUDA graph cannot hold it, as it is solved on the CPU. Assign outside of the "
+                  "balanced_assignment: a CUDA graph cannot capture it, as the CPU solves it. Assign outside of the "
                   "graph, or with training=False.");
   MaybeTensor cpu_mask;
   if (mask) cpu_mask = on_cpu(*mask);

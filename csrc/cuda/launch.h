@@ -25,7 +25,7 @@ inline void check_cuda(cudaError_t error, const char* what) {
 
 inline int32_t gpu_of(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.defined() && t.is_cuda(), name, ": expected a tensor on a CUDA device, got one on ", place_text(t));
-  return t.get_device_index();
+  return gpu_index(t);
 }
 
 class Call {
