@@ -39,7 +39,7 @@ inline DType storage_dtype(const Tensor& t, const char* name) {
   }
 }
 
-// Of a tensor on a GPU. By the C interface, as the name of torch::stable's own function changes with its version.
+// Of a tensor on a GPU; by the C interface, which is the same in every torch.
 inline int32_t gpu_index(const Tensor& t) {
   int32_t index = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &index));
