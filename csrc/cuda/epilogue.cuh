@@ -19,7 +19,7 @@ struct FinishedTile {
   int64_t row, rows, col, expert;
 };
 
-// A thread's place: `count` of its columns exist, none if its row does not. `index` is that of its row's weight.
+// A thread's place, in the tile and in the output: `count` of its columns exist, none if its row does not.
 struct QuadPlace {
   int in_row, in_col;
   int64_t row, col;
@@ -36,17 +36,22 @@ FFN_FN bool whole_quad(const S* p, int count) {
   return count == kQuad && reinterpret_cast<uintptr_t>(p) % alignof(QuadOf<S>) == 0;
 }
 
-// p null: zeros, as for the columns that do not exist.
+// The columns that do not exist are zero, and their memory is not touched.
+template <class S>
+FFN_FN QuadOf<S> read_quad(const S* p, int count) {
+  if (whole_quad(p, count)) return *reinterpret_cast<const QuadOf<S>*>(p);
+  QuadOf<S> quad{};
+#pragma unroll
+  for (int i = 0; i < kQuad; ++i)
+    if (i < count) quad.elements[i] = p[i];
+  return quad;
+}
+
 template <class S>
 FFN_FN void load_quad(const S* p, int count, ComputeOf<S> (&values)[kQuad]) {
-  if (whole_quad(p, count) && p) {
-    const QuadOf<S> quad = *reinterpret_cast<const QuadOf<S>*>(p);
+  const QuadOf<S> quad = read_quad(p, count);
 #pragma unroll
-    for (int i = 0; i < kQuad; ++i) values[i] = decode(quad.elements[i]);
-  } else {
-#pragma unroll
-    for (int i = 0; i < kQuad; ++i) values[i] = p && i < count ? decode(p[i]) : 0;
-  }
+  for (int i = 0; i < kQuad; ++i) values[i] = decode(quad.elements[i]);
 }
 
 template <class S>
@@ -89,21 +94,32 @@ FFN_FN void add_bias(const void* bias, int64_t expert, int64_t stride, const Qua
   add_quad(values, quad);
 }
 
-// Calls f(quad) for each of the thread's quads among `rows` rows of `cols` columns. All lanes of a warp make the same
-// calls, as `rows` is a multiple of 32 / (cols / 4).
+// Calls f(quad) for each of the thread's quads among `rows` rows of `cols` columns, which are below each other. All
+// lanes of a warp make the same calls, as `rows` is a multiple of the rows that a warp takes at once.
+template <class T>
+class Quads {
+ public:
+  FFN_FN Quads(const FinishedTile<T>& t, int cols, int64_t N)
+      : t_(t), step_(kGemmThreads / (cols / kQuad)), in_col_(int(threadIdx.x) % (cols / kQuad) * kQuad) {
+    const int64_t left = N - t.col - in_col_;
+    count_ = left < 0 ? 0 : left < kQuad ? int(left) : kQuad;
+    first_ = int(threadIdx.x) / (cols / kQuad);
+  }
+  FFN_FN int first() const { return first_; }
+  FFN_FN int step() const { return step_; }
+  FFN_FN QuadPlace at(int row) const {
+    return {row, in_col_, t_.row + row, t_.col + in_col_, row < t_.rows ? count_ : 0};
+  }
+
+ private:
+  const FinishedTile<T>& t_;
+  int step_, in_col_, first_, count_;
+};
+
 template <class T, class F>
 FFN_FN void for_each_quad(const FinishedTile<T>& t, int rows, int cols, int64_t N, const F& f) {
-  const int in_row = cols / kQuad;
-  for (int i = threadIdx.x; i < rows * in_row; i += kGemmThreads) {
-    QuadPlace q;
-    q.in_row = i / in_row;
-    q.in_col = i % in_row * kQuad;
-    q.row = t.row + q.in_row;
-    q.col = t.col + q.in_col;
-    const int64_t left = q.in_row < t.rows ? N - q.col : 0;
-    q.count = left < 0 ? 0 : left < kQuad ? int(left) : kQuad;
-    f(q);
-  }
+  const Quads<T> quads(t, cols, N);
+  for (int row = quads.first(); row < rows; row += quads.step()) f(quads.at(row));
 }
 
 template <class T>
@@ -160,13 +176,26 @@ FFN_FN void finish_activate_grad(const GroupedGemm& g, const FinishedTile<Comput
   using T = ComputeOf<S>;
   const Epilogue& e = g.epilogue;
   const Lane<T> beta(static_cast<T>(e.beta));
-  for_each_quad(t, rows, t.cols, g.N, [&](const QuadPlace& q) {
+  const Quads<T> quads(t, t.cols, g.N);
+  const auto saved = [&](void* matrix, const QuadPlace& q) {
+    return matrix && q.count > 0 ? read_quad(quad_at<S>(matrix, q.row, e.pre_stride, q.col), q.count) : QuadOf<S>{};
+  };
+  // Gate and up are read one row ahead: else every row would wait for memory.
+  QuadOf<S> next_gate = saved(e.gate, quads.at(quads.first())), next_up = saved(e.up, quads.at(quads.first()));
+  for (int row = quads.first(); row < rows; row += quads.step()) {
+    const QuadPlace q = quads.at(row);
+    const QuadOf<S> gate_quad = next_gate, up_quad = next_up;
+    next_gate = saved(e.gate, quads.at(row + quads.step()));
+    next_up = saved(e.up, quads.at(row + quads.step()));
     T d[kQuad], value[kQuad], slope[kQuad], up[kQuad];
     T dot = 0;
     if (q.count > 0) {
       tile_quad(t, q, q.in_col, d);
-      load_quad(quad_at<S>(e.gate, q.row, e.pre_stride, q.col), q.count, value);
-      if (e.up) load_quad(quad_at<S>(e.up, q.row, e.pre_stride, q.col), q.count, up);
+#pragma unroll
+      for (int i = 0; i < kQuad; ++i) {
+        value[i] = decode(gate_quad.elements[i]);
+        up[i] = decode(up_quad.elements[i]);
+      }
       dispatch_activation(e.activation, [&](auto tag) {
 #pragma unroll
         for (int i = 0; i < kQuad; ++i) {
@@ -191,12 +220,12 @@ FFN_FN void finish_activate_grad(const GroupedGemm& g, const FinishedTile<Comput
       if (e.up) store_at<S>(e.out_up, q, e.out_stride, d_up);
       store_at<S>(e.h, q, e.pre_stride, d);
     }
-    if (!e.row_dots) return;
+    if (!e.row_dots) continue;
     const int lanes = t.cols / kQuad;  // of a row
     for (int by = lanes / 2; by > 0; by /= 2) dot = dot + __shfl_xor_sync(0xffffffffu, dot, by);
     if (q.in_col == 0 && q.in_row < t.rows)
       static_cast<T*>(e.row_dots)[q.row * e.row_dots_stride + t.col / t.cols] = dot;
-  });
+  }
 }
 
 // `rows` rows of the tile's memory, of which t.rows exist.

@@ -86,14 +86,11 @@ inline bool takes_tall_tiles(const GroupedGemm& g) {
   return rows >= gemm_grid::tall_rows(g.dtype) && gemm_grid::output_tiles(g, true) >= gemm_grid::kTallBlocks;
 }
 
-// Bytes of shared memory: the stages of the pipeline, and after them the finished tile in the same place. Tensor cores'
-// tiles are finished half by half.
+// Bytes of shared memory: the stages of the pipeline, and after them the finished tile in the same place.
 constexpr int64_t gemm_shared_bytes(DType dtype, bool tall) {
   const GemmTile tile = gemm_tile(dtype, tall);
-  const bool halves = storage_size(dtype) == 2;
   const int64_t stages = kGemmStages * int64_t{tile.rows + tile.cols} * 64;
-  const int64_t finished =
-      int64_t{halves ? tile.rows / 2 : tile.rows} * (tile.cols + kTilePadding) * storage_size(arithmetic_dtype(dtype));
+  const int64_t finished = int64_t{tile.rows} * (tile.cols + kTilePadding) * storage_size(arithmetic_dtype(dtype));
   return stages > finished ? stages : finished;
 }
 

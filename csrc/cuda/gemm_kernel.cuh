@@ -32,7 +32,7 @@ struct GemmInstance {
   using LoaderB = TileLoader<S, BLOCK_N, BLOCK_K, kBAlongK, kVector>;
   static constexpr int kStageBytes = LoaderA::Tile::kBytes + LoaderB::Tile::kBytes;
   static_assert(kGemmStages * kStageBytes <= gemm_shared_bytes(Codec<S>::kDType, kTall));
-  static_assert(Core::kPartRows * (BLOCK_N + kTilePadding) * int(sizeof(typename Core::Scalar)) <=
+  static_assert(BLOCK_M * (BLOCK_N + kTilePadding) * int(sizeof(typename Core::Scalar)) <=
                 gemm_shared_bytes(Codec<S>::kDType, kTall));
 };
 
@@ -91,7 +91,7 @@ FFN_FN void run_stages(const GroupedGemm& job, const TilePlace& place, typename 
   cp_async_wait<0>();
 }
 
-// Dynamic shared memory: the stages; after them, in the same place, parts of the finished tile.
+// Dynamic shared memory: the stages; after them, in the same place, the finished tile.
 template <class I>
 __global__ void FFN_KERNEL_BOUNDS(kGemmThreads, 2)
     grouped_gemm_kernel(GroupedGemm job, GemmPlan plan, const RowTile* table) {
@@ -116,16 +116,10 @@ __global__ void FFN_KERNEL_BOUNDS(kGemmThreads, 2)
 
   typename I::Core core;
   run_stages<I>(job, place, core);
-  using Core = typename I::Core;
-#pragma unroll
-  for (int part = 0; part < Core::kParts; ++part) {
-    __syncthreads();  // the memory is no longer read: as stages, or as the part before
-    core.hand_over(part, reinterpret_cast<T*>(dynamic_shared()), tile.stride);
-    __syncthreads();
-    finish_tile<S>(job, tile, Core::kPartRows);
-    tile.row += Core::kPartRows;
-    tile.rows -= Core::kPartRows;
-  }
+  __syncthreads();  // the stages are no longer read
+  core.hand_over(reinterpret_cast<T*>(dynamic_shared()), tile.stride);
+  __syncthreads();
+  finish_tile<S>(job, tile, I::BLOCK_M);
 }
 
 // Calls f(Tag<GemmInstance>{}) for the instance that does `plan`.

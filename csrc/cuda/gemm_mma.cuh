@@ -13,9 +13,6 @@ class MmaCore {
   using Scalar = float;
   using TileA = SharedTile<S, BLOCK_M, BLOCK_K, kAAlongK>;
   using TileB = SharedTile<S, BLOCK_N, BLOCK_K, kBAlongK>;
-  // The warps of one half of the rows hand over their accumulators at a time.
-  static constexpr int kParts = 2;
-  static constexpr int kPartRows = BLOCK_M / kParts;
 
   FFN_FN MmaCore() {
 #pragma unroll
@@ -32,7 +29,7 @@ class MmaCore {
     for (int k = 0; k < BLOCK_K; k += 16) {
       uint32_t rA[kTilesM][4], rB[kTilesN / 2][4];
 #pragma unroll
-      for (int i = 0; i < kTilesM; ++i) load_a(rA[i], a, warp_m() * kPartRows + i * 16, k);
+      for (int i = 0; i < kTilesM; ++i) load_a(rA[i], a, warp_m() * kWarpRows + i * 16, k);
 #pragma unroll
       for (int j = 0; j < kTilesN / 2; ++j) load_b(rB[j], b, warp_n() * kWarpCols + j * 16, k);
 #pragma unroll
@@ -45,13 +42,11 @@ class MmaCore {
     }
   }
 
-  // Rows [part · kPartRows, ..) into `tile`.
-  FFN_FN void hand_over(int part, float* tile, int stride) const {
-    if (warp_m() != part) return;
+  FFN_FN void hand_over(float* tile, int stride) const {
     struct alignas(8) Two {
       float values[2];
     };
-    const int row = lane() / 4, col = warp_n() * kWarpCols + lane() % 4 * 2;
+    const int row = warp_m() * kWarpRows + lane() / 4, col = warp_n() * kWarpCols + lane() % 4 * 2;
 #pragma unroll
     for (int i = 0; i < kTilesM; ++i)
 #pragma unroll
@@ -63,11 +58,12 @@ class MmaCore {
   }
 
  private:
-  static constexpr int kWarpsN = 4;
+  static constexpr int kWarpsM = 2, kWarpsN = 4;
+  static constexpr int kWarpRows = BLOCK_M / kWarpsM;
   static constexpr int kWarpCols = BLOCK_N / kWarpsN;
-  static constexpr int kTilesM = kPartRows / 16;
+  static constexpr int kTilesM = kWarpRows / 16;
   static constexpr int kTilesN = kWarpCols / 8;
-  static_assert(kGemmThreads == 32 * kParts * kWarpsN && kTilesN % 2 == 0 && kPartRows % 16 == 0);
+  static_assert(kGemmThreads == 32 * kWarpsM * kWarpsN && kTilesN % 2 == 0 && kWarpRows % 16 == 0);
 
   static FFN_FN int lane() { return int(threadIdx.x) % 32; }
   static FFN_FN int warp_m() { return int(threadIdx.x) / 32 / kWarpsN; }

@@ -14,8 +14,6 @@ class TiledCore {
   using Scalar = T;
   using TileA = SharedTile<T, BLOCK_M, BLOCK_K, kAAlongK>;
   using TileB = SharedTile<T, BLOCK_N, BLOCK_K, kBAlongK>;
-  static constexpr int kParts = 1;
-  static constexpr int kPartRows = BLOCK_M;
 
   FFN_FN TiledCore() {
 #pragma unroll
@@ -41,7 +39,7 @@ class TiledCore {
     }
   }
 
-  FFN_FN void hand_over(int, T* tile, int stride) const {
+  FFN_FN void hand_over(T* tile, int stride) const {
 #pragma unroll
     for (int i = 0; i < kRows; ++i)
 #pragma unroll
