@@ -107,9 +107,10 @@ FFN_FN GatedActValues<S, N> load_gated_act(const GatedAct& g, const PackPlace& a
   return v;
 }
 
-// The arithmetic on what was loaded, and the stores; zeros where the row is not `kept`.
+// The arithmetic on what was loaded, and the stores. Where nothing was loaded all is 0, `up` too, and so are the
+// results.
 template <class S, class Act, class Pass, bool kPlain, int N>
-FFN_FN void finish_gated_act(const GatedAct& g, const PackPlace& at, const GatedActValues<S, N>& v, bool kept) {
+FFN_FN void finish_gated_act(const GatedAct& g, const PackPlace& at, const GatedActValues<S, N>& v) {
   using T = ComputeOf<S>;
   using V = Lane<T>;
   constexpr bool kForward = __is_same(Pass, GatedActForward);
@@ -129,7 +130,7 @@ FFN_FN void finish_gated_act(const GatedAct& g, const PackPlace& at, const Gated
       if (g.accumulate) out[0] = V(v.sum[i]) + out[0];
     if constexpr (!kPlain && __is_same(Pass, GatedActBackward)) out[2] = V(v.weight) * out[2];
 #pragma unroll
-    for (int j = 0; j < kOuts; ++j) results[j][i] = kPlain || kept ? out[j].value : T(0);
+    for (int j = 0; j < kOuts; ++j) results[j][i] = out[j].value;
   }
 #pragma unroll
   for (int j = 0; j < kOuts; ++j)
@@ -153,15 +154,14 @@ FFN_FN void gated_act_steps(const GatedAct& g, const PackGrid& grid) {
   }
 #pragma unroll
   for (int u = 0; u < kSteps; ++u) {
-    const bool kept = at[u].row < rows_kept;
     if (at[u].n == kPack) {
-      finish_gated_act<S, Act, Pass, kPlain>(g, at[u], values[u], kept);
+      finish_gated_act<S, Act, Pass, kPlain>(g, at[u], values[u]);
     } else if constexpr (kPack > 1) {
 #pragma unroll 1
       for (PackPlace one = at[u]; one.n > 0; --one.n, ++one.col) {
         GatedActValues<S, 1> single{};
-        if (kept) single = load_gated_act<S, Pass, kPlain, 1>(g, one);
-        finish_gated_act<S, Act, Pass, kPlain>(g, one, single, kept);
+        if (one.row < rows_kept) single = load_gated_act<S, Pass, kPlain, 1>(g, one);
+        finish_gated_act<S, Act, Pass, kPlain>(g, one, single);
       }
     }
   }
