@@ -139,7 +139,7 @@ FFN_FN void choose_experts(const TopKRow<S>& row, const Score<T>& score, T* valu
     }
     group_scores[g] = second.index < 0 ? first.value : first.value + second.value;
   }
-  __syncwarp();
+  __syncwarp();  // shuffles do not order memory
   Candidate<T> worst{0, -1};
   choose_best(
       group_scores, groups, int(k.top_groups), lane, [](int) { return true; },
@@ -163,10 +163,9 @@ __global__ void top_k_kernel(TopK k) {
   Score<T> score{};
   if (!k.softmax_after) score = row.score_of_all();
   choose_experts(row, score, values);
-  __syncwarp();  // ids, which all lanes read where the chosen are scored
   if (k.softmax_after) score = row.score_of_chosen();
   T sum = 0;
-  for (int64_t j = lane; j < k.K; j += kWarpSize) {
+  for (int64_t j = lane; j < k.K; j += kWarpSize) {  // each lane reads the ids that it wrote
     const T s = score(row.logit(row.id(j)));
     row.weight(j) = s;
     sum += s;
