@@ -67,7 +67,7 @@ std::tuple<Tensor, Tensor, Tensor> ffn(const Tensor& x, const Tensor& w_in, Mayb
   GatedAct a = describe(s, pre.gate, pre.up, beta);
   a.out[0] = h.mutable_data_ptr();
   a.out_stride[0] = s.F;
-  launch_gated_act(call, a, Pass::kForward);
+  launch_gated_act(call, a);
   linear(h, w_down, b_down, y);
   if (!save) return {y, call.nothing(), call.nothing()};
   return {y, pre.gate, pre.up};
@@ -104,7 +104,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_backward(
     }
     if (need_down) a.out[2] = h.mutable_data_ptr();
     a.out_stride[2] = s.F;
-    launch_gated_act(call, a, Pass::kBackward);
+    launch_gated_act_backward(call, a);
   }
 
   Tensor d_w_down = need_down ? call.fresh({s.O, s.F}) : call.nothing();

@@ -33,7 +33,7 @@ Tensor gated_act(const Tensor& gate, MaybeTensor up, std::string activation, dou
   const Call call(gate, "gate");
   GatedAct g = describe(check_gated_act(gate, up, activation, call.place()), gate, up, beta);
   Tensor out = output(call, g, 0, true);
-  launch_gated_act(call, g, Pass::kForward);
+  launch_gated_act(call, g);
   return out;
 }
 
@@ -46,7 +46,7 @@ std::tuple<Tensor, Tensor> gated_act_backward(const Tensor& d_out, const Tensor&
   g.d_out = matrix(d_out);
   Tensor d_gate = output(call, g, 0, needs[0]);
   Tensor d_up = output(call, g, 1, needs[1] && up);
-  launch_gated_act(call, g, Pass::kBackward);
+  launch_gated_act_backward(call, g);
   return {d_gate, d_up};
 }
 
@@ -65,7 +65,7 @@ std::tuple<Tensor, Tensor, Tensor> gated_act_double_backward(MaybeTensor dd_gate
   Tensor by_d = output(call, g, 0, true);
   Tensor by_gate = output(call, g, 1, true);
   Tensor by_up = output(call, g, 2, up.has_value());
-  launch_gated_act(call, g, Pass::kDoubleBackward);
+  launch_gated_act_double_backward(call, g);
   return {by_d, by_gate, by_up};
 }
 

@@ -46,7 +46,7 @@ std::tuple<Tensor, Tensor, Tensor> gated_linear(const Tensor& x, std::vector<Ten
     a.out_stride[0] = s.F;
     a.sum = sum;
     a.accumulate = i > 0;
-    launch_gated_act(call, a, Pass::kForward);
+    launch_gated_act(call, a);
   }
   if (!save) return {y, call.nothing(), call.nothing()};
   return {y, gate, up};
@@ -70,7 +70,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_linear_backward(
     a.out[0] = advance(d_hidden.mutable_data_ptr(), i * s.F, s.dtype);
     a.out[1] = advance(a.out[0], half, s.dtype);
     a.out_stride[0] = a.out_stride[1] = 2 * half;
-    launch_gated_act(call, a, Pass::kBackward);
+    launch_gated_act_backward(call, a);
   }
 
   Tensor d_x = needs[0] ? call.fresh({s.T, s.D}) : call.nothing();

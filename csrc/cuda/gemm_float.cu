@@ -8,9 +8,8 @@ template cudaError_t launch_gemm_instance<double>(const GroupedGemm&, const Gemm
 
 cudaError_t launch_expert_tiles(const GroupedGemm& job, const GemmPlan& plan, int64_t* scratch, RowTile* table,
                                 cudaStream_t stream) {
-  expert_tiles_kernel<><<<1, kTableThreads, kTableSharedBytes, stream>>>(
-      job.offsets, job.E, job.R, table_tile_rows(job, plan), plan.table_entries, scratch, table);
-  return cudaGetLastError();
+  return launch_kernel(expert_tiles_kernel<>, 1, kTableThreads, kTableSharedBytes, stream, job.offsets, job.E, job.R,
+                       table_tile_rows(job, plan), plan.table_entries, scratch, table);
 }
 
 }  // namespace ffn_ops::cuda

@@ -3,6 +3,7 @@
 
 #include "gemm_kernel.cuh"
 #include "gemm_launch.cuh"
+#include "launch_kernel.h"
 
 namespace ffn_ops::cuda {
 
@@ -12,14 +13,7 @@ cudaError_t launch_gemm_instance(const GroupedGemm& job, const GemmPlan& plan, c
   cudaError_t error = cudaSuccess;
   dispatch_gemm<S>(job, plan, [&](auto tag) {
     auto* kernel = &grouped_gemm_kernel<typename decltype(tag)::Type>;
-    const auto shared_bytes = static_cast<int>(plan.shared_bytes);
-    constexpr int kWithoutAsking = 48 << 10;
-    if (shared_bytes > kWithoutAsking)
-      error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-    if (error != cudaSuccess) return;
-    kernel<<<static_cast<unsigned>(plan.blocks), kGemmThreads, static_cast<size_t>(shared_bytes), stream>>>(job, plan,
-                                                                                                            table);
-    error = cudaGetLastError();
+    error = launch_kernel(kernel, plan.blocks, kGemmThreads, plan.shared_bytes, stream, job, plan, table);
   });
   return error;
 }

@@ -1,7 +1,7 @@
 // Launches of grouped products. The instances of each dtype are compiled by a file of their own, gemm_<dtype>.cu.
 #pragma once
 
-#include <cuda_runtime_api.h>
+#include <cuda_runtime.h>
 
 #include "gemm_grid.h"
 

@@ -10,12 +10,12 @@
 #include <utility>
 #include <vector>
 
-#include <cuda_runtime_api.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
 
 #include "../common/shapes.h"
 #include "kernels.h"
+#include "launch_kernel.h"
 
 namespace ffn_ops::cuda {
 
@@ -73,16 +73,7 @@ class Call {
               Parameters... arguments) const {
     if (blocks <= 0) return;
     STD_TORCH_CHECK(blocks <= INT32_MAX, name, ": ", blocks, " blocks are more than one launch can have");
-    constexpr int64_t kWithoutAsking = 48 << 10;
-    if (shared_bytes > kWithoutAsking)
-      check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                      cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
-                 name);
-    void* pointers[] = {&arguments...};
-    check_cuda(
-        cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)),
-                         dim3(static_cast<unsigned>(threads)), pointers, static_cast<size_t>(shared_bytes), stream_),
-        name);
+    check_cuda(launch_kernel(kernel, blocks, threads, shared_bytes, stream_, arguments...), name);
   }
 
  private:

@@ -113,7 +113,7 @@ void hidden(const Call& call, const Moe& c, const void* gate, const void* up, vo
   a.row_weight = c.experts.weight;
   a.activation = c.activation;
   a.beta = c.beta;
-  launch_gated_act(call, a, Pass::kBackward);
+  launch_gated_act_backward(call, a);
 }
 
 void weight_gradient(Call& call, const Moe& c, const Tensor& d_y, const MaybeTensor& b_down, const HiddenGradient& of,

@@ -1,13 +1,13 @@
-// The element-wise passes and sums that several operators launch; their kernels are compiled in passes.cu alone.
+// The element-wise passes and sums that several operators launch; their kernels are compiled in files of their own.
 #pragma once
 
 #include "launch.h"
 
 namespace ffn_ops::cuda {
 
-enum class Pass { kForward, kBackward, kDoubleBackward };
-
-void launch_gated_act(const Call& call, GatedAct job, Pass pass);
+void launch_gated_act(const Call& call, const GatedAct& job);
+void launch_gated_act_backward(const Call& call, const GatedAct& job);
+void launch_gated_act_double_backward(const Call& call, const GatedAct& job);
 void launch_column_sum(Call& call, ColumnSum job);
 
 // out [cols] = the sum of all rows: the gradient of a bias.
