@@ -1,12 +1,14 @@
 # The project's commands; CI runs the same ones.
 PYTHON ?= python
 CXX ?= g++
-CPP_SOURCES := $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'tests/cpp/*.cpp' 'tests/cpp/*.h' 'benchmarks/*.cpp')
+CPP_SOURCES := $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/cpp/*.cpp' 'tests/cpp/*.h' \
+  'tests/simt/*.cpp' 'tests/simt/*.h' 'benchmarks/*.cpp')
 KERNELS := $(wildcard csrc/cpu/isa/*.cpp) csrc/cpu/kernel_table.cpp csrc/cpu/plan.cpp
 KERNEL_FLAGS := -std=c++20 -ffp-contract=off -fno-math-errno -fno-trapping-math -Wall -Wextra -Wno-psabi -Wno-unknown-pragmas
+SANITIZERS := -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined
 TMP := build/kernels
 
-.PHONY: build test lint bench sanitize aarch64 kernels format
+.PHONY: build test lint bench sanitize aarch64 simt simt-operators cuda kernels format
 
 build:
 	$(PYTHON) -m pip install -e ".[compare,test,lint]"
@@ -44,9 +46,41 @@ kernels:
 	$(call kernel_tests,plain,$(CXX),-O2 -Werror,)
 
 sanitize:
-	$(call kernel_tests,sanitize,$(CXX),-O1 -g1 -fsanitize=address$(comma)undefined -fno-sanitize-recover=undefined,)
+	$(call kernel_tests,sanitize,$(CXX),$(SANITIZERS),)
 
 aarch64:
 	$(call kernel_tests,aarch64,aarch64-linux-gnu-g++,-O2 -static,qemu-aarch64)
 
-comma := ,
+# The CUDA kernels on the host, without nvcc and GPU: threads as fibers, under the sanitizers.
+SIMT_TESTS := $(patsubst tests/simt/%.cpp,%,$(wildcard tests/simt/*_test.cpp))
+simt:
+	mkdir -p build/simt
+	for t in $(SIMT_TESTS); do echo $$t; done | xargs -P 2 -I{} \
+	  $(CXX) $(KERNEL_FLAGS) -Werror $(SANITIZERS) -fno-omit-frame-pointer -DFFN_OPS_SIMT -o build/simt/{} tests/simt/{}.cpp
+	for t in $(SIMT_TESTS); do build/simt/$$t || exit 1; done
+
+# Compiles every CUDA source for each architecture (no GPU needed) and says how many registers each kernel takes.
+cuda:
+	rm -rf build/cuda build/temp*/csrc/cuda
+	mkdir -p build/cuda
+	FFN_OPS_CUDA=1 FFN_OPS_NVCCFLAGS=-Xptxas=-v $(PYTHON) setup.py build_ext --build-lib build/cuda > build/cuda/log 2>&1 || \
+	  { tail -n 40 build/cuda/log; exit 1; }
+	$(PYTHON) tests/cuda_registers.py build/cuda/log
+
+# The CUDA operators with their kernels on the host, in the place of the CPU's: the package's tests run on them.
+OPERATOR_SOURCES := $(filter-out csrc/cuda/assignment.cu,$(wildcard csrc/cuda/*.cu)) csrc/registration.cpp \
+  csrc/cpu/assignment.cpp csrc/cpu/schedule.cpp csrc/cpu/plan.cpp tests/simt/operators/operators.cpp
+OPERATOR_TESTS := moe routing top_k gradients properties torch_integration
+simt-operators:
+	rm -rf build/operators
+	mkdir -p build/operators/objects
+	cp -r ffn_ops build/operators
+	rm -f build/operators/ffn_ops/*.so build/operators/ffn_ops/cuda_build.json
+	torch=$$($(PYTHON) -c "import os, torch; print(os.path.dirname(torch.__file__))") && \
+	for f in $(OPERATOR_SOURCES); do echo $$f; done | xargs -P 2 -I{} sh -c '$(CXX) -x c++ $(KERNEL_FLAGS) -w -O1 -fPIC \
+	  -fvisibility=hidden -DFFN_OPS_SIMT -DUSE_CUDA -DTORCH_TARGET_VERSION=0x020b000000000000 -Itests/simt/operators \
+	  -I'$$torch'/include $$(case {} in *.cu) echo -include tests/simt/operators/on_cpu.h;; esac) \
+	  -c {} -o build/operators/objects/$$(basename {}).o' && \
+	$(CXX) -shared -Wl,-Bsymbolic -o build/operators/ffn_ops/libffn_ops_cpu.so build/operators/objects/*.o \
+	  -L$$torch/lib -ltorch_cpu -lpthread
+	cd build/operators && PYTHONPATH=. $(PYTHON) -m pytest $(OPERATOR_TESTS:%=$(CURDIR)/tests/test_%.py)

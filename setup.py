@@ -1,6 +1,12 @@
-"""Builds the operator libraries. Every compiler flag of the project stands here; metadata is in pyproject.toml."""
+"""Builds the operator libraries. Every compiler flag of the project stands here; metadata is in pyproject.toml.
 
+Environment: CXX; FFN_OPS_CUDA = 1 (the CUDA library or an error), 0 (none) or unset (where a CUDA toolkit is found);
+CUDA_HOME; TORCH_CUDA_ARCH_LIST; MAX_JOBS; FFN_OPS_CXXFLAGS and FFN_OPS_NVCCFLAGS, which are added.
+"""
+
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +23,7 @@ except ImportError:  # setuptools < 70.1
 OLDEST_TORCH = (2, 11)
 # The stable ABI of this version: what is built here loads on it and on every later one, under every Python.
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"
+SOURCE_PREFIX = f"-fmacro-prefix-map={Path(__file__).parent.resolve()}/="  # no build path in messages
 # No contraction: a product and a sum are fused where the source says so, in every path alike. Never -march=native,
 # never -ffast-math.
 CXX_FLAGS = [
@@ -31,9 +38,22 @@ CXX_FLAGS = [
     "-Wextra",
     "-Wno-psabi",
     "-Wno-unknown-pragmas",
-    f"-fmacro-prefix-map={Path(__file__).parent.resolve()}/=",  # no build path in messages
+    SOURCE_PREFIX,
     STABLE_ABI,
 ]
+NVCC_FLAGS = [
+    "-std=c++20",
+    "-O3",
+    "--threads=1",  # files are compiled side by side
+    "--fmad=false",
+    "--expt-relaxed-constexpr",
+    "-Werror=all-warnings",
+    *(f"-Xcompiler={flag}" for flag in ("-fvisibility=hidden", "-ffp-contract=off", "-Wall", SOURCE_PREFIX)),
+    "-DUSE_CUDA",  # shows the CUDA part of torch's C interface
+    STABLE_ABI,
+]
+# Ampere and Hopper, and for whatever comes later code that the driver compiles when it loads it.
+DEFAULT_ARCHS = "8.0+PTX;9.0a"
 
 
 def require(condition: bool, message: str) -> None:
@@ -62,7 +82,7 @@ def check_compiler() -> None:
 
 try:
     import torch
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension
 except ImportError as error:
     require(False, f"torch is not importable ({error}). Without build isolation, install torch >= 2.11 first.")
 
@@ -74,6 +94,47 @@ if not {"clean", "egg_info", "sdist", "dist_info"} & set(sys.argv):
     check_compiler()
 
 
+def nvcc_version() -> tuple[int, int] | None:
+    """Of the toolkit that torch's build tools use: CUDA_HOME, else of nvcc on PATH, else /usr/local/cuda."""
+    nvcc = Path(CUDA_HOME or "", "bin", "nvcc")
+    if CUDA_HOME is None or not nvcc.exists():
+        return None
+    text = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, check=False).stdout
+    found = re.search(r"release (\d+)\.(\d+)", text)
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def reason_against_cuda() -> str | None:
+    """Why the CUDA library is not built, or None. A GPU is not asked for: machines that build often have none."""
+    wish = os.environ.get("FFN_OPS_CUDA", "")
+    require(wish in ("", "0", "1"), f"FFN_OPS_CUDA: expected 1, 0 or nothing, got {wish!r}.")
+    if wish == "0":
+        return "FFN_OPS_CUDA=0"
+    nvcc, of_torch = nvcc_version(), torch.version.cuda
+    if of_torch is None:
+        reason = f"torch {torch.__version__} of the build environment has no CUDA"
+    elif nvcc is None:
+        reason = "no CUDA toolkit found (CUDA_HOME, nvcc on PATH, /usr/local/cuda)"
+    elif nvcc[0] != int(of_torch.split(".")[0]):
+        reason = f"nvcc {nvcc[0]}.{nvcc[1]} does not fit torch {torch.__version__}, which needs CUDA {of_torch}"
+    else:
+        return None
+    require(wish != "1", f"FFN_OPS_CUDA=1, but {reason}.")
+    return reason
+
+
+def arch_flags(archs: str) -> list[str]:
+    flags = []
+    for arch in archs.replace(" ", ";").split(";"):
+        found = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", arch)
+        require(found is not None, f"TORCH_CUDA_ARCH_LIST: expected a list such as {DEFAULT_ARCHS}, got {archs!r}.")
+        number = "".join(found.group(1, 2, 3))
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if found[4]:
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
+
+
 class AnyPythonWheel(bdist_wheel):
     """The libraries are not linked to Python: one wheel serves every Python 3 on this platform."""
 
@@ -81,24 +142,57 @@ class AnyPythonWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
+class BuildLibraries(BuildExtension):
+    """Writes down beside the libraries what was built, for `ffn_ops.info()`."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, no_python_abi_suffix=True, **kwargs)
+
+    def run(self):
+        super().run()
+        folder = Path(self.get_ext_fullpath(CPU_LIBRARY)).parent
+        (folder / "cuda_build.json").write_text(json.dumps(CUDA_BUILD, indent=1) + "\n")
+        if "reason" in CUDA_BUILD:
+            (folder / "libffn_ops_cuda.so").unlink(missing_ok=True)  # of an earlier build
+            print(f"\nffn_ops: built WITHOUT CUDA kernels: {CUDA_BUILD['reason']}\n", file=sys.stderr)
+
+
 def sources(folder: str, pattern: str = "**/*.cpp") -> list[str]:
     return sorted(str(path) for path in Path(folder).glob(pattern))
 
 
+def added_flags(variable: str) -> list[str]:
+    return os.environ.get(variable, "").split()
+
+
+CPU_LIBRARY, CUDA_LIBRARY = "ffn_ops.libffn_ops_cpu", "ffn_ops.libffn_ops_cuda"
 extensions = [
     CppExtension(
-        "ffn_ops.libffn_ops_cpu",
+        CPU_LIBRARY,
         ["csrc/registration.cpp", *sources("csrc/cpu")],
-        extra_compile_args=[*CXX_FLAGS, *os.environ.get("FFN_OPS_CXXFLAGS", "").split()],
+        extra_compile_args=[*CXX_FLAGS, *added_flags("FFN_OPS_CXXFLAGS")],
         py_limited_api=True,  # keeps libtorch_python out
         depends=sources("csrc", "**/*.h"),
     )
 ]
+against_cuda = reason_against_cuda()
+if against_cuda is not None:
+    CUDA_BUILD = {"reason": against_cuda}
+else:
+    archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS
+    CUDA_BUILD = {"archs": archs, "nvcc": "{}.{}".format(*nvcc_version()), "torch": torch.__version__}
+    extensions.append(
+        CppExtension(
+            CUDA_LIBRARY,
+            sources("csrc/cuda", "**/*.cu"),
+            include_dirs=[str(Path(CUDA_HOME, "include"))],
+            library_dirs=[str(Path(CUDA_HOME, folder)) for folder in ("lib64", "lib")],
+            libraries=["torch_cuda", "cudart_static", "rt", "dl", "pthread"],
+            extra_link_args=["-Wl,--exclude-libs,ALL"],  # its own copy of the runtime, seen by nobody else
+            extra_compile_args={"nvcc": [*NVCC_FLAGS, *arch_flags(archs), *added_flags("FFN_OPS_NVCCFLAGS")]},
+            py_limited_api=True,
+            depends=[*sources("csrc", "**/*.h"), *sources("csrc", "**/*.cuh")],
+        )
+    )
 
-setup(
-    ext_modules=extensions,
-    cmdclass={
-        "build_ext": BuildExtension.with_options(no_python_abi_suffix=True),
-        "bdist_wheel": AnyPythonWheel,
-    },
-)
+setup(ext_modules=extensions, cmdclass={"build_ext": BuildLibraries, "bdist_wheel": AnyPythonWheel})

@@ -19,10 +19,10 @@ import torch
 
 import ffn_ops
 
-from . import peak
-from .harness import QUICK, Budget, Harness
+from . import gpu, gpu_report, peak, report
+from .harness import QUICK, Budget, Cpu, Harness, Machine
 from .providers import COMPILING, OURS, Provider
-from .report import LEGEND, Record, machine_text, row_text, summary_text
+from .report import Record
 from .targets import judged, targets_text
 from .workloads import Row, in_order
 
@@ -41,6 +41,7 @@ class Suite:
     all_rows: Rows
     target_rows: Rows
     quick_rows: Rows
+    gpu_rows: Callable[[], list[Row]]
     providers: tuple[Provider, ...]
     huge: bool  # whether eager runs in a process on huge pages too
 
@@ -72,21 +73,27 @@ def machine(threads: set[int]) -> Record:
 
 
 def chosen_rows(suite: Suite, options: argparse.Namespace) -> list[Row]:
-    kind = suite.quick_rows if options.quick else suite.target_rows if options.targets else suite.all_rows
-    rows = kind(options.threads)
+    """Of a GPU always all: they are few, and the targets read them."""
+    if options.device == "cuda":
+        every = rows = suite.gpu_rows()
+    else:
+        kind = suite.quick_rows if options.quick else suite.target_rows if options.targets else suite.all_rows
+        rows, every = in_order(kind(options.threads)), in_order(suite.all_rows(options.threads))
     rows = [row for row in rows if all(word in row.name for word in options.only)]
     if not rows:
-        names = "\n  ".join(row.name for row in in_order(suite.all_rows(options.threads)))
+        names = "\n  ".join(row.name for row in every)
         raise SystemExit(f"--only {' '.join(options.only)}: no row has all of these in its name. Rows:\n  {names}")
-    return in_order(rows)
+    return rows
 
 
 def default_file(suite: Suite, options: argparse.Namespace, facts: Record) -> Path:
     """A whole run is kept with the repository, a part of one is not."""
     if options.quick or options.targets or options.only or options.no_compile:
         return ROOT / "out" / "benchmarks" / f"{suite.name}.json"
-    cpu = re.sub(r"[^a-z0-9]+", "-", facts["cpu"].lower()).strip("-")
-    return ROOT / "benchmarks" / "results" / f"{suite.name}-{cpu}-{facts['isa']}-{options.threads}.json"
+    on_gpu = options.device == "cuda"
+    name = re.sub(r"[^a-z0-9]+", "-", facts["gpu" if on_gpu else "cpu"].lower()).strip("-")
+    kind = "" if on_gpu else f"-{facts['isa']}-{options.threads}"
+    return ROOT / "benchmarks" / "results" / f"{suite.name}-{name}{kind}.json"
 
 
 def save(file: Path, results: dict[str, Any]) -> None:
@@ -99,8 +106,10 @@ def _shown(file: Path) -> str:
 
 
 def run(rows: list[Row], harness: Harness, facts: Record, file: Path) -> int:
-    """Measures the rows, printing each as it ends. 1 where a provider was refused or ours failed."""
-    print(machine_text(facts), flush=True)
+    """Measures the rows, printing and saving each as it ends. 1 where a provider was refused or ours failed."""
+    on_gpu = facts.get("device") == "cuda"
+    texts = gpu_report if on_gpu else report
+    print(texts.machine_text(facts), flush=True)
     start = time.perf_counter()
     results: dict[str, Any] = {"machine": facts, "rows": []}
     refused = []
@@ -114,22 +123,25 @@ def run(rows: list[Row], harness: Harness, facts: Record, file: Path) -> int:
                 if each.refused or (each.provider.startswith(OURS) and each.note.startswith("failed"))
             ]
             results["rows"].append(record)
-            print(f"\n[{number}/{len(rows)}, {time.perf_counter() - start:.0f} s] {row_text(record)}", flush=True)
+            elapsed = time.perf_counter() - start
+            print(f"\n[{number}/{len(rows)}, {elapsed:.0f} s] {texts.row_text(record)}", flush=True)
+            save(file, {**results, "targets": judged(results["rows"])})
     except KeyboardInterrupt:
         print("\ninterrupted: the rows so far", flush=True)
     finally:
         harness.close()
     results["targets"] = judged(results["rows"])
-    print(f"\n{LEGEND}\n\n{summary_text(results['rows'])}\n\n{targets_text(results['rows'])}\n")
+    print(f"\n{texts.LEGEND}\n\n{texts.summary_text(results['rows'])}\n\n{targets_text(results['rows'])}\n")
     save(file, results)
     written = [_shown(file)]
-    try:
-        from .plot import plot
-    except ImportError as missing:
-        print(f"no plot: {missing}")
-    else:
-        plot(results, file.with_suffix(".png"))
-        written.append(_shown(file.with_suffix(".png")))
+    if not on_gpu:
+        try:
+            from .plot import plot
+        except ImportError as missing:
+            print(f"no plot: {missing}")
+        else:
+            plot(results, file.with_suffix(".png"))
+            written.append(_shown(file.with_suffix(".png")))
     print(f"{' and '.join(written)} written after {time.perf_counter() - start:.0f} s")
     for line in refused:
         print(f"REFUSED {line}", file=sys.stderr)
@@ -141,6 +153,7 @@ def main(suite: Suite, arguments: list[str] | None = None) -> int:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--quick", action="store_true", help="a minute: most targets with few samples")
     which.add_argument("--targets", action="store_true", help="only the rows that the targets read")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: its own rows, in bfloat16")
     parser.add_argument("--threads", type=int, default=1, help="of every row (default 1, and some rows with 2)")
     parser.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="rows whose name has every TEXT")
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
@@ -149,10 +162,18 @@ def main(suite: Suite, arguments: list[str] | None = None) -> int:
     if options.threads < 1:
         parser.error(f"--threads: expected at least 1, got {options.threads}")
     rows = chosen_rows(suite, options)
-    facts = machine({row.threads for row in rows} | {options.threads})
+    on: Machine
+    if options.device == "cuda":
+        if not torch.cuda.is_available():
+            parser.error("--device cuda: torch.cuda.is_available() is false")
+        facts, on = gpu.machine(), gpu.Gpu()
+    else:
+        facts = machine({row.threads for row in rows} | {options.threads})
+        on = Cpu(facts["isa"])
     providers = [p for p in suite.providers if not (options.no_compile and p.name in COMPILING)]
     with tempfile.TemporaryDirectory() as folder:
         if not options.quick:  # a fresh cache, so that a first call says what compilation takes
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
-        harness = Harness(QUICK if options.quick else Budget(), facts["isa"], providers, suite.huge)
+        huge = suite.huge and options.device == "cpu"
+        harness = Harness(QUICK if options.quick else Budget(), on, providers, huge)
         return run(rows, harness, facts, options.out or default_file(suite, options, facts))

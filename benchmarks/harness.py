@@ -7,27 +7,16 @@ import gc
 import math
 import os
 import statistics
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import peak
-from .providers import (
-    COMPILING,
-    ENOUGH,
-    HUGE,
-    PROVIDERS,
-    Inputs,
-    Provider,
-    converted,
-    eager_inputs,
-    groups,
-    limit_inputs,
-)
+from .providers import COMPILING, HUGE, PROVIDERS, Inputs, Provider, converted, eager_inputs, groups, limit_inputs
+from .runners import Local, Remote, Runner
 from .verify import Limit, WrongResultError, limit, worst
 from .worker import HugePageProcess, norms
 from .workloads import Mode, Row, Shape
@@ -55,19 +44,6 @@ class Budget:
 QUICK = Budget(seconds=0.3, most_rounds=9, longest_call=4.0)
 
 
-def run_once(
-    module: nn.Module, args: Sequence[Tensor], d_y: Tensor | None, leaves: Sequence[Tensor]
-) -> tuple[Tensor | None, ...]:
-    """The output or outputs, and the gradients of the leaves if there are any. Freeing them is part of a step.
-
-    An expert that no token chooses may have no gradient.
-    """
-    y = module(*args)
-    if leaves:
-        return (y, *torch.autograd.grad(y, leaves, d_y, allow_unused=True))
-    return y if isinstance(y, tuple) else (y,)
-
-
 @contextlib.contextmanager
 def threads(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
@@ -78,20 +54,49 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-class Case:
-    """One shape and dtype: the weights and inputs, the float64 results, and what error is right."""
+class Machine(Protocol):
+    """Where rows run: what limits them there, and how a provider is timed."""
 
-    def __init__(self, shape: Shape, dtype: str) -> None:
-        self.shape, self.dtype = shape, dtype
-        self.inputs = eager_inputs(shape, dtype)
+    def limits(self, row: Row) -> dict[str, float]:
+        """Measured now, between the samples of a row."""
+
+    def runner(self, inputs: Inputs, shape: Shape, mode: Mode) -> Runner: ...
+
+    def facts(self) -> dict[str, Any]:
+        """What belongs to a row besides its limits, as it is now."""
+
+
+class Cpu:
+    """The processor, with one of its instruction sets."""
+
+    def __init__(self, isa: str) -> None:
+        self.isa = isa
+
+    def limits(self, row: Row) -> dict[str, float]:
+        return {"fma_gflops": peak.fma(self.isa, row.threads), "read_gbs": peak.read(self.isa, row.threads)}
+
+    def runner(self, inputs: Inputs, shape: Shape, mode: Mode) -> Runner:
+        return Local(inputs, shape, mode)
+
+    def facts(self) -> dict[str, Any]:
+        return {"isa": self.isa}
+
+
+class Case:
+    """One shape and dtype: the weights and inputs, the exact results, and what error is right."""
+
+    def __init__(self, shape: Shape, dtype: str, device: str = "cpu") -> None:
+        self.shape, self.dtype, self.device = shape, dtype, device
+        self.inputs = eager_inputs(shape, dtype, device)
         large = shape.forward_flops > 6e8
+        # A GPU's rows in 16 bits are so large that float32 must do: its error is a thousandth of what they may have.
+        exact = torch.float64 if device == "cpu" or dtype == "float32" else torch.float32
         with threads((os.cpu_count() or 1) if large else 1):
-            self.exact = Local(converted(self.inputs, shape, torch.float64), shape, "training").results()
+            self.exact = Local(converted(self.inputs, shape, exact), shape, "training").results()
             eager = Local(limit_inputs(self.inputs), shape, "training").results()
             self.limits: list[Limit] = [limit(e, x) for e, x in zip(eager, self.exact, strict=True)]
-        args, d_y = self.inputs.draws[0]
-        inputs = ("x", "logits")[: len(args)]
-        leaves = [] if d_y is None else [f"d_{name}" for name in (*inputs, *groups(self.inputs.module))]
+        _, d_y = self.inputs.draws[0]
+        leaves = [] if d_y is None else [f"d_{name}" for name in (*shape.inputs, *groups(self.inputs.module))]
         self.outputs = len(self.exact) - len(leaves)
         self.names = (*("y", "y1", "y2")[: self.outputs], *leaves)
 
@@ -106,125 +111,13 @@ class Case:
                 raise WrongResultError(f"{name}: norm {norm:.6g}, expected {right:.6g}")
 
 
-class Runner(Protocol):
-    """A provider, ready to run one row."""
-
-    def check(self, case: Case) -> tuple[float | None, float]:
-        """Runs once: the worst quotient of error and limit, and the seconds it took. Raises WrongResultError."""
-
-    def sample(self, repeats: int) -> float:
-        """Seconds of one call, from ``repeats`` of them."""
-
-    def saved_bytes(self) -> int | None: ...
-
-
-class Local:
-    """A provider in this process."""
-
-    def __init__(self, inputs: Inputs, shape: Shape, mode: Mode) -> None:
-        self.module, self.draws, self.mode = inputs.module, inputs.draws, mode
-        self.parameters = tuple(self.module.parameters())
-        self.groups = list(groups(self.module).values())
-        self.slack = inputs.slack
-        args, d_y = self.draws[0]
-        self.leaves = () if mode == "inference" or d_y is None else (*args, *self.parameters)
-        self.first_call = math.nan
-        # Dropout stands behind every provider alike: it is timed and not verified.
-        self.module.train(mode == "training" and not shape.dropout)
-
-    def results(self) -> list[Tensor]:
-        """Output and gradients; small ones stacked from so many draws that they have ``ENOUGH`` numbers."""
-        pools: list[list[Tensor]] = []
-
-        def wanted(number: int, tensors: Sequence[Tensor]) -> bool:
-            return number * sum(t.numel() for t in tensors) < ENOUGH
-
-        with torch.inference_mode(self.mode == "inference"):
-            for number, (args, d_y) in enumerate(self.draws):
-                all_groups = [*((a,) for a in args), *self.groups] if self.leaves else []
-                chosen = [place for place, group in enumerate(all_groups) if wanted(number, group)]
-                leaves = [leaf for place in chosen for leaf in all_groups[place]]
-                if number and not leaves and not any(wanted(number, pool[:1]) for pool in pools):
-                    break
-                start = time.perf_counter()
-                found = list(run_once(self.module, args, d_y, leaves))
-                if number == 0:
-                    self.first_call = time.perf_counter() - start
-                outputs = [t.detach() for t in found[: len(found) - len(leaves)] if t is not None]
-                del found[: len(outputs)]
-                outputs = list(getattr(self.module, "compared", lambda *y: y)(*outputs))
-                if number == 0:
-                    pools = [[] for _ in (*outputs, *all_groups)]
-                for pool, output in zip(pools, outputs, strict=False):
-                    if wanted(number, [output]):
-                        pool.append(output)
-                for place in chosen:
-                    group = all_groups[place]
-                    grads = [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(found, group, strict=False)]
-                    del found[: len(group)]  # the largest are gigabytes
-                    pools[len(outputs) + place].append(grads[0] if len(grads) == 1 else torch.stack(grads))
-        return [pool[0] if len(pool) == 1 else torch.stack(pool) for pool in pools]
-
-    def begin(self) -> None:
-        """After the results: from here on calls are timed."""
-        self.module.train(self.mode == "training")
-
-    def check(self, case: Case) -> tuple[float | None, float]:
-        quotient = case.worst(self.results(), self.slack)
-        self.begin()
-        return quotient, self.first_call
-
-    def sample(self, repeats: int) -> float:
-        module, leaves = self.module, self.leaves
-        args, d_y = self.draws[0]
-        with torch.inference_mode(self.mode == "inference"):
-            start = time.perf_counter()
-            for _ in range(repeats):
-                run_once(module, args, d_y, leaves)
-            return (time.perf_counter() - start) / repeats
-
-    def saved_bytes(self) -> int | None:
-        """Storages that autograd keeps between forward and backward, the parameters' own not counted."""
-        if self.mode == "inference":
-            return None
-        kept: dict[int, Tensor] = {}
-
-        def pack(tensor: Tensor) -> Tensor:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            y = self.module(*self.draws[0][0])
-        own = {parameter.untyped_storage().data_ptr() for parameter in self.parameters}
-        total = sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in own)
-        del y
-        return total
-
-
-class Remote:
-    """Eager in the huge-page process."""
-
-    def __init__(self, process: HugePageProcess, row: Row) -> None:
-        self.process, self.row = process, row
-
-    def check(self, case: Case) -> tuple[float | None, float]:
-        found, seconds = self.process.prepare(self.row)
-        case.check_norms(found)
-        return None, seconds
-
-    def sample(self, repeats: int) -> float:
-        return self.process.sample(repeats)
-
-    def saved_bytes(self) -> int | None:
-        return None
-
-
 @dataclass
 class Timed:
     """What was found about one provider in one row."""
 
     provider: str
     seconds: list[float] = field(default_factory=list)  # one entry a round
+    forward_seconds: list[float] = field(default_factory=list)  # the part of forward, where it is told apart
     repeats: int = 1  # calls in a sample
     error: float | None = None  # worst quotient of error and limit: at most 1, or the slack of its inputs
     first_call: float | None = None  # with compilation, where there is one
@@ -248,6 +141,9 @@ class Timed:
         record = asdict(self)
         if self.seconds:
             record |= {"median": self.median, "min": min(self.seconds), "spread": self.spread, "n": len(self.seconds)}
+        if self.forward_seconds:
+            backward = [a - f for a, f in zip(self.seconds, self.forward_seconds, strict=True)]
+            record |= {"forward": statistics.median(self.forward_seconds), "backward": statistics.median(backward)}
         return record
 
 
@@ -256,9 +152,8 @@ class Measured:
     """A row with its providers and the machine's limits as found between its rounds."""
 
     row: Row
-    isa: str
-    fma: list[float] = field(default_factory=list)  # GFLOP/s
-    read: list[float] = field(default_factory=list)  # GB/s
+    facts: dict[str, Any] = field(default_factory=dict)
+    limits: dict[str, list[float]] = field(default_factory=dict)  # one entry a round
     timed: list[Timed] = field(default_factory=list)
 
     def record(self) -> dict[str, Any]:
@@ -268,11 +163,11 @@ class Measured:
             "name": row.name,
             "flops": row.flops,
             "least_bytes": row.least_bytes,
+            "forward_bytes": row.forward_bytes,
             "lean_saved_bytes": row.saved_bytes,
-            "isa": self.isa,
-            "fma_gflops": statistics.median(self.fma),
-            "read_gbs": statistics.median(self.read),
-            "limits": {"fma_gflops": self.fma, "read_gbs": self.read},
+            **self.facts,
+            **{name: statistics.median(values) for name, values in self.limits.items()},
+            "limits": self.limits,
             "providers": {each.provider: each.record() for each in self.timed},
         }
 
@@ -280,8 +175,10 @@ class Measured:
 class Harness:
     """Measures one row after another; keeps the case that rows share and the rates that predict a call's time."""
 
-    def __init__(self, budget: Budget, isa: str, providers: Sequence[Provider] = PROVIDERS, huge: bool = True) -> None:
-        self.budget, self.isa, self.providers = budget, isa, providers
+    def __init__(
+        self, budget: Budget, machine: Machine, providers: Sequence[Provider] = PROVIDERS, huge: bool = True
+    ) -> None:
+        self.budget, self.machine, self.providers = budget, machine, providers
         self.huge = HugePageProcess() if huge else None
         self._case: Case | None = None
         self._rates: dict[tuple[str, str, str], float] = {}  # seconds per FLOP
@@ -291,15 +188,16 @@ class Harness:
             self.huge.close()
 
     def case(self, row: Row) -> Case:
-        if self._case is None or (self._case.shape, self._case.dtype) != (row.shape, row.dtype):
+        wanted = (row.shape, row.dtype, row.device)
+        if self._case is None or (self._case.shape, self._case.dtype, self._case.device) != wanted:
             self._case = None  # free first
-            self._case = Case(row.shape, row.dtype)
+            self._case = Case(*wanted)
         return self._case
 
     def measure(self, row: Row) -> Measured:
         """Verifies, then times in rounds."""
         case = self.case(row)
-        measured = Measured(row, self.isa)
+        measured = Measured(row, self.machine.facts())
         running = []
         with threads(row.threads):
             for name, prepare in self._chosen(row, case):
@@ -321,7 +219,10 @@ class Harness:
     def _chosen(self, row: Row, case: Case) -> Iterator[tuple[str, Any]]:
         for provider in self.providers:
             if provider.serves(row):
-                yield provider.name, lambda it=provider: Local(it.build(case.inputs, row.shape), row.shape, row.mode)
+                yield (
+                    provider.name,
+                    lambda it=provider: self.machine.runner(it.build(case.inputs, row.shape), row.shape, row.mode),
+                )
         if (process := self.huge) is not None and row.dtype == "float32":
             yield HUGE, lambda: Remote(process, row)
 
@@ -369,11 +270,13 @@ class Harness:
     def _rounds(self, measured: Measured, running: list[tuple[Timed, Runner, int]]) -> None:
         """Every round measures the limits and then one sample of each provider, beginning with another one."""
         for round_ in range(max((rounds for _, _, rounds in running), default=1)):
-            measured.fma.append(peak.fma(self.isa, measured.row.threads))
-            measured.read.append(peak.read(self.isa, measured.row.threads))
+            for name, value in self.machine.limits(measured.row).items():
+                measured.limits.setdefault(name, []).append(value)
             turn = [(timed, runner) for timed, runner, rounds in running if round_ < rounds]
             first = round_ % max(1, len(turn))
             for timed, runner in turn[first:] + turn[:first]:
                 if timed.repeats > 1:
                     runner.sample(1)  # the bandwidth's buffer has emptied the caches
                 timed.seconds.append(runner.sample(timed.repeats))
+                if runner.forward is not None:
+                    timed.forward_seconds.append(runner.forward)

@@ -16,12 +16,12 @@ Linear = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 Weights = dict[str, Tensor]
 
 
-def empty_weights(shape: Mixture, dtype: torch.dtype) -> Weights:
+def empty_weights(shape: Mixture, dtype: torch.dtype, device: str | torch.device) -> Weights:
     pre = 2 * shape.F if shape.gated else shape.F
     sizes: dict[str, tuple[int, ...]] = {"w_in": (shape.E, pre, shape.D), "w_down": (shape.E, shape.D, shape.F)}
     if shape.bias:
         sizes |= {"b_in": (shape.E, pre), "b_down": (shape.E, shape.D)}
-    return {name: torch.empty(size, dtype=dtype) for name, size in sizes.items()}
+    return {name: torch.empty(size, dtype=dtype, device=device) for name, size in sizes.items()}
 
 
 class Experts(nn.Module):
@@ -95,7 +95,7 @@ class Grouped(Experts):
     def forward(self, x: Tensor, logits: Tensor) -> Tensor:
         weights, ids = torch.softmax(logits, -1).topk(self.shape.K, -1)
         sorted_ids, order = ids.flatten().sort(stable=True)
-        ends = torch.searchsorted(sorted_ids, torch.arange(self.shape.E), right=True, out_int32=True)
+        ends = torch.searchsorted(sorted_ids, torch.arange(self.shape.E, device=x.device), right=True, out_int32=True)
         tokens = order // self.shape.K
         rows = x.float() if self.wide else x
         h = self.activate(self._product(rows[tokens], "in", sorted_ids, ends))

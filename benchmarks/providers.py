@@ -15,7 +15,7 @@ import ffn_ops
 from . import mixtures
 from .mixtures import Experts, Loop
 from .verify import rounded_linear
-from .workloads import DTYPES, GROWING, MOE_TALL, TALL, Mixture, Row, Shape, drawn_logits
+from .workloads import DTYPES, GROWING, MOE_TALL, TALL, Elementwise, Mixture, Row, Shape, drawn_logits
 
 EAGER = "eager"
 HUGE = "eager, huge pages"
@@ -65,12 +65,34 @@ class EagerWithDropout(Eager):
         return y
 
 
-def _empty_layer(shape: Shape, dtype: torch.dtype) -> nn.Module:
+class Activation(nn.Module):
+    """The element-wise part alone."""
+
+    def __init__(self, act: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.act = act
+
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
+        return self.act(gate) * up
+
+
+class OurActivation(nn.Module):
+    def __init__(self, activation: str) -> None:
+        super().__init__()
+        self.activation = activation
+
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
+        return ffn_ops.gated_act(gate, up, activation=self.activation)
+
+
+def _empty_layer(shape: Shape, dtype: torch.dtype, device: str | torch.device) -> nn.Module:
+    if isinstance(shape, Elementwise):
+        return Activation(_ACTIVATIONS[shape.activation])
     if isinstance(shape, Mixture):
-        return Loop(shape, mixtures.empty_weights(shape, dtype)) if shape.D else mixtures.Route(shape)
+        return Loop(shape, mixtures.empty_weights(shape, dtype, device)) if shape.D else mixtures.Route(shape)
     with torch.device("meta"):
         layer = EagerWithDropout(shape) if shape.dropout else Eager(shape)
-    return layer.to(dtype).to_empty(device="cpu")
+    return layer.to(dtype).to_empty(device=device)
 
 
 def groups(module: nn.Module) -> dict[str, tuple[Tensor, ...]]:
@@ -106,36 +128,43 @@ class _ThroughFloat32(_OtherLinear):
 
 @dataclass(frozen=True)
 class Inputs:
-    """A module to call; each draw is its inputs (x ``[T, D]``, logits ``[T, E]``) and the gradient ``[T, D]`` of its
-    output, None where only the output is asked for."""
+    """A module to call; each draw is its inputs (x ``[T, D]``, logits ``[T, E]``; gate and up ``[T, F]``) and the
+    gradient of its output, None where only the output is asked for."""
 
     module: nn.Module
     draws: tuple[tuple[tuple[Tensor, ...], Tensor | None], ...]  # the first is timed, all are verified
     slack: float = 1.0  # of the limits of error
 
 
-def eager_inputs(shape: Shape, dtype: str) -> Inputs:
-    """The same weights and inputs at every call, in whatever process.
+def eager_inputs(shape: Shape, dtype: str, device: str = "cpu") -> Inputs:
+    """The same weights and inputs at every call on a device, in whatever process.
 
     Draws are so many that every result has some hundred numbers: the errors of 16 differ by more than 1.5 by chance.
     """
-    generator = torch.Generator().manual_seed(1)
-    layer = _empty_layer(shape, torch.float32)
+    generator = torch.Generator(device).manual_seed(1)
+    layer = _empty_layer(shape, torch.float32, device)
     with torch.no_grad():
         for parameter in layer.parameters():
             bound = parameter.shape[-1] ** -0.5  # nn.Linear's own range
             parameter.uniform_(-bound, bound, generator=generator)
     sizes = [sum(p.numel() for p in group) for group in groups(layer).values()]
     sizes += [shape.T * shape.D] if shape.D else []
+    sizes += [shape.T * shape.F] if isinstance(shape, Elementwise) else []
     sizes += [shape.T * shape.E] if isinstance(shape, Mixture) else []
     count = -(-ENOUGH // min(sizes))
     args: list[tuple[Tensor, ...]] = [()] * count
     d_ys: list[Tensor | None] = [None] * count
-    if shape.D:
-        pairs = [[torch.randn(shape.T, shape.D, generator=generator) for _ in range(2)] for _ in range(count)]
-        args, d_ys = [(x,) for x, _ in pairs], [d_y for _, d_y in pairs]
+    wide = shape.F if isinstance(shape, Elementwise) else shape.D
+    if wide:
+        tensors = 3 if isinstance(shape, Elementwise) else 2  # the last is d_y
+        drawn = [
+            [torch.randn(shape.T, wide, generator=generator, device=device) for _ in range(tensors)]
+            for _ in range(count)
+        ]
+        args, d_ys = [tuple(each[:-1]) for each in drawn], [each[-1] for each in drawn]
     if isinstance(shape, Mixture):
-        args = [(*a, z) for a, z in zip(args, drawn_logits(shape.T, shape.E, count), strict=True)]
+        logits = drawn_logits(shape.T, shape.E, count)
+        args = [(*a, z.to(device)) for a, z in zip(args, logits, strict=True)]
     return converted(Inputs(layer, tuple(zip(args, d_ys, strict=True))), shape, DTYPES[dtype])
 
 
@@ -143,15 +172,15 @@ def converted(inputs: Inputs, shape: Shape, dtype: torch.dtype) -> Inputs:
     """The same values in another dtype; logits are at least float32."""
     module = inputs.module
     if any(parameter.dtype is not dtype for parameter in module.parameters()):
-        module = _empty_layer(shape, dtype)
+        module = _empty_layer(shape, dtype, next(inputs.module.parameters()).device)
         with torch.no_grad():
             for to, value in zip(module.parameters(), inputs.module.parameters(), strict=True):
                 to.copy_(value)
     wide = torch.float64 if dtype is torch.float64 else torch.float32
-    dtypes = [dtype, wide] if shape.D else [wide]
+    dtypes = [wide if name == "logits" else dtype for name in shape.inputs]
     draws = [
         (
-            tuple(a.detach().to(kind).requires_grad_() for a, kind in zip(args, dtypes, strict=False)),
+            tuple(a.detach().to(kind).requires_grad_() for a, kind in zip(args, dtypes, strict=True)),
             None if d_y is None else d_y.to(dtype),
         )
         for args, d_y in inputs.draws
@@ -160,9 +189,9 @@ def converted(inputs: Inputs, shape: Shape, dtype: torch.dtype) -> Inputs:
 
 
 def limit_inputs(inputs: Inputs) -> Inputs:
-    """The layer whose error is the yardstick: eager, in 16 bits with ``rounded_linear``."""
-    layer = inputs.module
-    if inputs.draws[0][0][0].dtype is torch.float32:
+    """The layer whose error is the yardstick: eager, in 16 bits on a CPU with ``rounded_linear``."""
+    layer, x = inputs.module, inputs.draws[0][0][0]
+    if x.dtype is torch.float32 or x.is_cuda or isinstance(layer, Activation):
         return inputs
     if isinstance(layer, Loop):
         return Inputs(Loop(layer.shape, layer.weights, rounded_linear), inputs.draws)
@@ -171,6 +200,8 @@ def limit_inputs(inputs: Inputs) -> Inputs:
 
 
 def _ours(inputs: Inputs, shape: Shape, recompute: bool = False) -> Inputs:
+    if isinstance(shape, Elementwise):
+        return Inputs(OurActivation(shape.activation), inputs.draws)
     with torch.device("meta"):
         module = ffn_ops.FeedForward(
             shape.D,
@@ -199,8 +230,9 @@ def _compiled(inputs: Inputs, shape: Shape) -> Inputs:
     return replace(inputs, module=cast(nn.Module, torch.compile(inputs.module)))
 
 
-def _is_16_bit(row: Row) -> bool:
-    return row.dtype != "float32"
+def _through_wide(row: Row) -> bool:
+    """Where float32 is the faster way to a 16-bit result."""
+    return row.dtype != "float32" and row.device == "cpu"
 
 
 @dataclass(frozen=True)
@@ -212,14 +244,14 @@ class Provider:
 
 PROVIDERS = (
     Provider(EAGER, lambda inputs, shape: inputs),
-    Provider(FLOAT32, _through_float32, lambda row: _is_16_bit(row) and not row.shape.dropout),
+    Provider(FLOAT32, _through_float32, lambda row: _through_wide(row) and not row.shape.dropout),
     Provider(COMPILE, _compiled),
     Provider(OURS, _ours),
-    Provider(RECOMPUTE, lambda i, shape: _ours(i, shape, True), lambda row: row.mode == "training"),
+    Provider(RECOMPUTE, lambda i, shape: _ours(i, shape, True), lambda row: row.mode == "training" and row.shape.D > 0),
     Provider(
         OURS_FLOAT32,
         lambda inputs, shape: _ours(converted(inputs, shape, torch.float32), shape),
-        lambda row: _is_16_bit(row) and row.mode == "training" and row.shape == TALL,
+        lambda row: _through_wide(row) and row.mode == "training" and row.shape == TALL,
     ),
 )
 
@@ -248,19 +280,19 @@ _wide_grouped = _experts(mixtures.Grouped, True, _GROUPED_SLACK)
 
 _GROUPED = (
     Provider(GROUPED, _grouped, _has_peers),
-    Provider(GROUPED_FLOAT32, _wide_grouped, lambda row: _has_peers(row) and _is_16_bit(row)),
+    Provider(GROUPED_FLOAT32, _wide_grouped, lambda row: _has_peers(row) and _through_wide(row)),
     Provider(GROUPED_COMPILE, lambda inputs, shape: _compiled(_grouped(inputs, shape), shape), _has_peers),
 )
 
 MOE_PROVIDERS = (
     Provider(TORCH_ROUTING, lambda inputs, shape: inputs, lambda row: row.shape.D == 0),
     Provider(LOOP, lambda inputs, shape: inputs, _has_peers),
-    Provider(LOOP_FLOAT32, _experts(Loop, True), lambda row: _has_peers(row) and _is_16_bit(row)),
+    Provider(LOOP_FLOAT32, _experts(Loop, True), lambda row: _has_peers(row) and _through_wide(row)),
     *(_GROUPED if hasattr(F, "grouped_mm") else ()),
     Provider(OURS, _our_mixture),
     Provider(
         OURS_FLOAT32,
         lambda inputs, shape: _our_mixture(converted(inputs, shape, torch.float32), shape),
-        lambda row: _is_16_bit(row) and row.mode == "training" and row.shape == MOE_TALL,
+        lambda row: _through_wide(row) and row.mode == "training" and row.shape == MOE_TALL,
     ),
 )

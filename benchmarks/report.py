@@ -55,7 +55,7 @@ def time_text(seconds: float) -> str:
     raise AssertionError
 
 
-def _number(value: float | None, form: str) -> str:
+def number_text(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
 
 
@@ -116,9 +116,9 @@ def row_text(row: Record) -> str:
                 f"{of_fma(row, found):.0%}" if row["flops"] else "–",
                 f"{gbs(row, found):.3g}" if streaming else "–",
                 f"{of_read(row, found):.0%}" if streaming else "–",
-                _number(ratio(row, base, name), ".2f"),
-                _number(found["error"], ".2f"),
-                _number(None if saved is None else saved * 1e-6, ".4g"),
+                number_text(ratio(row, base, name), ".2f"),
+                number_text(found["error"], ".2f"),
+                number_text(None if saved is None else saved * 1e-6, ".4g"),
                 time_text(found["first_call"]),
             ]
         )
@@ -141,7 +141,7 @@ def summary_text(rows: list[Record]) -> str:
                 time_text(found["median"]),
                 f"{of_fma(row, found):.0%}" if row["flops"] else "–",
                 f"{of_read(row, found):.0%}" if is_streaming(row) else "–",
-                *(_number(ratio(row, name, OURS), ".2f") for name in peers),
+                *(number_text(ratio(row, name, OURS), ".2f") for name in peers),
             ]
         )
     return table(heads, lines)

@@ -7,12 +7,23 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .providers import COMPILE, EAGER, FLOAT32, HUGE, OURS, OURS_FLOAT32, RECOMPUTE, TORCH_ROUTING
+from . import gpu_report, gpu_rows
+from .providers import (
+    COMPILE,
+    EAGER,
+    FLOAT32,
+    GROUPED_COMPILE,
+    HUGE,
+    OURS,
+    OURS_FLOAT32,
+    RECOMPUTE,
+    TORCH_ROUTING,
+)
 from .report import Record, of_fma, of_read, ratio, table
 from .workloads import (
     EXAMPLE,
@@ -189,6 +200,42 @@ MOE_REPORTED = (
     ("growth, T 1024 128/64 K 8 training: time with E 8 / E 256", _growth("training")),
 )
 
+
+def _of_configurations(names: Iterable[str], figure: Callable[[Record], float | None]) -> Measure:
+    """The least figure of these rows of a GPU; all of them must have run."""
+
+    def measure(rows: list[Record]) -> float | None:
+        found = {row["configuration"]: row for row in rows if row["providers"].get(OURS, {}).get("seconds")}
+        figures = [figure(found[name]) if name in found else None for name in names]
+        return None if None in figures else min(f for f in figures if f is not None)
+
+    return measure
+
+
+def _of_copy(place: int) -> Callable[[Record], float | None]:
+    return lambda row: gpu_report.of_limit(row, row["providers"][OURS])[place]
+
+
+GPU_TARGETS = (
+    *(
+        Target(f"gated_act {which}: of the copy bandwidth", 0.85, _of_configurations(["act"], _of_copy(place)))
+        for place, which in enumerate(("forward", "backward"))
+    ),
+    Target(
+        "dense bf16 forward + backward: x torch.compile, the least row",
+        1.0,
+        _of_configurations(gpu_rows.DENSE, _against(COMPILE)),
+    ),
+)
+GPU_MOE_TARGETS = tuple(
+    Target(
+        f"{name}: {gpu_rows.MIXTURES[name].label}, forward + backward: x stacked grouped_mm compiled",
+        1.0,
+        _of_configurations([name], _against(GROUPED_COMPILE)),
+    )
+    for name in (str(number) for number in range(1, 13))
+)
+
 REPORTED = (
     ("T 1 2048/5632 training: x eager with huge pages", _of_row(ONE, "training", _against(HUGE))),
     ("T 16 2048/5632 training: x eager with huge pages", _of_row(FEW, "training", _against(HUGE))),
@@ -203,10 +250,20 @@ def _of_mixtures(rows: list[Record]) -> bool:
     return any("E" in row["shape"] for row in rows)
 
 
+def _on_gpu(rows: list[Record]) -> bool:
+    return any(row.get("device") == "cuda" for row in rows)
+
+
+def _targets(rows: list[Record]) -> tuple[Target, ...]:
+    if _on_gpu(rows):
+        return GPU_MOE_TARGETS if _of_mixtures(rows) else GPU_TARGETS
+    return MOE_TARGETS if _of_mixtures(rows) else TARGETS
+
+
 def judged(rows: list[Record]) -> list[Record]:
     """For the JSON file: every target with its figure (None: not measured in this run) and verdict."""
     found = []
-    for target in MOE_TARGETS if _of_mixtures(rows) else TARGETS:
+    for target in _targets(rows):
         value = target.measure(rows)
         reached = None if value is None else value >= target.least
         found.append({"what": target.what, "least": target.least, "measured": value, "reached": reached})
@@ -222,10 +279,12 @@ def targets_text(rows: list[Record]) -> str:
         else:
             verdict = "reached" if each["reached"] else f"short by {1 - value / least:.1%}"
         lines.append([each["what"], f"{least:.2f}", "–" if value is None else f"{value:.3f}", verdict])
-    for what, measure in MOE_REPORTED if _of_mixtures(rows) else REPORTED:
+    reported = () if _on_gpu(rows) else MOE_REPORTED if _of_mixtures(rows) else REPORTED
+    for what, measure in reported:
         value = measure(rows)
         lines.append([what, "", "–" if value is None else f"{value:.3f}", ""])
-    return table(["target (one thread unless said; higher is better)", "at least", "measured", "verdict"], lines)
+    heads = ["target (on a CPU one thread unless said; higher is better)", "at least", "measured", "verdict"]
+    return table(heads, lines)
 
 
 def main(arguments: list[str]) -> int:

@@ -65,8 +65,8 @@ class HugePageProcess:
 
 def main() -> None:
     """The other end: one line of JSON in, one out."""
-    from .harness import Local
     from .providers import Inputs, eager_inputs
+    from .runners import Local
 
     runner: Local | None = None
     inputs: Inputs | None = None

@@ -34,6 +34,11 @@ class Shape:
         return " ".join([f"T {self.T} {self.D}/{self.F}", *extras])
 
     @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of what the layer is called with."""
+        return ("x",)
+
+    @property
     def rows(self) -> float:
         """That a weight multiplies."""
         return self.T
@@ -58,6 +63,46 @@ class Shape:
         """Of what says who computes what, kept for backward."""
         return 0
 
+    def moved(self, mode: Mode) -> tuple[int, int]:
+        """Numbers that forward and backward read or write at least: each tensor once for each pass that needs it.
+
+        Inference: weights, x, y. Training adds in forward the pre-activations (written), in backward weights, x,
+        pre-activations, d_y (read) and the gradients of weights and x (written). Of experts those that are chosen.
+        """
+        tokens = self.T * self.D
+        forward = self.parameters + 2 * tokens
+        if mode == "inference":
+            return forward, 0
+        return forward + self.between, 2 * self.parameters + self.between + 3 * tokens
+
+
+@dataclass(frozen=True)
+class Elementwise(Shape):
+    """``act(gate) * up`` alone, of gate and up ``[T, F]``."""
+
+    D: int = 0
+    F: int = 1
+
+    @property
+    def label(self) -> str:
+        return f"gated_act {self.activation} {self.T} x {self.F}"
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return ("gate", "up")
+
+    @property
+    def parameters(self) -> int:
+        return 0
+
+    @property
+    def forward_flops(self) -> int:
+        return 0
+
+    def moved(self, mode: Mode) -> tuple[int, int]:
+        """gate, up, y; then d_y, gate, up and their gradients."""
+        return 3 * self.T * self.F, 0 if mode == "inference" else 5 * self.T * self.F
+
 
 @dataclass(frozen=True)
 class Mixture(Shape):
@@ -78,6 +123,10 @@ class Mixture(Shape):
         extras = ["swiglu" if self.gated else self.activation, *(["bias"] if self.bias else [])]
         sizes = [f"{self.D}/{self.F}"] if self.D else ["routing"]
         return " ".join([f"T {self.T}", *sizes, f"E {self.E} K {self.K}", *(extras if self.D else [])])
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return ("x", "logits") if self.D else ("logits",)
 
     @property
     def rows(self) -> float:
@@ -128,10 +177,12 @@ class Row:
     mode: Mode
     threads: int = 1
     configuration: str = ""  # its number in the list of configurations to report
+    device: str = "cpu"
 
     @property
     def name(self) -> str:
-        return f"{self.shape.label} {self.dtype} {self.mode} {self.threads} thread{'s' * (self.threads > 1)}"
+        where = f"{self.threads} thread{'s' * (self.threads > 1)}" if self.device == "cpu" else self.device
+        return f"{self.shape.label} {self.dtype} {self.mode} {where}"
 
     @property
     def flops(self) -> int:
@@ -139,25 +190,23 @@ class Row:
         return (3 if self.mode == "training" else 1) * self.shape.forward_flops
 
     @property
-    def least_bytes(self) -> int:
-        """Traffic that no implementation with a small cache avoids: each tensor once for each pass that needs it.
+    def _size(self) -> int:
+        return torch.finfo(DTYPES[self.dtype]).bits // 8
 
-        Inference: weights, x, y. Training adds in forward the pre-activations (written), in backward weights, x,
-        pre-activations, d_y (read) and the gradients of weights and x (written). Of experts those that are chosen.
-        """
-        size = torch.finfo(DTYPES[self.dtype]).bits // 8
-        tokens, between = self.shape.T * self.shape.D, self.shape.between
-        inference = self.shape.parameters + 2 * tokens
-        if self.mode == "inference":
-            return size * inference
-        backward = 2 * self.shape.parameters + between + 3 * tokens
-        return size * (inference + between + backward)
+    @property
+    def forward_bytes(self) -> int:
+        """The part of ``least_bytes`` that forward moves."""
+        return self._size * self.shape.moved(self.mode)[0]
+
+    @property
+    def least_bytes(self) -> int:
+        """Traffic that no implementation with a small cache avoids."""
+        return self._size * sum(self.shape.moved(self.mode))
 
     @property
     def saved_bytes(self) -> int:
         """What a lean backward keeps: x, the pre-activations and the routing."""
-        size = torch.finfo(DTYPES[self.dtype]).bits // 8
-        return size * (self.shape.T * self.shape.D + self.shape.between) + self.shape.routing_bytes
+        return self._size * (self.shape.T * self.shape.D + self.shape.between) + self.shape.routing_bytes
 
 
 TALL = Shape(2048, 512, 2048)

@@ -23,8 +23,7 @@ def tensor(name: str, value: Any, shape: Sequence[int | str] | None = None, like
     else:
         if value.dtype is not like.dtype:
             raise TypeError(f"{name}: expected dtype {_dtype(like)} as x has, got {_dtype(value)}")
-        if value.device != like.device:
-            raise ValueError(f"{name}: expected device {like.device} as x has, got {value.device}")
+        device(name, value, like)
     if shape is not None:
         _shape(name, value, shape)
 
@@ -83,6 +82,11 @@ def positive(name: str, value: Any) -> None:
     at_least(name, value, 1)
 
 
+def device(name: str, value: Tensor, like: Tensor, of: str = "x") -> None:
+    if value.device != like.device:
+        raise ValueError(f"{name}: expected device {like.device} as {of} has, got {value.device}")
+
+
 def indices(name: str, value: Any, shape: Sequence[int | str] = ("R",)) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
@@ -92,8 +96,8 @@ def indices(name: str, value: Any, shape: Sequence[int | str] = ("R",)) -> None:
     _shape(name, value, shape)
 
 
-def routing(value: Any) -> None:
-    """A :class:`ffn_ops.Routing`, whose tensors fit together."""
+def routing(value: Any, like: Tensor | None = None, of: str = "x") -> None:
+    """A :class:`ffn_ops.Routing`, whose tensors fit together; ``like``, named ``of``, sets the device."""
     if getattr(value, "_fields", ())[:5] != ("token", "weight", "offsets", "row", "token_offsets"):
         raise TypeError(f"routing: expected an ffn_ops.Routing, got {type(value).__name__}")
     for name in ("token", "offsets", "row", "token_offsets"):
@@ -107,3 +111,6 @@ def routing(value: Any) -> None:
     for name in ("offsets", "token_offsets"):
         if getattr(value, name).shape[0] < 1:
             raise ValueError(f"routing.{name}: expected at least one element, got none")
+    if like is not None:
+        for name in ("token", "weight", "offsets", "row", "token_offsets"):
+            device(f"routing.{name}", getattr(value, name), like, of)

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from ._library import CUDA_ABSENT, cuda_build
+
 
 def _cpu_name() -> str:
     try:
@@ -20,12 +22,20 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def _cuda() -> str:
+    if CUDA_ABSENT is not None:
+        return CUDA_ABSENT
+    build = cuda_build()
+    return "built for {}, by nvcc {} and torch {}".format(*(build.get(k, "?") for k in ("archs", "nvcc", "torch")))
+
+
 def info() -> dict[str, Any]:
     """What this installation is and what it runs on.
 
     Returns:
         ``version``, ``torch``, ``python``, ``cpu``, ``isa`` (chosen), ``isas`` (that this machine has), ``amx``
-        (16-bit layers go through torch's products), ``threads``, ``cuda`` (the CUDA library, or why there is none).
+        (16-bit layers go through torch's products), ``threads``, ``cuda`` (the CUDA library's architectures, or why
+        there is none).
     """
     try:
         version = metadata.version("ffn_ops")
@@ -40,5 +50,5 @@ def info() -> dict[str, Any]:
         "isas": torch.ops.ffn_ops._isas().split(),
         "amx": torch.ops.ffn_ops._has_amx(),
         "threads": torch.get_num_threads(),
-        "cuda": "not built: this version has no CUDA kernels yet",
+        "cuda": _cuda(),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sysconfig
 from collections.abc import Callable, Sequence
@@ -14,6 +15,8 @@ from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 LIBRARY = Path(__file__).with_name("libffn_ops_cpu.so")
+CUDA_LIBRARY = Path(__file__).with_name("libffn_ops_cuda.so")
+CUDA_BUILD = Path(__file__).with_name("cuda_build.json")  # what setup.py built, or why not
 
 
 def _load() -> None:
@@ -28,7 +31,42 @@ def _load() -> None:
         torch.ops.ffn_ops._isa()
 
 
+def _load_cuda() -> str | None:
+    """Adds the CUDA kernels, for which neither a GPU nor its driver is needed. Returns why there are none, or None."""
+    if not CUDA_LIBRARY.exists():
+        return f"not built: {cuda_build().get('reason', 'nothing is known about the build')}"
+    try:
+        torch.ops.load_library(str(CUDA_LIBRARY))
+    except OSError as error:  # such as a torch without CUDA, or of another CUDA: the CPU does not care
+        return f"does not load on torch {torch.__version__}: {error}"
+    return None
+
+
+def cuda_build() -> dict[str, str]:
+    try:
+        record: dict[str, str] = json.loads(CUDA_BUILD.read_text())
+    except (OSError, ValueError):
+        record = {}
+    return record
+
+
+def _refuse_cuda(reason: str) -> torch.library.Library:
+    """In the place of each kernel, who calls it is told why it is not there."""
+    library = torch.library.Library("ffn_ops", "IMPL")
+    for name in sorted(torch._C._dispatch_get_all_op_names()):
+        if not name.startswith("ffn_ops::") or name.startswith("ffn_ops::_"):
+            continue
+
+        def refuse(*_: Any, name: str = name) -> Any:
+            raise RuntimeError(f"{name}: no CUDA kernels in this installation of ffn_ops. CUDA library: {reason}")
+
+        library.impl(name.removeprefix("ffn_ops::"), refuse, "CUDA")
+    return library
+
+
 _load()
+CUDA_ABSENT = _load_cuda()
+_REFUSALS = None if CUDA_ABSENT is None else _refuse_cuda(CUDA_ABSENT)
 
 
 def overload(name: str) -> Any:

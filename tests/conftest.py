@@ -7,16 +7,44 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-import ffn_ops  # noqa: F401  (loads the operators)
+import ffn_ops
 
 ISAS = torch.ops.ffn_ops._isas().split()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run what takes minutes or many gigabytes")
+    parser.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="where every test creates its tensors")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before anything is collected: some tests make their tensors on import."""
+    config.addinivalue_line("markers", "cpu_only(reason): not with --device cuda, because of the reason")
+    config.addinivalue_line("markers", "cuda_only: only with --device cuda")
+    if config.getoption("--device") == "cuda":
+        if not torch.cuda.is_available():
+            raise pytest.UsageError("--device cuda: torch.cuda.is_available() is false")
+        try:
+            ffn_ops.gated_act(torch.ones(1, device="cuda"))
+        except RuntimeError as error:
+            raise pytest.UsageError(f"--device cuda: {error}\nthe CUDA library: {ffn_ops.info()['cuda']}") from None
+        torch.set_default_device("cuda")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """The instruction sets of this machine; on a GPU there is nothing to choose."""
+    if "isa" in metafunc.fixturenames:
+        cuda = metafunc.config.getoption("--device") == "cuda"
+        metafunc.parametrize("isa", ["cuda"] if cuda else ISAS, indirect=True)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    elsewhere = "cpu_only" if config.getoption("--device") == "cuda" else "cuda_only"
+    gone = [item for item in items if elsewhere in item.keywords]
+    if gone:
+        config.hook.pytest_deselected(items=gone)
+        items[:] = [item for item in items if elsewhere not in item.keywords]
+
     # One case on every instruction set in a row, so that the rule of accuracy computes its references once.
     place: dict[str, int] = {}
 
@@ -36,9 +64,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(skip)
 
 
-@pytest.fixture(params=ISAS)
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """After an illegal access every call on the GPU fails: the tests behind it would only repeat its error."""
+    if report.failed and torch.get_default_device().type == "cuda":
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            first = str(error).splitlines()[0]
+            pytest.exit(f"the GPU is lost to this process since {report.nodeid}: {first}", returncode=3)
+
+
+@pytest.fixture
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test once with every instruction set of this machine."""
+    if request.param == "cuda":
+        yield request.param
+        return
     before = torch.ops.ffn_ops._isa()
     torch.ops.ffn_ops._use_isa(request.param)
     yield request.param

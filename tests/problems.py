@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from device import generator
 from torch import Tensor
 
 import ffn_ops
@@ -74,7 +75,7 @@ class Problem:
 
     def draw(self, seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[dict[str, Tensor], Tensor]:
         """Tensors of the size that layers have (pre-activations of order 1) and a gradient of the output."""
-        g = torch.Generator().manual_seed(seed)
+        g = generator(seed)
 
         def normal(name: str, shape: tuple[int, ...]) -> Tensor:
             scale = shape[-1] ** -0.5 if name.startswith("w") and shape[-1] else 1.0

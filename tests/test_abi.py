@@ -1,16 +1,20 @@
-"""The library as a binary: linked to torch's stable C interface and the C and C++ run-time libraries, nothing else."""
+"""The libraries as binaries: linked to torch's stable C interface and the C and C++ run-time libraries, nothing else.
+The CUDA library carries its own CUDA runtime, and needs neither a driver nor cuBLAS."""
 
 from __future__ import annotations
 
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 
-from ffn_ops._library import LIBRARY
+from ffn_ops._library import CUDA_LIBRARY, LIBRARY
 
+LIBRARIES = [library for library in (LIBRARY, CUDA_LIBRARY) if library.exists()]
 pytestmark = pytest.mark.skipif(shutil.which("nm") is None, reason="nm (binutils) is not installed")
+each_library = pytest.mark.parametrize("library", LIBRARIES, ids=lambda path: path.stem)
 
 # Mangled names, without their version. What torch keeps for libraries built against an older version of it:
 STABLE = re.compile(r"(aoti_torch|torch)_\w+$")
@@ -22,9 +26,9 @@ STANDARD_CPP = re.compile(
 WEAK_HOOK = re.compile(r"_ITM_\w+TMCloneTable$|__gmon_start__$")
 
 
-def symbols(which: str) -> list[tuple[str, str]]:
+def symbols(library: Path, which: str) -> list[tuple[str, str]]:
     """Name and version."""
-    out = subprocess.run(["nm", "-D", which, str(LIBRARY)], capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(["nm", "-D", which, str(library)], capture_output=True, text=True, check=True).stdout
     return [
         (s.rstrip("@"), version) for s, _, version in (line.split()[-1].partition("@") for line in out.splitlines())
     ]
@@ -35,20 +39,33 @@ def known(name: str, version: str) -> bool:
     return libc or any(p.match(name) is not None for p in (STABLE, STANDARD_CPP, WEAK_HOOK))
 
 
-def test_only_the_stable_interface_of_torch() -> None:
-    undefined = symbols("--undefined-only")
+@each_library
+def test_only_the_stable_interface_of_torch(library: Path) -> None:
+    undefined = symbols(library, "--undefined-only")
     assert any(STABLE.match(name) for name, _ in undefined), "no call into torch at all: not the operator library"
     assert [name for name, _ in undefined if TORCH_CPP.match(name)] == []
     assert [name for name, version in undefined if not known(name, version)] == []
 
 
-def test_no_python() -> None:
-    assert [name for name, _ in symbols("--undefined-only") if PYTHON.match(name)] == []
+@each_library
+def test_no_python(library: Path) -> None:
+    assert [name for name, _ in symbols(library, "--undefined-only") if PYTHON.match(name)] == []
 
 
-def test_nothing_of_ours_is_visible() -> None:
-    """Two versions of the library can be loaded into one process."""
-    assert [name for name, _ in symbols("--defined-only") if "ffn_ops" in name] == []
+@each_library
+def test_nothing_of_ours_is_visible(library: Path) -> None:
+    """Two versions of the library can be loaded into one process; its CUDA runtime is its own."""
+    names = [name for name, _ in symbols(library, "--defined-only")]
+    assert [name for name in names if "ffn_ops" in name or name.startswith("cuda")] == []
+
+
+@each_library
+def test_what_it_is_linked_to(library: Path) -> None:
+    out = subprocess.run(["readelf", "-d", str(library)], capture_output=True, text=True, check=True).stdout
+    needed = re.findall(r"NEEDED.*\[(.*?)\]", out)
+    allowed = re.compile(r"lib(c10|torch|torch_cpu|torch_cuda|stdc\+\+|gcc_s|m|c|dl|rt|pthread|gomp)\.so|ld-linux")
+    assert [name for name in needed if not allowed.match(name)] == []
+    assert ("libtorch_cuda.so" in needed) == (library == CUDA_LIBRARY)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from device import generator
 from problems import ACTIVATIONS, DTYPES, FORMS, Problem, dtype_name, results
 from tolerance import assert_accurate
 from torch import Tensor
@@ -110,7 +111,7 @@ LEADING = {"vector": (), "three dimensions": (2, 3), "a dimension of 0": (2, 0),
 @pytest.mark.parametrize("shape", LEADING.values(), ids=LEADING)
 def test_leading_dimensions(shape: tuple[int, ...]) -> None:
     """Any leading dimensions: the same bits as the rows of a matrix, and gradients of the shape of the input."""
-    g = torch.Generator().manual_seed(0)
+    g = generator(0)
     w_in, w_up, w_down = (torch.randn(s, generator=g) for s in ((6, 5), (6, 5), (4, 6)))
     x = torch.randn(*shape, 5, generator=g, requires_grad=True)
     rows = x.detach().reshape(-1, 5).requires_grad_()

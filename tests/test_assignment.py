@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+from device import generator
 from routes import check_against_naive
 from torch import Tensor
 
@@ -30,7 +31,7 @@ def base_ids(scores: Tensor) -> Tensor:
 def test_base_is_optimal(T: int, E: int) -> None:
     """The sum of scores is the largest of all balanced assignments, found by trying them all."""
     for seed in range(12):
-        scores = torch.randn(T, E, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        scores = torch.randn(T, E, generator=generator(seed), dtype=torch.float64)
         ids = base_ids(scores)
         quotas(ids, E)
         best = -math.inf
@@ -44,7 +45,7 @@ def test_base_is_optimal(T: int, E: int) -> None:
 @pytest.mark.parametrize(("T", "E"), [(200, 7), (256, 16), (60, 61), (301, 24)])
 def test_base_has_no_better_exchange(T: int, E: int) -> None:
     """No cycle of moves, and no chain from a fuller to a less full expert, gains: which is optimality."""
-    scores = torch.randn(T, E, generator=torch.Generator().manual_seed(E), dtype=torch.float64)
+    scores = torch.randn(T, E, generator=generator(E), dtype=torch.float64)
     scores[:, 0] += 3  # everybody wants the first
     ids = base_ids(scores)
     quotas(ids, E)

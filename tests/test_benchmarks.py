@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import command, dense, moe, peak, targets, verify, workloads
-from benchmarks.harness import Budget, Case, Harness, Local, Measured, Timed
+from benchmarks.harness import Budget, Case, Cpu, Harness, Measured, Timed
 from benchmarks.providers import (
     COMPILE,
     COMPILING,
@@ -37,6 +37,7 @@ from benchmarks.providers import (
     Provider,
     eager_inputs,
 )
+from benchmarks.runners import Local
 from benchmarks.workloads import (
     DTYPES,
     EXAMPLE,
@@ -49,6 +50,8 @@ from benchmarks.workloads import (
     Shape,
     in_order,
 )
+
+pytestmark = pytest.mark.cpu_only("of what runs on the CPU; the rest stands in test_gpu_benchmarks.py")
 
 SMALL = Shape(64, 32, 48)
 SHORT = Budget(seconds=10.0, most_rounds=2, least_sample=1e-5)
@@ -107,7 +110,7 @@ WRONG: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
 @pytest.mark.parametrize("wrong", WRONG)
 def test_wrong_provider_is_not_timed(wrong: str, dtype: str) -> None:
     change, note = WRONG[wrong]
-    harness = Harness(SHORT, "baseline", [PROVIDERS[0], changed(change)], huge=False)
+    harness = Harness(SHORT, Cpu("baseline"), [PROVIDERS[0], changed(change)], huge=False)
     eager, other = harness.measure(Row(SMALL, dtype, "training")).timed
     assert len(eager.seconds) == 2
     assert other.seconds == [] and other.note.startswith(note)
@@ -115,7 +118,7 @@ def test_wrong_provider_is_not_timed(wrong: str, dtype: str) -> None:
 
 
 def test_unchanged_is_timed() -> None:
-    harness = Harness(SHORT, "baseline", [PROVIDERS[0], changed(lambda y: y)], huge=False)
+    harness = Harness(SHORT, Cpu("baseline"), [PROVIDERS[0], changed(lambda y: y)], huge=False)
     _, other = harness.measure(Row(SMALL, "float32", "training")).timed
     assert len(other.seconds) == 2 and not other.note
 
@@ -149,7 +152,7 @@ def test_wrong_mixture_is_not_timed(wrong: str) -> None:
     def build(inputs: Inputs, shape: Shape) -> Inputs:
         return Inputs(Changed(ours.build(inputs, shape).module, change), inputs.draws)
 
-    harness = Harness(SHORT, "baseline", [Provider("changed", build)], huge=False)
+    harness = Harness(SHORT, Cpu("baseline"), [Provider("changed", build)], huge=False)
     (timed,) = harness.measure(Row(MIXED, "float32", "training")).timed
     assert timed.refused and timed.note.startswith(note)
 
@@ -170,7 +173,10 @@ def test_wrong_order_of_rows_is_not_timed() -> None:
             return weights.flatten(), tokens, torch.bincount(ids.flatten(), minlength=ROUTED.E).double()
 
     harness = Harness(
-        SHORT, "baseline", [Provider("unsorted", lambda i, s: Inputs(Unsorted(), i.draws)), *MOE_RUNNING], huge=False
+        SHORT,
+        Cpu("baseline"),
+        [Provider("unsorted", lambda i, s: Inputs(Unsorted(), i.draws)), *MOE_RUNNING],
+        huge=False,
     )
     unsorted, torchs, ours = harness.measure(Row(ROUTED, "float32", "inference")).timed
     assert unsorted.refused and not unsorted.seconds
@@ -275,7 +281,7 @@ def test_slow_provider_gets_few_samples_and_is_predicted() -> None:
         return y
 
     budget = Budget(seconds=0.01, least_rounds=3, most_rounds=6, least_sample=1e-5, longest_call=0.2)
-    harness = Harness(budget, "baseline", [PROVIDERS[0], changed(slow)], huge=False)
+    harness = Harness(budget, Cpu("baseline"), [PROVIDERS[0], changed(slow)], huge=False)
     eager, other = harness.measure(Row(SMALL, "float32", "inference")).timed
     assert len(eager.seconds) >= 3 and len(other.seconds) == 1
     more = dataclasses.replace(SMALL, T=10 * SMALL.T)
@@ -292,7 +298,7 @@ def test_very_slow_provider_is_called_once() -> None:
         return y
 
     budget = Budget(seconds=0.002, most_rounds=6)
-    harness = Harness(budget, "baseline", [changed(slow)], huge=False)
+    harness = Harness(budget, Cpu("baseline"), [changed(slow)], huge=False)
     (timed,) = harness.measure(Row(SMALL, "float32", "inference")).timed
     assert len(timed.seconds) == len(calls) == 1 and "one call" in timed.note
 
@@ -301,7 +307,7 @@ def _record(row: Row, **seconds: list[float]) -> dict[str, Any]:
     names = {"eager": EAGER, "compiled": COMPILE, "ours": OURS}
     names |= {"loop": LOOP, "grouped": GROUPED, "torch": TORCH_ROUTING}
     timed = [Timed(names[key], value, error=0.5, first_call=1.0) for key, value in seconds.items()]
-    return Measured(row, "avx2", [100.0], [10.0], timed).record()
+    return Measured(row, {"isa": "avx2"}, {"fma_gflops": [100.0], "read_gbs": [10.0]}, timed).record()
 
 
 def test_targets() -> None:
@@ -366,7 +372,7 @@ def test_command_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         Row(shape, "bfloat16", "inference"),
         Row(EXAMPLE, "bfloat16", "training"),
     ]
-    harness = Harness(SHORT, "baseline", [*RUNNING, changed(lambda y: y * 0, "nothing")])
+    harness = Harness(SHORT, Cpu("baseline"), [*RUNNING, changed(lambda y: y * 0, "nothing")])
     file = tmp_path / "new" / "results.json"
     assert command.run(rows, harness, command.machine({1}), file) == 1
     captured = capsys.readouterr()
@@ -389,7 +395,7 @@ def test_command_of_mixtures_end_to_end(tmp_path: Path) -> None:
         *(Row(Mixture(16, 16, 16, E=experts), "float32", "training", 1, GROWING) for experts in (4, 8)),
     ]
     file = tmp_path / "moe.json"
-    assert command.run(rows, Harness(SHORT, "baseline", MOE_RUNNING, huge=False), command.machine({1}), file) == 0
+    assert command.run(rows, Harness(SHORT, Cpu("baseline"), MOE_RUNNING, huge=False), command.machine({1}), file) == 0
     found = [set(row["providers"]) for row in json.loads(file.read_text(encoding="utf-8"))["rows"]]
     assert {LOOP, OURS} <= found[0] and found[2:] == [{TORCH_ROUTING, OURS}, {OURS}, {OURS}]
     assert targets.main([str(file)]) == 0

@@ -24,6 +24,8 @@ from ffn_ops.compare.model import LanguageModel
 from ffn_ops.compare.results import Results, TextFacts
 from ffn_ops.compare.settings import LayerSize, ModelSize, Settings
 
+pytestmark = pytest.mark.cpu_only("the comparison runs on the CPU")
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, Any]]]:

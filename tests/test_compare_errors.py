@@ -15,6 +15,8 @@ pytest.importorskip("rich")
 from ffn_ops.compare import text
 from ffn_ops.compare.settings import CompareError
 
+pytestmark = pytest.mark.cpu_only("the comparison runs on the CPU")
+
 BAD_TEXTS = {
     "missing": "no such file",
     "folder": "expected a regular file, got a folder",

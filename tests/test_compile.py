@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from device import DEVICE
 from problems import FFN_FORMS, FORMS, Problem, assert_same_bits, results
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -99,7 +100,7 @@ def test_compiled_under_autocast() -> None:
     x, w, down = torch.randn(3, 4), torch.randn(5, 4, requires_grad=True), torch.randn(2, 5)
 
     def call(x: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(DEVICE, torch.bfloat16):
             return ffn_ops.ffn(x, w, down)
 
     compiled = torch.compile(call, backend="aot_eager", fullgraph=True)

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from device import generator
 from problems import DTYPES, FORMS, Problem, assert_same_bits, dtype_name, results
 from torch.nn import functional as F
 
@@ -27,6 +28,7 @@ def test_threads_and_runs(form: str, dtype: torch.dtype, isa: str, threads: None
         assert_same_bits(results(problem.ours, tensors, d_y), expected, f"{count} threads:")
 
 
+@pytest.mark.cpu_only("threads are the CPU's")
 def test_gated_act_threads(threads: None) -> None:
     """Rows longer than one task's stretch."""
     problem = Problem("gated_act", T=5, F=50001)
@@ -66,7 +68,7 @@ def test_rows_alone_and_in_a_batch(form: str, dtype: torch.dtype, isa: str) -> N
     tensors, d_y = whole.draw(dtype=dtype)
     tokens = [name for name, t in tensors.items() if t.shape[0] == BATCH]
     expected = results(whole.ours, tensors, d_y)
-    g = torch.Generator().manual_seed(0)
+    g = generator(0)
     for T in COUNTS:
         for rows in (torch.arange(T), torch.randperm(BATCH, generator=g)[:T]):
             part = {name: t[rows] if name in tokens else t for name, t in tensors.items()}
@@ -78,7 +80,7 @@ def test_rows_alone_and_in_a_batch(form: str, dtype: torch.dtype, isa: str) -> N
 
 def test_linear_is_not_batch_invariant() -> None:
     """The negative control: torch's own product fails the test above at some size, so the test can fail."""
-    g = torch.Generator().manual_seed(0)
+    g = generator(0)
     differs = False
     for dtype in (torch.float32, torch.bfloat16):
         for width in (777, 2048):

@@ -7,6 +7,7 @@ import os
 
 import pytest
 import torch
+from device import DEVICE, generator
 
 import ffn_ops
 
@@ -16,14 +17,25 @@ GIB = 1 << 30
 BORDER = 1 << 31
 
 
-def need(gib: float) -> None:
-    """Skips unless that much memory is free."""
+def host_memory() -> float:
+    """GiB that are free; NaN where the system does not say."""
     try:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
         with open("/proc/meminfo") as lines:
             free = next(int(line.split()[1]) / (1 << 20) for line in lines if line.startswith("MemAvailable"))
     except (OSError, ValueError, StopIteration):
         free = math.nan
+    return free
+
+
+def device_memory() -> float:
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info()[0] / GIB
+
+
+def need(gib: float) -> None:
+    """Skips unless that much memory is free."""
+    free = device_memory() if DEVICE == "cuda" else host_memory()
     if not free >= gib:
         pytest.skip(f"needs {gib} GiB of free memory, found {free:.1f}")
 
@@ -62,7 +74,7 @@ def test_ffn() -> None:
     """T * F just over 2^31, in forward (4 GiB saved) and backward (4 GiB more): the last token is right."""
     need(16)
     T, D, F = BORDER // 4096 + 5, 8, 4096
-    g = torch.Generator().manual_seed(0)
+    g = generator(0)
     x = torch.zeros(T, D)
     row = torch.randn(1, D, generator=g)
     x[-1:] = row
@@ -113,3 +125,28 @@ def test_experts() -> None:
     assert d_x[1, -1] == 7.5 and torch.count_nonzero(d_x) == 1
     assert d_w_in[-1, -1, -1] == 5.0
     assert sum(int(torch.count_nonzero(part)) for part in d_w_in.view(-1).split(1 << 28)) == 1
+
+
+def test_routed_rows() -> None:
+    """R * F just over 2^31, in forward and backward: the last token is right, the others are zero."""
+    need(24)
+    E, K, D, F = 4, 2, 8, 4096
+    T = BORDER // (K * F) + 5
+    g = generator(0)
+    row, logits = torch.randn(1, D, generator=g), torch.randn(1, E, generator=g)
+    weights = [(torch.randn(s, generator=g) / 8).bfloat16() for s in ((E, F, D), (E, 3, F))]
+
+    def run(x: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        leaves = [x.bfloat16().requires_grad_(), *(w.detach().requires_grad_() for w in weights)]
+        y = ffn_ops.moe(leaves[0], ffn_ops.routing.top_k(logits, K), *leaves[1:], activation="silu")
+        d_y = torch.zeros_like(y)
+        d_y[-1] = 1.0
+        return (y.detach(), *torch.autograd.grad(y, leaves, d_y))
+
+    alone = run(row, logits)
+    x = torch.zeros(T, D)
+    x[-1:] = row
+    y, d_x, *d_weights = run(x, logits.expand(T, E).contiguous())
+    assert torch.equal(y[-1:], alone[0]) and torch.count_nonzero(y[:-1]) == 0
+    assert torch.equal(d_x[-1:], alone[1]) and torch.count_nonzero(d_x[:-1]) == 0
+    assert all(torch.equal(a, b) for a, b in zip(d_weights, alone[2:], strict=True))

@@ -349,6 +349,7 @@ def test_functional_call(name: str) -> None:
     )
 
 
+@pytest.mark.cpu_only("AMX is the CPU's")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_name)
 @pytest.mark.parametrize("form", [form for form in FORMS if form not in MOE_FORMS])
 def test_path_of_machines_with_amx(form: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:

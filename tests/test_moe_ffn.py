@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from device import DEVICE
 from routes import ROUTERS
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -163,7 +164,7 @@ def test_router_stays_in_float32() -> None:
     layer = ffn_ops.MoEFFN(64, 20, 4)
     x = torch.randn(50, 64)
     expected = layer.logits(x)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         y, _, logits = layer(x, return_routing=True)
     assert torch.equal(logits, expected) and y.dtype is torch.bfloat16
     low = copy.deepcopy(layer).bfloat16()

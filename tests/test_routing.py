@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from device import DEVICE, generator
 from routes import ROUTERS, check_against_naive, naive
 from torch import Tensor
 
@@ -32,7 +33,7 @@ SORTS = {
 @pytest.mark.parametrize("masked", [False, True], ids=["no mask", "mask"])
 def test_sort(case: str, foreign: bool, masked: bool) -> None:
     T, E, K, options = SORTS[case]
-    g = torch.Generator().manual_seed(T + E)
+    g = generator(T + E)
     ids = torch.stack([torch.randperm(E, generator=g)[:K] for _ in range(T)]) if T else torch.empty(0, K).long()
     if foreign:
         ids = torch.where(torch.rand(T, K, generator=g) < 0.3, ids + E, ids)
@@ -92,10 +93,10 @@ def test_switch() -> None:
 
 def test_jitter() -> None:
     x = torch.ones(1000)
-    g = torch.Generator().manual_seed(0)
+    g = generator(0)
     y = routing.jitter(x, 0.01, g)
     assert 0.99 <= y.min() < 0.992 and 1.008 < y.max() <= 1.01 and abs(y.mean() - 1) < 1e-3
-    assert torch.equal(y, routing.jitter(x, 0.01, torch.Generator().manual_seed(0)))
+    assert torch.equal(y, routing.jitter(x, 0.01, generator(0)))
 
 
 @pytest.mark.parametrize("renormalize", ["none", "before_drop", "after_drop"])
@@ -125,10 +126,7 @@ def test_glam_random_second() -> None:
     share = 0.05
     z = torch.zeros(4000, 3)
     z[:, 1], z[:, 2] = math.log(share / (1 - share)), -50.0
-    kept = [
-        routing.glam_top2(z, capacity_factor=None, random_second=True, generator=torch.Generator().manual_seed(s))
-        for s in (0, 0, 1)
-    ]
+    kept = [routing.glam_top2(z, capacity_factor=None, random_second=True, generator=generator(s)) for s in (0, 0, 1)]
     counts = [r.offsets.diff().tolist() for r in kept]
     assert counts[0] == counts[1] != counts[2]
     for first, second, third in counts:
@@ -185,7 +183,7 @@ def test_statistics() -> None:
 
 def test_bias_update() -> None:
     """A bias that follows the load brings a lopsided router into balance, without touching the weights' formula."""
-    logits = torch.randn(512, 8, generator=torch.Generator().manual_seed(0)) + torch.linspace(0, 1.5, 8)
+    logits = torch.randn(512, 8, generator=generator(0)) + torch.linspace(0, 1.5, 8)
     router = routing.BiasedTopK(8, 2)
     first = router(logits).statistics().max_over_mean
     for rate in [0.01] * 200 + [0.001] * 200:
@@ -215,7 +213,7 @@ def test_compile(name: str, dynamo: None) -> None:
 def test_autocast_leaves_routing_alone(name: str) -> None:
     logits = torch.randn(12, 6)
     expected = ROUTERS[name](logits)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         actual = ROUTERS[name](logits)
     assert all(torch.equal(a, b) and a.dtype is b.dtype for a, b in zip(actual, expected, strict=True))
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from device import generator, gradcheck, gradgradcheck
 from torch import Tensor
 
 from ffn_ops import reference, routing
@@ -49,7 +50,7 @@ def test_top_k(name: str, dtype: torch.dtype, isa: str) -> None:
         groups = options.get("num_groups", 1)
         if k > E // groups * options.get("top_groups", 1):
             continue
-        logits = torch.randn(T, E, generator=torch.Generator().manual_seed(E), dtype=torch.float64).to(dtype)
+        logits = torch.randn(T, E, generator=generator(E), dtype=torch.float64).to(dtype)
         ids, weights = chosen(logits, k, **options)
         expected_ids, expected = reference.top_k(logits.double(), k, **options)
         assert torch.equal(ids, expected_ids)
@@ -105,14 +106,14 @@ def test_nan_and_infinities(name: str, isa: str) -> None:
 def test_top_k_gradients(name: str) -> None:
     E, k = 12, 3
     options = options_of(name, E, torch.float64)
-    g = torch.Generator().manual_seed(3)
+    g = generator(3)
     logits = (torch.randperm(4 * E, generator=g, dtype=torch.float64).view(4, E) / 9 - 2).requires_grad_()
 
     def weights(z: Tensor) -> Tensor:
         return routing.top_k(z, k, **options).weight
 
-    assert torch.autograd.gradcheck(weights, [logits], nondet_tol=0)
-    assert torch.autograd.gradgradcheck(weights, [logits], nondet_tol=0)
+    assert gradcheck(weights, [logits], nondet_tol=0)
+    assert gradgradcheck(weights, [logits], nondet_tol=0)
     ours = torch.autograd.grad((chosen(logits, k, **options)[1] * torch.arange(k)).sum(), logits)
     plain = torch.autograd.grad((reference.top_k(logits, k, **options)[1] * torch.arange(k)).sum(), logits)
     torch.testing.assert_close(ours, plain)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from device import DEVICE, generator
 from problems import FFN_FORMS, FORMS, Problem, assert_same_bits, results
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -23,7 +24,7 @@ SMALL = {"T": 5, "D": 4, "F": 9, "O": 6}
 
 def operator_calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     """Every operator with arguments that require grad, in every form that changes what it returns."""
-    g = torch.Generator().manual_seed(0)
+    g = generator(0)
 
     def t(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=g, dtype=torch.float64).requires_grad_()
@@ -128,7 +129,7 @@ def test_opcheck_can_fail() -> None:
     """An operator with a wrong fake kernel does not pass."""
     with torch.library._scoped_library("ffn_ops_test", "DEF") as lib:
         lib.define("doubled(Tensor x) -> Tensor")
-        lib.impl("doubled", lambda x: x * 2, "CPU")
+        lib.impl("doubled", lambda x: x * 2, DEVICE.upper())
         torch.library.register_fake("ffn_ops_test::doubled", lambda x: x.new_empty(x.shape[0] + 1), lib=lib)
         with pytest.raises(Exception, match="test_faketensor"):
             torch.library.opcheck(torch.ops.ffn_ops_test.doubled.default, (torch.ones(3),))
@@ -204,7 +205,7 @@ def test_autocast(form: str, dtype: torch.dtype) -> None:
     tensors, d_y = problem.draw(dtype=torch.float32)
 
     def under_autocast(**given: Tensor) -> Tensor:
-        with torch.autocast("cpu", dtype):
+        with torch.autocast(DEVICE, dtype):
             return problem.ours(**given)
 
     def by_hand(**given: Tensor) -> Tensor:
@@ -215,7 +216,7 @@ def test_autocast(form: str, dtype: torch.dtype) -> None:
     actual = results(under_autocast, tensors, d_y)
     assert actual["y"].dtype is dtype and all(t.dtype is torch.float32 for n, t in actual.items() if n != "y")
     assert_same_bits(actual, results(by_hand, tensors, d_y))
-    with torch.autocast("cpu", dtype, enabled=False):
+    with torch.autocast(DEVICE, dtype, enabled=False):
         assert problem.ours(**tensors).dtype is torch.float32
     double, d_double = problem.draw()
     assert_same_bits(results(under_autocast, double, d_double), results(problem.ours, double, d_double))
@@ -224,7 +225,7 @@ def test_autocast(form: str, dtype: torch.dtype) -> None:
 def test_autocast_casts_nothing_else() -> None:
     """What torch's product would not cast is still refused, and gated_act follows its inputs. (A regression.)"""
     x, w, down = torch.randn(3, 4), torch.randn(6, 4), torch.randn(5, 6)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         for wrong in (w.double(), w.int(), [w]):
             with pytest.raises(TypeError, match="w_in: expected"):
                 ffn_ops.ffn(x, wrong, down)

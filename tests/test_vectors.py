@@ -12,6 +12,7 @@ FLAGS = ("-std=c++20", "-O2", "-ffp-contract=off", "-fno-math-errno", "-fno-trap
 SOURCES = ("tests/cpp/vector_test.cpp", "tests/cpp/vector_isas.cpp", "csrc/cpu/isa/isa.cpp")
 
 
+@pytest.mark.cpu_only("vectors of instruction sets")
 @pytest.mark.slow
 def test_every_float32(tmp_path: Path) -> None:
     compiler = os.environ.get("CXX", "g++")

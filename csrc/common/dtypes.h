@@ -48,6 +48,11 @@ constexpr int64_t storage_size(DType dtype) {
   return sizes[static_cast<int>(dtype)];
 }
 
+// What values of a storage dtype are computed in.
+constexpr DType arithmetic_dtype(DType storage) {
+  return storage == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+}
+
 template <class F>
 FFN_FN constexpr bool dispatch_dtype(DType dtype, F&& f) {
   return visit_type(StorageTypes{}, static_cast<int>(dtype), f);

@@ -13,8 +13,6 @@
 namespace ffn_ops {
 namespace {
 
-using torch::headeronly::ScalarType;
-
 // ---- BASE -----------------------------------------------------------------------------------------------------------
 
 // The assignment of T tokens to E experts with the largest sum of scores, floor(T / E) or one more for each expert: a
@@ -133,8 +131,7 @@ class Assignment {
 };
 
 std::vector<double> finite_scores(const Tensor& scores) {
-  const DType dtype = weight_dtype(scores, "scores");
-  check_tensor(scores, "scores", dtype, {-1, -1});
+  const DType dtype = check_scores(scores).dtype;
   const Tensor dense = torch::stable::contiguous(scores);
   std::vector<double> values(static_cast<size_t>(scores.numel()));
   for (size_t i = 0; i < values.size(); ++i) {
@@ -150,12 +147,10 @@ std::vector<double> finite_scores(const Tensor& scores) {
 Tensor balanced_assignment(const Tensor& scores, std::optional<Tensor> mask) {
   const std::vector<double> values = finite_scores(scores);
   const int64_t T = scores.size(0), E = scores.size(1);
-  STD_TORCH_CHECK(E >= 1, "scores: expected at least one expert, got ", shape_text(scores));
   std::vector<int64_t> real(static_cast<size_t>(T));
   std::iota(real.begin(), real.end(), 0);
   if (mask) {
-    STD_TORCH_CHECK(mask->is_cpu() && mask->scalar_type() == ScalarType::Bool && mask->dim() == 1 && mask->size(0) == T,
-                    "mask: expected bool of shape [", T, "] on the CPU, got ", shape_text(*mask));
+    check_mask(*mask, T);
     const Tensor dense = torch::stable::contiguous(*mask);
     const auto* flags = static_cast<const bool*>(dense.const_data_ptr());
     std::erase_if(real, [&](int64_t t) { return !flags[t]; });
@@ -181,8 +176,7 @@ std::tuple<Tensor, Tensor> round_tokens(const Tensor& scores, const Tensor& ids,
   const std::vector<double> values = finite_scores(scores);
   const int64_t T = scores.size(0), E = scores.size(1);
   STD_TORCH_CHECK(tile >= 1, "tile: expected at least 1, got ", tile);
-  STD_TORCH_CHECK(ids.is_cpu() && ids.scalar_type() == ScalarType::Long && ids.dim() == 2 && ids.size(0) == T,
-                  "ids: expected int64 of shape [", T, ", K] on the CPU, got ", shape_text(ids));
+  check_integers(ids, "ids", {T, -1});
   const Tensor dense = torch::stable::contiguous(ids);
   const auto* chosen = static_cast<const int64_t*>(dense.const_data_ptr());
   const int64_t K = ids.size(1), R = T * K + E * (tile / 2);

@@ -9,42 +9,19 @@
 namespace ffn_ops {
 namespace {
 
-struct Ffn {
-  DType dtype;
-  int64_t T, D, F, O;  // tokens, model width, FFN width, output width
-  bool gated;
+struct Ffn : FfnShape {
   std::vector<Operand> in;        // gate and up weights, or the one input weight: lanes = rows
   std::vector<const void*> bias;  // of the same
   std::vector<Operand> in_by_k;   // the input weights for d_x: k = rows, in the order of d_hidden
-  int activation;
-  double beta;
+  double beta = 1.0;
   std::vector<Tensor> keep;
-
-  int64_t hidden() const { return gated ? 2 * F : F; }  // width of d_hidden
 };
 
-Ffn check_ffn(const Tensor& x, const Tensor& w_in, const std::optional<Tensor>& w_up, const Tensor& w_down,
-              const std::optional<Tensor>& b_in, const std::optional<Tensor>& b_up, bool gated,
-              const std::string& activation, double beta) {
+Ffn with_operands(const FfnShape& shape, const Tensor& w_in, const std::optional<Tensor>& w_up,
+                  const std::optional<Tensor>& b_in, const std::optional<Tensor>& b_up, double beta) {
   Ffn c;
-  c.dtype = storage_dtype(x, "x");
-  check_tensor(x, "x", c.dtype, {-1, -1});
-  c.T = x.size(0);
-  c.D = x.size(1);
-  c.gated = gated || w_up.has_value();
-  check_tensor(w_in, "w_in", c.dtype, {-1, c.D});
-  const bool fused = c.gated && !w_up;
-  STD_TORCH_CHECK(!fused || w_in.size(0) % 2 == 0, "w_in: expected [2F, D], gate rows first, got ", shape_text(w_in));
-  c.F = fused ? w_in.size(0) / 2 : w_in.size(0);
-  if (w_up) check_tensor(*w_up, "w_up", c.dtype, {c.F, c.D});
-  check_tensor(w_down, "w_down", c.dtype, {-1, c.F});
-  c.O = w_down.size(0);
-  if (b_in) check_tensor(*b_in, "b_in", c.dtype, {w_in.size(0)});
-  STD_TORCH_CHECK(!b_up || w_up, "b_up: expected none where w_up is none");
-  if (b_up) check_tensor(*b_up, "b_up", c.dtype, {c.F});
-  c.activation = check_activation(activation);
+  static_cast<FfnShape&>(c) = shape;
   c.beta = beta;
-
   c.in.push_back(lanes_are_rows(matrix(w_in, c.dtype)));
   c.in_by_k.push_back(lanes_are_columns(matrix(w_in, c.dtype)));
   c.bias.push_back(dense_data(b_in, c.keep));
@@ -52,7 +29,7 @@ Ffn check_ffn(const Tensor& x, const Tensor& w_in, const std::optional<Tensor>& 
     c.in.push_back(lanes_are_rows(matrix(*w_up, c.dtype)));
     c.in_by_k.push_back(lanes_are_columns(matrix(*w_up, c.dtype)));
     c.bias.push_back(dense_data(b_up, c.keep));
-  } else if (fused) {
+  } else if (c.fused) {
     c.in.push_back(lanes_are_rows(matrix(w_in, c.dtype, c.F)));
     c.bias.push_back(advance(c.bias[0], c.F, c.dtype));
   }
@@ -87,7 +64,7 @@ std::tuple<Tensor, Tensor, Tensor> ffn(const Tensor& x, const Tensor& w_in, std:
                                        const Tensor& w_down, std::optional<Tensor> b_in, std::optional<Tensor> b_up,
                                        std::optional<Tensor> b_down, bool gated, std::string activation, double beta,
                                        bool save) {
-  Ffn c = check_ffn(x, w_in, w_up, w_down, b_in, b_up, gated, activation, beta);
+  Ffn c = with_operands(check_ffn(x, w_in, w_up, w_down, b_in, b_up, gated, activation), w_in, w_up, b_in, b_up, beta);
   if (b_down) check_tensor(*b_down, "b_down", c.dtype, {c.O});
   const void* bias_down = dense_data(b_down, c.keep);
   Tensor y = fresh(x, {c.T, c.O});
@@ -130,14 +107,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_backward(
     std::optional<Tensor> b_in, std::optional<Tensor> b_up, const Tensor& gate, const Tensor& up, bool gated,
     std::string activation, double beta, std::vector<bool> needs) {
   check_needs(needs, 7);
-  Ffn c = check_ffn(x, w_in, w_up, w_down, b_in, b_up, gated, activation, beta);
+  Ffn c = with_operands(check_ffn(x, w_in, w_up, w_down, b_in, b_up, gated, activation), w_in, w_up, b_in, b_up, beta);
   check_tensor(d_y, "d_y", c.dtype, {c.T, c.O});
-  const bool recompute = gate.dim() == 1;  // an empty vector stands for "not saved"
-  if (!recompute) {
-    check_tensor(gate, "gate", c.dtype, {c.T, c.F});
-    if (c.gated) check_tensor(up, "up", c.dtype, {c.T, c.F});
-    STD_TORCH_CHECK(gate.is_contiguous() && up.is_contiguous(), "gate, up: expected the tensors that ffn saved");
-  }
+  const bool recompute = !check_saved("ffn", gate, up, c.dtype, c.T, c.F, c.gated);
   const bool need_x = needs.at(0), need_in = needs.at(1), need_up = needs.at(2) && w_up, need_down = needs.at(3);
   const bool need_b_in = needs.at(4), need_b_up = needs.at(5) && w_up, need_b_down = needs.at(6);
   const bool need_hidden = need_x || need_in || need_up || need_b_in || need_b_up;

@@ -9,23 +9,15 @@
 namespace ffn_ops {
 namespace {
 
-void check_same(const Tensor& t, const char* name, const Tensor& gate, DType dtype) {
-  const auto sizes = gate.sizes();
-  check_tensor(t, name, dtype, std::vector<int64_t>(sizes.begin(), sizes.end()));
-}
-
 GatedAct elementwise(const Tensor& gate, const std::optional<Tensor>& up, const std::string& activation, double beta) {
-  const DType dtype = storage_dtype(gate, "gate");
-  STD_TORCH_CHECK(gate.dim() == 2, "gate: expected shape [rows, columns], got ", shape_text(gate));
-  check_same(gate, "gate", gate, dtype);
-  if (up) check_same(*up, "up", gate, dtype);
+  const GatedActShape s = check_gated_act(gate, up, activation);
   GatedAct g;
-  g.rows = gate.size(0);
-  g.cols = gate.size(1);
-  g.gate = matrix(gate, dtype);
-  if (up) g.up = matrix(*up, dtype);
+  g.rows = s.rows;
+  g.cols = s.cols;
+  g.gate = matrix(gate, s.dtype);
+  if (up) g.up = matrix(*up, s.dtype);
   g.out_stride = g.cols;
-  g.activation = check_activation(activation);
+  g.activation = s.activation;
   g.beta = beta;
   return g;
 }

@@ -9,50 +9,27 @@
 namespace ffn_ops {
 namespace {
 
-struct GatedLinear {
-  DType dtype;
-  int64_t T, D, F, G;
+struct GatedLinear : GatedLinearShape {
   std::vector<Operand> forward;   // gate and up weights of each branch, lanes = their rows
   std::vector<Operand> backward;  // all gate weights, then all up weights, k = their rows
-  int activation;
 };
 
-GatedLinear check_gated_linear(const Tensor& x, const std::vector<Tensor>& w_gate, const std::vector<Tensor>& w_up,
-                               const std::string& activation) {
-  GatedLinear c;
-  c.dtype = storage_dtype(x, "x");
-  check_tensor(x, "x", c.dtype, {-1, -1});
-  c.G = static_cast<int64_t>(w_gate.size());
-  STD_TORCH_CHECK(c.G > 0 && w_up.size() == w_gate.size(),
-                  "w_up: expected as many weights as w_gate, at least one, got ", w_up.size(), " and ", w_gate.size());
-  c.T = x.size(0);
-  c.D = x.size(1);
-  STD_TORCH_CHECK(w_gate[0].dim() == 2, "w_gate: expected shape [F, D], got ", shape_text(w_gate[0]));
-  c.F = w_gate[0].size(0);
+GatedLinear with_operands(const GatedLinearShape& shape, const std::vector<Tensor>& w_gate,
+                          const std::vector<Tensor>& w_up) {
+  GatedLinear c{shape, {}, {}};
   for (size_t i = 0; i < w_gate.size(); ++i) {
-    check_tensor(w_gate[i], "w_gate", c.dtype, {c.F, c.D});
-    check_tensor(w_up[i], "w_up", c.dtype, {c.F, c.D});
     c.forward.push_back(lanes_are_rows(matrix(w_gate[i], c.dtype)));
     c.forward.push_back(lanes_are_rows(matrix(w_up[i], c.dtype)));
   }
   for (const auto* list : {&w_gate, &w_up})
     for (const Tensor& w : *list) c.backward.push_back(lanes_are_columns(matrix(w, c.dtype)));
-  c.activation = check_activation(activation);
   return c;
-}
-
-void check_biases(const std::vector<Tensor>& biases, const char* name, const GatedLinear& c) {
-  STD_TORCH_CHECK(biases.empty() || static_cast<int64_t>(biases.size()) == c.G, name,
-                  ": expected none or one for each weight (", c.G, "), got ", biases.size());
-  for (const Tensor& bias : biases) check_tensor(bias, name, c.dtype, {c.F});
 }
 
 std::tuple<Tensor, Tensor, Tensor> gated_linear(const Tensor& x, std::vector<Tensor> w_gate, std::vector<Tensor> w_up,
                                                 std::vector<Tensor> b_gate, std::vector<Tensor> b_up,
                                                 std::string activation, double beta, bool save) {
-  const GatedLinear c = check_gated_linear(x, w_gate, w_up, activation);
-  check_biases(b_gate, "b_gate", c);
-  check_biases(b_up, "b_up", c);
+  const GatedLinear c = with_operands(check_gated_linear(x, w_gate, w_up, b_gate, b_up, activation), w_gate, w_up);
   std::vector<Tensor> keep;
   std::vector<const void*> bias(static_cast<size_t>(2 * c.G), nullptr);
   for (size_t i = 0; i < b_gate.size(); ++i) bias[2 * i] = dense_data(b_gate[i], keep);
@@ -94,14 +71,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_linear_backward(
     const Tensor& d_y, const Tensor& x, std::vector<Tensor> w_gate, std::vector<Tensor> w_up,
     std::vector<Tensor> b_gate, std::vector<Tensor> b_up, const Tensor& gate, const Tensor& up, std::string activation,
     double beta, std::vector<bool> needs) {
-  check_needs(needs, 5);
-  const GatedLinear c = check_gated_linear(x, w_gate, w_up, activation);
-  check_biases(b_gate, "b_gate", c);
-  check_biases(b_up, "b_up", c);
-  check_tensor(d_y, "d_y", c.dtype, {c.T, c.F});
-  check_tensor(gate, "gate", c.dtype, {c.G, c.T, c.F});
-  check_tensor(up, "up", c.dtype, {c.G, c.T, c.F});
-  STD_TORCH_CHECK(gate.is_contiguous() && up.is_contiguous(), "gate, up: expected the tensors that gated_linear saved");
+  const GatedLinear c = with_operands(check_gated_linear(x, w_gate, w_up, b_gate, b_up, activation), w_gate, w_up);
+  check_gated_linear_gradient(c, d_y, gate, up, needs);
   const int64_t half = c.G * c.F;
   Workspace workspace;
   Steps steps(kernels(), workspace, threads());

@@ -21,10 +21,6 @@ constexpr int64_t kChunkK = 512;
 // Below, a product is bound by its stores, which should run along rows.
 constexpr int64_t kShortK = 64;
 
-constexpr DType arithmetic_dtype(DType storage) {
-  return storage == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
-}
-
 constexpr int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
 // A strided matrix: element (r, c) is data[rows ? rows[r] : r][c]. Lanes of a packed panel run along rows or columns.

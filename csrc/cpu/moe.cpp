@@ -9,39 +9,25 @@
 namespace ffn_ops {
 namespace {
 
-Experts check_moe(const Tensor& x, const std::optional<Tensor>& token, const std::optional<Tensor>& weight,
-                  const Tensor& offsets, const std::optional<Tensor>& row, const std::optional<Tensor>& token_offsets,
-                  const Tensor& w_in, const Tensor& w_down, const std::optional<Tensor>& b_in,
-                  const std::optional<Tensor>& b_down, bool gated, const std::string& activation, double beta) {
+Experts with_routes(const MoeShape& s, const std::optional<Tensor>& token, const std::optional<Tensor>& weight,
+                    const Tensor& offsets, const std::optional<Tensor>& row, const std::optional<Tensor>& token_offsets,
+                    double beta) {
   Experts c;
-  c.dtype = storage_dtype(x, "x");
-  check_tensor(x, "x", c.dtype, {-1, -1});
-  c.T = x.size(0);
-  c.D = x.size(1);
-  c.gated = gated;
-  check_tensor(w_in, "w_in", c.dtype, {-1, -1, c.D});
-  STD_TORCH_CHECK(w_in.size(0) > 0, "w_in: expected at least one expert, got ", shape_text(w_in));
-  STD_TORCH_CHECK(!gated || w_in.size(1) % 2 == 0, "w_in: expected [E, 2F, D], gate rows first, got ",
-                  shape_text(w_in));
-  c.F = gated ? w_in.size(1) / 2 : w_in.size(1);
-  check_tensor(w_down, "w_down", c.dtype, {w_in.size(0), -1, c.F});
-  c.O = w_down.size(1);
-  if (b_in) check_tensor(*b_in, "b_in", c.dtype, {w_in.size(0), w_in.size(1)});
-  if (b_down) check_tensor(*b_down, "b_down", c.dtype, {w_in.size(0), c.O});
-  c.activation = check_activation(activation);
+  c.dtype = s.dtype;
+  c.T = s.T;
+  c.D = s.D;
+  c.F = s.F;
+  c.O = s.O;
+  c.gated = s.gated;
+  c.routed = s.routed;
+  c.activation = s.activation;
   c.beta = beta;
-
-  c.routed = token.has_value();
-  STD_TORCH_CHECK(
-      c.routed == weight.has_value() && c.routed == row.has_value() && c.routed == token_offsets.has_value(),
-      "routing: expected token, weight, row and token_offsets together, or none of them");
-  c.set_rows(offsets, w_in.size(0), c.routed ? token->numel() : c.T);
+  c.set_rows(offsets, s.E, s.R);
   c.routes.tokens = c.T;
   if (!c.routed) return c;
   c.routes.token = check_indices(*token, "token", c.R, c.T - 1, c.keep);
   c.routes.row = check_indices(*row, "row", c.R, c.R - 1, c.keep);
   c.routes.token_offsets = check_offsets(*token_offsets, "token_offsets", c.T, c.R, c.keep);
-  check_tensor(*weight, "weight", arithmetic_dtype(c.dtype), {c.R});
   c.weight = dense_data(weight, c.keep);
   return c;
 }
@@ -51,8 +37,9 @@ std::tuple<Tensor, Tensor, Tensor> moe(const Tensor& x, std::optional<Tensor> to
                                        std::optional<Tensor> token_offsets, const Tensor& w_in, const Tensor& w_down,
                                        std::optional<Tensor> b_in, std::optional<Tensor> b_down, bool gated,
                                        std::string activation, double beta, bool save) {
-  Experts c =
-      check_moe(x, token, weight, offsets, row, token_offsets, w_in, w_down, b_in, b_down, gated, activation, beta);
+  Experts c = with_routes(
+      check_moe(x, token, weight, offsets, row, token_offsets, w_in, w_down, b_in, b_down, gated, activation), token,
+      weight, offsets, row, token_offsets, beta);
   Tensor y = fresh(x, {c.T, c.O});
   Tensor gate = save ? recycled(x, {c.R, c.F}) : nothing(x);
   Tensor up = save && c.gated ? recycled(x, {c.R, c.F}) : nothing(x);
@@ -78,15 +65,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_backward(
     const Tensor& w_down, std::optional<Tensor> b_in, std::optional<Tensor> b_down, const Tensor& gate,
     const Tensor& up, bool gated, std::string activation, double beta, std::vector<bool> needs) {
   check_needs(needs, 6);
-  Experts c =
-      check_moe(x, token, weight, offsets, row, token_offsets, w_in, w_down, b_in, b_down, gated, activation, beta);
+  Experts c = with_routes(
+      check_moe(x, token, weight, offsets, row, token_offsets, w_in, w_down, b_in, b_down, gated, activation), token,
+      weight, offsets, row, token_offsets, beta);
   check_tensor(d_y, "d_y", c.dtype, {c.T, c.O});
-  const bool recompute = gate.dim() == 1;  // an empty vector stands for "not saved"
-  if (!recompute) {
-    check_tensor(gate, "gate", c.dtype, {c.R, c.F});
-    if (c.gated) check_tensor(up, "up", c.dtype, {c.R, c.F});
-    STD_TORCH_CHECK(gate.is_contiguous() && up.is_contiguous(), "gate, up: expected the tensors that moe saved");
-  }
+  const bool recompute = !check_saved("moe", gate, up, c.dtype, c.R, c.F, c.gated);
   const bool need_x = needs.at(0), need_weight = needs.at(1) && c.routed, need_in = needs.at(2);
   const bool need_down = needs.at(3), need_b_in = needs.at(4), need_b_down = needs.at(5);
   const bool need_hidden = need_x || need_in || need_b_in || need_weight;
@@ -179,9 +162,7 @@ Tensor moe_outer(const Tensor& a, const Tensor& b, const Tensor& offsets) {
   c.dtype = storage_dtype(a, "a");
   check_tensor(a, "a", c.dtype, {-1, -1});
   check_tensor(b, "b", c.dtype, {a.size(0), -1});
-  STD_TORCH_CHECK(offsets.dim() == 1 && offsets.size(0) > 0, "offsets: expected shape [E + 1], got ",
-                  shape_text(offsets));
-  c.set_rows(offsets, offsets.size(0) - 1, a.size(0));
+  c.set_rows(offsets, count_of(offsets, "offsets", "E"), a.size(0));
   Tensor out = fresh(a, {c.E, a.size(1), b.size(1)});
   Workspace workspace;
   Steps steps(kernels(), workspace, threads());

@@ -11,7 +11,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#include "checks.h"
+#include "../common/shapes.h"
 #include "schedule.h"
 
 namespace ffn_ops {

@@ -9,14 +9,6 @@
 
 namespace ffn_ops {
 
-// Routing weights and scores are float32 or float64.
-inline DType weight_dtype(const Tensor& t, const char* name) {
-  const DType dtype = storage_dtype(t, name);
-  STD_TORCH_CHECK(dtype == DType::kFloat32 || dtype == DType::kFloat64, name,
-                  ": expected dtype float32 or float64, got ", kDTypeNames[static_cast<int>(dtype)]);
-  return dtype;
-}
-
 // Rows [begin, end) belong to an expert.
 struct Segment {
   int64_t expert, begin, end;
@@ -26,10 +18,7 @@ struct Segment {
 // A dense int64 tensor of `size` elements (-1: any) that lie in [0, limit].
 inline const int64_t* check_indices(const Tensor& t, const char* name, int64_t size, int64_t limit,
                                     std::vector<Tensor>& keep) {
-  STD_TORCH_CHECK(t.defined() && t.is_cpu() && t.scalar_type() == torch::headeronly::ScalarType::Long && t.dim() == 1,
-                  name, ": expected an int64 vector on the CPU, got scalar type ", static_cast<int>(t.scalar_type()),
-                  " of shape ", shape_text(t));
-  STD_TORCH_CHECK(size < 0 || t.size(0) == size, name, ": expected shape [", size, "], got ", shape_text(t));
+  check_index_vector(t, name, size);
   const auto* data = static_cast<const int64_t*>(dense_data(t, keep));
   bool inside = true;
   for (int64_t i = 0; i < t.size(0); ++i) inside = inside && data[i] >= 0 && data[i] <= limit;

@@ -12,34 +12,7 @@
 namespace ffn_ops {
 namespace {
 
-using torch::headeronly::ScalarType;
-
 // ---- top k ----------------------------------------------------------------------------------------------------------
-
-TopK check_top_k(const Tensor& logits, int64_t k, const std::string& score, bool renormalize, bool softmax_after,
-                 int64_t num_groups, int64_t top_groups, double scale) {
-  TopK job;
-  const DType dtype = storage_dtype(logits, "logits");
-  check_tensor(logits, "logits", dtype, {-1, -1});
-  job.T = logits.size(0);
-  job.E = logits.size(1);
-  job.K = k;
-  STD_TORCH_CHECK(k >= 1 && k <= job.E, "k: expected 1 to ", job.E, " (the number of experts), got ", k);
-  STD_TORCH_CHECK(score == "softmax" || score == "sigmoid", "score: expected softmax or sigmoid, got '", score, "'");
-  STD_TORCH_CHECK(num_groups >= 1 && job.E % num_groups == 0,
-                  "num_groups: expected a divisor of the number of experts (", job.E, "), got ", num_groups);
-  STD_TORCH_CHECK(top_groups >= 1 && top_groups <= num_groups && k <= job.E / num_groups * top_groups,
-                  "top_groups: expected 1 to ", num_groups, " groups that hold k = ", k, " experts, got ", top_groups);
-  job.sigmoid = score == "sigmoid";
-  STD_TORCH_CHECK(!(job.sigmoid && softmax_after), "softmax_after: expected False where score is sigmoid, got True");
-  job.softmax_after = softmax_after;
-  job.renormalize = renormalize && !softmax_after;
-  job.num_groups = num_groups;
-  job.top_groups = top_groups;
-  job.scale = scale;
-  job.logits = matrix(logits, dtype);
-  return job;
-}
 
 void run_top_k(const TopK& job, void (*kernel)(const TopK&, int64_t, int64_t, void*)) {
   constexpr int64_t kRows = 64;
@@ -57,7 +30,8 @@ void run_top_k(const TopK& job, void (*kernel)(const TopK&, int64_t, int64_t, vo
 std::tuple<Tensor, Tensor> route_top_k(const Tensor& logits, std::optional<Tensor> bias, int64_t k, std::string score,
                                        bool renormalize, bool softmax_after, int64_t num_groups, int64_t top_groups,
                                        double scale) {
-  TopK job = check_top_k(logits, k, score, renormalize, softmax_after, num_groups, top_groups, scale);
+  TopK job = check_top_k<TopK>(logits, k, score, renormalize, softmax_after, num_groups, top_groups, scale);
+  job.logits = matrix(logits, storage_dtype(logits, "logits"));
   std::vector<Tensor> keep;
   if (bias) check_tensor(*bias, "bias", arithmetic_dtype(job.logits.dtype), {job.E});
   job.bias = dense_data(bias, keep);
@@ -72,10 +46,10 @@ std::tuple<Tensor, Tensor> route_top_k(const Tensor& logits, std::optional<Tenso
 Tensor route_top_k_backward(const Tensor& d_weights, const Tensor& logits, const Tensor& ids, std::string score,
                             bool renormalize, bool softmax_after, double scale) {
   const int64_t k = ids.dim() == 2 ? ids.size(1) : 0;
-  TopK job = check_top_k(logits, k, score, renormalize, softmax_after, 1, 1, scale);
+  TopK job = check_top_k<TopK>(logits, k, score, renormalize, softmax_after, 1, 1, scale);
+  job.logits = matrix(logits, storage_dtype(logits, "logits"));
   check_tensor(d_weights, "d_weights", arithmetic_dtype(job.logits.dtype), {job.T, k});
-  STD_TORCH_CHECK(ids.is_cpu() && ids.scalar_type() == ScalarType::Long && ids.size(0) == job.T,
-                  "ids: expected int64 of shape [", job.T, ", ", k, "] on the CPU, got ", shape_text(ids));
+  check_integers(ids, "ids", {job.T, k});
   const Tensor dense_ids = torch::stable::contiguous(ids), dense_d = torch::stable::contiguous(d_weights);
   const auto* chosen = static_cast<const int64_t*>(dense_ids.const_data_ptr());
   for (int64_t i = 0; i < job.T * k; ++i)
@@ -129,18 +103,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_sort(cons
                                                                             const Tensor& weight, int64_t num_experts,
                                                                             int64_t num_tokens, int64_t capacity,
                                                                             bool by_weight) {
-  const DType dtype = weight_dtype(weight, "weight");
-  STD_TORCH_CHECK(expert.is_cpu() && expert.scalar_type() == ScalarType::Long && expert.dim() == (token ? 1 : 2),
-                  "expert: expected int64 indices on the CPU, [T, K] or with tokens [R], got ", shape_text(expert));
-  STD_TORCH_CHECK(num_experts >= 1, "num_experts: expected at least 1, got ", num_experts);
-  STD_TORCH_CHECK(num_tokens >= 0 && (token || expert.size(0) == num_tokens), "num_tokens: expected ", expert.size(0),
-                  " as expert has, got ", num_tokens);
-  STD_TORCH_CHECK(weight.is_cpu() && shape_text(weight) == shape_text(expert), "weight: expected shape ",
-                  shape_text(expert), " on the CPU, got ", shape_text(weight));
-  if (token)
-    STD_TORCH_CHECK(
-        token->is_cpu() && token->scalar_type() == ScalarType::Long && shape_text(*token) == shape_text(expert),
-        "token: expected int64 of shape ", shape_text(expert), " on the CPU, got ", shape_text(*token));
+  const DType dtype = check_sort(expert, token, weight, num_experts, num_tokens);
   const Tensor dense_expert = torch::stable::contiguous(expert), dense_weight = torch::stable::contiguous(weight);
   const Tensor dense_token = token ? torch::stable::contiguous(*token) : dense_expert;
   Entries in;

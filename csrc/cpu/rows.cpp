@@ -23,18 +23,12 @@ Move check_move(const Tensor& in, const char* name, const Tensor& token, const s
   m.dtype = storage_dtype(in, name);
   check_tensor(in, name, m.dtype, {-1, -1});
   m.cols = in.size(1);
-  const int64_t R = token.numel();
-  STD_TORCH_CHECK(offsets.dim() == 1 && offsets.size(0) > 0, "offsets: expected shape [E + 1], got ",
-                  shape_text(offsets));
-  STD_TORCH_CHECK(token_offsets.dim() == 1 && token_offsets.size(0) > 0, "token_offsets: expected shape [T + 1], got ",
-                  shape_text(token_offsets));
-  const int64_t E = offsets.size(0) - 1;
-  m.routes.tokens = token_offsets.size(0) - 1;
-  m.routes.kept = check_offsets(offsets, "offsets", E, R, m.keep)[E];
-  m.routes.token = check_indices(token, "token", R, m.routes.tokens - 1, m.keep);
-  m.routes.row = check_indices(row, "row", R, R - 1, m.keep);
-  m.routes.token_offsets = check_offsets(token_offsets, "token_offsets", m.routes.tokens, R, m.keep);
-  if (weight) check_tensor(*weight, "weight", arithmetic_dtype(m.dtype), {R});
+  const RoutesShape s = check_routes(token, weight, m.dtype, offsets, row, token_offsets);
+  m.routes.tokens = s.T;
+  m.routes.kept = check_offsets(offsets, "offsets", s.E, s.R, m.keep)[s.E];
+  m.routes.token = check_indices(token, "token", s.R, s.T - 1, m.keep);
+  m.routes.row = check_indices(row, "row", s.R, s.R - 1, m.keep);
+  m.routes.token_offsets = check_offsets(token_offsets, "token_offsets", s.T, s.R, m.keep);
   m.weight = dense_data(weight, m.keep);
   return m;
 }

@@ -102,6 +102,7 @@ def moe_experts(
     check.tensor("rows", rows, ("R", "D"))
     rows, w_in, w_down, b_in, b_down = autocast(rows, w_in, w_down, b_in, b_down)  # type: ignore[assignment]
     check.indices("offsets", offsets)
+    check.device("offsets", offsets, rows, "rows")
     _check_weights(rows, offsets, w_in, w_down, b_in, b_down, gated, activation, beta, recompute)
     grad = needs_grad(rows, w_in, w_down, b_in, b_down)
     experts = (w_in, w_down, b_in, b_down, gated, activation, float(beta), grad and not recompute)

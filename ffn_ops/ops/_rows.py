@@ -59,14 +59,14 @@ def moe_combine(rows: Tensor, routing: Routing) -> Tensor:
     """
     check.tensor("rows", rows)
     (rows,) = autocast(rows)  # type: ignore[assignment]
-    check.routing(routing)
+    check.routing(routing, rows, "rows")
     check.tensor("rows", rows, (routing.token.shape[0], "D"))
     weight = routing.weight.to(arithmetic(rows))
     return combine_op(rows, routing.token, weight, routing.offsets, routing.row, routing.token_offsets)  # type: ignore[no-any-return]
 
 
 def check_routing(x: Tensor, routing: Routing) -> None:
-    check.routing(routing)
+    check.routing(routing, x)
     if x.dim() < 1:
         raise ValueError(f"x: expected shape [..., D], got {list(x.shape)}")
     tokens = routing.token_offsets.shape[0] - 1

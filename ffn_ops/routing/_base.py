@@ -15,7 +15,8 @@ def base(logits: Tensor, *, training: bool = True, mask: Tensor | None = None) -
     """One expert for each token, weighted with sigmoid(z): in training the assignment with the largest sum of z in
     which every expert gets floor(T/E) or ceil(T/E) tokens; else the expert with the highest z.
 
-    The assignment is exact and deterministic, for every T and E, on the CPU.
+    The assignment is exact and deterministic, for every T and E. It is solved on the CPU: logits on a GPU are copied
+    there and waited for, the one place where this package waits, so a CUDA graph refuses it.
 
     Args:
         logits: ``[..., E]`` for T tokens.
@@ -26,7 +27,7 @@ def base(logits: Tensor, *, training: bool = True, mask: Tensor | None = None) -
     """
     check.flag("training", training)
     z = wide(fold_logits(logits))
-    real = None if mask is None else check_mask(mask, z.shape[0])
+    real = None if mask is None else check_mask(mask, z)
     if training:
         ids = balanced_assignment_op(z.detach(), real).unsqueeze(1)
         inside = ids.clamp(max=z.shape[1] - 1)

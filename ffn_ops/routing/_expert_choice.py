@@ -47,7 +47,7 @@ def expert_choice(
         return sorted_rows(empty, empty, p.new_empty(0), experts, tokens)
     choice = p.detach()
     if mask is not None:
-        mask = check_mask(mask, tokens)
+        mask = check_mask(mask, z)
         choice = torch.where(mask, choice, -1.0)
     _, token = top_k_op(choice.contiguous(), None, count, "softmax", False, True, 1, 1, 1.0)
     if mask is not None:

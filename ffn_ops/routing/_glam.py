@@ -41,7 +41,7 @@ def glam_top2(
     ids, p = softmax_top_k(z, 2)
     share = p / p.sum(1, keepdim=True)
     if mask is not None:
-        ids = torch.where(check_mask(mask, tokens).unsqueeze(1), ids, experts)
+        ids = torch.where(check_mask(mask, z).unsqueeze(1), ids, experts)
     if random_second:
         draw = torch.rand(tokens, generator=generator, dtype=p.dtype, device=p.device)
         kept = torch.stack((torch.ones_like(draw, dtype=torch.bool), draw < share[:, 1].detach() / 0.2), 1)

@@ -10,10 +10,13 @@ from ._routing import Routing, fold_logits, wide
 
 
 def hash_table(vocabulary: int, num_experts: int, *, seed: int = 0) -> Tensor:
-    """A random table ``[vocabulary]`` in which every expert has floor or ceil of ``vocabulary / num_experts`` ids."""
+    """A random table ``[vocabulary]`` in which every expert has floor or ceil of ``vocabulary / num_experts`` ids.
+
+    The same on every device; it stands on torch's default device."""
     check.at_least("vocabulary", vocabulary, 1)
     check.at_least("num_experts", num_experts, 1)
-    return torch.randperm(vocabulary, generator=torch.Generator().manual_seed(seed)) % num_experts
+    order = torch.randperm(vocabulary, generator=torch.Generator().manual_seed(seed), device="cpu")
+    return order.to(torch.get_default_device()) % num_experts
 
 
 def hash(
@@ -37,9 +40,11 @@ def hash(
             raise TypeError(f"{name}: expected an integer dtype, got {value.dtype}")
     if table.dim() != 1:
         raise ValueError(f"table: expected shape [vocabulary], got {list(table.shape)}")
+    check.device("table", table, token_ids, "token_ids")
     ids = table.long()[token_ids.reshape(-1).long()].unsqueeze(1)
     if logits is None:
         return Routing.from_topk(ids, torch.ones_like(ids, dtype=torch.float32), num_experts, mask=mask)
     z = wide(fold_logits(logits))
     check.tensor("logits", z, (ids.shape[0], num_experts))
+    check.device("logits", z, token_ids, "token_ids")
     return Routing.from_topk(ids, torch.softmax(z, 1).gather(1, ids), num_experts, mask=mask)

@@ -54,5 +54,5 @@ def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
     """Over tokens ``[T, n]``."""
     if mask is None:
         return values.sum(0) / max(1, values.shape[0])
-    real = check_mask(mask, values.shape[0])
+    real = check_mask(mask, values)
     return torch.where(real.unsqueeze(1), values, 0).sum(0) / real.sum().clamp(min=1)

@@ -66,12 +66,11 @@ class Routing(NamedTuple):
         if ids.dim() != 2:
             raise ValueError(f"ids: expected shape [T, K], got {list(ids.shape)}")
         check.tensor("weights", weights, tuple(ids.shape))
-        if ids.device != weights.device:
-            raise ValueError(f"weights: expected device {ids.device} as ids has, got {weights.device}")
+        check.device("weights", weights, ids, "ids")
         check.at_least("num_experts", num_experts, 1)
         ids = ids.long()
         if mask is not None:
-            ids = torch.where(check_mask(mask, ids.shape[0]).unsqueeze(1), ids, num_experts)
+            ids = torch.where(check_mask(mask, ids).unsqueeze(1), ids, num_experts)
         return sorted_rows(ids, None, weights, num_experts, ids.shape[0], capacity, drop)
 
     def statistics(self) -> Statistics:
@@ -116,14 +115,15 @@ def fold_logits(logits: Any) -> Tensor:
     return logits if logits.dim() == 2 else logits.flatten(0, -2)
 
 
-def check_mask(mask: Any, tokens: Any) -> Tensor:
-    """``[T]``."""
+def check_mask(mask: Any, tokens: Tensor) -> Tensor:
+    """``[T]``, for ``tokens`` [T, ...]."""
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask: expected a torch.Tensor, got {type(mask).__name__}")
     if mask.dtype is not torch.bool:
         raise TypeError(f"mask: expected dtype bool, got {str(mask.dtype).removeprefix('torch.')}")
-    if mask.numel() != tokens:
-        raise ValueError(f"mask: expected one element for each of {tokens} tokens, got {list(mask.shape)}")
+    if mask.numel() != tokens.shape[0]:
+        raise ValueError(f"mask: expected one element for each of {tokens.shape[0]} tokens, got {list(mask.shape)}")
+    check.device("mask", mask, tokens, "logits")
     return mask.reshape(-1)
 
 

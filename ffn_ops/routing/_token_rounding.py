@@ -39,7 +39,7 @@ def token_rounding(
     p = torch.softmax(wide(z), 1)
     choice = p.detach()
     if mask is not None:
-        mask = check_mask(mask, tokens)
+        mask = check_mask(mask, z)
         ids = torch.where(mask.unsqueeze(1), ids, experts)
         choice = torch.where(mask.unsqueeze(1), choice, -1.0)
     expert, token = round_tokens_op(choice, ids, tile)

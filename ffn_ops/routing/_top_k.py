@@ -59,8 +59,7 @@ def top_k(
     check.number("scale", scale)
     if bias is not None:
         check.tensor("bias", bias, (experts,))
-        if bias.device != z.device:
-            raise ValueError(f"bias: expected device {z.device} as logits has, got {bias.device}")
+        check.device("bias", bias, z, "logits")
         bias = bias.detach().to(arithmetic(z))
     choice = (k, score, renormalize, softmax_after, num_groups, top_groups, float(scale))
     weights, ids = top_k_op(z, bias, *choice)

@@ -1,5 +1,6 @@
-// What the boundary asserts before any work: dtype, device, rank and extent of every tensor, with name, expected and
-// actual in the message. The Python functions check first and raise ValueError or TypeError; this guards torch.ops.
+// What the boundary asserts before any work, on every device: dtype, device, rank and extent of each tensor, with name,
+// expected and actual in the message. The Python functions check first and raise ValueError or TypeError; this guards
+// torch.ops. The checks of whole operators are in shapes.h.
 #pragma once
 
 #include <optional>
@@ -9,8 +10,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include "../common/activation_names.h"
-#include "kernels.h"
+#include "activation_names.h"
 
 namespace ffn_ops {
 
@@ -39,10 +39,30 @@ inline DType storage_dtype(const Tensor& t, const char* name) {
   }
 }
 
-// A defined, strided CPU tensor of the dtype of the call with these extents (-1: any).
-inline void check_tensor(const Tensor& t, const char* name, DType dtype, const std::vector<int64_t>& sizes) {
+// Of a tensor on a GPU; by the C interface, which is the same in every torch.
+inline int32_t gpu_index(const Tensor& t) {
+  int32_t index = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &index));
+  return index;
+}
+
+// Where all tensors of a call live: a GPU, or the CPU.
+struct Place {
+  int32_t gpu = -1;
+  bool holds(const Tensor& t) const { return gpu < 0 ? t.is_cpu() : t.is_cuda() && gpu_index(t) == gpu; }
+  std::string text() const { return gpu < 0 ? "the CPU" : "cuda:" + std::to_string(gpu); }
+};
+
+inline std::string place_text(const Tensor& t) {
+  if (t.is_cpu()) return "the CPU";
+  return t.is_cuda() ? "cuda:" + std::to_string(gpu_index(t)) : "another device";
+}
+
+// A defined, strided tensor of the place and dtype of the call with these extents (-1: any).
+inline void check_tensor(const Tensor& t, const char* name, DType dtype, const std::vector<int64_t>& sizes,
+                         Place place = {}) {
   STD_TORCH_CHECK(t.defined(), name, ": expected a tensor, got none");
-  STD_TORCH_CHECK(t.is_cpu(), name, ": expected a tensor on the CPU");
+  STD_TORCH_CHECK(place.holds(t), name, ": expected a tensor on ", place.text(), ", got one on ", place_text(t));
   STD_TORCH_CHECK(storage_dtype(t, name) == dtype, name, ": expected dtype ", kDTypeNames[static_cast<int>(dtype)],
                   ", got ", kDTypeNames[static_cast<int>(storage_dtype(t, name))]);
   bool fits = t.dim() == static_cast<int64_t>(sizes.size());
@@ -52,6 +72,15 @@ inline void check_tensor(const Tensor& t, const char* name, DType dtype, const s
     fits = fits && (sizes[i] < 0 || t.size(static_cast<int64_t>(i)) == sizes[i]);
   }
   STD_TORCH_CHECK(fits, name, ": expected shape ", expected, "], got ", shape_text(t));
+}
+
+// Indices [size] (-1: any); what they say is not looked at.
+inline void check_index_vector(const Tensor& t, const char* name, int64_t size, Place place = {}) {
+  STD_TORCH_CHECK(
+      t.defined() && place.holds(t) && t.scalar_type() == torch::headeronly::ScalarType::Long && t.dim() == 1, name,
+      ": expected an int64 vector on ", place.text(), ", got scalar type ", static_cast<int>(t.scalar_type()),
+      " of shape ", shape_text(t), " on ", place_text(t));
+  STD_TORCH_CHECK(size < 0 || t.size(0) == size, name, ": expected shape [", size, "], got ", shape_text(t));
 }
 
 inline void check_needs(const std::vector<bool>& needs, size_t count) {

@@ -1,0 +1,267 @@
+// The checks of whole operators, for every device: each gives the extents of a call, or says which argument does not
+// fit. What indices and offsets say is for the device to judge.
+#pragma once
+
+#include "checks.h"
+
+namespace ffn_ops {
+
+using MaybeTensor = std::optional<Tensor>;
+
+inline void check_same(const Tensor& t, const char* name, const Tensor& like, DType dtype, Place place = {}) {
+  const auto sizes = like.sizes();
+  check_tensor(t, name, dtype, std::vector<int64_t>(sizes.begin(), sizes.end()), place);
+}
+
+// ---- gated_act ------------------------------------------------------------------------------------------------------
+
+struct GatedActShape {
+  DType dtype;
+  int64_t rows, cols;
+  int activation;
+};
+
+inline GatedActShape check_gated_act(const Tensor& gate, const MaybeTensor& up, const std::string& activation,
+                                     Place place = {}) {
+  const DType dtype = storage_dtype(gate, "gate");
+  STD_TORCH_CHECK(gate.dim() == 2, "gate: expected shape [rows, columns], got ", shape_text(gate));
+  check_same(gate, "gate", gate, dtype, place);
+  if (up) check_same(*up, "up", gate, dtype, place);
+  return {dtype, gate.size(0), gate.size(1), check_activation(activation)};
+}
+
+// ---- gated_linear ---------------------------------------------------------------------------------------------------
+
+struct GatedLinearShape {
+  DType dtype;
+  int64_t T, D, F, G;
+  int activation;
+};
+
+inline GatedLinearShape check_gated_linear(const Tensor& x, const std::vector<Tensor>& w_gate,
+                                           const std::vector<Tensor>& w_up, const std::vector<Tensor>& b_gate,
+                                           const std::vector<Tensor>& b_up, const std::string& activation,
+                                           Place place = {}) {
+  GatedLinearShape s;
+  s.dtype = storage_dtype(x, "x");
+  check_tensor(x, "x", s.dtype, {-1, -1}, place);
+  s.G = static_cast<int64_t>(w_gate.size());
+  STD_TORCH_CHECK(s.G > 0 && w_up.size() == w_gate.size(),
+                  "w_up: expected as many weights as w_gate, at least one, got ", w_up.size(), " and ", w_gate.size());
+  s.T = x.size(0);
+  s.D = x.size(1);
+  STD_TORCH_CHECK(w_gate[0].dim() == 2, "w_gate: expected shape [F, D], got ", shape_text(w_gate[0]));
+  s.F = w_gate[0].size(0);
+  for (size_t i = 0; i < w_gate.size(); ++i) {
+    check_tensor(w_gate[i], "w_gate", s.dtype, {s.F, s.D}, place);
+    check_tensor(w_up[i], "w_up", s.dtype, {s.F, s.D}, place);
+  }
+  const auto check_biases = [&](const std::vector<Tensor>& biases, const char* name) {
+    STD_TORCH_CHECK(biases.empty() || static_cast<int64_t>(biases.size()) == s.G, name,
+                    ": expected none or one for each weight (", s.G, "), got ", biases.size());
+    for (const Tensor& bias : biases) check_tensor(bias, name, s.dtype, {s.F}, place);
+  };
+  check_biases(b_gate, "b_gate");
+  check_biases(b_up, "b_up");
+  s.activation = check_activation(activation);
+  return s;
+}
+
+inline void check_gated_linear_gradient(const GatedLinearShape& s, const Tensor& d_y, const Tensor& gate,
+                                        const Tensor& up, const std::vector<bool>& needs, Place place = {}) {
+  check_needs(needs, 5);
+  check_tensor(d_y, "d_y", s.dtype, {s.T, s.F}, place);
+  check_tensor(gate, "gate", s.dtype, {s.G, s.T, s.F}, place);
+  check_tensor(up, "up", s.dtype, {s.G, s.T, s.F}, place);
+  STD_TORCH_CHECK(gate.is_contiguous() && up.is_contiguous(), "gate, up: expected the tensors that gated_linear saved");
+}
+
+// ---- ffn ------------------------------------------------------------------------------------------------------------
+
+struct FfnShape {
+  DType dtype;
+  int64_t T, D, F, O;  // tokens, model width, FFN width, output width
+  bool gated, fused;   // fused: one weight [2F, D] holds gate and up rows
+  int activation;
+
+  int64_t hidden() const { return gated ? 2 * F : F; }  // width of d_hidden
+};
+
+inline FfnShape check_ffn(const Tensor& x, const Tensor& w_in, const MaybeTensor& w_up, const Tensor& w_down,
+                          const MaybeTensor& b_in, const MaybeTensor& b_up, bool gated, const std::string& activation,
+                          Place place = {}) {
+  FfnShape s;
+  s.dtype = storage_dtype(x, "x");
+  check_tensor(x, "x", s.dtype, {-1, -1}, place);
+  s.T = x.size(0);
+  s.D = x.size(1);
+  s.gated = gated || w_up.has_value();
+  s.fused = s.gated && !w_up;
+  check_tensor(w_in, "w_in", s.dtype, {-1, s.D}, place);
+  STD_TORCH_CHECK(!s.fused || w_in.size(0) % 2 == 0, "w_in: expected [2F, D], gate rows first, got ", shape_text(w_in));
+  s.F = s.fused ? w_in.size(0) / 2 : w_in.size(0);
+  if (w_up) check_tensor(*w_up, "w_up", s.dtype, {s.F, s.D}, place);
+  check_tensor(w_down, "w_down", s.dtype, {-1, s.F}, place);
+  s.O = w_down.size(0);
+  if (b_in) check_tensor(*b_in, "b_in", s.dtype, {w_in.size(0)}, place);
+  STD_TORCH_CHECK(!b_up || w_up, "b_up: expected none where w_up is none");
+  if (b_up) check_tensor(*b_up, "b_up", s.dtype, {s.F}, place);
+  s.activation = check_activation(activation);
+  return s;
+}
+
+// Whether the pre-activations [rows, F] were saved by `op`; an empty vector stands for "not saved".
+inline bool check_saved(const char* op, const Tensor& gate, const Tensor& up, DType dtype, int64_t rows, int64_t F,
+                        bool gated, Place place = {}) {
+  if (gate.dim() == 1) return false;
+  check_tensor(gate, "gate", dtype, {rows, F}, place);
+  if (gated) check_tensor(up, "up", dtype, {rows, F}, place);
+  STD_TORCH_CHECK(gate.is_contiguous() && up.is_contiguous(), "gate, up: expected the tensors that ", op, " saved");
+  return true;
+}
+
+// ---- routed rows ----------------------------------------------------------------------------------------------------
+
+inline int64_t count_of(const Tensor& offsets, const char* name, const char* letter) {
+  STD_TORCH_CHECK(offsets.dim() == 1 && offsets.size(0) > 0, name, ": expected shape [", letter, " + 1], got ",
+                  shape_text(offsets));
+  return offsets.size(0) - 1;
+}
+
+struct RoutesShape {
+  int64_t T, E, R;
+};
+
+inline RoutesShape check_routes(const Tensor& token, const MaybeTensor& weight, DType dtype, const Tensor& offsets,
+                                const Tensor& row, const Tensor& token_offsets, Place place = {}) {
+  const RoutesShape s{count_of(token_offsets, "token_offsets", "T"), count_of(offsets, "offsets", "E"), token.numel()};
+  check_index_vector(offsets, "offsets", s.E + 1, place);
+  check_index_vector(token, "token", s.R, place);
+  check_index_vector(row, "row", s.R, place);
+  check_index_vector(token_offsets, "token_offsets", s.T + 1, place);
+  if (weight) check_tensor(*weight, "weight", arithmetic_dtype(dtype), {s.R}, place);
+  return s;
+}
+
+struct MoeShape {
+  DType dtype;
+  int64_t T, D, F, O, E, R;
+  bool gated, routed;  // not routed: x holds the rows themselves
+  int activation;
+
+  int64_t hidden() const { return gated ? 2 * F : F; }
+};
+
+inline MoeShape check_moe(const Tensor& x, const MaybeTensor& token, const MaybeTensor& weight, const Tensor& offsets,
+                          const MaybeTensor& row, const MaybeTensor& token_offsets, const Tensor& w_in,
+                          const Tensor& w_down, const MaybeTensor& b_in, const MaybeTensor& b_down, bool gated,
+                          const std::string& activation, Place place = {}) {
+  MoeShape s;
+  s.dtype = storage_dtype(x, "x");
+  check_tensor(x, "x", s.dtype, {-1, -1}, place);
+  s.T = x.size(0);
+  s.D = x.size(1);
+  s.gated = gated;
+  check_tensor(w_in, "w_in", s.dtype, {-1, -1, s.D}, place);
+  s.E = w_in.size(0);
+  STD_TORCH_CHECK(s.E > 0, "w_in: expected at least one expert, got ", shape_text(w_in));
+  STD_TORCH_CHECK(!gated || w_in.size(1) % 2 == 0, "w_in: expected [E, 2F, D], gate rows first, got ",
+                  shape_text(w_in));
+  s.F = gated ? w_in.size(1) / 2 : w_in.size(1);
+  check_tensor(w_down, "w_down", s.dtype, {s.E, -1, s.F}, place);
+  s.O = w_down.size(1);
+  if (b_in) check_tensor(*b_in, "b_in", s.dtype, {s.E, w_in.size(1)}, place);
+  if (b_down) check_tensor(*b_down, "b_down", s.dtype, {s.E, s.O}, place);
+  s.activation = check_activation(activation);
+  s.routed = token.has_value();
+  STD_TORCH_CHECK(
+      s.routed == weight.has_value() && s.routed == row.has_value() && s.routed == token_offsets.has_value(),
+      "routing: expected token, weight, row and token_offsets together, or none of them");
+  s.R = s.T;
+  check_index_vector(offsets, "offsets", s.E + 1, place);
+  if (s.routed) {
+    check_index_vector(*token_offsets, "token_offsets", s.T + 1, place);
+    s.R = check_routes(*token, weight, s.dtype, offsets, *row, *token_offsets, place).R;
+  }
+  return s;
+}
+
+// ---- routing --------------------------------------------------------------------------------------------------------
+
+// Routing weights and scores are float32 or float64.
+inline DType weight_dtype(const Tensor& t, const char* name) {
+  const DType dtype = storage_dtype(t, name);
+  STD_TORCH_CHECK(dtype == DType::kFloat32 || dtype == DType::kFloat64, name,
+                  ": expected dtype float32 or float64, got ", kDTypeNames[static_cast<int>(dtype)]);
+  return dtype;
+}
+
+inline void check_integers(const Tensor& t, const char* name, const std::vector<int64_t>& sizes, Place place = {}) {
+  bool fits = t.scalar_type() == torch::headeronly::ScalarType::Long && place.holds(t) &&
+              t.dim() == static_cast<int64_t>(sizes.size());
+  std::string expected = "[";
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    expected += (i ? ", " : "") + (sizes[i] < 0 ? std::string("*") : std::to_string(sizes[i]));
+    fits = fits && (sizes[i] < 0 || t.size(static_cast<int64_t>(i)) == sizes[i]);
+  }
+  STD_TORCH_CHECK(fits, name, ": expected int64 of shape ", expected, "] on ", place.text(), ", got ", shape_text(t),
+                  " on ", place_text(t));
+}
+
+// Fills what descriptions of a choice of experts have on every device.
+template <class TopK>
+TopK check_top_k(const Tensor& logits, int64_t k, const std::string& score, bool renormalize, bool softmax_after,
+                 int64_t num_groups, int64_t top_groups, double scale, Place place = {}) {
+  TopK job;
+  check_tensor(logits, "logits", storage_dtype(logits, "logits"), {-1, -1}, place);
+  job.T = logits.size(0);
+  job.E = logits.size(1);
+  job.K = k;
+  STD_TORCH_CHECK(k >= 1 && k <= job.E, "k: expected 1 to ", job.E, " (the number of experts), got ", k);
+  STD_TORCH_CHECK(score == "softmax" || score == "sigmoid", "score: expected softmax or sigmoid, got '", score, "'");
+  STD_TORCH_CHECK(num_groups >= 1 && job.E % num_groups == 0,
+                  "num_groups: expected a divisor of the number of experts (", job.E, "), got ", num_groups);
+  STD_TORCH_CHECK(top_groups >= 1 && top_groups <= num_groups && k <= job.E / num_groups * top_groups,
+                  "top_groups: expected 1 to ", num_groups, " groups that hold k = ", k, " experts, got ", top_groups);
+  job.sigmoid = score == "sigmoid";
+  STD_TORCH_CHECK(!(job.sigmoid && softmax_after), "softmax_after: expected False where score is sigmoid, got True");
+  job.softmax_after = softmax_after;
+  job.renormalize = renormalize && !softmax_after;
+  job.num_groups = num_groups;
+  job.top_groups = top_groups;
+  job.scale = scale;
+  return job;
+}
+
+// Entries [T, K], or with tokens [R]; gives the dtype of their weights.
+inline DType check_sort(const Tensor& expert, const MaybeTensor& token, const Tensor& weight, int64_t num_experts,
+                        int64_t num_tokens, Place place = {}) {
+  const DType dtype = weight_dtype(weight, "weight");
+  check_integers(expert, "expert", std::vector<int64_t>(token ? 1 : 2, -1), place);
+  STD_TORCH_CHECK(num_experts >= 1, "num_experts: expected at least 1, got ", num_experts);
+  STD_TORCH_CHECK(num_tokens >= 0 && (token || expert.size(0) == num_tokens), "num_tokens: expected ", expert.size(0),
+                  " as expert has, got ", num_tokens);
+  check_same(weight, "weight", expert, dtype, place);
+  if (token) check_integers(*token, "token", {expert.size(0)}, place);
+  return dtype;
+}
+
+struct ScoresShape {
+  DType dtype;
+  int64_t T, E;
+};
+
+inline ScoresShape check_scores(const Tensor& scores, Place place = {}) {
+  const DType dtype = weight_dtype(scores, "scores");
+  check_tensor(scores, "scores", dtype, {-1, -1}, place);
+  STD_TORCH_CHECK(scores.size(1) >= 1, "scores: expected at least one expert, got ", shape_text(scores));
+  return {dtype, scores.size(0), scores.size(1)};
+}
+
+inline void check_mask(const Tensor& mask, int64_t T, Place place = {}) {
+  STD_TORCH_CHECK(mask.scalar_type() == torch::headeronly::ScalarType::Bool && place.holds(mask) && mask.dim() == 1 &&
+                      mask.size(0) == T,
+                  "mask: expected bool of shape [", T, "] on ", place.text(), ", got ", shape_text(mask));
+}
+
+}  // namespace ffn_ops

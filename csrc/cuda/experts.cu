@@ -1,0 +1,129 @@
+// See experts.h.
+#include "experts.h"
+
+#include "gemm_launch.cuh"
+#include "passes.h"
+#include "rows.h"
+
+namespace ffn_ops::cuda {
+namespace {
+
+// What a product over experts writes is held for a slab of columns of at most this size until tokens gather from it.
+constexpr int64_t kSlabBytes = int64_t{256} << 20;
+
+// Of a dimension of one element any stride will do.
+int64_t dense_if_one(const Tensor& t, int64_t dim) { return t.size(dim) > 1 ? t.stride(dim) : 1; }
+
+}  // namespace
+
+Operand token_rows(const Experts& c, const Tensor& t) {
+  Operand o;
+  o.data = t.const_data_ptr();
+  o.lane_stride = t.stride(0);
+  o.k_stride = dense_if_one(t, 1);
+  if (c.routed) {
+    o.gather = c.routes.token;
+    o.gather_limit = c.routes.tokens;
+  }
+  return o;
+}
+
+Operand dense_rows(const void* data, int64_t width) {
+  Operand o;
+  o.data = data;
+  o.lane_stride = width;
+  return o;
+}
+
+Operand expert_weights(const Tensor& w, DType dtype, bool transposed, int64_t col) {
+  const int64_t lanes = transposed ? 2 : 1, along_k = 3 - lanes;
+  Operand o;
+  o.lane_stride = transposed ? dense_if_one(w, lanes) : w.stride(lanes);
+  o.k_stride = transposed ? w.stride(along_k) : dense_if_one(w, along_k);
+  o.expert_stride = w.stride(0);
+  o.data = advance(w.const_data_ptr(), col * o.lane_stride, dtype);
+  return o;
+}
+
+GroupedGemm rows_product(const Experts& c, const Operand& rows, int64_t K, const Operand& weights, int64_t N) {
+  GroupedGemm g;
+  g.E = c.E;
+  g.R = c.R;
+  g.offsets = c.offsets;
+  g.N = N;
+  g.K = K;
+  g.dtype = c.dtype;
+  g.a = rows;
+  g.b = weights;
+  return g;
+}
+
+void launch_product(Call& call, const GroupedGemm& job) {
+  void* workspace = call.workspace(grouped_gemm_workspace_bytes(job));
+  check_cuda(launch_grouped_gemm(job, workspace, call.stream()), "grouped_gemm_kernel");
+}
+
+void combined_product(Call& call, const Experts& c, const Operand& rows, int64_t K, const Tensor& w, bool transposed,
+                      int64_t N, const void* bias, const void* row_weight, Tensor& out) {
+  const DType arithmetic = arithmetic_dtype(c.dtype);
+  constexpr int64_t kColumns = 128;  // a multiple of every tile's width
+  int64_t cols = N;
+  if (c.routed) {
+    const int64_t row_bytes = std::max<int64_t>(1, c.R * storage_size(arithmetic));
+    cols = std::min(N, std::max(kColumns, kSlabBytes / row_bytes / kColumns * kColumns));
+  }
+  Tensor slab = c.routed ? call.fresh(arithmetic, {c.R, cols}) : out;
+  for (int64_t col = 0; col < N; col += cols) {
+    const int64_t width = std::min(cols, N - col);
+    GroupedGemm g = rows_product(c, rows, K, expert_weights(w, c.dtype, transposed, col), width);
+    g.epilogue.out = slab.mutable_data_ptr();
+    g.epilogue.out_stride = width;
+    g.epilogue.out_unrounded = c.routed;
+    g.epilogue.bias = advance(bias, col, c.dtype);
+    g.epilogue.bias_stride = N;
+    launch_product(call, g);
+    if (!c.routed) continue;
+    MoveRows m;
+    m.routes = c.routes;
+    m.cols = width;
+    m.in = dense_matrix(slab.const_data_ptr(), width);
+    m.in_dtype = arithmetic;
+    m.weight = row_weight;
+    m.out = advance(out.mutable_data_ptr(), col, c.dtype);
+    m.out_stride = N;
+    m.out_dtype = c.dtype;
+    launch_combine_rows(call, m);
+  }
+}
+
+void outer_products(Call& call, const Experts& c, const Operand& a, int64_t M, const Operand& b, int64_t N,
+                    Tensor& out) {
+  // Rows are k here, and columns lanes.
+  const auto turned = [](Operand o) {
+    std::swap(o.lane_stride, o.k_stride);
+    return o;
+  };
+  GroupedGemm g = rows_product(c, turned(a), 0, turned(b), N);
+  g.kind = GroupedGemm::Kind::kOuter;
+  g.M = M;
+  g.epilogue.out = out.mutable_data_ptr();
+  g.epilogue.out_stride = N;
+  launch_product(call, g);
+}
+
+void sum_expert_rows(Call& call, const Experts& c, const Operand& rows, const void* row_weight, Tensor& out) {
+  ColumnSum job;
+  job.rows = c.R;
+  job.cols = out.size(1);
+  job.experts = c.E;
+  job.dtype = c.dtype;
+  job.matrix = {rows.data, rows.lane_stride, rows.k_stride};
+  job.gather = rows.gather;
+  job.gather_limit = rows.gather_limit;
+  job.offsets = c.offsets;
+  job.weight = row_weight;
+  job.out = out.mutable_data_ptr();
+  launch_column_sum(call, job);
+}
+
+}  // namespace ffn_ops::cuda

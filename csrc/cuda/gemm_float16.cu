@@ -1,0 +1,8 @@
+// Grouped products of float16, on tensor cores.
+#include "gemm_instances.cuh"
+
+namespace ffn_ops::cuda {
+
+template cudaError_t launch_gemm_instance<Half>(const GroupedGemm&, const GemmPlan&, const RowTile*, cudaStream_t);
+
+}  // namespace ffn_ops::cuda

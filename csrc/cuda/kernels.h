@@ -1,0 +1,195 @@
+// What launches and kernels agree on: plain descriptions of one piece of work, the twins of those in cpu/kernels.h.
+// What depends on data stays on the device: the rows of an expert are read from offsets, never known to the host. No
+// torch, no CUDA.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/dtypes.h"
+
+namespace ffn_ops::cuda {
+
+constexpr int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
+
+// Element (r, c) is data[r * row_stride + c * col_stride].
+struct Matrix {
+  const void* data = nullptr;
+  int64_t row_stride = 0;
+  int64_t col_stride = 1;
+};
+
+// Element-wise passes over [rows, cols]. What is null is not there.
+struct GatedAct {
+  int64_t rows = 0, cols = 0;
+  DType dtype = DType::kFloat32;
+  const int64_t* kept = nullptr;  // rows from *kept on are not read, and zero in every output; null: all are there
+  Matrix gate, up, d_out;         // up.data null: plain
+  Matrix dd_gate, dd_up;          // double backward: cotangents of d_gate and d_up; null: zero
+  // [cols], added to gate and up before anything else: forward and backward.
+  const void* bias_gate = nullptr;
+  const void* bias_up = nullptr;
+  const void* row_weight = nullptr;  // [rows], of the arithmetic's dtype: backward, a factor of h alone; null: 1
+  // forward: out, and gate and up with their biases where asked for. backward: d_gate, d_up, h = act(gate) * up.
+  // double backward: d_d_out, d_gate, d_up. Columns are dense.
+  void* out[3] = {};
+  int64_t out_stride[3] = {};  // between rows of each
+  // Branches of a gated linear layer add up in `sum` [rows, cols], of the arithmetic's dtype: read where `accumulate`,
+  // written where given. out, where given, is the rounded sum.
+  void* sum = nullptr;
+  bool accumulate = false;
+  int activation = 0;
+  double beta = 1.0;
+};
+
+// out[e, c] = sum over the rows r of segment e, offsets[e] <= r < offsets[e + 1] (offsets null: one segment of all
+// rows), of weight[r] * matrix(gather ? gather[r] : r, c).
+struct ColumnSum {
+  int64_t rows = 0, cols = 0, experts = 1;
+  DType dtype = DType::kFloat32;
+  Matrix matrix;
+  const int64_t* gather = nullptr;  // token of each row; one outside [0, gather_limit) adds nothing
+  int64_t gather_limit = 0;
+  const int64_t* offsets = nullptr;  // [experts + 1], in [0, rows], never falling (else held there)
+  const void* weight = nullptr;      // [rows], of the arithmetic's dtype; null: 1
+  void* partial = nullptr;           // workspace of column_sum_bytes()
+  void* out = nullptr;               // [experts, cols]
+};
+
+// Tokens and their routed rows; rows from *kept on are neither read nor computed.
+struct Routes {
+  int64_t tokens = 0, rows = 0;            // T, R
+  const int64_t* kept = nullptr;           // &offsets[E]
+  const int64_t* token = nullptr;          // [R]
+  const int64_t* row = nullptr;            // [R], the rows of token t: row[token_offsets[t]] ..
+  const int64_t* token_offsets = nullptr;  // [T + 1]
+};
+
+// dispatch: out[r] = weight[r] * in[token[r]], zero from *kept on. combine: out[t] = sum of weight[r] * in[r] over the
+// rows of t in their order, by fma from zero.
+struct MoveRows {
+  Routes routes;
+  int64_t cols = 0;
+  Matrix in;
+  DType in_dtype = DType::kFloat32;
+  const void* weight = nullptr;  // [R], of the arithmetic's dtype; null: 1
+  void* out = nullptr;
+  int64_t out_stride = 0;
+  DType out_dtype = DType::kFloat32;
+};
+
+// out[r] = sum over c of a(token[r], c) * b(r, c) (offsets given: b(expert of r, c)), plus the sum of the `parts` of
+// row r, all in one order; zero from *kept on.
+struct RowDots {
+  Routes routes;
+  int64_t cols = 0;
+  Matrix a, b;  // a.data null: only the parts
+  DType dtype = DType::kFloat32;
+  const int64_t* offsets = nullptr;  // [experts + 1]
+  int64_t experts = 0;
+  const void* parts = nullptr;  // [R, num_parts], like out of the arithmetic's dtype
+  int64_t num_parts = 0;
+  void* out = nullptr;  // [R]
+};
+
+// Scores of E experts for each token, the best K of them, and their weights; float32 or float64.
+struct TopK {
+  int64_t T = 0, E = 0, K = 0;
+  Matrix logits;
+  DType dtype = DType::kFloat32;
+  const void* bias = nullptr;  // [E]: added for the choice, not for the weight
+  bool sigmoid = false, renormalize = false, softmax_after = false;
+  int64_t num_groups = 1, top_groups = 1;
+  double scale = 1.0;
+  int64_t* ids = nullptr;    // [T, K]; read by backward
+  void* weights = nullptr;   // [T, K]; d_weights in backward
+  void* d_logits = nullptr;  // [T, E]
+  void* scratch = nullptr;   // global workspace of top_k_scratch_bytes(), null where none is needed
+};
+
+// The stable counting sort of R entries (pairs of token and expert) by expert, with capacity; see moe_sort on the CPU.
+// sort_plan() says what to launch.
+struct Sort {
+  int64_t R = 0, E = 0, T = 0, K = 0;  // without `token`, entry i belongs to token i / K
+  const int64_t* expert = nullptr;     // [R], outside [0, E): skipped
+  const int64_t* token = nullptr;      // [R] or null, outside [0, T): skipped
+  const void* weight = nullptr;        // [R]
+  DType weight_dtype = DType::kFloat32;
+  int64_t capacity = -1;  // < 0: none
+  bool by_weight = false;
+  void* out_weight = nullptr;            // [R]
+  int64_t* out_token = nullptr;          // [R]
+  int64_t* out_offsets = nullptr;        // [E + 1]
+  int64_t* out_row = nullptr;            // [R]
+  int64_t* out_token_offsets = nullptr;  // [T + 1]
+  int64_t* out_counts = nullptr;         // [E]
+  int64_t* out_place = nullptr;          // [R] with `token`
+  void* scratch = nullptr;
+};
+
+// Each expert's tokens, their number rounded to a multiple of `tile`; see round_tokens on the CPU. round_plan() says
+// what to launch.
+struct RoundTokens {
+  int64_t T = 0, E = 0, K = 0, tile = 1;
+  const void* scores = nullptr;  // [T, E]
+  DType dtype = DType::kFloat32;
+  const int64_t* ids = nullptr;   // [T, K], outside [0, E): skipped
+  int64_t* out_expert = nullptr;  // [rounded_rows()]
+  int64_t* out_token = nullptr;
+  void* scratch = nullptr;
+};
+
+constexpr int64_t rounded_rows(const RoundTokens& r) { return r.T * r.K + r.E * (r.tile / 2); }
+
+// ---- products over experts ------------------------------------------------------------------------------------------
+
+// One operand of a product, element (lane, k) of expert e: data[e * expert_stride + lane * lane_stride + k * k_stride].
+// Where the lanes (kRows: of A) or k (kOuter: of A and B) run over routed rows r, `gather` replaces r by gather[r].
+struct Operand {
+  const void* data = nullptr;
+  int64_t lane_stride = 0, k_stride = 1, expert_stride = 0;
+  const int64_t* gather = nullptr;  // in [0, gather_limit), else the row counts as zeros
+  int64_t gather_limit = 0;
+};
+
+struct Epilogue {
+  enum class Kind {
+    kStore,         // out = acc + bias
+    kActivate,      // out = act(gate) * up or act(gate), each with its bias; saves gate and up where asked
+    kActivateGrad,  // acc = dH (times row_weight): out = act'(gate) * up * dH, out_up = act(gate) * dH, h = act(gate) *
+                    // up
+  };
+  Kind kind = Kind::kStore;
+  void* out = nullptr;  // kRows: [R, N]; kOuter: [E, M, N]
+  void* out_up = nullptr;
+  int64_t out_stride = 0;
+  bool out_unrounded = false;  // kStore: out is of the arithmetic's dtype
+  void* h = nullptr;           // kActivateGrad: strides of the pre-activations; times row_weight where given
+  void* gate = nullptr;        // [R, N], written by kActivate, read by kActivateGrad
+  void* up = nullptr;
+  int64_t pre_stride = 0;
+  const void* bias = nullptr;  // of the output or of gate: [E, bias_stride]
+  const void* bias_up = nullptr;
+  int64_t bias_stride = 0;  // between experts
+  int activation = 0;
+  double beta = 1.0;
+  const void* row_weight = nullptr;  // [R], of the arithmetic's dtype: kActivateGrad
+  void* row_dots = nullptr;          // [R, row_dots_stride], part p = sum over tile p's columns of dA' * act(gate) * up
+  int64_t row_dots_stride = 0;
+};
+
+// kRows: for each expert e and each of its rows r, out[r, n] = sum over k of A(r, k) * B_e(n, k).
+// kOuter: for each expert e, out[e, m, n] = sum over its rows r, in order, of A(m, r) * B(n, r); zeros where it has
+// none.
+struct GroupedGemm {
+  enum class Kind { kRows, kOuter };
+  Kind kind = Kind::kRows;
+  int64_t E = 1, R = 0;              // R: rows there may be at most
+  const int64_t* offsets = nullptr;  // [E + 1], in [0, R], never falling (else held there); null: E = 1, all R rows
+  int64_t M = 0, N = 0, K = 0;       // kRows: M unused; kOuter: K unused
+  bool gated = false;                // kRows, kActivate: b_up holds the weights of up
+  DType dtype = DType::kFloat32;
+  Operand a, b, b_up;
+  Epilogue epilogue;
+};
+
+}  // namespace ffn_ops::cuda

@@ -1,0 +1,370 @@
+// elementwise.cuh and scalar.cuh on the host: one lane's mathematics against the C library, gated activation with its
+// derivatives in every dtype, activation, layout and option against plain formulas in double, sums over rows.
+#define FFN_FN inline  // not always: a hundred kernels compile in a fraction of the time
+
+#include "../../csrc/cuda/elementwise.cuh"
+
+#include <cmath>
+#include <functional>
+#include <vector>
+
+#include "problems.h"
+#include "testing.h"
+
+namespace {
+
+using namespace ffn_ops;
+using namespace ffn_ops::cuda;
+using simt::Buffer;
+using simt::check;
+using simt::Random;
+
+// ---- mathematics ----------------------------------------------------------------------------------------------------
+
+// The distance of `value` from `exact` in steps of T at `exact`.
+template <class T>
+double ulps(T value, long double exact) {
+  const T rounded = T(exact);
+  if (std::isnan(value) || std::isnan(rounded)) return std::isnan(value) && std::isnan(rounded) ? 0 : 1e9;
+  if (value == rounded || std::isinf(rounded)) return value == rounded ? 0 : 1e9;
+  const T step = std::nextafter(std::abs(rounded), std::numeric_limits<T>::infinity()) - std::abs(rounded);
+  return double(std::abs((long double)(value)-exact) / step);
+}
+
+template <class T>
+void test_math() {
+  using V = Lane<T>;
+  struct Function {
+    const char* name;
+    T (*ours)(T);
+    long double (*exact)(long double);
+    double bound;
+  };
+  const Function functions[] = {
+      // bounds as in tests/cpp/vector_sweep.h
+      {"exp", [](T x) { return exp(V(x)).value; }, [](long double x) { return std::exp(x); }, 1},
+      {"tanh", [](T x) { return tanh(V(x)).value; }, [](long double x) { return std::tanh(x); }, 1},
+      {"erf", [](T x) { return erf(V(x)).value; }, [](long double x) { return std::erf(x); }, 2},
+      {"sigmoid", [](T x) { return sigmoid(V(x)).value; }, [](long double x) { return 1 / (1 + std::exp(-x)); }, 2},
+      {"normal_cdf", [](T x) { return normal_point(V(x)).cdf.value; },
+       [](long double x) { return std::erfc(-x * 0.70710678118654752440L) / 2; }, 12},
+  };
+  for (const Function& f : functions) {
+    double worst = 0;
+    Random random(7);
+    for (int i = 0; i < 20000; ++i) {
+      const double unit = double(random.next() >> 11) * 0x1p-53;
+      const T x = T((random.coin() ? 1 : -1) * std::exp2(unit * 20 - 13));
+      const long double exact = f.exact(x);
+      if (std::abs(exact) < std::numeric_limits<T>::min()) continue;  // one more rounding where denormal
+      worst = std::max(worst, ulps<T>(f.ours(x), exact));
+    }
+    check(worst <= f.bound, "%s of %d bytes: %g ULP", f.name, int(sizeof(T)), worst);
+    check(std::isnan(f.ours(T(NAN))), "%s of NaN", f.name);
+    for (const T x : {T(0), T(-0.0), T(INFINITY), -T(INFINITY)})
+      check(ulps<T>(f.ours(x), f.exact(x)) <= f.bound, "%s(%g) = %g", f.name, double(x), double(f.ours(x)));
+  }
+}
+
+// ---- gated activation -----------------------------------------------------------------------------------------------
+
+struct Case {
+  int pass;
+  bool gated, biased, kept, weighted, summed, all_out;
+  int layout;
+  int64_t rows, cols;
+};
+
+// A matrix of random values in one of several layouts.
+template <class S>
+struct Input {
+  Buffer<S> buffer;
+  Matrix m;
+  Input(int layout, int64_t rows, int64_t cols, Random& random) : buffer(memory_of(layout, rows, cols)) {
+    for (S& value : buffer) value = Codec<S>::encode(ComputeOf<S>(3 * normal(random)));
+    const int64_t strides[][2] = {{cols, 1}, {cols + 16, 1}, {1, rows}, {0, 1}, {cols, 1}, {0, 0}, {2 * cols + 1, 2}};
+    m = {buffer.data() + (layout == 4), strides[layout][0], strides[layout][1]};
+  }
+  static int64_t memory_of(int layout, int64_t rows, int64_t cols) {
+    const int64_t sizes[] = {rows * cols, rows * (cols + 16),   rows * cols, cols, rows * cols + 1,
+                             1,           rows * (2 * cols + 1)};
+    return sizes[layout];
+  }
+  double at(int64_t r, int64_t c) const { return double(Codec<S>::decode(*element<S>(m, r, c))); }
+};
+constexpr int kLayouts = 7;
+
+// What the kernels must give, from the activation in double.
+template <class Act>
+void expected_at(const Case& k, double gate, double up, double d, double ddg, double ddu, double beta,
+                 double (&out)[3]) {
+  using V = Lane<double>;
+  const auto a = Act::grad2(V(gate), V(beta));
+  const double value = a.value.value, slope = a.slope.value, bend = a.curvature.value;
+  if (!k.gated) up = 1;
+  if (k.pass == 0) out[0] = value * up, out[1] = gate, out[2] = up;
+  if (k.pass == 1) out[0] = d * slope * up, out[1] = d * value, out[2] = value * up;
+  if (k.pass == 2)
+    out[0] = ddg * up * slope + ddu * value, out[1] = d * (ddg * up * bend + ddu * slope), out[2] = ddg * d * slope;
+}
+
+template <class S, class Act>
+void run_case(const Case& k, uint64_t seed) {
+  using T = ComputeOf<S>;
+  Random random(seed);
+  const int64_t rows = k.rows, cols = k.cols;
+  const auto layout = [&] { return k.layout < kLayouts ? k.layout : int(random.below(kLayouts)); };
+  Input<S> gate(layout(), rows, cols, random), up(layout(), rows, cols, random), d(layout(), rows, cols, random);
+  Input<S> ddg(layout(), rows, cols, random), ddu(layout(), rows, cols, random);
+  Input<S> bias_gate(0, 1, cols, random), bias_up(4, 1, cols, random);
+  Buffer<T> sum(rows * cols), weight(rows);
+  for (T& v : sum) v = T(normal(random));
+  for (T& v : weight) v = T(normal(random));
+  const std::vector<T> sum_before(sum.begin(), sum.end());
+  const int64_t kept = k.kept ? rows / 2 : rows;
+
+  GatedAct g;
+  g.rows = rows;
+  g.cols = cols;
+  g.dtype = Codec<S>::kDType;
+  g.gate = gate.m;
+  if (k.gated) g.up = up.m;
+  if (k.pass > 0) g.d_out = d.m;
+  if (k.pass == 2) g.dd_gate = ddg.m;
+  if (k.pass == 2 && k.gated) g.dd_up = ddu.m;
+  if (k.biased && k.pass < 2) g.bias_gate = bias_gate.m.data;
+  if (k.biased && k.pass < 2 && k.gated) g.bias_up = bias_up.m.data;
+  if (k.kept) g.kept = &kept;
+  if (k.weighted && k.pass == 1) g.row_weight = weight.data();
+  if (k.summed && k.pass == 0) g.sum = sum.data(), g.accumulate = random.coin();
+  const double beta = 1.5;
+  g.beta = beta;
+  const int64_t pad = random.coin() ? 0 : 16 / int64_t(sizeof(S));
+  std::vector<Buffer<S>> out;
+  for (int i = 0; i < 3; ++i) {
+    out.emplace_back(rows * (cols + pad));
+    if ((k.all_out || i == int(seed % 3)) && (k.gated || i != (k.pass == 1 ? 1 : 2))) g.out[i] = out.back().data();
+    g.out_stride[i] = cols + pad;
+  }
+  const GatedAct asked = g;
+  flatten(g);
+  const PackGrid grid = gated_act_grid(g);
+  const simt::Grid launch{grid.blocks, kPackThreads, 0, seed};
+  if (grid.blocks > 0) {
+    if (k.pass == 0) simt::launch(launch, gated_act_kernel<S, Act, GatedActForward>, g, grid);
+    if (k.pass == 1) simt::launch(launch, gated_act_kernel<S, Act, GatedActBackward>, g, grid);
+    if (k.pass == 2) simt::launch(launch, gated_act_kernel<S, Act, GatedActDoubleBackward>, g, grid);
+  }
+  const double unit = epsilon<S>();
+  const auto what = [&] {
+    return simt::format("%s %s pass %d layout %d gated %d biased %d kept %d %lldx%lld seed %llu", Act::name,
+                        kDTypeNames[int(g.dtype)], k.pass, k.layout, k.gated, k.biased, k.kept, (long long)rows,
+                        (long long)cols, (unsigned long long)seed);
+  };
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = 0; c < cols + pad; ++c) {
+      double expected[3] = {};
+      const bool computed = r < kept && c < cols;
+      if (computed) {
+        double z = gate.at(r, c), u = up.at(r, c);
+        if (asked.bias_gate) z = double(T(z) + T(bias_gate.at(0, c)));
+        if (asked.bias_up) u = double(T(u) + T(bias_up.at(0, c)));
+        expected_at<Act>(k, z, u, d.at(r, c), ddg.at(r, c), k.gated ? ddu.at(r, c) : 0, beta, expected);
+        if (asked.row_weight) expected[2] *= double(weight[r]);
+        if (asked.accumulate) expected[0] += double(sum_before[size_t(r * cols + c)]);
+      }
+      for (int i = 0; i < 3; ++i) {
+        const S got = out[size_t(i)][r * (cols + pad) + c];
+        if (c >= cols || !asked.out[i]) {
+          check(is_poison(got), "%s: out[%d] is written where it must not be", what().c_str(), i);
+        } else {
+          // The terms of a sum may cancel: magnitudes up to 3 * 3 * 3 * 3 in float32, then the rounding to storage.
+          const double value = double(Codec<S>::decode(got));
+          const double bound = unit * std::abs(expected[i]) + 400 * epsilon<T>();
+          check(std::abs(value - expected[i]) <= bound, "%s: out[%d] at %lld, %lld: %g, expected %g", what().c_str(), i,
+                (long long)r, (long long)c, value, expected[i]);
+          if (!computed) check(value == 0, "%s: row %lld behind the kept ones", what().c_str(), (long long)r);
+        }
+      }
+      if (c < cols && asked.sum)
+        check(std::abs(double(sum[r * cols + c]) - expected[0]) <= epsilon<T>() * (std::abs(expected[0]) + 400),
+              "%s: sum at %lld, %lld", what().c_str(), (long long)r, (long long)c);
+    }
+  }
+}
+
+template <class S, class... Acts>
+void test_gated_act(TypeList<Acts...>) {
+  const int64_t shapes[][2] = {{1, 1}, {3, 5}, {2, 64}, {1, 4099}, {37, 24}, {5, 520}, {0, 4}, {4, 0}, {600, 3}};
+  uint64_t seed = 1;
+  const auto run = [&]<class Act>(Tag<Act>) {
+    for (int pass = 0; pass < 3; ++pass)
+      for (const auto& shape : shapes) {
+        Random random(++seed);
+        const bool plain = seed % 3 == 0;  // often the fast way: dense, flat
+        run_case<S, Act>(
+            {pass, random.coin(), !plain && random.coin(), !plain && random.coin(), !plain && random.coin(),
+             random.coin(), random.coin(), plain ? 0 : kLayouts, shape[0], shape[1]},
+            seed);
+      }
+  };
+  (run(Tag<Acts>{}), ...);
+}
+
+// Each layout with each pass, one activation.
+template <class S>
+void test_layouts() {
+  for (int layout = 0; layout < kLayouts; ++layout)
+    for (int pass = 0; pass < 3; ++pass)
+      for (const bool biased : {false, true})
+        run_case<S, Silu>({pass, true, biased, biased, true, true, true, layout, 19, 72}, uint64_t(100 + layout));
+}
+
+// The same values, 16 bytes at a time and one by one, whole packs and parts, have the same bits; nothing is read behind
+// an input's end.
+template <class S>
+void test_bits_do_not_depend_on_alignment() {
+  Random random(3);
+  const int64_t n = 1003;
+  Buffer<S> aligned(n), unaligned(n + 1), out(n), out_unaligned(n + 1);
+  for (int64_t i = 0; i < n; ++i) aligned[i] = unaligned[i + 1] = Codec<S>::encode(ComputeOf<S>(normal(random)));
+  const auto run = [&](const S* in, S* to) {
+    GatedAct g;
+    g.rows = 1;
+    g.cols = n;
+    g.dtype = Codec<S>::kDType;
+    g.gate = g.up = {in, n, 1};
+    g.out[0] = to;
+    const PackGrid grid = gated_act_grid(g);
+    simt::launch({grid.blocks, kPackThreads, 0, 5}, gated_act_kernel<S, Gelu, GatedActForward>, g, grid);
+    return grid.vector;
+  };
+  check(run(aligned.data(), out.data()) != 0 && run(unaligned.data() + 1, out_unaligned.data() + 1) == 0,
+        "vector access");
+  check(std::memcmp(out.data(), out_unaligned.data() + 1, size_t(n) * sizeof(S)) == 0, "bits depend on alignment");
+}
+
+// ---- sums over rows -------------------------------------------------------------------------------------------------
+
+template <class S>
+Buffer<S> column_sum(ColumnSum s, uint64_t seed) {
+  Buffer<ComputeOf<S>> partial(column_sum_bytes(s) / int64_t(sizeof(ComputeOf<S>)));
+  Buffer<S> out(s.experts * s.cols);
+  s.partial = partial.data();
+  s.out = out.data();
+  const ColumnSumGrid grid = column_sum_grid(s);
+  if (grid.blocks > 0)
+    simt::launch({grid.blocks, kPackThreads, grid.shared_bytes, seed}, column_sum_kernel<S>, s, grid);
+  if (grid.final_blocks > 0) simt::launch({grid.final_blocks, kPackThreads, 0, seed}, column_sum_parts_kernel<S>, s);
+  return out;
+}
+
+template <class S>
+void test_column_sum() {
+  using T = ComputeOf<S>;
+  struct Shape {
+    int64_t rows, cols;
+    std::vector<int64_t> offsets;  // empty: one segment
+  };
+  const Shape shapes[] = {{0, 5, {}},     {1, 1, {}},
+                          {700, 37, {}},  {5000, 3, {}},
+                          {129, 600, {}}, {40, 16, {0, 0, 7, 7, 30, 30}},
+                          {9, 4, {0, 0}}, {300, 8, {5, 140, 290}}};
+  for (const Shape& shape : shapes) {
+    for (uint64_t seed = 1; seed <= 4; ++seed) {
+      Random random(seed);
+      const bool gathered = seed & 1, weighted = seed & 2, strided = seed == 4;
+      const int64_t R = shape.rows, C = shape.cols, E = shape.offsets.empty() ? 1 : int64_t(shape.offsets.size()) - 1;
+      const int64_t tokens = R / 3 + 1;
+      Buffer<S> data((gathered ? tokens : R) * C);  // rows behind the segments stay NaN
+      Buffer<int64_t> gather(R), offsets(shape.offsets);
+      Buffer<T> weight(R);
+      const int64_t last = shape.offsets.empty() ? R : shape.offsets.back();
+      for (int64_t i = 0; i < (gathered ? tokens : last) * C; ++i) data[i] = Codec<S>::encode(T(normal(random)));
+      for (int64_t r = 0; r < last; ++r) {
+        weight[r] = T(normal(random));
+        gather[r] = random.below(20) ? int64_t(random.below(size_t(tokens))) : int64_t(random.next());
+      }
+      ColumnSum s;
+      s.rows = R;
+      s.cols = C;
+      s.experts = E;
+      s.dtype = Codec<S>::kDType;
+      s.matrix = {data.data(), strided ? 1 : C, strided ? (gathered ? tokens : R) : 1};
+      if (strided && last < R) continue;
+      if (gathered) s.gather = gather.data(), s.gather_limit = tokens;
+      if (!shape.offsets.empty()) s.offsets = offsets.data();
+      if (weighted) s.weight = weight.data();
+      const Buffer<S> out = column_sum<S>(s, seed);
+      for (int64_t e = 0; e < E; ++e) {
+        const int64_t begin = shape.offsets.empty() ? 0 : shape.offsets[size_t(e)];
+        const int64_t end = shape.offsets.empty() ? R : shape.offsets[size_t(e + 1)];
+        for (int64_t c = 0; c < C; ++c) {
+          double exact = 0, magnitude = 0;
+          for (int64_t r = begin; r < end; ++r) {
+            const int64_t from = gathered ? gather[r] : r;
+            if (gathered && (from < 0 || from >= tokens)) continue;
+            const double value =
+                double(Codec<S>::decode(*element<S>(s.matrix, from, c))) * (weighted ? double(weight[r]) : 1);
+            exact += value;
+            magnitude += std::abs(value);
+          }
+          const double got = double(Codec<S>::decode(out[e * C + c]));
+          check(std::abs(got - exact) <= epsilon<S>() * std::abs(exact) + 40 * epsilon<T>() * magnitude,
+                "column_sum %s %lldx%lld seed %d: segment %lld column %lld: %g, expected %g", kDTypeNames[int(s.dtype)],
+                (long long)R, (long long)C, int(seed), (long long)e, (long long)c, got, exact);
+        }
+      }
+    }
+  }
+}
+
+// A segment's sum has the same bits wherever it stands and whatever stands beside it; offsets may be anything.
+void test_column_sum_alone() {
+  Random random(11);
+  const int64_t C = 12, n = 300;
+  for (const int64_t before : {int64_t(0), int64_t(1), int64_t(127), int64_t(255)}) {
+    Buffer<float> data((before + n) * C);
+    Random same(5);
+    for (int64_t i = before * C; i < (before + n) * C; ++i) data[i] = float(normal(same));
+    Buffer<int64_t> offsets(std::vector<int64_t>{before, before + n});
+    ColumnSum s;
+    s.rows = before + n;
+    s.cols = C;
+    s.matrix = {data.data(), C, 1};
+    s.offsets = offsets.data();
+    static std::vector<float> first;
+    Buffer<float> out = column_sum<float>(s, uint64_t(before));
+    if (first.empty()) first.assign(out.begin(), out.end());
+    check(std::equal(first.begin(), first.end(), out.begin()), "a segment's sum depends on where it begins");
+    for (int trial = 0; trial < 20; ++trial) {
+      Buffer<int64_t> wild(6);
+      for (int64_t& v : wild) v = random.coin() ? int64_t(random.next()) : int64_t(random.below(400)) - 50;
+      s.offsets = wild.data();
+      s.experts = 5;
+      column_sum<float>(s, uint64_t(trial));
+      s.experts = 1;
+    }
+  }
+}
+
+template <class S>
+void test_dtype() {
+  test_gated_act<S>(Activations{});
+  test_layouts<S>();
+  test_bits_do_not_depend_on_alignment<S>();
+  test_column_sum<S>();
+}
+
+}  // namespace
+
+int main() {
+  test_math<float>();
+  test_math<double>();
+  test_dtype<float>();
+  test_dtype<double>();
+  test_dtype<Half>();
+  test_dtype<BFloat16>();
+  test_column_sum_alone();
+  return simt::report("elementwise_test");
+}
