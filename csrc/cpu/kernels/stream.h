@@ -228,21 +228,27 @@ void tokens_task(const Gemm& g, int64_t task, void* scratch) {
   }
 }
 
+// Rows along the columns that are added to H sums at a time. Many sums cost more to fetch than more rows do.
+template <class V>
+constexpr int64_t rows_added(int64_t H) {
+  return H > kRowsAdded ? kRowsAdded * V::kTerms : kRowsAdded;
+}
+
 // Rows along the columns: a few of them, `n`, scaled by a[steps of n][H] and added to runs[H][cols], the sums of the
 // run at hand, which is added to totals[H][cols] at its end.
 template <class V, class S, int H>
 void add_rows(const S* const* row, int64_t n, int64_t cols, const typename V::Scalar* a, typename V::Scalar* runs,
               typename V::Scalar* totals, int64_t stride, bool begins, bool ends, bool add) {
   using Sum = typename V::Sum;
-  constexpr int64_t W = V::kLanes, kTerms = V::kTerms;
+  constexpr int64_t W = V::kLanes, kTerms = V::kTerms, kRows = rows_added<V>(H);
   for (int64_t j = 0; j < cols; j += W) {
     const int64_t lanes = cols - j < W ? cols - j : W;
     Sum acc[H];
     FFN_UNROLL
     for (int t = 0; t < H; ++t) acc[t] = begins ? Sum::zero() : load<Sum>(runs + t * stride + j);
-    if (n == kRowsAdded && lanes == W) {
+    if (n == kRows && lanes == W) {
       FFN_UNROLL
-      for (int64_t i = 0; i < kRowsAdded; i += kTerms) {
+      for (int64_t i = 0; i < kRows; i += kTerms) {
         const V b = load_step<V>(row + i, kTerms, 1, j, W);
         FFN_UNROLL
         for (int t = 0; t < H; ++t) acc[t] = fma(V(a[i / kTerms * H + t]), b, acc[t]);
@@ -266,6 +272,7 @@ void sums_task(const Gemm& g, int64_t task, void* scratch) {
   using T = typename V::Scalar;
   constexpr int64_t kWidth = kTileVectors * V::kLanes;
   const int64_t H = g.panel_rows;
+  const int64_t rows_at_once = rows_added<V>(H);
   const int64_t stride = g.group_n * kWidth;
   T* runs = static_cast<T*>(scratch);  // [panels_m * H][stride]
   T* totals = runs + g.panels_m * H * stride;
@@ -281,8 +288,8 @@ void sums_task(const Gemm& g, int64_t task, void* scratch) {
       const auto add = choose<kSumRows>(H, [](auto rows) { return &add_rows<V, S, decltype(rows)::value>; });
       for (int64_t k = 0, n = 0; k < c.length; k += n) {
         const int64_t run_end = (k / kRunK + 1) * kRunK < c.length ? (k / kRunK + 1) * kRunK : c.length;
-        n = run_end - k < kRowsAdded ? run_end - k : kRowsAdded;
-        const S* row[kRowsAdded];
+        n = run_end - k < rows_at_once ? run_end - k : rows_at_once;
+        const S* row[kRowsAdded * V::kTerms];
         for (int64_t r = 0; r < n; ++r) row[r] = row_pointer<S>(m, c.k + k + r) + begin;
         for (int64_t p = 0; p < g.panels_m; ++p)
           add(row, n, cols, a + (p * c.steps + k / V::kTerms) * H, runs + p * H * stride, totals + p * H * stride,

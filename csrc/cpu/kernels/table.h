@@ -6,7 +6,7 @@ constexpr int64_t kPanelBlock = 16;                         // A panels that sta
 constexpr int64_t kRowsAtOnce = 16;                         // where rows are copied
 constexpr int64_t kRowsAhead = 16;                          // the same: what is asked for
 constexpr int64_t kStreamBytes = 512;                       // in each row while streaming
-constexpr int64_t kRowsAdded = 8;                           // streams at a time
+constexpr int64_t kRowsAdded = 8;                           // streams at a time, see rows_added
 constexpr int kSumRows = kTileRows * kTileVectors * 2 / 3;  // accumulators, where the rest is one row and its factor
 
 #include "act.h"
