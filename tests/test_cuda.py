@@ -240,7 +240,7 @@ def test_float32_is_float32_unless_torch_says_otherwise(form: str, tf32: None) -
 
     torch.backends.cuda.matmul.allow_tf32 = False
     first = results(problem.ours, tensors, d_y)
-    assert worst(first) < 2e-6
+    assert worst(first) < 1e-5
     torch.backends.cuda.matmul.allow_tf32 = True
     assert worst(results(problem.ours, tensors, d_y)) < 3e-3
     torch.backends.cuda.matmul.allow_tf32 = False
