@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from device import generator
+from device import DEVICE, generator
 from torch import Tensor
 
 import ffn_ops
@@ -23,6 +23,8 @@ FFN_FORMS = ("plain", "gated", "fused")
 MOE_FORMS = ("moe", "moe_gated")
 RECOMPUTING = (*FFN_FORMS, *MOE_FORMS)
 FORMS = ("act", "gated_act", "gated_linear", "branches", *RECOMPUTING)
+# Those whose rows do not depend on the batch: on a GPU dense layers take cuBLAS's products, which do.
+INVARIANT_FORMS = FORMS if DEVICE == "cpu" else ("act", "gated_act", *MOE_FORMS)
 BRANCHES = 3
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from problems import DTYPES, FORMS, MOE_FORMS, Problem, assert_same_bits, dtype_name, results
+from problems import DTYPES, FORMS, INVARIANT_FORMS, MOE_FORMS, Problem, assert_same_bits, dtype_name, results
 from routes import ROUTERS
 from torch import Tensor
 
@@ -179,7 +179,7 @@ def test_run_to_run(form: str, dtype: torch.dtype) -> None:
 
 
 @every_dtype
-@every_form
+@pytest.mark.parametrize("form", INVARIANT_FORMS)
 def test_a_few_rows_of_many(form: str, dtype: torch.dtype) -> None:
     """Batch invariance at sizes where tiles and grids differ: 3 of 5000 tokens."""
     problem = Problem(form, T=5000, D=200, F=136, O=128, E=8)

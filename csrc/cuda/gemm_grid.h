@@ -93,6 +93,10 @@ constexpr int64_t gemm_shared_bytes(DType dtype, bool tall) {
   const int64_t finished = int64_t{tile.rows} * (tile.cols + kTilePadding) * storage_size(arithmetic_dtype(dtype));
   return stages > finished ? stages : finished;
 }
+// Smaller GPUs of the same compute capability major have no more for a block.
+static_assert(gemm_shared_bytes(DType::kFloat64, true) <= 99 << 10 &&
+              gemm_shared_bytes(DType::kFloat32, true) <= 99 << 10 &&
+              gemm_shared_bytes(DType::kBFloat16, true) <= 99 << 10);
 
 // For tests, `tall` can be given.
 inline GemmPlan plan_gemm(const GroupedGemm& g, bool tall) {

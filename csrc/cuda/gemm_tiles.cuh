@@ -32,13 +32,14 @@ FFN_FN int64_t block_scan(int64_t value, int64_t* warp_totals, Combine combine, 
   return value;
 }
 
-// held[0 .. E]: offsets within [0, R], never falling, whatever a hand-made routing says.
+// held[0 .. E]: offsets from 0 on, within [0, R], never falling, whatever a hand-made routing says: every row has a
+// tile.
 FFN_FN void hold_offsets(const int64_t* offsets, int64_t E, int64_t R, int64_t* held, int64_t* warp_totals) {
   const auto larger = [](int64_t a, int64_t b) { return a < b ? b : a; };
   int64_t before = 0;
   for (int64_t first = 0; first <= E; first += kTableThreads) {
     const int64_t e = first + threadIdx.x;
-    const int64_t offset = e <= E ? offsets[e] : 0;
+    const int64_t offset = 0 < e && e <= E ? offsets[e] : 0;
     int64_t total;
     const int64_t most = block_scan(offset < 0 ? 0 : offset > R ? R : offset, warp_totals, larger, total);
     if (e <= E) held[e] = larger(before, most);

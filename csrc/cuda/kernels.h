@@ -183,10 +183,11 @@ struct Epilogue {
 struct GroupedGemm {
   enum class Kind { kRows, kOuter };
   Kind kind = Kind::kRows;
-  int64_t E = 1, R = 0;              // R: rows there may be at most
-  const int64_t* offsets = nullptr;  // [E + 1], in [0, R], never falling (else held there); null: E = 1, all R rows
-  int64_t M = 0, N = 0, K = 0;       // kRows: M unused; kOuter: K unused
-  bool gated = false;                // kRows, kActivate: b_up holds the weights of up
+  int64_t E = 1, R = 0;  // R: rows there may be at most
+  const int64_t* offsets =
+      nullptr;  // [E + 1], from 0 on in [0, R], never falling (else held there); null: E = 1, all R rows
+  int64_t M = 0, N = 0, K = 0;  // kRows: M unused; kOuter: K unused
+  bool gated = false;           // kRows, kActivate: b_up holds the weights of up
   DType dtype = DType::kFloat32;
   Operand a, b, b_up;
   Epilogue epilogue;

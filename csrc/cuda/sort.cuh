@@ -156,7 +156,7 @@ __global__ void sort_count_kernel(Entries entries, SortPass pass) {
 
 // One block for each job.
 template <int kThreads>
-__global__ void scan_kernel(ScanJobs jobs) {
+__global__ void FFN_KERNEL_BOUNDS(kThreads, 1) scan_kernel(ScanJobs jobs) {
   constexpr int kItems = 4, kWarps = kThreads / kWarpSize;
   int64_t* const sums = reinterpret_cast<int64_t*>(dynamic_shared());  // [kWarps]
   const ScanJob job = blockIdx.x == 0 ? jobs.job[0] : blockIdx.x == 1 ? jobs.job[1] : jobs.job[2];

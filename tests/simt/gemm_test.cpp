@@ -265,9 +265,13 @@ void test_expert_tiles() {
                  entries, scratch.data(), table.data());
     return std::vector<RowTile>(table.begin(), table.end());
   };
-  // Offsets that fall or leave [0, R] are held there: rows come in order, each once.
-  for (const auto& offsets :
-       std::vector<std::vector<int64_t>>{{0, 5, 3, 9}, {0, -4, 200, 7}, {0, INT64_MAX, 0, 0}, {0, 0, 0, INT64_MIN}}) {
+  // Offsets that fall, leave [0, R] or do not begin at 0 are held there: rows come in order, each once.
+  for (const auto& offsets : std::vector<std::vector<int64_t>>{{0, 5, 3, 9},
+                                                               {0, -4, 200, 7},
+                                                               {0, INT64_MAX, 0, 0},
+                                                               {0, 0, 0, INT64_MIN},
+                                                               {7, 9, 30, 40},
+                                                               {60, 60, 60, 60}}) {
     int64_t next = 0;
     for (const RowTile& t : table_of(offsets, 50, 16)) {
       if (t.rows == 0) continue;
