@@ -9,9 +9,8 @@ FFN_FN FloatLanes flush_denormals(FloatLanes v) {
   return _mm512_mask_and_ps(v, _mm512_fpclass_ps_mask(v, kDenormal), v, _mm512_set1_ps(-0.0f));
 }
 FFN_FN FloatLanes dot_pairs_lanes(FloatLanes a, FloatLanes b, FloatLanes sum) {
-  const auto first = [](FloatLanes v) __attribute__((always_inline)) {
-    return flush_denormals((FloatLanes)((Uint32Lanes)v << 16));
-  };
+  const auto first = [](FloatLanes v)
+                         __attribute__((always_inline)) { return flush_denormals((FloatLanes)((Uint32Lanes)v << 16)); };
   const auto second = [](FloatLanes v) __attribute__((always_inline)) {
     return flush_denormals((FloatLanes)((Uint32Lanes)v & 0xffff0000u));
   };
