@@ -8,8 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-# Double backward runs in tests of gradients and rare losses; its speed does not matter.
-MAY_SPILL = ("GatedActDoubleBackward",)
+MAY_SPILL = (
+    r"GatedActDoubleBackward",  # rare: penalties on gradients
+    r"GemmInstance<\S*(Half|BFloat16), true, \w+, \w+, false>",  # operands that only fit element by element: odd widths
+)
 
 
 def kernels(log: str) -> list[tuple[str, str, int, int]]:
@@ -31,7 +33,7 @@ def main() -> int:
     print(f"{'registers':>9} {'spills':>6} {'arch':7} kernel")
     for name, arch, registers, spills in sorted(found, key=lambda k: (k[1], -k[3], -k[2], k[0])):
         print(f"{registers:9} {spills:6} {arch:7} {name.replace('ffn_ops::cuda::', '')}")
-    bad = [k for k in found if k[3] > 0 and not any(word in k[0] for word in MAY_SPILL)]
+    bad = [k for k in found if k[3] > 0 and not any(re.search(pattern, k[0]) for pattern in MAY_SPILL)]
     if bad:
         print(f"{len(bad)} kernels spill that must not: see above", file=sys.stderr)
     return bool(bad)
