@@ -123,11 +123,25 @@ def reason_against_cuda() -> str | None:
     return reason
 
 
+ARCH = re.compile(r"(\d+)\.(\d+)([af]?)(\+PTX)?")
+
+
+def usable_archs(archs: str) -> str:
+    """Of a list as torch takes it, those from Ampere on: the kernels need its bfloat16 and asynchronous copies."""
+    every = archs.replace(" ", ";").split(";")
+    wrong = [arch for arch in every if not ARCH.fullmatch(arch)]
+    require(not wrong, f"TORCH_CUDA_ARCH_LIST: expected a list such as {DEFAULT_ARCHS}, got {archs!r}.")
+    usable = [arch for arch in every if int(arch.split(".")[0]) >= 8]
+    require(bool(usable), f"TORCH_CUDA_ARCH_LIST: expected an architecture from 8.0 on, got {archs!r}.")
+    if len(usable) < len(every):
+        print(f"ffn_ops: CUDA kernels need architecture 8.0: built for {';'.join(usable)}", file=sys.stderr)
+    return ";".join(usable)
+
+
 def arch_flags(archs: str) -> list[str]:
     flags = []
-    for arch in archs.replace(" ", ";").split(";"):
-        found = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", arch)
-        require(found is not None, f"TORCH_CUDA_ARCH_LIST: expected a list such as {DEFAULT_ARCHS}, got {archs!r}.")
+    for arch in archs.split(";"):
+        found = ARCH.fullmatch(arch)
         number = "".join(found.group(1, 2, 3))
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if found[4]:
@@ -179,7 +193,7 @@ against_cuda = reason_against_cuda()
 if against_cuda is not None:
     CUDA_BUILD = {"reason": against_cuda}
 else:
-    archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS
+    archs = usable_archs(os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS)
     CUDA_BUILD = {"archs": archs, "nvcc": "{}.{}".format(*nvcc_version()), "torch": torch.__version__}
     extensions.append(
         CppExtension(

@@ -112,5 +112,5 @@ def routing(value: Any, like: Tensor | None = None, of: str = "x") -> None:
         if getattr(value, name).shape[0] < 1:
             raise ValueError(f"routing.{name}: expected at least one element, got none")
     if like is not None:
-        for name in ("token", "weight", "offsets", "row", "token_offsets"):
+        for name in value._fields:
             device(f"routing.{name}", getattr(value, name), like, of)

@@ -96,8 +96,19 @@ def _unflatten(flat: Sequence[Any], lengths: Sequence[int | None] | None) -> tup
     return tuple(args)
 
 
-def differentiable(name: str, setup_context: Callable[..., None], backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Registers ``backward`` for the operator and returns the function that calls it.
+class _WithLists:
+    """A context whose ``needs_input_grad`` has lists where the operator has them. The context itself is not touched:
+    other threads may be running backward through it."""
+
+    def __init__(self, ctx: Any, needs_input_grad: tuple[Any, ...]) -> None:
+        self._ctx, self.needs_input_grad = ctx, needs_input_grad
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
+
+
+def differentiable(name: str, setup_context: Callable[..., None], formula: Callable[..., Any]) -> Callable[..., Any]:
+    """Registers ``formula`` as the operator's backward and returns the function that calls it.
 
     ``torch.library.register_autograd`` serves compile, export and raw calls of the operator. In eager mode it spends
     longer on a small layer than the layer takes, so an autograd.Function with the same pair of functions stands in for
@@ -105,27 +116,33 @@ def differentiable(name: str, setup_context: Callable[..., None], backward: Call
     silently drop the tangent and the Function raises.
     """
     op = overload(name)
-    torch.library.register_autograd(f"ffn_ops::{name}", backward, setup_context=setup_context)
     takes_lists = any(str(each.type) == "List[Tensor]" for each in op._schema.arguments)
 
+    def backward(ctx: Any, *grads: Any) -> Any:
+        """In the dtypes that were saved, also where autocast is on around it, as for second derivatives it may be."""
+        if not torch._C._is_any_autocast_enabled():
+            return formula(ctx, *grads)
+        device = next((grad.device.type for grad in grads if isinstance(grad, Tensor)), "cpu")
+        with torch.autocast(device, enabled=False):
+            return formula(ctx, *grads)
+
+    torch.library.register_autograd(f"ffn_ops::{name}", backward, setup_context=setup_context)
+
     def flat_backward(ctx: Any, *grads: Any) -> Any:
-        needs = ctx.needs_input_grad
-        ctx.needs_input_grad = _unflatten(needs[1:], ctx.arg_lengths)
-        try:
-            result = backward(ctx, *grads)
-        finally:
-            ctx.needs_input_grad = needs
-        if ctx.arg_lengths is None:
-            return None, *result
-        flat: list[Any] = [None]
-        for grad, length in zip(result, ctx.arg_lengths, strict=True):
+        lengths = ctx.arg_lengths
+        if lengths is None:
+            return *backward(ctx, *grads), None
+        result = backward(_WithLists(ctx, _unflatten(ctx.needs_input_grad[:-1], lengths)), *grads)
+        flat: list[Any] = []
+        for grad, length in zip(result, lengths, strict=True):
             flat.extend([grad] if length is None else grad if isinstance(grad, (list, tuple)) else [grad] * length)
-        return tuple(flat)
+        return *flat, None
 
     class Eager(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, lengths: Any, *flat: Any) -> Any:
-            args = _unflatten(flat, lengths)
+        def forward(ctx: Any, *flat: Any) -> Any:
+            lengths = flat[-1]
+            args = _unflatten(flat[:-1], lengths)
             with torch._C._AutoDispatchBelowAutograd():
                 output = op(*args)
             ctx.arg_lengths = lengths
@@ -138,13 +155,13 @@ def differentiable(name: str, setup_context: Callable[..., None], backward: Call
         generate_vmap_rule = True
 
         @staticmethod
-        def forward(lengths: Any, *flat: Any) -> Any:
-            return op(*_unflatten(flat, lengths))
+        def forward(*flat: Any) -> Any:
+            return op(*_unflatten(flat[:-1], flat[-1]))
 
         @staticmethod
         def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-            ctx.arg_lengths = inputs[0]
-            setup_context(ctx, _unflatten(inputs[1:], inputs[0]), output)
+            ctx.arg_lengths = inputs[-1]
+            setup_context(ctx, _unflatten(inputs[:-1], inputs[-1]), output)
 
         backward = staticmethod(flat_backward)
 
@@ -157,7 +174,7 @@ def differentiable(name: str, setup_context: Callable[..., None], backward: Call
             with torch._C._AutoDispatchBelowAutograd():
                 return op(*args)
         flat, lengths = _flatten(args) if takes_lists else (args, None)
-        return (Transformed if transformed else Eager).apply(lengths, *flat)
+        return (Transformed if transformed else Eager).apply(*flat, lengths)
 
     return call
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -335,3 +337,17 @@ def test_unknown_instruction_set_in_the_environment() -> None:
 def test_instruction_set_from_the_environment() -> None:
     done = python("import ffn_ops; print(ffn_ops.info()['isa'])", FFN_OPS_ISA="baseline")
     assert done.stdout.strip() == "baseline", done.stderr
+
+
+def test_a_refused_call_keeps_nothing() -> None:
+    """The error, its traceback and the frame form no cycle: tensors go without the collector, as after lack of memory."""
+    gc.disable()
+    try:
+        x = torch.randn(3, 4)
+        kept = weakref.ref(x)
+        with pytest.raises(ValueError, match="w_down"):
+            ffn_ops.ffn(x, torch.randn(5, 4), torch.randn(4, 6), activation="gelu")
+        del x
+        assert kept() is None
+    finally:
+        gc.enable()

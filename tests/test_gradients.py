@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
-from device import gradcheck, gradgradcheck
+from device import DEVICE, gradcheck, gradgradcheck
 from problems import ACTIVATIONS, DTYPES, FORMS, RECOMPUTING, Problem, assert_same_bits, dtype_name, results
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -176,3 +177,48 @@ def test_third_order_is_refused() -> None:
     (dd,) = torch.autograd.grad(d.sum(), z, create_graph=True)
     with pytest.raises(NotImplementedError, match="third derivatives"):
         torch.autograd.grad(dd.sum(), z)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_threads_share_a_graph(form: str) -> None:
+    """Several backward passes through one graph at once give what one gives, and leave the graph as it was."""
+    problem = Problem(form, **SMALL)
+    _, inputs = leaves(problem)
+    y = problem.ours(**dict(zip(problem.shapes, inputs, strict=True)))
+    expected = torch.autograd.grad(y.sum(), inputs, retain_graph=True)
+    some = inputs[::2]  # not all, so that what is needed differs from what requires a gradient
+
+    def repeat(_: int) -> None:
+        for _ in range(20):
+            for actual, wanted in zip(
+                torch.autograd.grad(y.sum(), some, retain_graph=True), expected[::2], strict=True
+            ):
+                assert torch.equal(actual, wanted)
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(repeat, range(3)))
+    again = torch.autograd.grad(y.sum(), inputs)
+    assert all(torch.equal(actual, wanted) for actual, wanted in zip(again, expected, strict=True))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_second_derivatives_under_autocast(form: str) -> None:
+    """A penalty on gradients whose backward runs under autocast: in the dtypes of forward, as for a native layer."""
+    problem = Problem(form, **SMALL)
+    tensors, _ = problem.draw(dtype=torch.float32)
+    names = list(tensors)
+
+    def second(autocast: bool) -> list[Tensor]:
+        inputs = [t.clone().requires_grad_() for t in tensors.values()]
+        y = problem.ours(**dict(zip(names, inputs, strict=True)))
+        grads = torch.autograd.grad(y.square().sum(), inputs, create_graph=True)
+        penalty = sum(grad.square().sum() for grad in grads)
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+            penalty.backward()
+        return [t.grad for t in inputs if t.grad is not None]
+
+    plain, under = second(False), second(True)
+    assert len(plain) == len(under) > 0
+    for expected, actual in zip(plain, under, strict=True):
+        # The squares outside our operators are cast; our own formulas are not.
+        torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2 * float(expected.abs().max()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 
@@ -83,14 +84,16 @@ def test_ffn() -> None:
     y = ffn_ops.ffn(*tensors, activation="silu")
     alone = [row.bfloat16().requires_grad_(), *(t.detach().requires_grad_() for t in tensors[1:])]
     y_alone = ffn_ops.ffn(*alone, activation="silu")
-    assert torch.equal(y[-1:], y_alone) and torch.count_nonzero(y[:-1]) == 0
+    # cuBLAS's products depend on the number of rows, by what bfloat16 rounds.
+    same = torch.equal if DEVICE == "cpu" else functools.partial(torch.allclose, rtol=2**-6, atol=2**-6)
+    assert same(y[-1:], y_alone) and torch.count_nonzero(y[:-1]) == 0
     d_y = torch.zeros_like(y)
     d_y[-1] = 1.0
     grads = torch.autograd.grad(y, tensors, d_y)
     expected = torch.autograd.grad(y_alone, alone, d_y[-1:])
-    assert torch.equal(grads[0][-1:], expected[0]) and torch.count_nonzero(grads[0][:-1]) == 0
+    assert same(grads[0][-1:], expected[0]) and torch.count_nonzero(grads[0][:-1]) == 0
     # The sum over tokens has one term; all others are exact zeros.
-    assert torch.equal(grads[1], expected[1]) and torch.equal(grads[2], expected[2])
+    assert same(grads[1], expected[1]) and same(grads[2], expected[2])
 
 
 def test_weight() -> None:

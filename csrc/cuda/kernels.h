@@ -49,7 +49,7 @@ struct ColumnSum {
   Matrix matrix;
   const int64_t* gather = nullptr;  // token of each row; one outside [0, gather_limit) adds nothing
   int64_t gather_limit = 0;
-  const int64_t* offsets = nullptr;  // [experts + 1], in [0, rows], never falling (else held there)
+  const int64_t* offsets = nullptr;  // [experts + 1], in [0, rows], never falling (else any rows within)
   const void* weight = nullptr;      // [rows], of the arithmetic's dtype; null: 1
   void* partial = nullptr;           // workspace of column_sum_bytes()
   void* out = nullptr;               // [experts, cols]

@@ -76,8 +76,11 @@ def ffn(
     except Exception as error:
         refused = error
     if refused is not None:  # the operator checks as strictly, and before any work; the words are found here
-        _check_ffn(x, w_in, w_up, w_down, b_in, b_up, b_down, gated, activation)
-        raise refused
+        try:
+            _check_ffn(x, w_in, w_up, w_down, b_in, b_up, b_down, gated, activation)
+            raise refused
+        finally:  # else the error, its traceback and this frame would keep each other, and the tensors
+            del refused
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], w_down.shape[0])  # type: ignore[no-any-return]
 
 

@@ -18,7 +18,8 @@ def update_bias(bias: Tensor, routing: Routing, rate: float = 1e-3) -> None:
 
     Source: DeepSeek-V3 (2024), section 2.1.2; Wang et al., Auxiliary-Loss-Free Load Balancing (2024), algorithm 1.
     """
-    check.routing(routing)
+    check.tensor("bias", bias)
+    check.routing(routing, bias, "bias")
     check.tensor("bias", bias, (routing.counts.shape[0],))
     check.number("rate", rate)
     load = routing.counts.to(bias.dtype)

@@ -47,4 +47,4 @@ def hash(
     z = wide(fold_logits(logits))
     check.tensor("logits", z, (ids.shape[0], num_experts))
     check.device("logits", z, token_ids, "token_ids")
-    return Routing.from_topk(ids, torch.softmax(z, 1).gather(1, ids), num_experts, mask=mask)
+    return Routing.from_topk(ids, torch.softmax(z, 1).gather(1, ids.clamp(0, num_experts - 1)), num_experts, mask=mask)

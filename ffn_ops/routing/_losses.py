@@ -29,7 +29,7 @@ def load_balancing_loss(
     Source: Fedus, Zoph, Shazeer, Switch Transformers (2021), equations 4 to 6.
     """
     z = wide(fold_logits(logits))
-    check.routing(routing)
+    check.routing(routing, z, "logits")
     check.choice("score", score, ("softmax", "sigmoid"))
     check.tensor("logits", z, (routing.token_offsets.shape[0] - 1, routing.offsets.shape[0] - 1))
     p = torch.softmax(z, 1)
