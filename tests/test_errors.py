@@ -340,7 +340,7 @@ def test_instruction_set_from_the_environment() -> None:
 
 
 def test_a_refused_call_keeps_nothing() -> None:
-    """The error, its traceback and the frame form no cycle: tensors go without the collector, as after lack of memory."""
+    """The error, its traceback and the frame form no cycle: tensors go at once, as they must after lack of memory."""
     gc.disable()
     try:
         x = torch.randn(3, 4)
