@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--minutes", type=float, default=30.0, help="for all steps together (default 30)")
     parser.add_argument("--steps", nargs="+", metavar="NAME", help="these, even if the report has them")
     parser.add_argument("--list", action="store_true", help="print the steps")
-    parser.add_argument("--tests", type=Path, help="the repository's folder of tests, where it is not beside ffn_ops")
+    parser.add_argument("--tests", type=Path, help="the repository's folder of tests; found beside ffn_ops or here")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -103,9 +103,11 @@ def _ready(options: argparse.Namespace) -> tuple[str, Place | None]:
         return f"--steps {unknown[0]}: expected some of {', '.join(BY_NAME)}", None
     if not options.minutes > 0:
         return f"--minutes: expected a positive number, got {options.minutes}", None
-    tests = (options.tests or Path(__file__).parents[1] / "tests").resolve()
-    if not (tests / "conftest.py").exists() or not (tests / "problems.py").exists():
-        return f"{tests}: the repository's tests are not there; say where with --tests DIR", None
+    folders = [options.tests] if options.tests else [Path(__file__).parents[1] / "tests", Path("tests")]
+    tests = next((f.resolve() for f in folders if (f / "conftest.py").exists() and (f / "problems.py").exists()), None)
+    if tests is None:
+        looked = " and ".join(str(folder.resolve()) for folder in folders)
+        return f"the repository's tests are not in {looked}: say where with --tests DIR", None
     if importlib.util.find_spec("pytest") is None:
         return 'pytest is not installed: pip install "ffn_ops[test]"', None
     if options.device == "cuda":

@@ -273,7 +273,7 @@ def test_a_report_of_another_machine_is_kept(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--tests", "."], "the repository's tests are not there"),
+        (["--tests", "."], "the repository's tests are not in "),
         (["--steps", "nothing"], "expected some of facts, kernels"),
         (["--minutes", "0"], "expected a positive number"),
         (["--minutes", "nan"], "expected a positive number"),
@@ -282,14 +282,27 @@ def test_a_report_of_another_machine_is_kept(
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
 def test_it_says_what_is_missing(
-    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    message: str,
+    place: Place,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.chdir(tmp_path)
     out = tmp_path / "report.json"
-    assert verify.run(parsed("--out", str(out), *arguments)) == 2
+    assert verify.run(parsed("--out", str(out), "--tests", str(place.tests), *arguments)) == 2
     assert message in capsys.readouterr().err and not out.exists()
+
+
+def test_tests_are_found_in_the_working_directory(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where ffn_ops is installed elsewhere."""
+    monkeypatch.setattr(verify, "__file__", str(tmp_path / "site-packages" / "ffn_ops" / "verify.py"))
+    monkeypatch.chdir(place.root)
+    assert verify._ready(parsed()) == ("", place)
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"rows": []}', '{"steps": []}'])
