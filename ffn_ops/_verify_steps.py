@@ -81,6 +81,8 @@ def run_process(command: list[str], place: Place, seconds: float, each: Callable
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         start_new_session=True,  # its children end with it
+        # A shell's background job has SIGINT ignored, and so would what it starts: it could not be told to save.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout is not None
     lines: list[str] = []
