@@ -138,6 +138,12 @@ def usable_archs(archs: str) -> str:
     return ";".join(usable)
 
 
+def hopper_flags(archs: str) -> list[str]:
+    """Kernels with wgmma are compiled for 9.0a alone; a GPU of 9.0 must not meet code of plain 9.0 in its place."""
+    every = archs.split(";")
+    return ["-DFFN_OPS_HOPPER"] if "9.0a" in every and "9.0" not in every else []
+
+
 def arch_flags(archs: str) -> list[str]:
     flags = []
     for arch in archs.split(";"):
@@ -203,7 +209,9 @@ else:
             library_dirs=[str(Path(CUDA_HOME, folder)) for folder in ("lib64", "lib")],
             libraries=["torch_cuda", "cudart_static", "rt", "dl", "pthread"],
             extra_link_args=["-Wl,--exclude-libs,ALL"],  # its own copy of the runtime, seen by nobody else
-            extra_compile_args={"nvcc": [*NVCC_FLAGS, *arch_flags(archs), *added_flags("FFN_OPS_NVCCFLAGS")]},
+            extra_compile_args={
+                "nvcc": [*NVCC_FLAGS, *arch_flags(archs), *hopper_flags(archs), *added_flags("FFN_OPS_NVCCFLAGS")]
+            },
             py_limited_api=True,
             depends=[*sources("csrc", "**/*.h"), *sources("csrc", "**/*.cuh")],
         )

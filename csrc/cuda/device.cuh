@@ -17,8 +17,18 @@
 
 namespace ffn_ops::cuda {
 
+// Whether code for the GPU that is compiled for runs: that with wgmma or that without.
+constexpr bool runs_here(bool hopper) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  return hopper;
+#else
+  return !hopper;
+#endif
+}
+__device__ __forceinline__ void refuse() { __trap(); }
+
 __device__ __forceinline__ char* dynamic_shared() {
-  extern __shared__ __align__(128) char memory[];
+  extern __shared__ __align__(1024) char memory[];
   return memory;
 }
 

@@ -112,7 +112,7 @@ FFN_FN GatedActValues<S, N> load_gated_act(const GatedAct& g, const PackPlace& a
 template <class S, class Act, class Pass, bool kPlain, int N>
 FFN_FN void finish_gated_act(const GatedAct& g, const PackPlace& at, const GatedActValues<S, N>& v) {
   using T = ComputeOf<S>;
-  using V = Lane<T>;
+  using V = LaneOf<S>;
   constexpr bool kForward = __is_same(Pass, GatedActForward);
   constexpr int kOuts = kPlain && kForward ? 1 : 3;
   T results[3][N];

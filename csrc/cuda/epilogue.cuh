@@ -136,8 +136,7 @@ FFN_FN void finish_store(const GroupedGemm& g, const FinishedTile<ComputeOf<S>>&
     T values[kQuad];
     tile_quad(t, q, q.in_col, values);
     add_bias<S>(e.bias, t.expert, e.bias_stride, q, values);
-    if (e.out_unrounded) store_at<T>(e.out, q, e.out_stride, values);
-    else store_at<S>(e.out, q, e.out_stride, values);
+    store_at<S>(e.out, q, e.out_stride, values);
   });
 }
 
@@ -146,7 +145,7 @@ FFN_FN void finish_activate(const GroupedGemm& g, const FinishedTile<ComputeOf<S
   using T = ComputeOf<S>;
   const Epilogue& e = g.epilogue;
   const int cols = g.gated ? t.cols / 2 : t.cols;
-  const Lane<T> beta(static_cast<T>(e.beta));
+  const LaneOf<S> beta(static_cast<T>(e.beta));
   for_each_quad(t, rows, cols, g.N, [&](const QuadPlace& q) {
     if (q.count == 0) return;
     T gate[kQuad], up[kQuad];
@@ -161,7 +160,7 @@ FFN_FN void finish_activate(const GroupedGemm& g, const FinishedTile<ComputeOf<S
     if (!e.out) return;
     dispatch_activation(e.activation, [&](auto tag) {
 #pragma unroll
-      for (int i = 0; i < kQuad; ++i) gate[i] = decltype(tag)::Type::fwd(Lane<T>(gate[i]), beta).value;
+      for (int i = 0; i < kQuad; ++i) gate[i] = decltype(tag)::Type::fwd(LaneOf<S>(gate[i]), beta).value;
     });
 #pragma unroll
     for (int i = 0; i < kQuad; ++i) gate[i] = g.gated ? gate[i] * up[i] : gate[i];
@@ -169,62 +168,78 @@ FFN_FN void finish_activate(const GroupedGemm& g, const FinishedTile<ComputeOf<S
   });
 }
 
-// The tile is dH, or dA' where rows have weights. row_dots: a thread's columns in order, then lanes by halves; which
-// threads those are depends on the columns alone.
+// One quad of dH; returns its part of the row's dot.
+template <class S>
+FFN_FN ComputeOf<S> finish_activate_grad_quad(const GroupedGemm& g, const FinishedTile<ComputeOf<S>>& t,
+                                              const QuadPlace& q, const QuadOf<S>& gate_quad,
+                                              const QuadOf<S>& up_quad) {
+  using T = ComputeOf<S>;
+  const Epilogue& e = g.epilogue;
+  const LaneOf<S> beta(static_cast<T>(e.beta));
+  T d[kQuad], value[kQuad], slope[kQuad], up[kQuad], d_gate[kQuad], d_up[kQuad];
+  tile_quad(t, q, q.in_col, d);
+#pragma unroll
+  for (int i = 0; i < kQuad; ++i) {
+    value[i] = decode(gate_quad.elements[i]);
+    up[i] = decode(up_quad.elements[i]);
+  }
+  dispatch_activation(e.activation, [&](auto tag) {
+#pragma unroll
+    for (int i = 0; i < kQuad; ++i) {
+      const auto act = decltype(tag)::Type::grad(LaneOf<S>(value[i]), beta);
+      value[i] = act.value.value;
+      slope[i] = act.slope.value;
+    }
+  });
+  const T weight = e.row_weight ? static_cast<const T*>(e.row_weight)[q.row] : T(1);
+  T dot = 0;
+#pragma unroll
+  for (int i = 0; i < kQuad; ++i) {
+    const T h = e.up ? value[i] * up[i] : value[i];
+    if (i < q.count) dot = fma(Lane<T>(d[i]), Lane<T>(h), Lane<T>(dot)).value;
+    const T scaled = e.row_weight ? weight * d[i] : d[i];
+    d_gate[i] = scaled * slope[i];
+    if (e.up) d_gate[i] = d_gate[i] * up[i];
+    d_up[i] = scaled * value[i];
+    d[i] = e.row_weight ? weight * h : h;
+  }
+  store_at<S>(e.out, q, e.out_stride, d_gate);
+  if (e.up) store_at<S>(e.out_up, q, e.out_stride, d_up);
+  store_at<S>(e.h, q, e.pre_stride, d);
+  return dot;
+}
+
+// The tile is dH, or dA' where rows have weights. row_dots: a thread's columns in order, then the lanes of a part by
+// halves; which threads those are depends on the columns alone.
 template <class S>
 FFN_FN void finish_activate_grad(const GroupedGemm& g, const FinishedTile<ComputeOf<S>>& t, int rows) {
   using T = ComputeOf<S>;
   const Epilogue& e = g.epilogue;
-  const Lane<T> beta(static_cast<T>(e.beta));
   const Quads<T> quads(t, t.cols, g.N);
   const auto saved = [&](void* matrix, const QuadPlace& q) {
     return matrix && q.count > 0 ? read_quad(quad_at<S>(matrix, q.row, e.pre_stride, q.col), q.count) : QuadOf<S>{};
   };
-  // Gate and up are read one row ahead: else every row would wait for memory.
-  QuadOf<S> next_gate = saved(e.gate, quads.at(quads.first())), next_up = saved(e.up, quads.at(quads.first()));
-  for (int row = quads.first(); row < rows; row += quads.step()) {
-    const QuadPlace q = quads.at(row);
-    const QuadOf<S> gate_quad = next_gate, up_quad = next_up;
-    next_gate = saved(e.gate, quads.at(row + quads.step()));
-    next_up = saved(e.up, quads.at(row + quads.step()));
-    T d[kQuad], value[kQuad], slope[kQuad], up[kQuad];
-    T dot = 0;
-    if (q.count > 0) {
-      tile_quad(t, q, q.in_col, d);
+  // Gate and up of several rows are on their way at a time: else every row would wait for memory.
+  constexpr int kAtOnce = 4;
+  for (int first = quads.first(); first < rows; first += kAtOnce * quads.step()) {
+    QuadOf<S> gates[kAtOnce], ups[kAtOnce];
 #pragma unroll
-      for (int i = 0; i < kQuad; ++i) {
-        value[i] = decode(gate_quad.elements[i]);
-        up[i] = decode(up_quad.elements[i]);
-      }
-      dispatch_activation(e.activation, [&](auto tag) {
-#pragma unroll
-        for (int i = 0; i < kQuad; ++i) {
-          const auto act = decltype(tag)::Type::grad(Lane<T>(value[i]), beta);
-          value[i] = act.value.value;
-          slope[i] = act.slope.value;
-        }
-      });
-      const T weight = e.row_weight ? static_cast<const T*>(e.row_weight)[q.row] : T(1);
-      T d_gate[kQuad], d_up[kQuad];
-#pragma unroll
-      for (int i = 0; i < kQuad; ++i) {
-        const T h = e.up ? value[i] * up[i] : value[i];
-        if (i < q.count) dot = fma(Lane<T>(d[i]), Lane<T>(h), Lane<T>(dot)).value;
-        const T scaled = e.row_weight ? weight * d[i] : d[i];
-        d_gate[i] = scaled * slope[i];
-        if (e.up) d_gate[i] = d_gate[i] * up[i];
-        d_up[i] = scaled * value[i];
-        d[i] = e.row_weight ? weight * h : h;
-      }
-      store_at<S>(e.out, q, e.out_stride, d_gate);
-      if (e.up) store_at<S>(e.out_up, q, e.out_stride, d_up);
-      store_at<S>(e.h, q, e.pre_stride, d);
+    for (int j = 0; j < kAtOnce; ++j) {
+      const QuadPlace q = quads.at(first + j * quads.step());
+      gates[j] = saved(e.gate, q);
+      ups[j] = saved(e.up, q);
     }
-    if (!e.row_dots) continue;
-    const int lanes = t.cols / kQuad;  // of a row
-    for (int by = lanes / 2; by > 0; by /= 2) dot = dot + __shfl_xor_sync(0xffffffffu, dot, by);
-    if (q.in_col == 0 && q.in_row < t.rows)
-      static_cast<T*>(e.row_dots)[q.row * e.row_dots_stride + t.col / t.cols] = dot;
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      const QuadPlace q = quads.at(first + j * quads.step());
+      T dot = 0;
+      if (q.count > 0) dot = finish_activate_grad_quad<S>(g, t, q, gates[j], ups[j]);
+      if (!e.row_dots) continue;
+      constexpr int kCols = row_dots_cols(Codec<S>::kDType);
+      for (int by = kCols / kQuad / 2; by > 0; by /= 2) dot = dot + __shfl_xor_sync(0xffffffffu, dot, by);
+      if (q.in_col % kCols == 0 && q.count > 0)
+        static_cast<T*>(e.row_dots)[q.row * e.row_dots_stride + q.col / kCols] = dot;
+    }
   }
 }
 
@@ -250,8 +265,7 @@ FFN_FN void zero_tile(const GroupedGemm& g, const FinishedTile<ComputeOf<S>>& t,
   for_each_quad(t, rows, cols, g.N, [&](const QuadPlace& q) {
     if (q.count == 0) return;
     const T zero[kQuad] = {};
-    if (e.out_unrounded) store_at<T>(e.out, q, e.out_stride, zero);
-    else store_at<S>(e.out, q, e.out_stride, zero);
+    store_at<S>(e.out, q, e.out_stride, zero);
     if (e.kind == Epilogue::Kind::kActivate) {
       store_at<S>(e.gate, q, e.pre_stride, zero);
       if (g.gated) store_at<S>(e.up, q, e.pre_stride, zero);
@@ -259,7 +273,8 @@ FFN_FN void zero_tile(const GroupedGemm& g, const FinishedTile<ComputeOf<S>>& t,
     if (!grad) return;
     if (e.up) store_at<S>(e.out_up, q, e.out_stride, zero);
     store_at<S>(e.h, q, e.pre_stride, zero);
-    if (e.row_dots && q.in_col == 0) static_cast<T*>(e.row_dots)[q.row * e.row_dots_stride + t.col / cols] = 0;
+    constexpr int kCols = row_dots_cols(Codec<S>::kDType);
+    if (e.row_dots && q.in_col % kCols == 0) static_cast<T*>(e.row_dots)[q.row * e.row_dots_stride + q.col / kCols] = 0;
   });
 }
 

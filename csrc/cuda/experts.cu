@@ -8,8 +8,9 @@
 namespace ffn_ops::cuda {
 namespace {
 
-// What a product over experts writes is held for a slab of columns of at most this size until tokens gather from it.
-constexpr int64_t kSlabBytes = int64_t{256} << 20;
+// What a product over experts writes is held for a slab of columns of at most this size until tokens gather from it:
+// rounded once to the storage dtype, as the moves of rows are what takes the time of narrow experts.
+constexpr int64_t kSlabBytes = int64_t{1} << 30;
 
 // Of a dimension of one element any stride will do.
 int64_t dense_if_one(const Tensor& t, int64_t dim) { return t.size(dim) > 1 ? t.stride(dim) : 1; }
@@ -59,26 +60,25 @@ GroupedGemm rows_product(const Experts& c, const Operand& rows, int64_t K, const
 }
 
 void launch_product(Call& call, const GroupedGemm& job) {
-  void* workspace = call.workspace(grouped_gemm_workspace_bytes(job));
-  check_cuda(launch_grouped_gemm(job, workspace, call.stream()), "grouped_gemm_kernel");
+  const GemmPlan plan = plan_gemm(job, call.hopper());
+  void* workspace = call.workspace(grouped_gemm_workspace_bytes(job, plan));
+  check_cuda(launch_grouped_gemm(job, plan, workspace, call.stream()), "grouped_gemm_kernel");
 }
 
 void combined_product(Call& call, const Experts& c, const Operand& rows, int64_t K, const Tensor& w, bool transposed,
                       int64_t N, const void* bias, const void* row_weight, Tensor& out) {
-  const DType arithmetic = arithmetic_dtype(c.dtype);
-  constexpr int64_t kColumns = 128;  // a multiple of every tile's width
+  constexpr int64_t kColumns = 256;  // a multiple of every tile's width
   int64_t cols = N;
   if (c.routed) {
-    const int64_t row_bytes = std::max<int64_t>(1, c.R * storage_size(arithmetic));
+    const int64_t row_bytes = std::max<int64_t>(1, c.R * storage_size(c.dtype));
     cols = std::min(N, std::max(kColumns, kSlabBytes / row_bytes / kColumns * kColumns));
   }
-  Tensor slab = c.routed ? call.fresh(arithmetic, {c.R, cols}) : out;
+  Tensor slab = c.routed ? call.fresh({c.R, cols}) : out;
   for (int64_t col = 0; col < N; col += cols) {
     const int64_t width = std::min(cols, N - col);
     GroupedGemm g = rows_product(c, rows, K, expert_weights(w, c.dtype, transposed, col), width);
     g.epilogue.out = slab.mutable_data_ptr();
     g.epilogue.out_stride = width;
-    g.epilogue.out_unrounded = c.routed;
     g.epilogue.bias = advance(bias, col, c.dtype);
     g.epilogue.bias_stride = N;
     launch_product(call, g);
@@ -87,11 +87,10 @@ void combined_product(Call& call, const Experts& c, const Operand& rows, int64_t
     m.routes = c.routes;
     m.cols = width;
     m.in = dense_matrix(slab.const_data_ptr(), width);
-    m.in_dtype = arithmetic;
+    m.dtype = c.dtype;
     m.weight = row_weight;
     m.out = advance(out.mutable_data_ptr(), col, c.dtype);
     m.out_stride = N;
-    m.out_dtype = c.dtype;
     launch_combine_rows(call, m);
   }
 }

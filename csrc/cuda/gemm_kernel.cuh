@@ -7,33 +7,38 @@
 #include "gemm_mma.cuh"
 #include "gemm_tiled.cuh"
 #include "gemm_tiles.cuh"
+#include "sm90/gemm_wgmma.cuh"
 
 namespace ffn_ops::cuda {
 
 // One instance. kRows: A is stored along k; kOuter: both operands run along lanes, as rows are k there.
-template <class S, bool kTall, bool kOuter_, bool kBAlongK, bool kVector>
+template <class S, GemmShape kShape, bool kHopper_, bool kOuter_, bool kBAlongK, bool kVector>
 struct GemmInstance {
   using Storage = S;
-  static constexpr bool kOuter = kOuter_;
-  static constexpr GemmTile kTile = gemm_tile(Codec<S>::kDType, kTall);
+  static constexpr bool kHopper = kHopper_, kOuter = kOuter_;
+  static constexpr GemmTile kTile = gemm_tile(Codec<S>::kDType, kShape, kHopper);
   static constexpr int BLOCK_M = kTile.rows, BLOCK_N = kTile.cols, BLOCK_K = kTile.depth;
-  static constexpr bool kShortFloat = sizeof(S) == 4 && !kTall;
+  static constexpr bool kShortFloat = sizeof(S) == 4 && kShape == GemmShape::kShort;
 
-  template <bool kMma, class>
+  template <int kBytes, bool kWgmma>
   struct CoreOf {
-    using Type = MmaCore<S, BLOCK_M, BLOCK_N, BLOCK_K, !kOuter, kBAlongK>;
-  };
-  template <class Unused>
-  struct CoreOf<false, Unused> {
     using Type = TiledCore<S, BLOCK_M, BLOCK_N, BLOCK_K, kShortFloat ? 8 : 16, !kOuter, kBAlongK>;
   };
-  using Core = typename CoreOf<sizeof(S) == 2, void>::Type;
-  using LoaderA = TileLoader<S, BLOCK_M, BLOCK_K, !kOuter, kVector>;
-  using LoaderB = TileLoader<S, BLOCK_N, BLOCK_K, kBAlongK, kVector>;
-  static constexpr int kStageBytes = LoaderA::Tile::kBytes + LoaderB::Tile::kBytes;
-  static_assert(kGemmStages * kStageBytes <= gemm_shared_bytes(Codec<S>::kDType, kTall));
-  static_assert(BLOCK_M * (BLOCK_N + kTilePadding) * int(sizeof(typename Core::Scalar)) <=
-                gemm_shared_bytes(Codec<S>::kDType, kTall));
+  template <bool kWgmma>
+  struct CoreOf<2, kWgmma> {
+    using Type = std::conditional_t<kWgmma, WgmmaCore<S, BLOCK_M, BLOCK_N, BLOCK_K, !kOuter, kBAlongK>,
+                                    MmaCore<S, BLOCK_M, BLOCK_N, BLOCK_K, !kOuter, kBAlongK>>;
+  };
+  using Core = typename CoreOf<sizeof(S), kHopper>::Type;
+  using LoaderA = TileLoader<typename Core::TileA, S, BLOCK_K, !kOuter, kVector>;
+  using LoaderB = TileLoader<typename Core::TileB, S, BLOCK_K, kBAlongK, kVector>;
+  static constexpr int kStageBytes = Core::TileA::kBytes + Core::TileB::kBytes;
+  static constexpr int64_t kSharedBytes = gemm_shared_bytes(Codec<S>::kDType, kShape, kHopper);
+  static_assert(kTile.stages * kStageBytes <= kSharedBytes);
+  static_assert(BLOCK_M * (BLOCK_N + kTilePadding) * int(sizeof(typename Core::Scalar)) <= kSharedBytes);
+  // Products in flight (Hopper) while the next stage is awaited. Where two blocks share a multiprocessor, one's
+  // products fill the other's waiting.
+  static constexpr int kRunning = kHopper && kTile.blocks == 1 ? 1 : 0;
 };
 
 // What the block reads of A and of B.
@@ -50,15 +55,16 @@ FFN_FN OperandPart part_b(const GroupedGemm& job, const TilePlace& place) {
   return {job.b, job.b_up, job.gated ? I::BLOCK_N / 2 : I::BLOCK_N, rows.expert, place.n, job.N, 0, job.K, false};
 }
 
-// core += the product over all of k. While one stage is multiplied, the next kGemmStages - 1 are on their way.
+// core += the product over all of k. While one stage is multiplied, the next kAhead are on their way, and the last
+// kRunning before it are still read.
 template <class I>
 FFN_FN void run_stages(const GroupedGemm& job, const TilePlace& place, typename I::Core& core) {
   char* const shared = dynamic_shared();
-  constexpr int kAhead = kGemmStages - 1;
+  constexpr int kStages = I::kTile.stages, kAhead = kStages - 1 - I::kRunning;
   typename I::LoaderA loader_a(part_a<I>(job, place));
   typename I::LoaderB loader_b(part_b<I>(job, place));
   const auto a_of = [&](int slot) { return shared + slot * I::kStageBytes; };
-  const auto b_of = [&](int slot) { return shared + slot * I::kStageBytes + I::LoaderA::Tile::kBytes; };
+  const auto b_of = [&](int slot) { return shared + slot * I::kStageBytes + I::Core::TileA::kBytes; };
 
   int64_t left = I::kOuter ? place.rows.rows : job.K;  // of k, from the stage that is multiplied next on
   for (int s = 0; s < kAhead; ++s) {
@@ -71,30 +77,40 @@ FFN_FN void run_stages(const GroupedGemm& job, const TilePlace& place, typename 
     cp_async_commit();
   }
   int slot = 0, ahead = kAhead;
-  for (; left > 0; left -= I::BLOCK_K) {
+  const auto step = [&] {
     cp_async_wait<kAhead - 1>();
-    __syncthreads();  // the stage in `slot` is there for all, and the one before it is no longer read
+    if constexpr (I::kHopper) fence_async();
+    __syncthreads();  // the stage in `slot` is there for all, and the one that `ahead` held is no longer read
+    if constexpr (I::kHopper) core.start(a_of(slot), b_of(slot));
     const bool more = left > kAhead * I::BLOCK_K;
     if (more) {
       loader_a.load(a_of(ahead), left - kAhead * I::BLOCK_K);
       loader_b.load(b_of(ahead), left - kAhead * I::BLOCK_K);
     }
     cp_async_commit();
-    core.multiply(a_of(slot), b_of(slot));
+    if constexpr (I::kHopper) wgmma_wait<I::kRunning>();
+    else core.multiply(a_of(slot), b_of(slot));
     if (more) {
       loader_a.store(a_of(ahead));
       loader_b.store(b_of(ahead));
     }
-    slot = slot + 1 == kGemmStages ? 0 : slot + 1;
-    ahead = ahead + 1 == kGemmStages ? 0 : ahead + 1;
+    slot = slot + 1 == kStages ? 0 : slot + 1;
+    ahead = ahead + 1 == kStages ? 0 : ahead + 1;
+    left -= I::BLOCK_K;
+  };
+  // Products that run on from one step into the next: only what other products left may be in their registers then.
+  if constexpr (I::kRunning > 0) {
+    if (left > 0) step();
   }
+  while (left > 0) step();
   cp_async_wait<0>();
+  if constexpr (I::kHopper) wgmma_wait<0>();
 }
 
-// Dynamic shared memory: the stages; after them, in the same place, the finished tile.
+// The block's tile, from its place to its epilogue. Dynamic shared memory: the stages; after them, in the same place,
+// the finished tile.
 template <class I>
-__global__ void FFN_KERNEL_BOUNDS(kGemmThreads, 2)
-    grouped_gemm_kernel(GroupedGemm job, GemmPlan plan, const RowTile* table) {
+FFN_FN void make_tile(const GroupedGemm& job, const GemmPlan& plan, const RowTile* table) {
   using S = typename I::Storage;
   using T = ComputeOf<S>;
   const int cols = job.gated ? I::BLOCK_N / 2 : I::BLOCK_N;
@@ -122,18 +138,36 @@ __global__ void FFN_KERNEL_BOUNDS(kGemmThreads, 2)
   finish_tile<S>(job, tile, I::BLOCK_M);
 }
 
+// Of 16 bits, each GPU has one way to multiply: the other is not compiled for it.
+template <class I>
+__global__ void FFN_KERNEL_BOUNDS(kGemmThreads, I::kTile.blocks)
+    grouped_gemm_kernel(GroupedGemm job, GemmPlan plan, const RowTile* table) {
+  if constexpr (sizeof(typename I::Storage) != 2 || runs_here(I::kHopper)) make_tile<I>(job, plan, table);
+  else refuse();
+}
+
 // Calls f(Tag<GemmInstance>{}) for the instance that does `plan`.
 template <class S, class F>
 void dispatch_gemm(const GroupedGemm& job, const GemmPlan& plan, const F& f) {
-  const auto with = [&]<bool kTall, bool kVector>() {
-    if (job.kind == GroupedGemm::Kind::kOuter) f(Tag<GemmInstance<S, kTall, true, false, kVector>>{});
-    else if (plan.b_along_k) f(Tag<GemmInstance<S, kTall, false, true, kVector>>{});
-    else f(Tag<GemmInstance<S, kTall, false, false, kVector>>{});
+  using enum GemmShape;
+  const auto with = [&]<GemmShape kShape, bool kHopper, bool kVector>() {
+    if (job.kind == GroupedGemm::Kind::kOuter) f(Tag<GemmInstance<S, kShape, kHopper, true, false, kVector>>{});
+    else if (plan.b_along_k) f(Tag<GemmInstance<S, kShape, kHopper, false, true, kVector>>{});
+    else f(Tag<GemmInstance<S, kShape, kHopper, false, false, kVector>>{});
   };
-  if (plan.tall && plan.vector) with.template operator()<true, true>();
-  else if (plan.tall) with.template operator()<true, false>();
-  else if (plan.vector) with.template operator()<false, true>();
-  else with.template operator()<false, false>();
+  if constexpr (sizeof(S) == 2) {
+    if (plan.hopper) {
+      if (!plan.vector) with.template operator()<kShort, true, false>();
+      else if (plan.shape == kShort) with.template operator()<kShort, true, true>();
+      else if (plan.shape == kTall) with.template operator()<kTall, true, true>();
+      else with.template operator()<kWide, true, true>();
+      return;
+    }
+  }
+  if (plan.shape == kTall && plan.vector) with.template operator()<kTall, false, true>();
+  else if (plan.shape == kTall) with.template operator()<kTall, false, false>();
+  else if (plan.vector) with.template operator()<kShort, false, true>();
+  else with.template operator()<kShort, false, false>();
 }
 
 }  // namespace ffn_ops::cuda

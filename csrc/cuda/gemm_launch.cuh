@@ -23,9 +23,9 @@ extern template cudaError_t launch_gemm_instance<BFloat16>(const GroupedGemm&, c
 cudaError_t launch_expert_tiles(const GroupedGemm& job, const GemmPlan& plan, int64_t* scratch, RowTile* table,
                                 cudaStream_t stream);
 
-// One or two kernels on `stream`; nothing waits. `workspace` has grouped_gemm_workspace_bytes(job), aligned to 8.
-inline cudaError_t launch_grouped_gemm(const GroupedGemm& job, void* workspace, cudaStream_t stream) {
-  const GemmPlan plan = plan_gemm(job);
+// One or two kernels on `stream`; nothing waits. `workspace` has grouped_gemm_workspace_bytes(), aligned to 8.
+inline cudaError_t launch_grouped_gemm(const GroupedGemm& job, const GemmPlan& plan, void* workspace,
+                                       cudaStream_t stream) {
   if (plan.blocks == 0) return cudaSuccess;
   if (plan.blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
   RowTile* table = nullptr;

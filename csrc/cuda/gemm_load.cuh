@@ -2,6 +2,8 @@
 // element by element into the same places.
 #pragma once
 
+#include <type_traits>
+
 #include "device.cuh"
 #include "gemm_grid.h"
 
@@ -32,17 +34,16 @@ struct OperandPart {
   bool gather_k;  // the operand's gather replaces k, else lanes
 };
 
-// A thread fills the same chunks of every stage: along k those of several lanes, else those of several k of the same
-// lanes.
-template <class S, int kLanes, int kDepth, bool kAlongK, bool kVector>
+// Fills tiles in the order of their class, SharedTile or another of its interface. A thread fills the same chunks of
+// every stage: along k those of several lanes, else those of several k of the same lanes. What is the same for all
+// stages is computed before the first.
+template <class Tile, class S, int kDepth, bool kAlongK, bool kVector>
 class TileLoader {
  public:
-  using Tile = SharedTile<S, kLanes, kDepth, kAlongK>;
-
-  FFN_FN explicit TileLoader(const OperandPart& part) : safe_(static_cast<const S*>(part.operand.data)) {
+  FFN_FN explicit TileLoader(const OperandPart& part) {
     const int64_t* gather = part.operand.gather;
     limit_ = part.operand.gather_limit;
-    next_ = !kAlongK && part.gather_k && gather ? gather + part.k_begin : nullptr;
+    next_ = !kAlongK && part.gather_k && gather ? gather + part.k_begin + first_k(0) : nullptr;
 #pragma unroll
     for (int i = 0; i < kOwnLanes; ++i) {
       const int lane = kAlongK ? row(i) : chunk() * Tile::kWide;
@@ -54,49 +55,48 @@ class TileLoader {
       const int64_t k_stride = second ? part.second.k_stride : part.operand.k_stride;
       int64_t at = part.first + (second ? lane - part.split : lane);
       const int64_t lanes = kAlongK && !owned(i) ? 0 : part.end - at;
-      if (kAlongK && gather && lanes > 0) {
+      bool there = lanes > 0;
+      if (kAlongK && gather && there) {
         at = gather[at];
-        lanes_[i] = at >= 0 && at < limit_;
-      } else {
-        lanes_[i] = lanes < 0 ? 0 : lanes < Tile::kWide ? int(lanes) : Tile::kWide;
+        there = at >= 0 && at < limit_;
       }
-      if (lanes_[i] == 0) at = 0;
-      from_[i] = static_cast<const S*>(data) + part.expert * expert_stride + at * lane_stride +
-                 (!kAlongK && next_ ? 0 : (part.k_begin + first_k(i)) * k_stride);
-      if constexpr (!kVector || !kAlongK) k_stride_[i] = k_stride;
+      if constexpr (kAlongK) lanes_[i] = there ? -1 : 0;
+      else lanes_[i] = held_between(lanes, Tile::kWide) * kUnit;
+      from_[i] = static_cast<const S*>(data) + part.expert * expert_stride + (there ? at : 0) * lane_stride;
+      if (!next_) from_[i] += (part.k_begin + first_k(i)) * k_stride;
+      k_stride_[i] = Stride(k_stride);
       if constexpr (!kVector && !kAlongK) lane_stride_[i] = lane_stride;
     }
-    fetch_rows(part.k_end - part.k_begin);
+    if constexpr (!kAlongK) {
+      if (next_) fetch_rows(part.k_end - part.k_begin);
+    }
   }
 
   // Starts to read the next kDepth of k, `left` being left of it: copies into `stage`, or elements into registers.
   FFN_FN void load(char* stage, int64_t left) {
+    if constexpr (kAlongK) {
+      // The thread's chunks begin at one k.
+      const int count = held_between(left - first_k(0), Tile::kWide) * kUnit;
 #pragma unroll
-    for (int i = 0; i < kOwn; ++i) {
-      if (!owned(i)) continue;
-      const int own = kAlongK ? i : 0;
-      const S* from = from_[own];
-      const int64_t k = left - first_k(i);  // from the chunk's first on
-      bool valid = k > 0 && lanes_[own] > 0;
-      if constexpr (!kAlongK) {
-        if (next_) {
-          valid = valid && rows_[i] >= 0 && rows_[i] < limit_;
-          from += valid ? rows_[i] * k_stride_[own] : 0;
-        } else {
-          from += int64_t{i * kRowStep} * k_stride_[own];
-        }
+      for (int i = 0; i < kOwn; ++i) {
+        read(stage, i, from_[i], count & lanes_[i]);
+        from_[i] += kVector ? kDepth : kDepth * k_stride_[i];
       }
-      const int most = kAlongK ? (k < Tile::kWide ? int(k) : Tile::kWide) : lanes_[own];
-      const int count = valid ? most : 0;
-      if constexpr (kVector) {
-        cp_async_16(stage + Tile::offset(row(i), chunk()), valid ? from : safe_, count * int(sizeof(S)));
-      } else {
-        const int64_t step = kAlongK ? k_stride_[own] : lane_stride_[own];
+    } else if (next_) {
 #pragma unroll
-        for (int e = 0; e < Tile::kWide; ++e) held_[i].elements[e] = e < count ? from[e * step] : S{};
+      for (int i = 0; i < kOwn; ++i)
+        if (owned(i)) read(stage, i, from_[0] + int64_t{rows_[i]} * k_stride_[0], rows_[i] < 0 ? 0 : lanes_[0]);
+      fetch_rows(left - kDepth);
+    } else {
+      const bool whole = left >= kDepth;
+      const S* from = from_[0];
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) {
+        read(stage, i, from, whole || first_k(i) < left ? lanes_[0] : 0);
+        from += int64_t{kRowStep} * k_stride_[0];
       }
+      from_[0] += int64_t{kDepth} * k_stride_[0];
     }
-    advance(left - kDepth);
   }
 
   // What the last load() holds in registers goes to `stage`.
@@ -114,44 +114,60 @@ class TileLoader {
   static constexpr int kOwnLanes = kAlongK ? kOwn : 1;                      // first lanes of them
   static constexpr int kRowStep = kGemmThreads / Tile::kRowChunks;          // from one to the next
   static_assert(kGemmThreads % Tile::kRowChunks == 0, "a thread's chunks lie below each other");
+  static constexpr int kUnit = kVector ? int(sizeof(S)) : 1;  // copies count bytes
   struct alignas(16) Chunk {
     S elements[Tile::kWide];
   };
+  // Copies along lanes: of fewer than 2^31 rows that are fewer than 2^31 elements apart, one multiplication finds one.
+  using Row = std::conditional_t<kVector, int32_t, int64_t>;
+  using Stride = std::conditional_t<kVector && !kAlongK, int32_t, int64_t>;
 
+  static FFN_FN int held_between(int64_t value, int most) { return value < 0 ? 0 : value < most ? int(value) : most; }
   static FFN_FN int chunk() { return int(threadIdx.x) % Tile::kRowChunks; }
   static FFN_FN int row(int i) { return int(threadIdx.x) / Tile::kRowChunks + i * kRowStep; }
   static FFN_FN bool owned(int i) { return kChunks % kGemmThreads == 0 || row(i) < Tile::kRows; }
   static FFN_FN int first_k(int i) { return kAlongK ? chunk() * Tile::kWide : row(i); }
 
-  FFN_FN void advance(int64_t left) {
-    if (!kAlongK && next_) {
-      next_ += kDepth;
+  // Chunk i: its first `count` elements (times kUnit), zeros behind. A copy of nothing reads nothing, wherever it
+  // points.
+  FFN_FN void read(char* stage, int i, const S* from, int count) {
+    if (!owned(i)) return;
+    if constexpr (kVector) {
+      cp_async_16(stage + Tile::offset(row(i), chunk()), from, count);
+    } else {
+      const int64_t step = kAlongK ? k_stride_[kAlongK ? i : 0] : lane_stride_[0];
+#pragma unroll
+      for (int e = 0; e < Tile::kWide; ++e) held_[i].elements[e] = e < count ? from[e * step] : S{};
+    }
+  }
+
+  // Gathered rows of the next load, whose copies would else wait for them, `left` being left. -1: none, or outside.
+  FFN_FN void fetch_rows(int64_t left) {
+    const auto fetch = [&](int i) {
+      const int64_t r = next_[i * kRowStep];
+      rows_[i] = static_cast<uint64_t>(r) < static_cast<uint64_t>(limit_) ? Row(r) : Row(-1);
+    };
+    if (left >= kDepth) {
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i)
+        if (owned(i)) fetch(i);
     } else {
 #pragma unroll
-      for (int i = 0; i < kOwnLanes; ++i) {
-        if constexpr (kVector && kAlongK) from_[i] += kDepth;
-        else from_[i] += kDepth * k_stride_[i];
+      for (int i = 0; i < kOwn; ++i) {
+        rows_[i] = -1;
+        if (owned(i) && first_k(i) < left) fetch(i);
       }
     }
-    fetch_rows(left);
+    next_ += kDepth;
   }
 
-  // Of the next load, whose copies would else wait for them.
-  FFN_FN void fetch_rows(int64_t left) {
-    if constexpr (!kAlongK) {
-      if (!next_) return;
-#pragma unroll
-      for (int i = 0; i < kOwn; ++i) rows_[i] = first_k(i) < left ? next_[first_k(i)] : -1;
-    }
-  }
-
-  const S* safe_;             // where copies of nothing point to
-  const S* from_[kOwnLanes];  // the first element of the next load
-  int64_t k_stride_[kOwnLanes], lane_stride_[kOwnLanes];
-  int lanes_[kOwnLanes];  // along k: 0 or not; else lanes of the chunk that exist
-  const int64_t* next_;   // gather of k: rows of the next load
+  const S* from_[kOwnLanes];  // the first element of the next load; with a gather, of row 0
+  Stride k_stride_[kOwnLanes];
+  int64_t lane_stride_[kOwnLanes];
+  int lanes_[kOwnLanes];  // along k: whether there is one, -1 or 0; else how much of the chunk
+  const int64_t* next_;   // gather of k: rows of the next load, from the thread's first on
   int64_t limit_;
-  int64_t rows_[kOwn];
+  Row rows_[kOwn];
   Chunk held_[kVector ? 1 : kOwn];
 };
 

@@ -1,11 +1,14 @@
-// The product of two tiles of float or double in shared memory by fused multiply-adds, in the order of k. A grid of
-// threads, each with a tile of accumulators in registers.
+// The product of two tiles of float or double in shared memory by fused multiply-adds, in the order of k, summed in
+// runs as on the CPU: a long sum would lose more than a blocked one. A grid of threads, each with a tile of
+// accumulators in registers.
 #pragma once
 
 #include "gemm_load.cuh"
 #include "scalar.cuh"
 
 namespace ffn_ops::cuda {
+
+constexpr int kRunK = 64;  // of k, added before they join the total
 
 // Shared tiles as in MmaCore. Threads form a grid with kThreadsM rows.
 template <class T, int BLOCK_M, int BLOCK_N, int BLOCK_K, int kThreadsM, bool kAAlongK, bool kBAlongK>
@@ -19,7 +22,7 @@ class TiledCore {
 #pragma unroll
     for (int i = 0; i < kRows; ++i)
 #pragma unroll
-      for (int j = 0; j < kCols; ++j) acc_[i][j] = 0;
+      for (int j = 0; j < kCols; ++j) acc_[i][j] = total_[i][j] = 0;
   }
 
   FFN_FN void multiply(const char* a, const char* b) {
@@ -37,15 +40,20 @@ class TiledCore {
           for (int j = 0; j < kCols; ++j)
             acc_[i][j] = fma(Lane<T>(rA[i][step]), Lane<T>(rB[j][step]), Lane<T>(acc_[i][j])).value;
     }
+    in_run_ += BLOCK_K;
+    if (in_run_ < kRunK) return;
+    in_run_ = 0;
+    end_run();
   }
 
-  FFN_FN void hand_over(T* tile, int stride) const {
+  FFN_FN void hand_over(T* tile, int stride) {
+    end_run();
 #pragma unroll
     for (int i = 0; i < kRows; ++i)
 #pragma unroll
       for (int j = 0; j < kCols; ++j)
         tile[lane_of<kAAlongK, kThreadsM>(thread_m(), i) * stride + lane_of<kBAlongK, kThreadsN>(thread_n(), j)] =
-            acc_[i][j];
+            total_[i][j];
   }
 
  private:
@@ -55,6 +63,18 @@ class TiledCore {
   static constexpr int kCols = BLOCK_N / kThreadsN;
   static_assert(kRows * kThreadsM == BLOCK_M && kCols * kThreadsN == BLOCK_N && BLOCK_K % kWide == 0);
   static_assert((kAAlongK || kRows % kWide == 0) && (kBAlongK || kCols % kWide == 0));
+
+  static_assert(kRunK % BLOCK_K == 0);
+
+  FFN_FN void end_run() {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i)
+#pragma unroll
+      for (int j = 0; j < kCols; ++j) {
+        total_[i][j] += acc_[i][j];
+        acc_[i][j] = 0;
+      }
+  }
 
   static FFN_FN int thread_m() { return int(threadIdx.x) / kThreadsN; }
   static FFN_FN int thread_n() { return int(threadIdx.x) % kThreadsN; }
@@ -85,7 +105,8 @@ class TiledCore {
     }
   }
 
-  T acc_[kRows][kCols];
+  T acc_[kRows][kCols], total_[kRows][kCols];
+  int in_run_ = 0;
 };
 
 }  // namespace ffn_ops::cuda

@@ -109,10 +109,10 @@ inline PackGrid gated_act_grid(const GatedAct& g) {
 
 // Bit 0: in, bit 1: out.
 inline PackGrid move_rows_grid(const MoveRows& m, int64_t out_rows) {
-  const int64_t size = storage_size(m.out_dtype);
+  const int64_t size = storage_size(m.dtype);
   PackGrid grid = pack_grid(out_rows, m.cols, 16 / size, kVectorSteps);
-  grid.vector = uint32_t{packs_are_aligned(m.in, 2, storage_size(m.in_dtype))} |
-                uint32_t{packs_are_aligned({m.out, m.out_stride, 1}, 2, size)} << 1;
+  grid.vector =
+      uint32_t{packs_are_aligned(m.in, 2, size)} | uint32_t{packs_are_aligned({m.out, m.out_stride, 1}, 2, size)} << 1;
   return grid;
 }
 

@@ -69,12 +69,11 @@ struct Routes {
 struct MoveRows {
   Routes routes;
   int64_t cols = 0;
+  DType dtype = DType::kFloat32;
   Matrix in;
-  DType in_dtype = DType::kFloat32;
   const void* weight = nullptr;  // [R], of the arithmetic's dtype; null: 1
   void* out = nullptr;
   int64_t out_stride = 0;
-  DType out_dtype = DType::kFloat32;
 };
 
 // out[r] = sum over c of a(token[r], c) * b(r, c) (offsets given: b(expert of r, c)), plus the sum of the `parts` of
@@ -162,9 +161,8 @@ struct Epilogue {
   void* out = nullptr;  // kRows: [R, N]; kOuter: [E, M, N]
   void* out_up = nullptr;
   int64_t out_stride = 0;
-  bool out_unrounded = false;  // kStore: out is of the arithmetic's dtype
-  void* h = nullptr;           // kActivateGrad: strides of the pre-activations; times row_weight where given
-  void* gate = nullptr;        // [R, N], written by kActivate, read by kActivateGrad
+  void* h = nullptr;     // kActivateGrad: strides of the pre-activations; times row_weight where given
+  void* gate = nullptr;  // [R, N], written by kActivate, read by kActivateGrad
   void* up = nullptr;
   int64_t pre_stride = 0;
   const void* bias = nullptr;  // of the output or of gate: [E, bias_stride]

@@ -10,18 +10,17 @@ namespace ffn_ops::cuda {
 
 void launch_dispatch_rows(const Call& call, const MoveRows& job) {
   const PackGrid grid = move_rows_grid(job, job.routes.rows);
-  dispatch_dtype(job.out_dtype, [&](auto dtype) {
+  dispatch_dtype(job.dtype, [&](auto dtype) {
     using S = typename decltype(dtype)::Type;
-    call.launch("dispatch_rows_kernel", dispatch_rows_kernel<S, S>, grid.blocks, kPackThreads, 0, job, grid);
+    call.launch("dispatch_rows_kernel", dispatch_rows_kernel<S>, grid.blocks, kPackThreads, 0, job, grid);
   });
 }
 
 void launch_combine_rows(const Call& call, const MoveRows& job) {
   const PackGrid grid = move_rows_grid(job, job.routes.tokens);
-  dispatch_dtype(job.out_dtype, [&](auto dtype) {
+  dispatch_dtype(job.dtype, [&](auto dtype) {
     using S = typename decltype(dtype)::Type;
-    auto* kernel = job.in_dtype == job.out_dtype ? combine_rows_kernel<S, S> : combine_rows_kernel<ComputeOf<S>, S>;
-    call.launch("combine_rows_kernel", kernel, grid.blocks, kPackThreads, 0, job, grid);
+    call.launch("combine_rows_kernel", combine_rows_kernel<S>, grid.blocks, kPackThreads, 0, job, grid);
   });
 }
 
@@ -54,7 +53,7 @@ MoveRows move_rows(Call& call, const Routes& routes, const Tensor& in, DType dty
   job.routes = routes;
   job.cols = in.size(1);
   job.in = matrix(in);
-  job.in_dtype = job.out_dtype = dtype;
+  job.dtype = dtype;
   job.weight = call.dense(weight);
   job.out = out.mutable_data_ptr();
   job.out_stride = job.cols;

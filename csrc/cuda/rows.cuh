@@ -9,16 +9,16 @@ namespace ffn_ops::cuda {
 FFN_FN int64_t kept_rows(const Routes& routes) { return held(*routes.kept, 0, routes.rows); }
 
 // out[r] = weight[r] * in[token[r]].
-template <class From, class To>
+template <class S>
 FFN_KERNEL_BOUNDS(kPackThreads, 4)
 __global__ void dispatch_rows_kernel(MoveRows m, PackGrid grid) {
-  using T = ComputeOf<To>;
-  constexpr int kPack = Pack<To>::kSize;
+  using T = ComputeOf<S>;
+  constexpr int kPack = Pack<S>::kSize;
   const int64_t kept = kept_rows(m.routes);
   const T* const weight = static_cast<const T*>(m.weight);
   PackPlace at[kVectorSteps];
   pack_places<kPack>(grid, m.routes.rows, m.cols, at);
-  Pack<From, kPack> in[kVectorSteps]{};
+  Pack<S, kPack> in[kVectorSteps]{};
   T w[kVectorSteps];
 #pragma unroll
   for (int u = 0; u < kVectorSteps; ++u) {
@@ -27,7 +27,7 @@ __global__ void dispatch_rows_kernel(MoveRows m, PackGrid grid) {
     const int64_t t = m.routes.token[at[u].row];
     if (t < 0 || t >= m.routes.tokens) continue;
     if (weight) w[u] = weight[at[u].row];
-    in[u] = load_pack<kPack>(element<From>(m.in, t, at[u].col), m.in.col_stride, at[u].n, grid.vector & 1);
+    in[u] = load_pack<kPack>(element<S>(m.in, t, at[u].col), m.in.col_stride, at[u].n, grid.vector & 1);
   }
 #pragma unroll
   for (int u = 0; u < kVectorSteps; ++u) {
@@ -35,17 +35,17 @@ __global__ void dispatch_rows_kernel(MoveRows m, PackGrid grid) {
     T out[kPack];
 #pragma unroll
     for (int i = 0; i < kPack; ++i) out[i] = w[u] * in[u][i];
-    store_pack(static_cast<To*>(m.out) + at[u].row * m.out_stride + at[u].col, Pack<To>::of(out), at[u].n,
+    store_pack(static_cast<S*>(m.out) + at[u].row * m.out_stride + at[u].col, Pack<S>::of(out), at[u].n,
                grid.vector >> 1 & 1);
   }
 }
 
 // out[t] = sum of weight[r] * in[r] over the rows of t; a few of them are on their way at a time.
-template <class From, class To>
+template <class S>
 FFN_KERNEL_BOUNDS(kPackThreads, 2)
 __global__ void combine_rows_kernel(MoveRows m, PackGrid grid) {
-  using T = ComputeOf<To>;
-  constexpr int kPack = Pack<To>::kSize, kAtOnce = 4;
+  using T = ComputeOf<S>;
+  constexpr int kPack = Pack<S>::kSize, kAtOnce = 4;
   const int64_t kept = kept_rows(m.routes);
   const T* const weight = static_cast<const T*>(m.weight);
   PackPlace places[kVectorSteps];
@@ -59,7 +59,7 @@ __global__ void combine_rows_kernel(MoveRows m, PackGrid grid) {
 #pragma unroll
     for (int i = 0; i < kPack; ++i) sum[i] = Lane<T>::zero();
     for (int64_t first = begin; first < end; first += kAtOnce) {
-      Pack<From, kPack> in[kAtOnce];
+      Pack<S, kPack> in[kAtOnce];
       T w[kAtOnce];
       bool there[kAtOnce];
 #pragma unroll
@@ -68,7 +68,7 @@ __global__ void combine_rows_kernel(MoveRows m, PackGrid grid) {
         there[j] = r >= 0 && r < kept;
         if (!there[j]) continue;
         w[j] = weight ? weight[r] : T(1);
-        in[j] = load_pack<kPack>(element<From>(m.in, r, at.col), m.in.col_stride, at.n, grid.vector & 1);
+        in[j] = load_pack<kPack>(element<S>(m.in, r, at.col), m.in.col_stride, at.n, grid.vector & 1);
       }
 #pragma unroll
       for (int j = 0; j < kAtOnce; ++j)
@@ -79,7 +79,7 @@ __global__ void combine_rows_kernel(MoveRows m, PackGrid grid) {
     T out[kPack];
 #pragma unroll
     for (int i = 0; i < kPack; ++i) out[i] = sum[i].value;
-    store_pack(static_cast<To*>(m.out) + at.row * m.out_stride + at.col, Pack<To>::of(out), at.n, grid.vector >> 1 & 1);
+    store_pack(static_cast<S*>(m.out) + at.row * m.out_stride + at.col, Pack<S>::of(out), at.n, grid.vector >> 1 & 1);
   }
 }
 

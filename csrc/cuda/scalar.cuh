@@ -13,13 +13,24 @@ namespace ffn_ops::cuda {
 
 constexpr bool kHasFma = true;
 
-#ifdef __CUDA_ARCH__
 FFN_FN float approximate_reciprocal(float x) {  // 1 ULP, for 2^-126 <= |x| <= 2^126
+#ifdef __CUDA_ARCH__
   float result;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
   return result;
-}
+#else
+  return 1 / x;
 #endif
+}
+FFN_FN float approximate_exp2(float x) {  // 2 ULP
+#ifdef __CUDA_ARCH__
+  float result;
+  asm("ex2.approx.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+#else
+  return ::exp2f(x);
+#endif
+}
 
 // a / b for 2^-100 <= |b| <= 2^100 and no overflow or underflow, which is what math.h has, or NaN: without the branch
 // to other cases that would keep elements from running side by side. Newton's step and one correction by the remainder
@@ -36,8 +47,8 @@ FFN_FN float quotient(float a, float b) {
 }
 FFN_FN double quotient(double a, double b) { return a / b; }
 
-// As Vec<T> in cpu/isa/vec.h, with bool for a mask.
-template <class T>
+// As Vec<T> in cpu/isa/vec.h, with bool for a mask. kBrief: what comes of it is rounded to 16 bits.
+template <class T, bool kBrief = false>
 struct Lane {
   using Scalar = T;
   static constexpr int kLanes = 1;
@@ -115,12 +126,23 @@ struct Lane {
 
 #include "../common/math.h"
 
+// e is 2^-17 of itself off at worst, where |z| is near 90: a thirtieth of what rounding to float16 is.
+FFN_FN SigmoidPair<Lane<float, true>> sigmoid_pair(Lane<float, true> z) {
+  const float e = approximate_exp2(max(Lane<float>(-152.0f), Lane<float>(-::fabsf(z.value) * 1.44269504f)).value);
+  const float larger = approximate_reciprocal(1 + e), smaller = e * larger;
+  return {z.value < 0 ? smaller : larger, z.value < 0 ? larger : smaller};
+}
+
 #include "../common/activations.h"
 
 // ---- storage --------------------------------------------------------------------------------------------------------
 
 template <class S>
 using ComputeOf = typename Codec<S>::Compute;
+
+// For activations of stored values.
+template <class S>
+using LaneOf = Lane<ComputeOf<S>, sizeof(S) == 2>;
 
 // As Codec<S>: what takes a dozen instructions there is one here. Only the payload of a NaN may differ.
 template <class S>

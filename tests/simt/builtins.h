@@ -113,7 +113,13 @@ T atomicAdd(T* address, std::type_identity_t<T> value) {
 
 namespace ffn_ops::cuda {
 
+constexpr bool runs_here(bool) { return true; }
+inline void refuse() {}
+
 inline char* dynamic_shared() { return simt::Block::running()->shared(); }
+inline uint32_t shared_address(const void* shared) {
+  return uint32_t(static_cast<const char*>(shared) - dynamic_shared());
+}
 
 // Until its group is waited for, the destination may not be touched; the source is read now or at the end.
 inline void cp_async_16(void* shared, const void* global, int bytes) {

@@ -12,6 +12,18 @@ using namespace ffn_ops::cuda;
 using Kind = GroupedGemm::Kind;
 using Finish = Epilogue::Kind;
 
+// A shape of tile, and who multiplies.
+struct Way {
+  GemmShape shape;
+  bool hopper;
+  const char* name;
+};
+constexpr Way kWays[] = {{GemmShape::kShort, false, "short tiles"},
+                         {GemmShape::kTall, false, "tall tiles"},
+                         {GemmShape::kShort, true, "short tiles by wgmma"},
+                         {GemmShape::kTall, true, "tall tiles by wgmma"},
+                         {GemmShape::kWide, true, "wide tiles by wgmma"}};
+
 enum class Layout {
   kAligned,     // rows begin at multiples of 16 bytes
   kOdd,         // rows directly after each other, the first one element too late
@@ -55,7 +67,7 @@ struct Case {
   bool wrong_indices = false;  // some gathered rows lie outside the matrix
   bool dense = false;          // no offsets
   Finish finish = Finish::kStore;
-  bool gated = false, bias = false, weighted = false, unrounded = false;
+  bool gated = false, bias = false, weighted = false;
   bool odd_out = false;  // outputs whose rows are not aligned
   int activation = 6;    // silu
   bool save = true, act = true, h = true;

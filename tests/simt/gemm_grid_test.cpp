@@ -46,17 +46,17 @@ void test_row_tiles() {
 void test_large() {
   // 2^33 rows of bfloat16 in 2^7 experts: more elements, rows and bytes than 32 bits hold.
   const GroupedGemm g = rows_product(DType::kBFloat16, int64_t{1} << 33, 128, 4096, 1024);
-  const GemmPlan p = plan_gemm(g);
-  check(p.tall && p.vector && p.b_along_k, "aligned operands take 16-byte copies and tall tiles");
+  const GemmPlan p = plan_gemm(g, false);
+  check(p.shape == GemmShape::kTall && p.vector && p.b_along_k, "aligned operands take 16-byte copies and tall tiles");
   check(p.row_tiles == (int64_t{1} << 26) + 129, "row tiles: %lld", (long long)p.row_tiles);
   check(p.blocks == p.row_tiles * 32, "blocks: %lld", (long long)p.blocks);
-  check(grouped_gemm_workspace_bytes(g) > int64_t{24} << 26, "workspace: %lld",
-        (long long)grouped_gemm_workspace_bytes(g));
+  check(grouped_gemm_workspace_bytes(g, p) > int64_t{24} << 26, "workspace: %lld",
+        (long long)grouped_gemm_workspace_bytes(g, p));
   GroupedGemm outer = g;
   outer.kind = GroupedGemm::Kind::kOuter;
   outer.M = outer.N = int64_t{1} << 21;
-  check(plan_gemm(outer).blocks == int64_t{128} << 28, "blocks of an outer product: %lld",
-        (long long)plan_gemm(outer).blocks);
+  check(plan_gemm(outer, false).blocks == int64_t{128} << 28, "blocks of an outer product: %lld",
+        (long long)plan_gemm(outer, false).blocks);
   check(row_dots_parts(DType::kFloat32, (int64_t{1} << 40) + 1) == (int64_t{1} << 33) + 1, "parts of a long row");
 }
 
@@ -64,7 +64,7 @@ void test_loaders() {
   const auto plan = [](auto change) {
     GroupedGemm g = rows_product(DType::kBFloat16, 100, 4, 64, 64);
     change(g);
-    return plan_gemm(g);
+    return plan_gemm(g, false);
   };
   check(plan([](GroupedGemm&) {}).vector, "dense operands");
   check(plan([](GroupedGemm& g) { g.K = 61; }).vector, "a ragged end of k in padded rows");
@@ -90,22 +90,35 @@ void test_loaders() {
 }
 
 void test_shapes() {
-  for (const DType dtype : {DType::kFloat64, DType::kFloat32, DType::kFloat16, DType::kBFloat16})
-    for (const bool tall : {false, true}) {
-      const int64_t bytes = gemm_shared_bytes(dtype, tall);
-      check(2 * (bytes + 1024) <= 164 * 1024, "%s: two blocks do not fit a multiprocessor of sm_80",
-            kDTypeNames[int(dtype)]);
-      check(gemm_tile(dtype, tall).cols == gemm_tile(dtype, false).cols, "row_dots depend on the height of tiles");
-    }
-  check(!plan_gemm(rows_product(DType::kBFloat16, 64, 8, 4096, 64)).tall, "8 rows per expert: short tiles");
-  check(!plan_gemm(rows_product(DType::kBFloat16, 512, 1, 512, 64)).tall, "few tiles: short ones");
+  using enum GemmShape;
+  for (const DType dtype : {DType::kFloat64, DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
+    for (const bool hopper : {false, true})
+      for (const GemmShape shape : {kShort, kTall, kWide})
+        check(gemm_tile(dtype, shape, hopper).cols % row_dots_cols(dtype) == 0, "row_dots depend on the tile");
+    for (const GemmShape shape : {kShort, kTall})
+      check(2 * (gemm_shared_bytes(dtype, shape, false) + 1024) <= 164 * 1024,
+            "%s: two blocks do not fit a multiprocessor of sm_80", kDTypeNames[int(dtype)]);
+  }
+  const auto shape = [](const GroupedGemm& g, bool hopper = false) { return plan_gemm(g, hopper).shape; };
+  check(shape(rows_product(DType::kBFloat16, 64, 8, 4096, 64)) == kShort, "8 rows per expert: short tiles");
+  check(shape(rows_product(DType::kBFloat16, 512, 1, 512, 64)) == kShort, "few tiles: short ones");
   for (const DType dtype : {DType::kFloat32, DType::kBFloat16})
-    check(plan_gemm(rows_product(dtype, 32768, 8, 4096, 64)).tall, "many rows per expert: tall tiles");
-  check(plan_gemm(rows_product(DType::kFloat32, 0, 8, 4096, 64)).blocks == 0, "no rows: no blocks");
+    check(shape(rows_product(dtype, 32768, 8, 4096, 64)) == kTall, "many rows per expert: tall tiles");
+
+  GroupedGemm large = rows_product(DType::kBFloat16, 32768, 8, 4096, 1024);
+  check(plan_gemm(large, true).hopper && shape(large, true) == kWide, "Hopper: wide tiles");
+  check(!plan_gemm(rows_product(DType::kFloat32, 32768, 8, 4096, 64), true).hopper, "wgmma is for 16 bits");
+  check(shape(rows_product(DType::kBFloat16, 16384, 8, 192, 1024), true) == kTall, "too few wide tiles: tall ones");
+  large.epilogue.kind = Epilogue::Kind::kActivateGrad;
+  check(shape(large, true) == kTall, "an activation's gradient: tall tiles");
+  large.a.lane_stride = 65;
+  check(shape(large, true) == kShort, "no 16-byte copies: short tiles");
+
+  check(plan_gemm(rows_product(DType::kFloat32, 0, 8, 4096, 64), false).blocks == 0, "no rows: no blocks");
   GroupedGemm none = rows_product(DType::kFloat32, 0, 0, 8, 8);
   none.kind = GroupedGemm::Kind::kOuter;
   none.M = 8;
-  check(plan_gemm(none).blocks == 0, "no experts: no blocks");
+  check(plan_gemm(none, false).blocks == 0, "no experts: no blocks");
 }
 
 }  // namespace

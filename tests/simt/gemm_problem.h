@@ -38,13 +38,18 @@ class Problem {
     make_epilogue();
   }
 
-  // Runs the kernels with tall or short tiles. The outputs are as never written before.
-  GemmPlan run(bool tall, uint64_t seed = 1) {
-    const GemmPlan plan = plan_gemm(job_, tall);
+  // Whether there is an instance for these operands.
+  bool takes(const Way& way) const {
+    if (!way.hopper) return true;
+    return sizeof(S) == 2 && (way.shape == GemmShape::kShort || plan_gemm(job_, true).vector);
+  }
+
+  // Runs the kernels in one way. The outputs are as never written before.
+  GemmPlan run(const Way& way, uint64_t seed = 1) {
+    const GemmPlan plan = plan_gemm(job_, way.hopper, &way.shape);
     for (auto* out : {&out_, &out_up_, &h_, &gate_out_, &up_out_})
       if (*out) std::memset((*out)->memory.data(), 0xff, size_t((*out)->memory.size()) * sizeof(S));
-    for (auto* out : {&unrounded_, &dots_})
-      if (*out) std::memset((*out)->memory.data(), 0xff, size_t((*out)->memory.size()) * sizeof(T));
+    if (dots_) std::memset(dots_->memory.data(), 0xff, size_t(dots_->memory.size()) * sizeof(T));
     simt::Buffer<char> workspace(row_table_offset(E_) + plan.table_entries * int64_t(sizeof(RowTile)));
     auto* table = plan.table_entries ? reinterpret_cast<RowTile*>(workspace.data() + row_table_offset(E_)) : nullptr;
     if (table)
@@ -79,10 +84,7 @@ class Problem {
     return all;
   }
   std::vector<T> sums() {
-    std::vector<T> all;
-    for (auto* out : {&unrounded_, &dots_})
-      if (*out) all.insert(all.end(), (*out)->memory.begin(), (*out)->memory.end());
-    return all;
+    return dots_ ? std::vector<T>(dots_->memory.begin(), dots_->memory.end()) : std::vector<T>();
   }
 
   // Every element of every output against the reference.
@@ -162,16 +164,9 @@ class Problem {
     Epilogue& e = job_.epilogue;
     e.kind = c_.finish;
     const int64_t rows = c_.kind == Kind::kOuter ? E_ * c_.M : R_;
-    e.out_unrounded = c_.unrounded;
-    if (c_.unrounded) {
-      unrounded_ = std::make_unique<Stored<T>>(rows, c_.N, c_.odd_out ? Layout::kOdd : Layout::kAligned);
-      e.out = unrounded_->data();
-      e.out_stride = unrounded_->row_stride;
-    } else {
-      out_ = make_out(rows, c_.N);
-      e.out = c_.act ? out_->data() : nullptr;
-      e.out_stride = out_->row_stride;
-    }
+    out_ = make_out(rows, c_.N);
+    e.out = c_.act ? out_->data() : nullptr;
+    e.out_stride = out_->row_stride;
     if (c_.bias) {
       bias_ = make_filled(E_, c_.N, E_);
       e.bias = bias_->data();
@@ -261,7 +256,6 @@ class Problem {
   void check_element(int64_t r, int64_t n) {
     const int64_t e = expert(r);
     if (e == E_) {
-      if (unrounded_) zero(unrounded_->at(r, n), "out", r, n);
       for (auto [m, name] :
            {std::pair{&out_, "out"}, {&out_up_, "out_up"}, {&h_, "h"}, {&gate_out_, "gate"}, {&up_out_, "up"}})
         if (*m && (m != &out_ || c_.act)) zero((*m)->at(r, n), name, r, n);
@@ -271,11 +265,7 @@ class Problem {
     Sum acc = product(job_.b, r, e, n);
     if (c_.finish == Finish::kActivateGrad) return check_grad(acc, r, n);
     if (bias_) acc.add(bias_->value(e, n));
-    if (c_.finish == Finish::kStore) {
-      if (unrounded_) close(unrounded_->at(r, n), acc.value, acc.magnitude, terms, "out", r, n);
-      else close(out_->at(r, n), acc.value, acc.magnitude, terms, "out", r, n);
-      return;
-    }
+    if (c_.finish == Finish::kStore) return close(out_->at(r, n), acc.value, acc.magnitude, terms, "out", r, n);
     if (gate_out_) close(gate_out_->at(r, n), acc.value, acc.magnitude, terms, "gate", r, n);
     double value = act_at(acc.value).value.value, magnitude = 2 * (acc.magnitude + 1) * (acc.magnitude + 1);
     if (c_.gated) {
@@ -300,7 +290,7 @@ class Problem {
 
   void check_dot(int64_t r, int64_t part) {
     if (expert(r) == E_) return zero(dots_->at(r, part), "row_dots", r, part);
-    const int64_t width = gemm_tile(job_.dtype, false).cols;
+    const int64_t width = row_dots_cols(job_.dtype);
     Sum dot;
     double magnitude = 0;
     for (int64_t n = part * width; n < c_.N && n < (part + 1) * width; ++n) {
@@ -319,9 +309,7 @@ class Problem {
           for (int64_t r = offsets_[size_t(e)]; r < offsets_[size_t(e) + 1]; ++r)
             sum.add(read(job_.a, e, m, r, true) * read(job_.b, e, n, r, true));
           const double terms = double(c_.rows[size_t(e)]);
-          if (unrounded_)
-            close(unrounded_->at(e * c_.M + m, n), sum.value, sum.magnitude, terms, "out", e * c_.M + m, n);
-          else close(out_->at(e * c_.M + m, n), sum.value, sum.magnitude, terms, "out", e * c_.M + m, n);
+          close(out_->at(e * c_.M + m, n), sum.value, sum.magnitude, terms, "out", e * c_.M + m, n);
         }
     untouched();
   }
@@ -345,7 +333,7 @@ class Problem {
   GroupedGemm job_;
   std::unique_ptr<Stored<S>> a_, b_, b_up_, bias_, bias_up_, gate_, up_;
   std::unique_ptr<Stored<S>> out_, out_up_, h_, gate_out_, up_out_;
-  std::unique_ptr<Stored<T>> unrounded_, dots_, weight_;
+  std::unique_ptr<Stored<T>> dots_, weight_;
   const char* how_ = "";
 };
 

@@ -5,15 +5,24 @@
 namespace gemm_test {
 namespace {
 
-int64_t instances_run[2][2][2][2] = {};  // tall, outer, b_along_k, vector
+int64_t instances_run[5][2][2][2] = {};  // way, outer, b_along_k, vector
+
+// The tiles that a problem may be cut into.
+template <class S>
+std::vector<int> ways_of(const Problem<S>& problem) {
+  std::vector<int> ways;
+  for (int way = 0; way < int(std::size(kWays)); ++way)
+    if (problem.takes(kWays[way])) ways.push_back(way);
+  return ways;
+}
 
 template <class S>
 void run(const Case& c) {
   Problem<S> problem(c);
-  for (const bool tall : {false, true}) {
-    const GemmPlan plan = problem.run(tall, c.seed);
-    problem.check(tall ? "tall tiles" : "short tiles");
-    ++instances_run[tall][c.kind == Kind::kOuter][plan.b_along_k][plan.vector];
+  for (const int way : ways_of(problem)) {
+    const GemmPlan plan = problem.run(kWays[way], c.seed);
+    problem.check(kWays[way].name);
+    ++instances_run[way][c.kind == Kind::kOuter][plan.b_along_k][plan.vector];
   }
 }
 
@@ -39,8 +48,7 @@ void test_rows() {
           .rows = {0, 129, 0, 0},
           .N = 128,
           .K = 64,
-          .gather_a = true,
-          .unrounded = true});
+          .gather_a = true});
   run<S>({.reason = "k shorter than a step", .rows = {1, 1, 1}, .dropped = 5, .N = 1, .K = 1, .bias = true});
   run<S>({.reason = "no k: the bias alone", .rows = {4, 2}, .N = 9, .K = 0, .bias = true});
   run<S>({.reason = "indices outside",
@@ -173,12 +181,7 @@ void test_outer() {
           .gather_b = true,
           .wrong_indices = true,
           .odd_out = true});
-  run<S>({.reason = "outer, one hot expert",
-          .kind = Kind::kOuter,
-          .rows = {0, 0, 200, 0},
-          .M = 9,
-          .N = 8,
-          .unrounded = true});
+  run<S>({.reason = "outer, one hot expert", .kind = Kind::kOuter, .rows = {0, 0, 200, 0}, .M = 9, .N = 8});
   run<S>({.reason = "outer, no rows at all", .kind = Kind::kOuter, .rows = {0, 0}, .dropped = 5, .M = 4, .N = 3});
   run<S>({.reason = "outer, R = 0", .kind = Kind::kOuter, .rows = {0, 0}, .M = 4, .N = 3});
   run<S>({.reason = "outer, dense", .kind = Kind::kOuter, .rows = {65}, .M = 140, .N = 12, .dense = true});
@@ -230,11 +233,11 @@ void test_invariance() {
            .weighted = finish == Finish::kActivateGrad};
     std::vector<S> bits;
     std::vector<ComputeOf<S>> sums;
-    for (const Layout layout : {Layout::kAligned, Layout::kOdd})
-      for (const bool tall : {false, true}) {
-        c.a = c.b = layout;
-        Problem<S> alone(c);
-        alone.run(tall, 1 + tall);
+    for (const Layout layout : {Layout::kAligned, Layout::kOdd}) {
+      c.a = c.b = layout;
+      Problem<S> alone(c);
+      for (const int way : ways_of(alone)) {
+        alone.run(kWays[way], 1 + uint64_t(way));
         std::vector<S> now = alone.bits();
         const auto now_sums = alone.sums();
         if (bits.empty()) bits = now, sums = now_sums;
@@ -242,13 +245,14 @@ void test_invariance() {
         simt::check(same_bits(now_sums, sums), "%s: a dot depends on tiles or layout",
                     kDTypeNames[int(Codec<S>::kDType)]);
       }
+    }
     c.a = c.b = Layout::kAligned;
     c.rows = {70};
     Problem<S> batch(c), alone(c);
-    batch.run(true);
+    batch.run(kWays[1]);
     for (const int64_t r : {0, 1, 37, 69}) {
       alone.keep_row(r);
-      alone.run(false, uint64_t(r));
+      alone.run(kWays[0], uint64_t(r));
       simt::check(alone.row(r) == batch.row(r), "%s: row %lld has other bits in a batch",
                   kDTypeNames[int(Codec<S>::kDType)], (long long)r);
     }
@@ -312,11 +316,12 @@ void test_dtype() {
   test_outer<S>();
   test_random<S>();
   test_invariance<S>();
-  for (const int tall : {0, 1})
+  for (int way = 0; way < (sizeof(S) == 2 ? 5 : 2); ++way)
     for (const int vector : {0, 1}) {
-      simt::check(instances_run[tall][1][0][vector] > 0, "an outer instance was not run");
+      if (!vector && kWays[way].hopper && kWays[way].shape != GemmShape::kShort) continue;
+      simt::check(instances_run[way][1][0][vector] > 0, "an outer instance was not run");
       for (const int along_k : {0, 1})
-        simt::check(instances_run[tall][0][along_k][vector] > 0, "an instance was not run");
+        simt::check(instances_run[way][0][along_k][vector] > 0, "an instance was not run");
     }
   std::memset(instances_run, 0, sizeof(instances_run));
 }

@@ -93,6 +93,14 @@ struct Copy {
   alignas(16) char data[16];
 };
 
+// One wgmma in flight.
+struct Product {
+  void (*run)(const Product&);
+  float* sums;
+  uint64_t a, b;
+  int64_t group;
+};
+
 struct Thread {
   std::unique_ptr<Fiber> fiber = std::make_unique<Fiber>();
   enum class State { kRunnable, kAtBarrier, kInWarp, kReturned } state;
@@ -101,6 +109,8 @@ struct Thread {
   void* exchange;  // what it gives to the warp and gets back
   std::vector<Copy> copies;
   int64_t groups;  // committed so far
+  std::vector<Product> products;
+  int64_t product_groups;
 };
 
 // A block of a running kernel.
@@ -108,7 +118,7 @@ class Block {
  public:
   Block(const Grid& grid, const void* kernel, void (*call)(void*), void* arguments)
       : grid_(grid), kernel_(kernel), call_(call), arguments_(arguments) {
-    // The margins are never accessible. 128 bytes is what device.cuh declares; the memory is aligned to no more.
+    // The margins are never accessible. 1024 bytes is what device.cuh declares; the memory is aligned to no more.
     memory_.resize(static_cast<size_t>(kMargin + 2 * kAlign + grid.shared_bytes + kMargin));
     const auto start = reinterpret_cast<uintptr_t>(memory_.data()) + kMargin;
     shared_ = memory_.data() + kMargin + (2 * kAlign - start % (2 * kAlign)) % (2 * kAlign) + kAlign;
@@ -142,6 +152,8 @@ class Block {
       thread.fiber->prepare(enter);
       thread.copies.clear();
       thread.groups = 0;
+      thread.products.clear();
+      thread.product_groups = 0;
       wake(t);
     }
     shuffle(0);
@@ -199,7 +211,7 @@ class Block {
   }
 
  private:
-  static constexpr int64_t kMargin = 1 << 14, kAlign = 128;
+  static constexpr int64_t kMargin = 1 << 14, kAlign = 1024;
 
   // Stacks outlive launches: making one costs more than running a small kernel.
   static std::vector<Thread>& pool() {
