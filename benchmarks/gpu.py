@@ -4,6 +4,7 @@ call, the limits that cuBLAS and a copy reach, and clocks. The twin of the harne
 from __future__ import annotations
 
 import datetime
+import gc
 import itertools
 import shutil
 import statistics
@@ -21,6 +22,7 @@ from .runners import Local, Runner
 from .workloads import DTYPES, Mode, Row, Shape
 
 MATRIX = 8192  # of the product whose rate is the limit: 1.1 TFLOP
+AHEAD = 2_000_000  # cycles, a millisecond, that the GPU waits for before a call: the host has launched all of it by then
 COPIED = 1 << 30  # bytes of the copy whose rate is the other: twenty times the L2 cache
 CLOCKS = {
     "sm_mhz": "clocks.sm",
@@ -85,7 +87,11 @@ class GpuLocal(Local):
             if self.leaves:
                 torch.autograd.grad(found.pop(), self.leaves, d_y, allow_unused=True)
 
-        calls = [self.cold.zero_, forward, backward, found.clear] * repeats
+        def prepare() -> None:
+            self.cold.zero_()
+            torch.cuda._sleep(AHEAD)
+
+        calls = [prepare, forward, backward, found.clear] * repeats
         with torch.inference_mode(self.mode == "inference"):
             times = _milliseconds(*calls)
         self.forward = statistics.median(times[1::4]) * 1e-3
@@ -117,6 +123,7 @@ class Gpu:
         }
 
     def runner(self, inputs: Inputs, shape: Shape, mode: Mode) -> Runner:
+        gc.collect()  # also what failed providers left in their tracebacks
         torch.cuda.empty_cache()  # what the last provider needed, another may need in other sizes
         return GpuLocal(inputs, shape, mode, self.cold)
 

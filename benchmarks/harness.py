@@ -190,7 +190,8 @@ class Harness:
     def case(self, row: Row) -> Case:
         wanted = (row.shape, row.dtype, row.device)
         if self._case is None or (self._case.shape, self._case.dtype, self._case.device) != wanted:
-            self._case = None  # free first
+            self._case = None  # free first, also what failed providers left in their tracebacks
+            gc.collect()
             self._case = Case(*wanted)
         return self._case
 

@@ -23,7 +23,8 @@ FFN_FORMS = ("plain", "gated", "fused")
 MOE_FORMS = ("moe", "moe_gated")
 RECOMPUTING = (*FFN_FORMS, *MOE_FORMS)
 FORMS = ("act", "gated_act", "gated_linear", "branches", *RECOMPUTING)
-# Those whose rows do not depend on the batch: on a GPU dense layers take cuBLAS's products, which do.
+# Those whose bits depend on neither the batch nor strides: on a GPU dense layers take cuBLAS's products, which choose
+# their way by both.
 INVARIANT_FORMS = FORMS if DEVICE == "cpu" else ("act", "gated_act", *MOE_FORMS)
 BRANCHES = 3
 
@@ -151,3 +152,13 @@ def assert_same_bits(actual: dict[str, Tensor], expected: dict[str, Tensor], wha
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
         assert actual[name].dtype == value.dtype and torch.equal(actual[name], value), f"{what} {name} differs"
+
+
+def assert_same_numbers(form: str, actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Of the same operands lying elsewhere: the same bits where the form promises it, else but for a few roundings of
+    the largest number or of 1, the size of what is summed, as sums in another order may differ by them."""
+    if form in INVARIANT_FORMS:
+        return assert_same_bits(actual, expected)
+    for name, value in expected.items():
+        few = 16 * torch.finfo(value.dtype).eps * max(1.0, float(value.abs().max())) if value.numel() else 0.0
+        torch.testing.assert_close(actual[name], value, rtol=0, atol=few, msg=lambda text, name=name: f"{name}: {text}")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from device import generator
-from problems import ACTIVATIONS, DTYPES, FORMS, Problem, dtype_name, results
+from problems import ACTIVATIONS, DTYPES, FORMS, Problem, assert_same_numbers, dtype_name, results
 from tolerance import assert_accurate
 from torch import Tensor
 
@@ -221,8 +221,7 @@ def test_layouts(form: str, dtype: torch.dtype, arrange, isa: str) -> None:
     tensors, d_y = problem.draw(dtype=dtype)
     expected = results(problem.ours, tensors, d_y)
     actual = results(problem.ours, {n: arrange(t) for n, t in tensors.items()}, arrange(d_y))
-    for name, value in expected.items():
-        assert torch.equal(actual[name], value), name
+    assert_same_numbers(form, actual, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=dtype_name)
@@ -236,8 +235,7 @@ def test_expanded(form: str, dim: int, dtype: torch.dtype, isa: str) -> None:
     dense = {n: t.contiguous() for n, t in views.items()}
     d_view, d_dense = views.pop("d"), dense.pop("d")
     expected, actual = results(problem.ours, dense, d_dense), results(problem.ours, views, d_view)
-    for name, value in expected.items():
-        assert torch.equal(actual[name], value), name
+    assert_same_numbers(form, actual, expected)
 
 
 def test_negative_view() -> None:

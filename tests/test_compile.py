@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from device import DEVICE
-from problems import FFN_FORMS, FORMS, Problem, assert_same_bits, results
+from problems import FFN_FORMS, FORMS, Problem, assert_same_bits, assert_same_numbers, results
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -116,7 +116,8 @@ def test_compiled_func_transforms() -> None:
     def layer(x: Tensor) -> Tensor:
         return ffn_ops.ffn(x, w, down)
 
-    assert torch.equal(torch.compile(torch.vmap(layer), backend="aot_eager")(x), layer(x))
+    mapped = torch.compile(torch.vmap(layer), backend="aot_eager")(x)
+    assert_same_numbers("plain", {"y": mapped}, {"y": layer(x)})
     grad = torch.func.grad(lambda x: layer(x).sum())
     try:
         d_x = torch.compile(grad, backend="aot_eager")(x)

@@ -5,7 +5,8 @@ single number may be off by twice that again. One rounding of the result is free
 results are drawn several times and pooled, because two errors of 17 numbers each differ by more than 1.5 by chance.
 
 float64 has no reference in torch; there eager's error is its float32 error, scaled by the ratio of the epsilons: the
-same algorithm on the same numbers.
+same algorithm on the same numbers. On a GPU it is not the same: cuBLAS sums float32 in other ways than float64, and its
+own products in float64 miss that rule by a hair; twice is allowed there.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable
 
 import torch
+from device import DEVICE
 from problems import Problem, results
 from torch import Tensor
 
@@ -87,7 +89,8 @@ class _Errors:
         self.rounding = torch.finfo(dtype).eps / 2
         self.ratio, self.worst = RATIO, WORST
         if dtype is torch.float64:  # the reference has eager's error too
-            self.ratio, self.worst = RATIO + 1, WORST + 1
+            factor = 1 if DEVICE == "cpu" else 2
+            self.ratio, self.worst = factor * RATIO + 1, factor * WORST + 1
         self.count = 0
         self.squares = torch.zeros(3, dtype=torch.float64)  # ours, eager, reference
         self.largest = torch.zeros(3, dtype=torch.float64)
