@@ -24,7 +24,7 @@ struct IsaChoice {
   std::string error;  // empty unless the name is unknown or not supported here
 };
 
-// The set called `name`; for null, the one that FFN_OPS_ISA names, or else the most capable that is supported.
+// The set called `name`; for null, the one that FFN_OPS_ISA names, or else the fastest that is supported.
 IsaChoice choose_isa(const char* name = nullptr);
 
 }  // namespace ffn_ops
