@@ -60,7 +60,7 @@ GroupedGemm rows_product(const Experts& c, const Operand& rows, int64_t K, const
 }
 
 void launch_product(Call& call, const GroupedGemm& job) {
-  const GemmPlan plan = plan_gemm(job, call.hopper());
+  const GemmPlan plan = plan_gemm(job, kHopperBuilt && call.capability_major() == 9);
   void* workspace = call.workspace(grouped_gemm_workspace_bytes(job, plan));
   check_cuda(launch_grouped_gemm(job, plan, workspace, call.stream()), "grouped_gemm_kernel");
 }

@@ -7,6 +7,13 @@
 namespace ffn_ops::cuda {
 
 constexpr int kGemmThreads = 256;
+
+// Whether this library has code for Hopper's own instructions.
+#ifdef FFN_OPS_HOPPER
+constexpr bool kHopperBuilt = true;
+#else
+constexpr bool kHopperBuilt = false;
+#endif
 // Rows of a finished tile stand this many elements apart from a multiple of 32 banks: pairs that a warp of accumulators
 // writes, and quads that it reads, meet no bank twice.
 constexpr int kTilePadding = 8;

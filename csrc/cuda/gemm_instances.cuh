@@ -11,7 +11,7 @@ template <class S>
 cudaError_t launch_gemm_instance(const GroupedGemm& job, const GemmPlan& plan, const RowTile* table,
                                  cudaStream_t stream) {
   cudaError_t error = cudaSuccess;
-  dispatch_gemm<S>(job, plan, [&](auto tag) {
+  dispatch_gemm<S, kHopperBuilt>(job, plan, [&](auto tag) {
     auto* kernel = &grouped_gemm_kernel<typename decltype(tag)::Type>;
     error = launch_kernel(kernel, plan.blocks, kGemmThreads, plan.shared_bytes, stream, job, plan, table);
   });

@@ -146,8 +146,8 @@ __global__ void FFN_KERNEL_BOUNDS(kGemmThreads, I::kTile.blocks)
   else refuse();
 }
 
-// Calls f(Tag<GemmInstance>{}) for the instance that does `plan`.
-template <class S, class F>
+// Calls f(Tag<GemmInstance>{}) for the instance that does `plan`, among those for Hopper if they are compiled.
+template <class S, bool kWithHopper, class F>
 void dispatch_gemm(const GroupedGemm& job, const GemmPlan& plan, const F& f) {
   using enum GemmShape;
   const auto with = [&]<GemmShape kShape, bool kHopper, bool kVector>() {
@@ -155,7 +155,7 @@ void dispatch_gemm(const GroupedGemm& job, const GemmPlan& plan, const F& f) {
     else if (plan.b_along_k) f(Tag<GemmInstance<S, kShape, kHopper, false, true, kVector>>{});
     else f(Tag<GemmInstance<S, kShape, kHopper, false, false, kVector>>{});
   };
-  if constexpr (sizeof(S) == 2) {
+  if constexpr (sizeof(S) == 2 && kWithHopper) {
     if (plan.hopper) {
       if (!plan.vector) with.template operator()<kShort, true, false>();
       else if (plan.shape == kShort) with.template operator()<kShort, true, true>();

@@ -45,15 +45,10 @@ class Call {
   Place place() const { return place_; }
   cudaStream_t stream() const { return stream_; }
 
-  // Whether the GPU has wgmma and this library was built for it.
-  bool hopper() const {
-#ifdef FFN_OPS_HOPPER
+  int capability_major() const {
     int major = 0;
     check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, place_.gpu), "cudaDeviceGetAttribute");
-    return major == 9;
-#else
-    return false;
-#endif
+    return major;
   }
 
   // Dense, of the call's dtype where none is given. Memory comes from torch's allocator, which knows the stream: it may

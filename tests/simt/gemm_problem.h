@@ -57,7 +57,7 @@ class Problem {
                    table_tile_rows(job_, plan), plan.table_entries, reinterpret_cast<int64_t*>(workspace.data()),
                    table);
     if (plan.blocks == 0) return plan;
-    dispatch_gemm<S>(job_, plan, [&](auto tag) {
+    dispatch_gemm<S, true>(job_, plan, [&](auto tag) {
       simt::launch({plan.blocks, kGemmThreads, plan.shared_bytes, seed},
                    &grouped_gemm_kernel<typename decltype(tag)::Type>, job_, plan, table);
     });
