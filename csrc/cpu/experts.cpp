@@ -44,7 +44,7 @@ void add_pre_activations(Steps& steps, Experts& c, const Tensor& x, const Tensor
     e.gate = advance(gate, s.begin * c.F, c.dtype);
     e.up = advance(up, s.begin * c.F, c.dtype);
     e.pre_stride = c.F;
-    static_cast<GateForm&>(e) = c.form;
+    e.set_form(c.form);
     products.push_back(g);
   }
   steps.products(products);
@@ -112,7 +112,7 @@ void add_hidden_gradient(Steps& steps, Experts& c, const Tensor& d_y, const Tens
     e.gate = advance(const_cast<void*>(gate), s.begin * c.F, c.dtype);
     e.up = advance(const_cast<void*>(up), s.begin * c.F, c.dtype);
     e.pre_stride = c.F;
-    static_cast<GateForm&>(e) = c.form;
+    e.set_form(c.form);
     if (c.routed) {
       e.row_weight = c.row_weight(s);
       e.row_dots = advance(parts, s.begin * num_parts, e.arithmetic());

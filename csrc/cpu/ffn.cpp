@@ -53,7 +53,7 @@ Gemm pre_activations(const Ffn& c, const Tensor& x, int64_t begin, int64_t end, 
   e.up = advance(up, begin * c.F, c.dtype);
   e.pre_stride = c.F;
   e.bias = c.bias.data();
-  static_cast<GateForm&>(e) = c.form;
+  e.set_form(c.form);
   return g;
 }
 
@@ -148,11 +148,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_backward(
     e.gate = gate_data;
     e.up = up_data;
     e.pre_stride = c.F;
-    static_cast<GateForm&>(e) = c.form;
+    e.set_form(c.form);
     steps.product(d);
   } else if (need_down) {
     // The same kernel as in the epilogue, so that the bits do not depend on which gradients are asked for.
-    GatedAct a{c.form};
+    GatedAct a;
+    a.set_form(c.form);
     a.rows = c.T;
     a.cols = a.out_stride = c.F;
     a.gate = a.d_out = dense(gate_data, c.F, c.dtype);

@@ -11,7 +11,8 @@ namespace {
 
 GatedAct elementwise(const Tensor& gate, const std::optional<Tensor>& up, const GateForm& form) {
   const GatedActShape s = check_gated_act(gate, up, form);
-  GatedAct g{s.form};
+  GatedAct g;
+  g.set_form(s.form);
   g.rows = s.rows;
   g.cols = s.cols;
   g.gate = matrix(gate, s.dtype);

@@ -59,7 +59,7 @@ std::tuple<Tensor, Tensor, Tensor> gated_linear(const Tensor& x, std::vector<Ten
     e.pre_branch_stride = c.T * c.F;
   }
   e.bias = bias.data();
-  static_cast<GateForm&>(e) = c.form;
+  e.set_form(c.form);
   Workspace workspace;
   Steps steps(kernels(), workspace, threads());
   steps.product(g);
@@ -82,7 +82,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_linear_backward(
   void* d_hidden = workspace.take(static_cast<size_t>(c.T * 2 * half * storage_size(c.dtype)));
   const Matrix d_hidden_matrix = dense(d_hidden, 2 * half, c.dtype);
   for (int64_t i = 0; i < c.G; ++i) {
-    GatedAct a{c.form};
+    GatedAct a;
+    a.set_form(c.form);
     a.rows = c.T;
     a.cols = c.F;
     a.gate = dense(advance(gate.const_data_ptr(), i * c.T * c.F, c.dtype), c.F, c.dtype);

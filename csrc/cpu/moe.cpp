@@ -114,7 +114,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_backward(
     add_hidden_gradient(steps, c, d_y, w_down, gate_data, up_data, d_hidden, h, parts, num_parts);
   } else if (need_down) {
     // The same kernel as in the epilogue, so that the bits do not depend on which gradients are asked for.
-    GatedAct a{c.form};
+    GatedAct a;
+    a.set_form(c.form);
     a.rows = c.routes.kept;
     a.cols = a.out_stride = c.F;
     a.gate = a.d_out = dense(gate_data, c.F, c.dtype);

@@ -44,7 +44,8 @@ PreActivations pre_activations(const Call& call, const FfnShape& s, const Tensor
 }
 
 GatedAct describe(const FfnShape& s, const Tensor& gate, const Tensor& up) {
-  GatedAct a{s.form};
+  GatedAct a;
+  a.set_form(s.form);
   a.rows = s.T;
   a.cols = s.F;
   a.dtype = s.dtype;

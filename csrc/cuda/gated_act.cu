@@ -9,7 +9,8 @@ namespace ffn_ops::cuda {
 namespace {
 
 GatedAct describe(const GatedActShape& s, const Tensor& gate, const MaybeTensor& up) {
-  GatedAct g{s.form};
+  GatedAct g;
+  g.set_form(s.form);
   g.rows = s.rows;
   g.cols = s.cols;
   g.dtype = s.dtype;

@@ -10,7 +10,8 @@ namespace ffn_ops::cuda {
 namespace {
 
 GatedAct describe(const GatedLinearShape& s, const Tensor& gate, const Tensor& up) {
-  GatedAct a{s.form};
+  GatedAct a;
+  a.set_form(s.form);
   a.rows = s.T;
   a.cols = s.F;
   a.dtype = s.dtype;

@@ -47,7 +47,7 @@ void pre_activations(Call& call, const Moe& c, const Tensor& x, const Tensor& w_
   e.bias = call.dense(b_in && c.interleaved ? MaybeTensor(gate_then_up(*b_in)) : b_in);
   e.bias_up = c.gated ? advance(e.bias, c.F, c.dtype) : nullptr;
   e.bias_stride = c.hidden();
-  static_cast<GateForm&>(e) = c.form;
+  e.set_form(c.form);
   launch_product(call, g);
 }
 
@@ -93,7 +93,7 @@ void hidden_gradient(Call& call, const Moe& c, const Tensor& d_y, const Tensor& 
   e.gate = const_cast<void*>(gate);
   e.up = const_cast<void*>(up);
   e.pre_stride = c.F;
-  static_cast<GateForm&>(e) = c.form;
+  e.set_form(c.form);
   e.row_weight = c.experts.weight;
   e.row_dots = out.parts;
   e.row_dots_stride = out.num_parts;
@@ -102,7 +102,8 @@ void hidden_gradient(Call& call, const Moe& c, const Tensor& d_y, const Tensor& 
 
 // h alone, where nothing else is asked for.
 void hidden(const Call& call, const Moe& c, const void* gate, const void* up, void* h) {
-  GatedAct a{c.form};
+  GatedAct a;
+  a.set_form(c.form);
   a.rows = c.R;
   a.cols = a.out_stride[2] = c.F;
   a.dtype = c.dtype;
