@@ -26,6 +26,8 @@ class Gate(NamedTuple):
     up_shift: float = 0.0
 
 
+# What the operator reads; a module that holds more computes more.
+READ = frozenset(f"{name}{kind}" for name in ("gate_up_proj", "up_proj", "down_proj") for kind in ("", "_bias"))
 # Float32 inside a module's gate passes; gelu and its tanh form are 5e-4 apart.
 TOLERANCE = 2e-6
 QUICK_GELU = 1.702  # the one beta that activations without a number of their own have
@@ -33,9 +35,18 @@ _POINTS = (0.0, 1e-3, 0.17, 0.4, 0.9, 1.3, 2.1, 3.3, 6.0, 11.0, 30.0, 300.0, 1e4
 _known: dict[Any, Gate | None] = {}
 
 
-@torch._dynamo.assume_constant_result  # a trace takes what it finds, and asks again for another module
-def gate_of(experts: nn.Module) -> Gate:
-    """The gate of a module with transformers' ``use_experts_implementation``. Raises ValueError for an unknown one."""
+@torch.compiler.assume_constant_result  # a trace takes what it finds, and asks again for another module
+def gate_of(experts: Any) -> Gate:
+    """The gate of a module with transformers' ``use_experts_implementation``.
+
+    Raises:
+        ValueError: its gate is none of these, or it holds parameters that the operator does not read.
+    """
+    for name in (*experts._parameters, *experts._buffers):
+        if name not in READ:
+            raise ValueError(
+                f"{type(experts).__name__}: expected no parameters besides those of the experts, got {name}"
+            )
     act = getattr(experts, "act_fn", None)
     key = (type(experts), _settings(experts), type(act), act if not isinstance(act, nn.Module) else _settings(act))
     if key not in _known:

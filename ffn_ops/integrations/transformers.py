@@ -13,10 +13,6 @@ from ._gates import gate_of
 
 NAME = "ffn_ops"
 OLDEST = (5, 23)
-# What the operator reads; an experts module that holds more computes more.
-_READ = frozenset(
-    ("gate_up_proj", "up_proj", "down_proj", "gate_up_proj_bias", "up_proj_bias", "down_proj_bias", "post_expert_norm")
-)
 
 
 def register() -> None:
@@ -58,17 +54,17 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     w_in, w_down = getattr(self, first), self.down_proj
     if self.is_transposed:
         w_in, w_down = w_in.transpose(1, 2), w_down.transpose(1, 2)
-    for name in (*self._parameters, *self._buffers):
-        if name not in _READ:
-            raise ValueError(f"{type(self).__name__}: expected no parameters besides those of the experts, got {name}")
     gate = gate_of(self)
     routing = Routing.from_topk(top_k_index, top_k_weights, self.num_experts)
-    experts = {
+    experts: dict[str, Any] = {
         "gated": self.has_gate,
         "interleaved": self.has_gate and not self.is_concatenated,
         "b_in": getattr(self, f"{first}_bias") if self.has_bias else None,
         "b_down": self.down_proj_bias if self.has_bias else None,
-        **gate._asdict(),
+        "activation": gate.activation,
+        "beta": gate.beta,
+        "limit": gate.limit,
+        "up_shift": gate.up_shift,
     }
     if not getattr(self, "has_post_expert_norm", False):
         return moe(hidden_states, routing, w_in, w_down, **experts)
