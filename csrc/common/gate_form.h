@@ -10,7 +10,8 @@ struct GateForm {
   double limit = __builtin_inf();  // where not infinite, or up_shift not 0: gated only
   double up_shift = 0.0;
 
-  constexpr void set_form(const GateForm& form) { *this = form; }  // of what derives
+  constexpr void set_form(const GateForm& form) { *this = form; }                                 // of what derives
+  constexpr double bound() const { return limit < __builtin_inf() ? limit : __builtin_nan(""); }  // of GateLimit
   constexpr bool limited() const { return limit < __builtin_inf() || up_shift != 0.0; }
 };
 

@@ -173,7 +173,7 @@ struct alignas(16) Words {
 template <class V>
 FFN_FN GateLimit<V> limit_of(const GateForm& form) {
   using T = typename V::Scalar;
-  return {form.limited(), V(T(form.limit)), V(T(form.up_shift))};
+  return {form.limited(), V(T(form.bound())), V(T(form.up_shift))};
 }
 
 // N values of storage type S in registers, a multiple of 16 bytes.

@@ -23,8 +23,8 @@ def gated_act(
     """``act(gate) * up``, or ``act(gate)`` where ``up`` is None, in one pass over memory.
 
     With ``limit`` and ``up_shift`` it is ``act(min(gate, limit)) * (clamp(up, -limit, limit) + up_shift)``; gate and up
-    beyond the limit get no gradient, as from ``torch.clamp``. gpt-oss: ``activation="swish", beta=1.702, limit=7.0,
-    up_shift=1.0``.
+    at the limit and beyond get no gradient, as from ``torch.clamp``. gpt-oss has ``activation="swish", beta=1.702,
+    limit=7.0, up_shift=1.0``.
 
     Args:
         gate: any shape; float64, float32, float16 or bfloat16.

@@ -104,7 +104,7 @@ void expected_at(const Case& k, double gate, double up, double d, double ddg, do
   const double raw_gate = gate, raw_up = up;
   double pass_gate = 1, pass_up = 1;  // slopes of the limits
   if (form.limited()) {
-    pass_gate = gate <= form.limit, pass_up = std::abs(up) <= form.limit;
+    pass_gate = gate < form.limit, pass_up = std::abs(up) < form.limit;
     gate = std::min(gate, form.limit), up = std::clamp(up, -form.limit, form.limit) + form.up_shift;
   }
   const auto a = Act::grad2(V(gate), V(form.beta));

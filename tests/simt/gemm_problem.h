@@ -257,7 +257,7 @@ class Problem {
     dispatch_activation(c_.activation, [&](auto tag) {
       const double limit = job_.epilogue.limit;
       g = decltype(tag)::Type::grad(Lane<double>(std::min(z, limit)), Lane<double>(job_.epilogue.beta));
-      if (z > limit) g.slope = 0;
+      if (z >= limit) g.slope = 0;
     });
     return g;
   }
@@ -302,7 +302,7 @@ class Problem {
     const double terms = double(c_.K), weight = weight_ ? double(weight_->at(0, r)) : 1;
     const auto act = act_at(gate_->value(r, n));
     const double raw_up = up_ ? up_->value(r, n) : 1, up = up_ ? up_at(raw_up) : 1, d = weight * acc.value;
-    const double d_up = std::abs(raw_up) > job_.epilogue.limit ? 0 : d * act.value.value;
+    const double d_up = std::abs(raw_up) >= job_.epilogue.limit ? 0 : d * act.value.value;
     const int64_t at = c_.interleaved ? 2 * n : n;
     close(out_->at(r, at), d * act.slope.value * up, 10 * acc.magnitude, terms, "out", r, at);
     if (up_) {

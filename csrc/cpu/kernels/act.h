@@ -17,7 +17,7 @@ struct ActVectors {
   FFN_FN V beta() const { return V(static_cast<T>(form.beta)); }
   template <bool kLimited>
   FFN_FN GateLimit<V> limit() const {
-    return {kLimited, V(static_cast<T>(form.limit)), V(static_cast<T>(form.up_shift))};
+    return {kLimited, V(static_cast<T>(form.bound())), V(static_cast<T>(form.up_shift))};
   }
 };
 
