@@ -65,6 +65,17 @@ def number(name: str, value: Any) -> None:
         raise ValueError(f"{name}: expected a finite number, got {value}")
 
 
+def gate_limit(limit: Any, up_shift: Any, gated: bool) -> None:
+    """See :func:`ffn_ops.gated_act`."""
+    number("up_shift", up_shift)
+    if limit is not None:
+        number("limit", limit)
+        if limit <= 0:
+            raise ValueError(f"limit: expected a positive number or None, got {limit}")
+    if not gated and not (limit is None and up_shift == 0):
+        raise ValueError(f"limit, up_shift: expected None and 0 where nothing is gated, got {limit} and {up_shift}")
+
+
 def flag(name: str, value: Any) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{name}: expected True or False, got {type(value).__name__}")

@@ -25,10 +25,21 @@ ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
 }
 
 
-def gated_act(gate: Tensor, up: Tensor | None = None, *, activation: str = "silu", beta: float = 1.0) -> Tensor:
-    """``act(gate) * up``, or ``act(gate)`` where ``up`` is None."""
-    value = ACTIVATIONS[activation](gate, beta)
-    return value if up is None else value * up
+def gated_act(
+    gate: Tensor,
+    up: Tensor | None = None,
+    *,
+    activation: str = "silu",
+    beta: float = 1.0,
+    limit: float | None = None,
+    up_shift: float = 0.0,
+) -> Tensor:
+    """``act(min(gate, limit)) * (clamp(up, -limit, limit) + up_shift)``, or ``act(gate)`` where ``up`` is None."""
+    if up is None:
+        return ACTIVATIONS[activation](gate, beta)
+    if limit is not None:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return ACTIVATIONS[activation](gate, beta) * (up + up_shift if up_shift else up)
 
 
 def gated_linear(
@@ -57,6 +68,8 @@ def ffn(
     b_down: Tensor | None = None,
     activation: str = "silu",
     beta: float = 1.0,
+    limit: float | None = None,
+    up_shift: float = 0.0,
     recompute: bool = False,
 ) -> Tensor:
     """``(act(x w_in^T + b_in) [* (x w_up^T + b_up)]) w_down^T + b_down``; fused weights have gate rows first."""
@@ -67,7 +80,8 @@ def ffn(
         gate, up = pre.chunk(2, -1)
     else:
         gate, up = pre, None
-    return F.linear(gated_act(gate, up, activation=activation, beta=beta), w_down, b_down)
+    h = gated_act(gate, up, activation=activation, beta=beta, limit=limit, up_shift=up_shift)
+    return F.linear(h, w_down, b_down)
 
 
 class FeedForward(nn.Module):
@@ -183,17 +197,24 @@ def moe(
     w_down: Tensor,
     *,
     gated: bool = False,
+    interleaved: bool = False,
     b_in: Tensor | None = None,
     b_down: Tensor | None = None,
     activation: str = "gelu",
     beta: float = 1.0,
+    limit: float | None = None,
+    up_shift: float = 0.0,
 ) -> Tensor:
     """``y[t] = sum over k of weights[t, k] * expert ids[t, k] (x[t])``, expert by expert; ids >= E are skipped."""
     y = torch.zeros(x.shape[0], w_down.shape[1], dtype=x.dtype)
+    if interleaved:
+        w_in = torch.cat((w_in[:, ::2], w_in[:, 1::2]), 1)
+        b_in = None if b_in is None else torch.cat((b_in[:, ::2], b_in[:, 1::2]), 1)
     for e in range(w_in.shape[0]):
         tokens, slots = torch.where(ids == e)
         out = ffn(
             x[tokens], w_in[e], w_down[e], gated=gated, activation=activation, beta=beta,
+            limit=limit, up_shift=up_shift,
             b_in=None if b_in is None else b_in[e], b_down=None if b_down is None else b_down[e],
         )  # fmt: skip
         y = y.index_add(0, tokens, (out * weights[tokens, slots].unsqueeze(1)).to(x.dtype))

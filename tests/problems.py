@@ -19,8 +19,9 @@ from ffn_ops import reference
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 ACTIVATIONS = ffn_ops.activations()
 BETA = 1.7  # not 1, so that a forgotten beta shows
+LIMITS = {"limit": 1.1, "up_shift": 0.6}  # of a gate: a quarter of its pre-activations lie beyond
 FFN_FORMS = ("plain", "gated", "fused")
-MOE_FORMS = ("moe", "moe_gated")
+MOE_FORMS = ("moe", "moe_gated", "moe_limited")  # the last one with gate and up rows in turns
 RECOMPUTING = (*FFN_FORMS, *MOE_FORMS)
 FORMS = ("act", "gated_act", "gated_linear", "branches", *RECOMPUTING)
 # Those whose bits depend on neither the batch nor strides: on a GPU dense layers take cuBLAS's products, which choose
@@ -61,7 +62,7 @@ class Problem:
                 shapes |= {f"b_gate{g}": (F,), f"b_up{g}": (F,)} if self.bias else {}
             return shapes
         if self.form in MOE_FORMS:
-            E, rows = self.E, 2 * F if self.form == "moe_gated" else F
+            E, rows = self.E, F if self.form == "moe" else 2 * F
             shapes |= {"logits": (T, E), "w_in": (E, rows, D), "w_down": (E, O, F)}
             return shapes | ({"b_in": (E, rows), "b_down": (E, O)} if self.bias else {})
         rows = 2 * F if self.form == "fused" else F
@@ -93,8 +94,7 @@ class Problem:
             logits = tensors.pop("logits")
             x = tensors.pop("x")
             routing = ffn_ops.routing.top_k(logits, self.K)
-            gated = self.form == "moe_gated"
-            return ffn_ops.moe(x, routing, **tensors, gated=gated, activation=self.activation, beta=BETA, **keywords)
+            return ffn_ops.moe(x, routing, **tensors, **self._experts(), **keywords)
         return self._call(ffn_ops.gated_act, ffn_ops.gated_linear, ffn_ops.ffn, tensors, keywords)
 
     def plain(self, **tensors: Tensor) -> Tensor:
@@ -111,9 +111,12 @@ class Problem:
             logits = tensors.pop("logits")
             x = tensors.pop("x")
             ids, weights = reference.top_k(logits, self.K)
-            gated = self.form == "moe_gated"
-            return reference.moe(x, ids, weights, **tensors, gated=gated, activation=self.activation, beta=BETA)
+            return reference.moe(x, ids, weights, **tensors, **self._experts())
         return self._call(reference.gated_act, gated_linear, reference.ffn, tensors, {})
+
+    def _experts(self) -> dict[str, Any]:
+        options: dict[str, Any] = {"gated": self.form != "moe", "activation": self.activation, "beta": BETA}
+        return {**options, "interleaved": True, **LIMITS} if self.form == "moe_limited" else options
 
     def _call(
         self,

@@ -269,7 +269,8 @@ def test_module_options(make: Callable[[], Any], error: type[Exception], message
 def raw_calls() -> dict[str, Callable[[], Any]]:
     """What only torch.ops lets through to C++."""
     x, w, down, h = torch.ones(3, 4), torch.ones(6, 4), torch.ones(5, 6), torch.ones(3, 6)
-    none, act = torch.empty(0), ("silu", 1.0)
+    none, linear_act = torch.empty(0), ("silu", 1.0)
+    act = (*linear_act, None, 0.0)
     seven = [True] * 7
 
     def ffn(*args: Any, gated: bool = False) -> Callable[[], Any]:
@@ -297,16 +298,19 @@ def raw_calls() -> dict[str, Callable[[], Any]]:
         "saved up": backward(d_y, h, h[:, :5], seven),
         "saved up missing": backward(d_y, h, none, seven),
         "saved gate with strides": backward(d_y, torch.ones(6, 3).t(), h, seven),
-        "activation": lambda: OPS.ffn(x, w, None, down, None, None, None, False, "sillu", 1.0, True),
+        "activation": lambda: OPS.ffn(x, w, None, down, None, None, None, False, "sillu", 1.0, None, 0.0, True),
         "gated_act rank": lambda: OPS.gated_act(x[None], None, *act),
         "gated_act up": lambda: OPS.gated_act(x, x[:2], *act),
         "gated_act d_out": lambda: OPS.gated_act_backward(x[:2], x, None, *act, [True, True]),
         "gated_act dd_up without up": lambda: OPS.gated_act_double_backward(None, x, x, x, None, *act),
-        "no branches": lambda: OPS.gated_linear(x, [], [], [], [], *act, True),
-        "branches differ": lambda: OPS.gated_linear(x, [w, w[:5]], [w, w], [], [], *act, True),
-        "fewer ups": lambda: OPS.gated_linear(x, [w, w], [w], [], [], *act, True),
-        "fewer biases": lambda: OPS.gated_linear(x, [w, w], [w, w], [torch.ones(6)], [], *act, True),
-        "bias length": lambda: OPS.gated_linear(x, [w], [w], [torch.ones(5)], [], *act, True),
+        "no branches": lambda: OPS.gated_linear(x, [], [], [], [], *linear_act, True),
+        "branches differ": lambda: OPS.gated_linear(x, [w, w[:5]], [w, w], [], [], *linear_act, True),
+        "fewer ups": lambda: OPS.gated_linear(x, [w, w], [w], [], [], *linear_act, True),
+        "fewer biases": lambda: OPS.gated_linear(x, [w, w], [w, w], [torch.ones(6)], [], *linear_act, True),
+        "bias length": lambda: OPS.gated_linear(x, [w], [w], [torch.ones(5)], [], *linear_act, True),
+        "limit": lambda: OPS.gated_act(x, x, *linear_act, -1.0, 0.0),
+        "limit without up": lambda: OPS.gated_act(x, None, *linear_act, 1.0, 0.0),
+        "shift without up": lambda: OPS.ffn(x, w, None, down, None, None, None, False, *linear_act, None, 1.0, True),
         "instruction set": lambda: OPS._use_isa("avx1024"),
         "needs too short": backward(d_y, h, h, [True]),
         "needs too long": lambda: OPS.gated_act_backward(x, x, None, *act, [True] * 3),

@@ -69,7 +69,7 @@ def test_mixture_of_experts(form: str, dtype: torch.dtype) -> None:
     """x, logits and the pre-activations of every row, of 2 or 4 bytes; the routing; nothing of R rows of width D or O.
     The same for every granularity at equal K * F."""
     T, D, O, E = SIZES["T"], SIZES["D"], SIZES["O"], 8
-    width = 2 if form == "moe_gated" else 1
+    width = 1 if form == "moe" else 2
     for K, F in ((1, 24), (2, 12), (4, 6)):
         problem = Problem(form, T=T, D=D, F=F, O=O, E=E, K=K)
         tensors, _ = problem.draw(dtype=dtype)

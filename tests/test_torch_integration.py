@@ -30,13 +30,17 @@ def operator_calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         return torch.randn(*shape, generator=g, dtype=torch.float64).requires_grad_()
 
     T, D, F, O, G = 3, 4, 5, 6, 2
-    act = ("swish", 1.5)
+    linear_act = ("swish", 1.5)
+    act = (*linear_act, None, 0.0)
+    limited = (*linear_act, 1.1, 0.6)
     gates, ups = [t(F, D) for _ in range(G)], [t(F, D) for _ in range(G)]
     biases = [t(F) for _ in range(G)]
     backward = str(OPS.gated_linear_backward.default._schema)
     passed_on = (biases, biases) if "b_gate" in backward.split("->")[0] else ()
     calls: dict[str, tuple[Any, tuple[Any, ...]]] = {
         "gated_act": (OPS.gated_act, (t(T, F), t(T, F), *act)),
+        "gated_act limited": (OPS.gated_act, (t(T, F), t(T, F), *limited)),
+        "gated_act_backward limited": (OPS.gated_act_backward, (t(T, F), t(T, F), t(T, F), *limited, [True, True])),
         "gated_act plain": (OPS.gated_act, (t(T, F), None, *act)),
         "gated_act_backward": (OPS.gated_act_backward, (t(T, F), t(T, F), t(T, F), *act, [True, True])),
         "gated_act_backward of gate": (OPS.gated_act_backward, (t(T, F), t(T, F), None, *act, [True, False])),
@@ -44,15 +48,16 @@ def operator_calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
             OPS.gated_act_double_backward,
             tuple(x.detach() for x in (t(T, F), t(T, F), t(T, F), t(T, F), t(T, F))) + act,
         ),
-        "gated_linear": (OPS.gated_linear, (t(T, D), gates, ups, biases, biases, *act, True)),
+        "gated_linear": (OPS.gated_linear, (t(T, D), gates, ups, biases, biases, *linear_act, True)),
         "gated_linear_backward": (
             OPS.gated_linear_backward,
-            (t(T, F), t(T, D), gates, ups, *passed_on, t(G, T, F).detach(), t(G, T, F).detach(), *act, [True] * 5),
+            (t(T, F), t(T, D), gates, ups, *passed_on, t(G, T, F).detach(), t(G, T, F).detach(), *linear_act,
+             [True] * 5),
         ),
         "gated_linear_backward of x": (
             OPS.gated_linear_backward,
             (t(T, F), t(T, D), gates, ups, *(() if not passed_on else ([], [])), t(G, T, F).detach(),
-             t(G, T, F).detach(), *act, [True, False, False, False, False]),
+             t(G, T, F).detach(), *linear_act, [True, False, False, False, False]),
         ),
     }  # fmt: skip
     saved = (t(T, F).detach(), t(T, F).detach())
@@ -77,18 +82,22 @@ def operator_calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     index = (token, offsets, row, token_offsets)
     weight = weight.requires_grad_()
     route = (token, weight, offsets, row, token_offsets)
-    for gated in (False, True):
+    for gated, interleaved, form in ((False, False, act), (True, False, act), (True, True, limited)):
         rows = 2 * F if gated else F
         experts = (t(E, rows, D), t(E, O, F), t(E, rows), t(E, O))
+        if interleaved:  # and transposed, as gpt-oss has them
+            turned = [t(E, *shape).detach().transpose(1, 2).requires_grad_() for shape in ((D, rows), (F, O))]
+            experts = (*turned, *experts[2:])
+        options = (gated, interleaved, *form)
         for save in (True, False):
-            calls[f"moe {gated=} {save=}"] = (OPS.moe, (t(T, D), *route, *experts, gated, *act, save))
+            calls[f"moe {gated=} {interleaved=} {save=}"] = (OPS.moe, (t(T, D), *route, *experts, *options, save))
             given = (t(R, D), None, None, offsets, None, None)
-            calls[f"moe of rows {gated=} {save=}"] = (OPS.moe, (*given, *experts, gated, *act, save))
+            calls[f"moe of rows {gated=} {interleaved=} {save=}"] = (OPS.moe, (*given, *experts, *options, save))
             pre = (t(R, F).detach(), t(R, F).detach() if gated else none[1]) if save else none
-            all_of_them = (t(T, O), t(T, D), *route, *experts, *pre, gated, *act, [True] * 6)
-            calls[f"moe_backward {gated=} {save=}"] = (OPS.moe_backward, all_of_them)
-            of_rows = (t(R, O), *given, *experts, *pre, gated, *act, [True, False, True, False, True, True])
-            calls[f"moe_backward of rows {gated=} {save=}"] = (OPS.moe_backward, of_rows)
+            all_of_them = (t(T, O), t(T, D), *route, *experts, *pre, *options, [True] * 6)
+            calls[f"moe_backward {gated=} {interleaved=} {save=}"] = (OPS.moe_backward, all_of_them)
+            of_rows = (t(R, O), *given, *experts, *pre, *options, [True, False, True, False, True, True])
+            calls[f"moe_backward of rows {gated=} {interleaved=} {save=}"] = (OPS.moe_backward, of_rows)
     for w in (None, weight):
         places = (token, w, offsets, row, token_offsets)
         calls[f"moe_dispatch {w is None}"] = (OPS.moe_dispatch, (t(T, D), *places))

@@ -218,6 +218,20 @@ struct Identity {
   }
 };
 
+// The limits of a gate, see gate_form.h, where they are `on`: gate = min(g, limit), up = clamp(u, -limit, limit) +
+// shift. Gradients pass where g and u lie within, the bounds excluded, as torch.clamp's do from 2.15 on; those of NaN
+// pass and stay visible. No limit is NaN: nothing is beyond it, and min and max give their second argument.
+template <class V>
+struct GateLimit {
+  bool on;
+  V limit, shift;
+
+  FFN_FN V gate(V g) const { return on ? min(limit, g) : g; }
+  FFN_FN V up(V u) const { return on ? max(-limit, min(limit, u)) + shift : u; }
+  FFN_FN V gate_grad(V g, V d) const { return on ? select(g >= limit, V(0), d) : d; }
+  FFN_FN V up_grad(V u, V d) const { return on ? select(abs(u) >= limit, V(0), d) : d; }
+};
+
 using Activations = TypeList<Relu, ReluSquared, Sigmoid, Tanh, Gelu, GeluTanh, Silu, Swish, Identity>;
 
 // Calls `f(Tag<Activation>{})` for the activation at `index` of the list; false if there is none.

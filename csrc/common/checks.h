@@ -11,6 +11,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include "activation_names.h"
+#include "gate_form.h"
 
 namespace ffn_ops {
 
@@ -95,6 +96,21 @@ inline int check_activation(const std::string& name) {
     STD_TORCH_CHECK(false, "activation: expected one of ", known, ", got '", name, "'");
   }
   return index;
+}
+
+// limit: none where there is none.
+inline GateForm check_gate_form(const std::string& activation, double beta, std::optional<double> limit = {},
+                                double up_shift = 0.0) {
+  GateForm form{check_activation(activation), beta};
+  STD_TORCH_CHECK(!limit || *limit > 0, "limit: expected a positive number or none, got ", limit.value_or(0));
+  if (limit) form.limit = *limit;
+  form.up_shift = up_shift;
+  return form;
+}
+
+inline void check_gated_form(const GateForm& form, bool gated) {
+  STD_TORCH_CHECK(gated || !form.limited(), "limit, up_shift: expected none and 0 where nothing is gated, got ",
+                  form.limit, " and ", form.up_shift);
 }
 
 }  // namespace ffn_ops

@@ -2,6 +2,8 @@
 // fit. What indices and offsets say is for the device to judge.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
+
 #include "checks.h"
 
 namespace ffn_ops {
@@ -18,16 +20,17 @@ inline void check_same(const Tensor& t, const char* name, const Tensor& like, DT
 struct GatedActShape {
   DType dtype;
   int64_t rows, cols;
-  int activation;
+  GateForm form;
 };
 
-inline GatedActShape check_gated_act(const Tensor& gate, const MaybeTensor& up, const std::string& activation,
+inline GatedActShape check_gated_act(const Tensor& gate, const MaybeTensor& up, const GateForm& form,
                                      Place place = {}) {
   const DType dtype = storage_dtype(gate, "gate");
   STD_TORCH_CHECK(gate.dim() == 2, "gate: expected shape [rows, columns], got ", shape_text(gate));
   check_same(gate, "gate", gate, dtype, place);
   if (up) check_same(*up, "up", gate, dtype, place);
-  return {dtype, gate.size(0), gate.size(1), check_activation(activation)};
+  check_gated_form(form, up.has_value());
+  return {dtype, gate.size(0), gate.size(1), form};
 }
 
 // ---- gated_linear ---------------------------------------------------------------------------------------------------
@@ -35,13 +38,12 @@ inline GatedActShape check_gated_act(const Tensor& gate, const MaybeTensor& up, 
 struct GatedLinearShape {
   DType dtype;
   int64_t T, D, F, G;
-  int activation;
+  GateForm form;
 };
 
 inline GatedLinearShape check_gated_linear(const Tensor& x, const std::vector<Tensor>& w_gate,
                                            const std::vector<Tensor>& w_up, const std::vector<Tensor>& b_gate,
-                                           const std::vector<Tensor>& b_up, const std::string& activation,
-                                           Place place = {}) {
+                                           const std::vector<Tensor>& b_up, const GateForm& form, Place place = {}) {
   GatedLinearShape s;
   s.dtype = storage_dtype(x, "x");
   check_tensor(x, "x", s.dtype, {-1, -1}, place);
@@ -63,7 +65,7 @@ inline GatedLinearShape check_gated_linear(const Tensor& x, const std::vector<Te
   };
   check_biases(b_gate, "b_gate");
   check_biases(b_up, "b_up");
-  s.activation = check_activation(activation);
+  s.form = form;
   return s;
 }
 
@@ -82,13 +84,13 @@ struct FfnShape {
   DType dtype;
   int64_t T, D, F, O;  // tokens, model width, FFN width, output width
   bool gated, fused;   // fused: one weight [2F, D] holds gate and up rows
-  int activation;
+  GateForm form;
 
   int64_t hidden() const { return gated ? 2 * F : F; }  // width of d_hidden
 };
 
 inline FfnShape check_ffn(const Tensor& x, const Tensor& w_in, const MaybeTensor& w_up, const Tensor& w_down,
-                          const MaybeTensor& b_in, const MaybeTensor& b_up, bool gated, const std::string& activation,
+                          const MaybeTensor& b_in, const MaybeTensor& b_up, bool gated, const GateForm& form,
                           Place place = {}) {
   FfnShape s;
   s.dtype = storage_dtype(x, "x");
@@ -105,8 +107,9 @@ inline FfnShape check_ffn(const Tensor& x, const Tensor& w_in, const MaybeTensor
   s.O = w_down.size(0);
   if (b_in) check_tensor(*b_in, "b_in", s.dtype, {w_in.size(0)}, place);
   STD_TORCH_CHECK(!b_up || w_up, "b_up: expected none where w_up is none");
+  check_gated_form(form, s.gated);
   if (b_up) check_tensor(*b_up, "b_up", s.dtype, {s.F}, place);
-  s.activation = check_activation(activation);
+  s.form = form;
   return s;
 }
 
@@ -146,8 +149,8 @@ inline RoutesShape check_routes(const Tensor& token, const MaybeTensor& weight, 
 struct MoeShape {
   DType dtype;
   int64_t T, D, F, O, E, R;
-  bool gated, routed;  // not routed: x holds the rows themselves
-  int activation;
+  bool gated, interleaved, routed;  // not routed: x holds the rows themselves
+  GateForm form;
 
   int64_t hidden() const { return gated ? 2 * F : F; }
 };
@@ -155,24 +158,27 @@ struct MoeShape {
 inline MoeShape check_moe(const Tensor& x, const MaybeTensor& token, const MaybeTensor& weight, const Tensor& offsets,
                           const MaybeTensor& row, const MaybeTensor& token_offsets, const Tensor& w_in,
                           const Tensor& w_down, const MaybeTensor& b_in, const MaybeTensor& b_down, bool gated,
-                          const std::string& activation, Place place = {}) {
+                          bool interleaved, const GateForm& form, Place place = {}) {
   MoeShape s;
   s.dtype = storage_dtype(x, "x");
   check_tensor(x, "x", s.dtype, {-1, -1}, place);
   s.T = x.size(0);
   s.D = x.size(1);
   s.gated = gated;
+  s.interleaved = interleaved;
+  STD_TORCH_CHECK(gated || !interleaved, "interleaved: expected False where gated is False, got True");
+  check_gated_form(form, gated);
   check_tensor(w_in, "w_in", s.dtype, {-1, -1, s.D}, place);
   s.E = w_in.size(0);
   STD_TORCH_CHECK(s.E > 0, "w_in: expected at least one expert, got ", shape_text(w_in));
-  STD_TORCH_CHECK(!gated || w_in.size(1) % 2 == 0, "w_in: expected [E, 2F, D], gate rows first, got ",
+  STD_TORCH_CHECK(!gated || w_in.size(1) % 2 == 0, "w_in: expected [E, 2F, D], gate and up rows, got ",
                   shape_text(w_in));
   s.F = gated ? w_in.size(1) / 2 : w_in.size(1);
   check_tensor(w_down, "w_down", s.dtype, {s.E, -1, s.F}, place);
   s.O = w_down.size(1);
   if (b_in) check_tensor(*b_in, "b_in", s.dtype, {s.E, w_in.size(1)}, place);
   if (b_down) check_tensor(*b_down, "b_down", s.dtype, {s.E, s.O}, place);
-  s.activation = check_activation(activation);
+  s.form = form;
   s.routed = token.has_value();
   STD_TORCH_CHECK(
       s.routed == weight.has_value() && s.routed == row.has_value() && s.routed == token_offsets.has_value(),
@@ -184,6 +190,16 @@ inline MoeShape check_moe(const Tensor& x, const MaybeTensor& token, const Maybe
     s.R = check_routes(*token, weight, s.dtype, offsets, *row, *token_offsets, place).R;
   }
   return s;
+}
+
+// The gradient of a weight [E, N, K] is dense, and stored as [E, K, N] where the weight is: a transposed parameter gets
+// a gradient that needs no copy.
+inline bool is_transposed(const Tensor& w) { return w.stride(1) == 1 && w.stride(2) != 1; }
+
+// Biases [E, 2F] of gate and up in turns, as all gates and then all ups of each expert.
+inline Tensor gate_then_up(const Tensor& b) {
+  const int64_t E = b.size(0), F = b.size(1) / 2;
+  return torch::stable::contiguous(torch::stable::transpose(torch::stable::reshape(b, {E, F, 2}), 1, 2));
 }
 
 // ---- routing --------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ constexpr int64_t kSlabBytes = int64_t{64} << 20;
 
 void add_pre_activations(Steps& steps, Experts& c, const Tensor& x, const Tensor& w_in,
                          const std::optional<Tensor>& b_in, void* gate, void* up, void* h) {
-  const void* bias = dense_data(b_in, c.keep);
+  const void* bias = dense_data(b_in && c.interleaved ? gate_then_up(*b_in) : b_in, c.keep);
   const RowsOf tokens = token_rows(c, x);
   std::vector<Gemm> products;
   for (const Segment& s : c.segments) {
@@ -24,15 +24,17 @@ void add_pre_activations(Steps& steps, Experts& c, const Tensor& x, const Tensor
     g.K = c.D;
     g.a = lanes_are_rows(tokens(s));
     const void* in_bias = advance(bias, s.expert * c.hidden(), c.dtype);
-    const Operand in = lanes_are_rows(expert_matrix(w_in, c.dtype, s.expert));
+    Matrix in = expert_matrix(w_in, c.dtype, s.expert);
     Epilogue& e = g.epilogue;
     if (c.gated) {
       g.gated = true;
       g.num_b = 2;
-      g.b = c.hold(in, lanes_are_rows(expert_matrix(w_in, c.dtype, s.expert, c.F)));
+      Matrix up_rows = expert_matrix(w_in, c.dtype, s.expert, c.interleaved ? 1 : c.F);
+      if (c.interleaved) in.row_stride = up_rows.row_stride = 2 * in.row_stride;
+      g.b = c.hold(lanes_are_rows(in), lanes_are_rows(up_rows));
       e.bias = c.hold_bias(in_bias, advance(in_bias, c.F, c.dtype));
     } else {
-      g.b = c.hold(in);
+      g.b = c.hold(lanes_are_rows(in));
       e.bias = c.hold_bias(in_bias);
     }
     e.kind = Epilogue::Kind::kActivate;
@@ -42,8 +44,7 @@ void add_pre_activations(Steps& steps, Experts& c, const Tensor& x, const Tensor
     e.gate = advance(gate, s.begin * c.F, c.dtype);
     e.up = advance(up, s.begin * c.F, c.dtype);
     e.pre_stride = c.F;
-    e.activation = c.activation;
-    e.beta = c.beta;
+    e.set_form(c.form);
     products.push_back(g);
   }
   steps.products(products);
@@ -104,14 +105,14 @@ void add_hidden_gradient(Steps& steps, Experts& c, const Tensor& d_y, const Tens
     e.kind = Epilogue::Kind::kActivateGrad;
     e.dtype = c.dtype;
     e.out = advance(d_hidden, s.begin * c.hidden(), c.dtype);
-    e.out_up = c.gated ? advance(e.out, c.F, c.dtype) : nullptr;
+    e.out_up = c.gated && !c.interleaved ? advance(e.out, c.F, c.dtype) : nullptr;
+    e.interleaved = c.interleaved;
     e.out_stride = c.hidden();
     e.h = advance(h, s.begin * c.F, c.dtype);
     e.gate = advance(const_cast<void*>(gate), s.begin * c.F, c.dtype);
     e.up = advance(const_cast<void*>(up), s.begin * c.F, c.dtype);
     e.pre_stride = c.F;
-    e.activation = c.activation;
-    e.beta = c.beta;
+    e.set_form(c.form);
     if (c.routed) {
       e.row_weight = c.row_weight(s);
       e.row_dots = advance(parts, s.begin * num_parts, e.arithmetic());

@@ -13,9 +13,8 @@ namespace ffn_ops {
 struct Experts {
   DType dtype;
   int64_t T = 0, D = 0, F = 0, O = 0, E = 0, R = 0;
-  bool gated = false, routed = false;
-  int activation = 0;
-  double beta = 1.0;
+  bool gated = false, interleaved = false, routed = false;
+  GateForm form;
   Routes routes;
   const int64_t* offsets = nullptr;
   const void* weight = nullptr;  // of each row, of the arithmetic's dtype
@@ -70,8 +69,8 @@ void add_pre_activations(Steps& steps, Experts& c, const Tensor& x, const Tensor
 void add_combined_product(Steps& steps, Workspace& workspace, Experts& c, const RowsOf& rows, int64_t K, int64_t N,
                           const WeightsFrom& weights, const void* bias, const void* row_weight, void* out);
 
-// d_hidden [R, 2F] (d_gate, then d_up) and h, times the row's weight where there is one; parts of the gradient of the
-// weight (null: not routed).
+// d_hidden [R, 2F] (d_gate, then d_up, or in turns) and h, times the row's weight where there is one; parts of the
+// gradient of the weight (null: not routed).
 void add_hidden_gradient(Steps& steps, Experts& c, const Tensor& d_y, const Tensor& w_down, const void* gate,
                          const void* up, void* d_hidden, void* h, void* parts, int64_t num_parts);
 

@@ -13,15 +13,13 @@ struct Ffn : FfnShape {
   std::vector<Operand> in;        // gate and up weights, or the one input weight: lanes = rows
   std::vector<const void*> bias;  // of the same
   std::vector<Operand> in_by_k;   // the input weights for d_x: k = rows, in the order of d_hidden
-  double beta = 1.0;
   std::vector<Tensor> keep;
 };
 
 Ffn with_operands(const FfnShape& shape, const Tensor& w_in, const std::optional<Tensor>& w_up,
-                  const std::optional<Tensor>& b_in, const std::optional<Tensor>& b_up, double beta) {
+                  const std::optional<Tensor>& b_in, const std::optional<Tensor>& b_up) {
   Ffn c;
   static_cast<FfnShape&>(c) = shape;
-  c.beta = beta;
   c.in.push_back(lanes_are_rows(matrix(w_in, c.dtype)));
   c.in_by_k.push_back(lanes_are_columns(matrix(w_in, c.dtype)));
   c.bias.push_back(dense_data(b_in, c.keep));
@@ -55,16 +53,16 @@ Gemm pre_activations(const Ffn& c, const Tensor& x, int64_t begin, int64_t end, 
   e.up = advance(up, begin * c.F, c.dtype);
   e.pre_stride = c.F;
   e.bias = c.bias.data();
-  e.activation = c.activation;
-  e.beta = c.beta;
+  e.set_form(c.form);
   return g;
 }
 
 std::tuple<Tensor, Tensor, Tensor> ffn(const Tensor& x, const Tensor& w_in, std::optional<Tensor> w_up,
                                        const Tensor& w_down, std::optional<Tensor> b_in, std::optional<Tensor> b_up,
                                        std::optional<Tensor> b_down, bool gated, std::string activation, double beta,
-                                       bool save) {
-  Ffn c = with_operands(check_ffn(x, w_in, w_up, w_down, b_in, b_up, gated, activation), w_in, w_up, b_in, b_up, beta);
+                                       std::optional<double> limit, double up_shift, bool save) {
+  const GateForm form = check_gate_form(activation, beta, limit, up_shift);
+  Ffn c = with_operands(check_ffn(x, w_in, w_up, w_down, b_in, b_up, gated, form), w_in, w_up, b_in, b_up);
   if (b_down) check_tensor(*b_down, "b_down", c.dtype, {c.O});
   const void* bias_down = dense_data(b_down, c.keep);
   Tensor y = fresh(x, {c.T, c.O});
@@ -105,9 +103,10 @@ std::tuple<Tensor, Tensor, Tensor> ffn(const Tensor& x, const Tensor& w_in, std:
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_backward(
     const Tensor& d_y, const Tensor& x, const Tensor& w_in, std::optional<Tensor> w_up, const Tensor& w_down,
     std::optional<Tensor> b_in, std::optional<Tensor> b_up, const Tensor& gate, const Tensor& up, bool gated,
-    std::string activation, double beta, std::vector<bool> needs) {
+    std::string activation, double beta, std::optional<double> limit, double up_shift, std::vector<bool> needs) {
   check_needs(needs, 7);
-  Ffn c = with_operands(check_ffn(x, w_in, w_up, w_down, b_in, b_up, gated, activation), w_in, w_up, b_in, b_up, beta);
+  const GateForm form = check_gate_form(activation, beta, limit, up_shift);
+  Ffn c = with_operands(check_ffn(x, w_in, w_up, w_down, b_in, b_up, gated, form), w_in, w_up, b_in, b_up);
   check_tensor(d_y, "d_y", c.dtype, {c.T, c.O});
   const bool recompute = !check_saved("ffn", gate, up, c.dtype, c.T, c.F, c.gated);
   const bool need_x = needs.at(0), need_in = needs.at(1), need_up = needs.at(2) && w_up, need_down = needs.at(3);
@@ -149,19 +148,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_backward(
     e.gate = gate_data;
     e.up = up_data;
     e.pre_stride = c.F;
-    e.activation = c.activation;
-    e.beta = beta;
+    e.set_form(c.form);
     steps.product(d);
   } else if (need_down) {
     // The same kernel as in the epilogue, so that the bits do not depend on which gradients are asked for.
     GatedAct a;
+    a.set_form(c.form);
     a.rows = c.T;
     a.cols = a.out_stride = c.F;
     a.gate = a.d_out = dense(gate_data, c.F, c.dtype);
     if (c.gated) a.up = dense(up_data, c.F, c.dtype);
     a.out[2] = h;
-    a.activation = c.activation;
-    a.beta = beta;
     add_gated_act_backward(steps, a);
   }
 

@@ -9,16 +9,15 @@
 namespace ffn_ops {
 namespace {
 
-GatedAct elementwise(const Tensor& gate, const std::optional<Tensor>& up, const std::string& activation, double beta) {
-  const GatedActShape s = check_gated_act(gate, up, activation);
+GatedAct elementwise(const Tensor& gate, const std::optional<Tensor>& up, const GateForm& form) {
+  const GatedActShape s = check_gated_act(gate, up, form);
   GatedAct g;
+  g.set_form(s.form);
   g.rows = s.rows;
   g.cols = s.cols;
   g.gate = matrix(gate, s.dtype);
   if (up) g.up = matrix(*up, s.dtype);
   g.out_stride = g.cols;
-  g.activation = s.activation;
-  g.beta = beta;
   return g;
 }
 
@@ -50,8 +49,9 @@ void run_elementwise(GatedAct& g, ElementwiseKernel kernel) {
   phases.run(std::min(tasks, threads()));
 }
 
-Tensor gated_act(const Tensor& gate, std::optional<Tensor> up, std::string activation, double beta) {
-  GatedAct g = elementwise(gate, up, activation, beta);
+Tensor gated_act(const Tensor& gate, std::optional<Tensor> up, std::string activation, double beta,
+                 std::optional<double> limit, double up_shift) {
+  GatedAct g = elementwise(gate, up, check_gate_form(activation, beta, limit, up_shift));
   Tensor out = fresh(gate, {g.rows, g.cols});
   g.out[0] = out.mutable_data_ptr();
   run_elementwise(g, kernels().gated_act);
@@ -59,9 +59,10 @@ Tensor gated_act(const Tensor& gate, std::optional<Tensor> up, std::string activ
 }
 
 std::tuple<Tensor, Tensor> gated_act_backward(const Tensor& d_out, const Tensor& gate, std::optional<Tensor> up,
-                                              std::string activation, double beta, std::vector<bool> needs) {
+                                              std::string activation, double beta, std::optional<double> limit,
+                                              double up_shift, std::vector<bool> needs) {
   check_needs(needs, 2);
-  GatedAct g = elementwise(gate, up, activation, beta);
+  GatedAct g = elementwise(gate, up, check_gate_form(activation, beta, limit, up_shift));
   check_same(d_out, "d_out", gate, g.gate.dtype);
   g.d_out = matrix(d_out, g.gate.dtype);
   Tensor d_gate = needs.at(0) ? fresh(gate, {g.rows, g.cols}) : nothing(gate);
@@ -75,8 +76,9 @@ std::tuple<Tensor, Tensor> gated_act_backward(const Tensor& d_out, const Tensor&
 std::tuple<Tensor, Tensor, Tensor> gated_act_double_backward(std::optional<Tensor> dd_gate, std::optional<Tensor> dd_up,
                                                              const Tensor& d_out, const Tensor& gate,
                                                              std::optional<Tensor> up, std::string activation,
-                                                             double beta) {
-  GatedAct g = elementwise(gate, up, activation, beta);
+                                                             double beta, std::optional<double> limit,
+                                                             double up_shift) {
+  GatedAct g = elementwise(gate, up, check_gate_form(activation, beta, limit, up_shift));
   const DType dtype = g.gate.dtype;
   check_same(d_out, "d_out", gate, dtype);
   g.d_out = matrix(d_out, dtype);

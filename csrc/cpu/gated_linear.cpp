@@ -29,7 +29,8 @@ GatedLinear with_operands(const GatedLinearShape& shape, const std::vector<Tenso
 std::tuple<Tensor, Tensor, Tensor> gated_linear(const Tensor& x, std::vector<Tensor> w_gate, std::vector<Tensor> w_up,
                                                 std::vector<Tensor> b_gate, std::vector<Tensor> b_up,
                                                 std::string activation, double beta, bool save) {
-  const GatedLinear c = with_operands(check_gated_linear(x, w_gate, w_up, b_gate, b_up, activation), w_gate, w_up);
+  const GatedLinear c =
+      with_operands(check_gated_linear(x, w_gate, w_up, b_gate, b_up, check_gate_form(activation, beta)), w_gate, w_up);
   std::vector<Tensor> keep;
   std::vector<const void*> bias(static_cast<size_t>(2 * c.G), nullptr);
   for (size_t i = 0; i < b_gate.size(); ++i) bias[2 * i] = dense_data(b_gate[i], keep);
@@ -58,8 +59,7 @@ std::tuple<Tensor, Tensor, Tensor> gated_linear(const Tensor& x, std::vector<Ten
     e.pre_branch_stride = c.T * c.F;
   }
   e.bias = bias.data();
-  e.activation = c.activation;
-  e.beta = beta;
+  e.set_form(c.form);
   Workspace workspace;
   Steps steps(kernels(), workspace, threads());
   steps.product(g);
@@ -71,7 +71,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_linear_backward(
     const Tensor& d_y, const Tensor& x, std::vector<Tensor> w_gate, std::vector<Tensor> w_up,
     std::vector<Tensor> b_gate, std::vector<Tensor> b_up, const Tensor& gate, const Tensor& up, std::string activation,
     double beta, std::vector<bool> needs) {
-  const GatedLinear c = with_operands(check_gated_linear(x, w_gate, w_up, b_gate, b_up, activation), w_gate, w_up);
+  const GatedLinear c =
+      with_operands(check_gated_linear(x, w_gate, w_up, b_gate, b_up, check_gate_form(activation, beta)), w_gate, w_up);
   check_gated_linear_gradient(c, d_y, gate, up, needs);
   const int64_t half = c.G * c.F;
   Workspace workspace;
@@ -82,6 +83,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_linear_backward(
   const Matrix d_hidden_matrix = dense(d_hidden, 2 * half, c.dtype);
   for (int64_t i = 0; i < c.G; ++i) {
     GatedAct a;
+    a.set_form(c.form);
     a.rows = c.T;
     a.cols = c.F;
     a.gate = dense(advance(gate.const_data_ptr(), i * c.T * c.F, c.dtype), c.F, c.dtype);
@@ -90,8 +92,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_linear_backward(
     a.out[0] = advance(d_hidden, i * c.F, c.dtype);
     a.out[1] = advance(d_hidden, half + i * c.F, c.dtype);
     a.out_stride = 2 * half;
-    a.activation = c.activation;
-    a.beta = beta;
     add_gated_act_backward(steps, a);
   }
 

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "../common/dtypes.h"
+#include "../common/gate_form.h"
 #include "isa/isa.h"
 
 namespace ffn_ops {
@@ -38,7 +39,7 @@ struct Operand {
   bool k_along_rows = false;  // false: lane = row, k = column (a Linear's weight); true: k = row, lane = column
 };
 
-struct Epilogue {
+struct Epilogue : GateForm {
   enum class Kind {
     kStore,         // out = acc + bias
     kActivate,      // out = sum over branches of act(gate) * up, or act(gate); saves gate and up where asked
@@ -55,14 +56,13 @@ struct Epilogue {
   int64_t pre_stride = 0;             // between rows
   int64_t pre_branch_stride = 0;      // between branches
   const void* const* bias = nullptr;  // one per B operand, each may be null
-  int activation = 0;
-  double beta = 1.0;
-  bool out_unrounded = false;  // kStore: out is of the arithmetic's dtype
+  bool out_unrounded = false;         // kStore: out is of the arithmetic's dtype
   // kActivateGrad, where row_weight is given (of the arithmetic's dtype, one for each row): acc = dA' is first
   // multiplied by it, h as well, and row_dots[m][panel] = sum over the panel's columns of dA' * act(gate) * up.
   const void* row_weight = nullptr;
   void* row_dots = nullptr;  // of the arithmetic's dtype
   int64_t row_dots_stride = 0;
+  bool interleaved = false;  // kActivateGrad, gated: rows of out hold d_gate and d_up in turns, there is no out_up
 
   DType arithmetic() const { return arithmetic_dtype(dtype); }
   DType out_dtype() const { return out_unrounded ? arithmetic() : dtype; }
@@ -114,15 +114,13 @@ struct Gemm {
   int64_t tasks_m() const { return divide_up(panels_m, block_m); }
 };
 
-struct GatedAct {
+struct GatedAct : GateForm {
   int64_t rows = 0, cols = 0;
   Matrix gate, up, d_out;  // up.data null: plain
   Matrix dd_gate, dd_up;   // double backward: cotangents of d_gate and d_up
   void* out[3] = {};       // forward: out. backward: d_gate, d_up, h. double: d_d_out, d_gate, d_up (null: skip)
   int64_t out_stride = 0;
   const void* row_weight = nullptr;  // of h, of the arithmetic's dtype; null: 1
-  int activation = 0;
-  double beta = 1.0;
 };
 
 struct Range {

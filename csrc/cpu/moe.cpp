@@ -10,8 +10,8 @@ namespace ffn_ops {
 namespace {
 
 Experts with_routes(const MoeShape& s, const std::optional<Tensor>& token, const std::optional<Tensor>& weight,
-                    const Tensor& offsets, const std::optional<Tensor>& row, const std::optional<Tensor>& token_offsets,
-                    double beta) {
+                    const Tensor& offsets, const std::optional<Tensor>& row,
+                    const std::optional<Tensor>& token_offsets) {
   Experts c;
   c.dtype = s.dtype;
   c.T = s.T;
@@ -19,9 +19,9 @@ Experts with_routes(const MoeShape& s, const std::optional<Tensor>& token, const
   c.F = s.F;
   c.O = s.O;
   c.gated = s.gated;
+  c.interleaved = s.interleaved;
   c.routed = s.routed;
-  c.activation = s.activation;
-  c.beta = beta;
+  c.form = s.form;
   c.set_rows(offsets, s.E, s.R);
   c.routes.tokens = c.T;
   if (!c.routed) return c;
@@ -32,14 +32,28 @@ Experts with_routes(const MoeShape& s, const std::optional<Tensor>& token, const
   return c;
 }
 
+// d_w [E, N, K] = sum over each expert's rows of d_out^T in, stored as the weight is.
+Tensor add_weights_gradient(Steps& steps, Experts& c, const Tensor& w, const RowsOf& d_out, const RowsOf& in) {
+  const int64_t N = w.size(1), K = w.size(2);
+  if (!is_transposed(w)) {
+    Tensor d_w = recycled(w, {c.E, N, K});
+    add_outer_products(steps, c, N, K, d_out, in, d_w.mutable_data_ptr());
+    return d_w;
+  }
+  Tensor d_w = recycled(w, {c.E, K, N});
+  add_outer_products(steps, c, K, N, in, d_out, d_w.mutable_data_ptr());
+  return torch::stable::transpose(d_w, 1, 2);
+}
+
 std::tuple<Tensor, Tensor, Tensor> moe(const Tensor& x, std::optional<Tensor> token, std::optional<Tensor> weight,
                                        const Tensor& offsets, std::optional<Tensor> row,
                                        std::optional<Tensor> token_offsets, const Tensor& w_in, const Tensor& w_down,
                                        std::optional<Tensor> b_in, std::optional<Tensor> b_down, bool gated,
-                                       std::string activation, double beta, bool save) {
-  Experts c = with_routes(
-      check_moe(x, token, weight, offsets, row, token_offsets, w_in, w_down, b_in, b_down, gated, activation), token,
-      weight, offsets, row, token_offsets, beta);
+                                       bool interleaved, std::string activation, double beta,
+                                       std::optional<double> limit, double up_shift, bool save) {
+  const MoeShape s = check_moe(x, token, weight, offsets, row, token_offsets, w_in, w_down, b_in, b_down, gated,
+                               interleaved, check_gate_form(activation, beta, limit, up_shift));
+  Experts c = with_routes(s, token, weight, offsets, row, token_offsets);
   Tensor y = fresh(x, {c.T, c.O});
   Tensor gate = save ? recycled(x, {c.R, c.F}) : nothing(x);
   Tensor up = save && c.gated ? recycled(x, {c.R, c.F}) : nothing(x);
@@ -63,11 +77,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_backward(
     const Tensor& d_y, const Tensor& x, std::optional<Tensor> token, std::optional<Tensor> weight,
     const Tensor& offsets, std::optional<Tensor> row, std::optional<Tensor> token_offsets, const Tensor& w_in,
     const Tensor& w_down, std::optional<Tensor> b_in, std::optional<Tensor> b_down, const Tensor& gate,
-    const Tensor& up, bool gated, std::string activation, double beta, std::vector<bool> needs) {
+    const Tensor& up, bool gated, bool interleaved, std::string activation, double beta, std::optional<double> limit,
+    double up_shift, std::vector<bool> needs) {
   check_needs(needs, 6);
-  Experts c = with_routes(
-      check_moe(x, token, weight, offsets, row, token_offsets, w_in, w_down, b_in, b_down, gated, activation), token,
-      weight, offsets, row, token_offsets, beta);
+  const MoeShape s = check_moe(x, token, weight, offsets, row, token_offsets, w_in, w_down, b_in, b_down, gated,
+                               interleaved, check_gate_form(activation, beta, limit, up_shift));
+  Experts c = with_routes(s, token, weight, offsets, row, token_offsets);
   check_tensor(d_y, "d_y", c.dtype, {c.T, c.O});
   const bool recompute = !check_saved("moe", gate, up, c.dtype, c.R, c.F, c.gated);
   const bool need_x = needs.at(0), need_weight = needs.at(1) && c.routed, need_in = needs.at(2);
@@ -100,14 +115,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_backward(
   } else if (need_down) {
     // The same kernel as in the epilogue, so that the bits do not depend on which gradients are asked for.
     GatedAct a;
+    a.set_form(c.form);
     a.rows = c.routes.kept;
     a.cols = a.out_stride = c.F;
     a.gate = a.d_out = dense(gate_data, c.F, c.dtype);
     if (c.gated) a.up = dense(up_data, c.F, c.dtype);
     a.out[2] = h;
     a.row_weight = c.weight;
-    a.activation = c.activation;
-    a.beta = c.beta;
     add_gated_act_backward(steps, a);
   }
 
@@ -117,9 +131,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_backward(
     zero_rows(steps, d_weight.mutable_data_ptr(), c.routes.kept, c.R, storage_size(arithmetic));
   }
 
-  Tensor d_w_down = need_down ? recycled(x, {c.E, c.O, c.F}) : nothing(x);
-  if (need_down)
-    add_outer_products(steps, c, c.O, c.F, token_rows(c, d_y), dense_rows(c, h, c.F), d_w_down.mutable_data_ptr());
+  Tensor d_w_down = nothing(x);
+  if (need_down) d_w_down = add_weights_gradient(steps, c, w_down, token_rows(c, d_y), dense_rows(c, h, c.F));
 
   const RowsOf hidden_rows = dense_rows(c, d_hidden, c.hidden());
   Tensor d_x = need_x ? fresh(x, {c.T, c.D}) : nothing(x);
@@ -129,8 +142,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_backward(
                          d_x.mutable_data_ptr());
   }
 
-  Tensor d_w_in = need_in ? recycled(x, {c.E, c.hidden(), c.D}) : nothing(x);
-  if (need_in) add_outer_products(steps, c, c.hidden(), c.D, hidden_rows, token_rows(c, x), d_w_in.mutable_data_ptr());
+  Tensor d_w_in = nothing(x);
+  if (need_in) d_w_in = add_weights_gradient(steps, c, w_in, hidden_rows, token_rows(c, x));
   Tensor d_b_in = need_b_in ? fresh(x, {c.E, c.hidden()}) : nothing(x);
   if (need_b_in) add_bias_gradients(steps, c, c.hidden(), hidden_rows, false, d_b_in.mutable_data_ptr());
   Tensor d_b_down = need_b_down ? fresh(x, {c.E, c.O}) : nothing(x);

@@ -33,8 +33,8 @@ inline Matrix matrix(const Tensor& t, DType dtype, int64_t from_row = 0) {
 inline Matrix dense(const void* data, int64_t row_stride, DType dtype) { return {data, row_stride, 1, dtype, nullptr}; }
 
 inline Operand operand(Matrix m, bool k_along_rows) {
-  // Dense columns instead of rows, as in a transposed weight: read as the transpose, which has dense rows.
-  if (m.col_stride != 1 && m.row_stride == 1 && !m.rows) {
+  // Columns that lie closer than rows, as in a transposed weight: read as the transpose.
+  if (m.row_stride > 0 && m.row_stride < m.col_stride && !m.rows) {
     std::swap(m.row_stride, m.col_stride);
     k_along_rows = !k_along_rows;
   }

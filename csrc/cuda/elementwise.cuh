@@ -35,6 +35,7 @@ FFN_FN void pack_places(const PackGrid& grid, int64_t rows, int64_t cols, PackPl
 template <class V>
 struct GatedActPoint {
   V gate, up, d, dd_gate, dd_up, beta;
+  GateLimit<V> limit;
 };
 
 // Each pass: what it reads, as bits, and out[] at a point. As in cpu/kernels/act.h.
@@ -42,7 +43,7 @@ struct GatedActForward {
   static constexpr uint32_t kReads = 1 << kGate | 1 << kUp | 1 << kBiasGate | 1 << kBiasUp;
   template <class Act, class V>
   FFN_FN static void compute(const GatedActPoint<V>& p, V (&out)[3]) {
-    out[0] = Act::fwd(p.gate, p.beta) * p.up;
+    out[0] = Act::fwd(p.limit.gate(p.gate), p.beta) * p.limit.up(p.up);
     out[1] = p.gate;
     out[2] = p.up;
   }
@@ -52,10 +53,11 @@ struct GatedActBackward {
   static constexpr uint32_t kReads = GatedActForward::kReads | 1 << kDOut;
   template <class Act, class V>
   FFN_FN static void compute(const GatedActPoint<V>& p, V (&out)[3]) {
-    const auto act = Act::grad(p.gate, p.beta);
-    out[0] = p.d * act.slope * p.up;
-    out[1] = p.d * act.value;
-    out[2] = act.value * p.up;
+    const auto act = Act::grad(p.limit.gate(p.gate), p.beta);
+    const V up = p.limit.up(p.up);
+    out[0] = p.limit.gate_grad(p.gate, p.d * act.slope) * up;
+    out[1] = p.limit.up_grad(p.up, p.d * act.value);
+    out[2] = act.value * up;
   }
 };
 
@@ -63,11 +65,12 @@ struct GatedActDoubleBackward {
   static constexpr uint32_t kReads = 1 << kGate | 1 << kUp | 1 << kDOut | 1 << kDdGate | 1 << kDdUp;
   template <class Act, class V>
   FFN_FN static void compute(const GatedActPoint<V>& p, V (&out)[3]) {
-    const auto act = Act::grad2(p.gate, p.beta);
-    const V scaled = p.dd_gate * p.up;
-    out[0] = fma(scaled, act.slope, p.dd_up * act.value);
-    out[1] = p.d * fma(scaled, act.curvature, p.dd_up * act.slope);
-    out[2] = p.dd_gate * p.d * act.slope;
+    const auto act = Act::grad2(p.limit.gate(p.gate), p.beta);
+    const V dd_gate = p.limit.gate_grad(p.gate, p.dd_gate), dd_up = p.limit.up_grad(p.up, p.dd_up);
+    const V scaled = dd_gate * p.limit.up(p.up);
+    out[0] = fma(scaled, act.slope, dd_up * act.value);
+    out[1] = p.limit.gate_grad(p.gate, p.d * fma(scaled, act.curvature, dd_up * act.slope));
+    out[2] = p.limit.up_grad(p.up, dd_gate * p.d * act.slope);
   }
 };
 
@@ -118,8 +121,8 @@ FFN_FN void finish_gated_act(const GatedAct& g, const PackPlace& at, const Gated
   T results[3][N];
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    GatedActPoint<V> point{v.in[kGate][i],   v.in[kUp][i],   v.in[kDOut][i],
-                           v.in[kDdGate][i], v.in[kDdUp][i], V(T(g.beta))};
+    GatedActPoint<V> point{v.in[kGate][i], v.in[kUp][i], v.in[kDOut][i], v.in[kDdGate][i],
+                           v.in[kDdUp][i], V(T(g.beta)), limit_of<V>(g)};
     if constexpr (!kPlain) {
       if (g.bias_gate) point.gate = point.gate + V(v.in[kBiasGate][i]);
       if (g.bias_up) point.up = point.up + V(v.in[kBiasUp][i]);

@@ -78,6 +78,26 @@ FFN_FN void store_at(void* matrix, const QuadPlace& q, int64_t stride, const Com
   if (matrix) store_quad(quad_at<S>(matrix, q.row, stride, q.col), q.count, values);
 }
 
+// Gate and up of the same columns, or their gradients: columns in turns in one matrix, or in two.
+template <class S>
+FFN_FN void store_hidden(const Epilogue& e, const QuadPlace& q, const ComputeOf<S> (&gate)[kQuad],
+                         const ComputeOf<S> (&up)[kQuad]) {
+  if (!e.interleaved) {
+    store_at<S>(e.out, q, e.out_stride, gate);
+    if (e.up) store_at<S>(e.out_up, q, e.out_stride, up);
+    return;
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    ComputeOf<S> pairs[kQuad];
+#pragma unroll
+    for (int i = 0; i < kQuad; ++i) pairs[i] = (i % 2 ? up : gate)[half * kQuad / 2 + i / 2];
+    const int left = 2 * q.count - half * kQuad;
+    const QuadPlace place{q.in_row, q.in_col, q.row, 2 * q.col + half * kQuad, left < kQuad ? left : kQuad};
+    if (left > 0) store_at<S>(e.out, place, e.out_stride, pairs);
+  }
+}
+
 template <class T>
 FFN_FN void add_quad(T (&values)[kQuad], const T (&others)[kQuad]) {
 #pragma unroll
@@ -146,6 +166,7 @@ FFN_FN void finish_activate(const GroupedGemm& g, const FinishedTile<ComputeOf<S
   const Epilogue& e = g.epilogue;
   const int cols = g.gated ? t.cols / 2 : t.cols;
   const LaneOf<S> beta(static_cast<T>(e.beta));
+  const GateLimit<LaneOf<S>> limit = limit_of<LaneOf<S>>(e);
   for_each_quad(t, rows, cols, g.N, [&](const QuadPlace& q) {
     if (q.count == 0) return;
     T gate[kQuad], up[kQuad];
@@ -160,10 +181,10 @@ FFN_FN void finish_activate(const GroupedGemm& g, const FinishedTile<ComputeOf<S
     if (!e.out) return;
     dispatch_activation(e.activation, [&](auto tag) {
 #pragma unroll
-      for (int i = 0; i < kQuad; ++i) gate[i] = decltype(tag)::Type::fwd(LaneOf<S>(gate[i]), beta).value;
+      for (int i = 0; i < kQuad; ++i) gate[i] = decltype(tag)::Type::fwd(limit.gate(LaneOf<S>(gate[i])), beta).value;
     });
 #pragma unroll
-    for (int i = 0; i < kQuad; ++i) gate[i] = g.gated ? gate[i] * up[i] : gate[i];
+    for (int i = 0; i < kQuad; ++i) gate[i] = g.gated ? gate[i] * limit.up(LaneOf<S>(up[i])).value : gate[i];
     store_at<S>(e.out, q, e.out_stride, gate);
   });
 }
@@ -176,6 +197,7 @@ FFN_FN ComputeOf<S> finish_activate_grad_quad(const GroupedGemm& g, const Finish
   using T = ComputeOf<S>;
   const Epilogue& e = g.epilogue;
   const LaneOf<S> beta(static_cast<T>(e.beta));
+  const GateLimit<LaneOf<S>> limit = limit_of<LaneOf<S>>(e);
   T d[kQuad], value[kQuad], slope[kQuad], up[kQuad], d_gate[kQuad], d_up[kQuad];
   tile_quad(t, q, q.in_col, d);
 #pragma unroll
@@ -186,25 +208,27 @@ FFN_FN ComputeOf<S> finish_activate_grad_quad(const GroupedGemm& g, const Finish
   dispatch_activation(e.activation, [&](auto tag) {
 #pragma unroll
     for (int i = 0; i < kQuad; ++i) {
-      const auto act = decltype(tag)::Type::grad(LaneOf<S>(value[i]), beta);
+      const LaneOf<S> gate(value[i]);
+      const auto act = decltype(tag)::Type::grad(limit.gate(gate), beta);
       value[i] = act.value.value;
-      slope[i] = act.slope.value;
+      slope[i] = limit.gate_grad(gate, act.slope).value;
     }
   });
   const T weight = e.row_weight ? static_cast<const T*>(e.row_weight)[q.row] : T(1);
   T dot = 0;
 #pragma unroll
   for (int i = 0; i < kQuad; ++i) {
+    const LaneOf<S> raw_up(up[i]);
+    up[i] = limit.up(raw_up).value;
     const T h = e.up ? value[i] * up[i] : value[i];
     if (i < q.count) dot = fma(Lane<T>(d[i]), Lane<T>(h), Lane<T>(dot)).value;
     const T scaled = e.row_weight ? weight * d[i] : d[i];
     d_gate[i] = scaled * slope[i];
     if (e.up) d_gate[i] = d_gate[i] * up[i];
-    d_up[i] = scaled * value[i];
+    d_up[i] = limit.up_grad(raw_up, LaneOf<S>(scaled * value[i])).value;
     d[i] = e.row_weight ? weight * h : h;
   }
-  store_at<S>(e.out, q, e.out_stride, d_gate);
-  if (e.up) store_at<S>(e.out_up, q, e.out_stride, d_up);
+  store_hidden<S>(e, q, d_gate, d_up);
   store_at<S>(e.h, q, e.pre_stride, d);
   return dot;
 }
@@ -265,13 +289,13 @@ FFN_FN void zero_tile(const GroupedGemm& g, const FinishedTile<ComputeOf<S>>& t,
   for_each_quad(t, rows, cols, g.N, [&](const QuadPlace& q) {
     if (q.count == 0) return;
     const T zero[kQuad] = {};
-    store_at<S>(e.out, q, e.out_stride, zero);
+    if (grad) store_hidden<S>(e, q, zero, zero);
+    else store_at<S>(e.out, q, e.out_stride, zero);
     if (e.kind == Epilogue::Kind::kActivate) {
       store_at<S>(e.gate, q, e.pre_stride, zero);
       if (g.gated) store_at<S>(e.up, q, e.pre_stride, zero);
     }
     if (!grad) return;
-    if (e.up) store_at<S>(e.out_up, q, e.out_stride, zero);
     store_at<S>(e.h, q, e.pre_stride, zero);
     constexpr int kCols = row_dots_cols(Codec<S>::kDType);
     if (e.row_dots && q.in_col % kCols == 0) static_cast<T*>(e.row_dots)[q.row * e.row_dots_stride + q.col / kCols] = 0;

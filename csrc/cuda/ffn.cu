@@ -43,28 +43,29 @@ PreActivations pre_activations(const Call& call, const FfnShape& s, const Tensor
   return pre;
 }
 
-GatedAct describe(const FfnShape& s, const Tensor& gate, const Tensor& up, double beta) {
+GatedAct describe(const FfnShape& s, const Tensor& gate, const Tensor& up) {
   GatedAct a;
+  a.set_form(s.form);
   a.rows = s.T;
   a.cols = s.F;
   a.dtype = s.dtype;
   a.gate = matrix(gate);
   if (s.gated) a.up = matrix(up);
-  a.activation = s.activation;
-  a.beta = beta;
   return a;
 }
 
 std::tuple<Tensor, Tensor, Tensor> ffn(const Tensor& x, const Tensor& w_in, MaybeTensor w_up, const Tensor& w_down,
                                        MaybeTensor b_in, MaybeTensor b_up, MaybeTensor b_down, bool gated,
-                                       std::string activation, double beta, bool save) {
+                                       std::string activation, double beta, std::optional<double> limit,
+                                       double up_shift, bool save) {
   const Call call(x, "x");
-  const FfnShape s = check_ffn(x, w_in, w_up, w_down, b_in, b_up, gated, activation, call.place());
+  const FfnShape s = check_ffn(x, w_in, w_up, w_down, b_in, b_up, gated,
+                               check_gate_form(activation, beta, limit, up_shift), call.place());
   if (b_down) check_tensor(*b_down, "b_down", s.dtype, {s.O}, call.place());
   Tensor y = call.fresh({s.T, s.O});
   PreActivations pre = pre_activations(call, s, x, input_weights(s, w_in, w_up, b_in, b_up));
   Tensor h = call.fresh({s.T, s.F});
-  GatedAct a = describe(s, pre.gate, pre.up, beta);
+  GatedAct a = describe(s, pre.gate, pre.up);
   a.out[0] = h.mutable_data_ptr();
   a.out_stride[0] = s.F;
   launch_gated_act(call, a);
@@ -76,10 +77,11 @@ std::tuple<Tensor, Tensor, Tensor> ffn(const Tensor& x, const Tensor& w_in, Mayb
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_backward(
     const Tensor& d_y, const Tensor& x, const Tensor& w_in, MaybeTensor w_up, const Tensor& w_down, MaybeTensor b_in,
     MaybeTensor b_up, const Tensor& gate, const Tensor& up, bool gated, std::string activation, double beta,
-    std::vector<bool> needs) {
+    std::optional<double> limit, double up_shift, std::vector<bool> needs) {
   check_needs(needs, 7);
   Call call(x, "x");
-  const FfnShape s = check_ffn(x, w_in, w_up, w_down, b_in, b_up, gated, activation, call.place());
+  const FfnShape s = check_ffn(x, w_in, w_up, w_down, b_in, b_up, gated,
+                               check_gate_form(activation, beta, limit, up_shift), call.place());
   check_tensor(d_y, "d_y", s.dtype, {s.T, s.O}, call.place());
   const bool saved = check_saved("ffn", gate, up, s.dtype, s.T, s.F, s.gated, call.place());
   const bool need_x = needs[0], need_in = needs[1], need_up = needs[2] && w_up, need_down = needs[3];
@@ -92,7 +94,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_backward(
   if (need_hidden || need_down) {
     PreActivations pre{gate, up};
     if (!saved) pre = pre_activations(call, s, x, input_weights(s, w_in, w_up, b_in, b_up));
-    GatedAct a = describe(s, pre.gate, pre.up, beta);
+    GatedAct a = describe(s, pre.gate, pre.up);
     a.d_out = a.gate;  // any: without d_hidden it goes into nothing
     Tensor d_h = need_hidden ? call.fresh({s.T, s.F}) : call.nothing();
     if (need_hidden) {

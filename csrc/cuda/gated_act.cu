@@ -8,15 +8,14 @@
 namespace ffn_ops::cuda {
 namespace {
 
-GatedAct describe(const GatedActShape& s, const Tensor& gate, const MaybeTensor& up, double beta) {
+GatedAct describe(const GatedActShape& s, const Tensor& gate, const MaybeTensor& up) {
   GatedAct g;
+  g.set_form(s.form);
   g.rows = s.rows;
   g.cols = s.cols;
   g.dtype = s.dtype;
   g.gate = matrix(gate);
   if (up) g.up = matrix(*up);
-  g.activation = s.activation;
-  g.beta = beta;
   return g;
 }
 
@@ -29,19 +28,23 @@ Tensor output(const Call& call, GatedAct& g, int place, bool asked) {
   return out;
 }
 
-Tensor gated_act(const Tensor& gate, MaybeTensor up, std::string activation, double beta) {
+Tensor gated_act(const Tensor& gate, MaybeTensor up, std::string activation, double beta, std::optional<double> limit,
+                 double up_shift) {
   const Call call(gate, "gate");
-  GatedAct g = describe(check_gated_act(gate, up, activation, call.place()), gate, up, beta);
+  const GateForm form = check_gate_form(activation, beta, limit, up_shift);
+  GatedAct g = describe(check_gated_act(gate, up, form, call.place()), gate, up);
   Tensor out = output(call, g, 0, true);
   launch_gated_act(call, g);
   return out;
 }
 
 std::tuple<Tensor, Tensor> gated_act_backward(const Tensor& d_out, const Tensor& gate, MaybeTensor up,
-                                              std::string activation, double beta, std::vector<bool> needs) {
+                                              std::string activation, double beta, std::optional<double> limit,
+                                              double up_shift, std::vector<bool> needs) {
   check_needs(needs, 2);
   const Call call(gate, "gate");
-  GatedAct g = describe(check_gated_act(gate, up, activation, call.place()), gate, up, beta);
+  const GateForm form = check_gate_form(activation, beta, limit, up_shift);
+  GatedAct g = describe(check_gated_act(gate, up, form, call.place()), gate, up);
   check_same(d_out, "d_out", gate, g.dtype, call.place());
   g.d_out = matrix(d_out);
   Tensor d_gate = output(call, g, 0, needs[0]);
@@ -52,9 +55,11 @@ std::tuple<Tensor, Tensor> gated_act_backward(const Tensor& d_out, const Tensor&
 
 std::tuple<Tensor, Tensor, Tensor> gated_act_double_backward(MaybeTensor dd_gate, MaybeTensor dd_up,
                                                              const Tensor& d_out, const Tensor& gate, MaybeTensor up,
-                                                             std::string activation, double beta) {
+                                                             std::string activation, double beta,
+                                                             std::optional<double> limit, double up_shift) {
   const Call call(gate, "gate");
-  GatedAct g = describe(check_gated_act(gate, up, activation, call.place()), gate, up, beta);
+  const GateForm form = check_gate_form(activation, beta, limit, up_shift);
+  GatedAct g = describe(check_gated_act(gate, up, form, call.place()), gate, up);
   check_same(d_out, "d_out", gate, g.dtype, call.place());
   g.d_out = matrix(d_out);
   STD_TORCH_CHECK(!dd_up || up, "dd_up: expected none where up is none");

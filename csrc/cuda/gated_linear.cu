@@ -9,15 +9,14 @@
 namespace ffn_ops::cuda {
 namespace {
 
-GatedAct describe(const GatedLinearShape& s, const Tensor& gate, const Tensor& up, double beta) {
+GatedAct describe(const GatedLinearShape& s, const Tensor& gate, const Tensor& up) {
   GatedAct a;
+  a.set_form(s.form);
   a.rows = s.T;
   a.cols = s.F;
   a.dtype = s.dtype;
   a.gate = matrix(gate);
   a.up = matrix(up);
-  a.activation = s.activation;
-  a.beta = beta;
   return a;
 }
 
@@ -29,7 +28,8 @@ std::tuple<Tensor, Tensor, Tensor> gated_linear(const Tensor& x, std::vector<Ten
                                                 std::vector<Tensor> b_gate, std::vector<Tensor> b_up,
                                                 std::string activation, double beta, bool save) {
   Call call(x, "x");
-  const GatedLinearShape s = check_gated_linear(x, w_gate, w_up, b_gate, b_up, activation, call.place());
+  const GatedLinearShape s =
+      check_gated_linear(x, w_gate, w_up, b_gate, b_up, check_gate_form(activation, beta), call.place());
   Tensor y = call.fresh({s.T, s.F});
   const int64_t kept = save ? s.G : 1;  // else each branch takes the place of the one before
   Tensor gate = call.fresh({kept, s.T, s.F}), up = call.fresh({kept, s.T, s.F});
@@ -40,7 +40,7 @@ std::tuple<Tensor, Tensor, Tensor> gated_linear(const Tensor& x, std::vector<Ten
     const Tensor g = view(gate, at, s.T, s.F, s.F, 1), u = view(up, at, s.T, s.F, s.F, 1);
     linear(x, w_gate[branch], of_branch(b_gate, branch), g);
     linear(x, w_up[branch], of_branch(b_up, branch), u);
-    GatedAct a = describe(s, g, u, beta);
+    GatedAct a = describe(s, g, u);
     const bool last = i + 1 == s.G;
     if (last) a.out[0] = y.mutable_data_ptr();
     a.out_stride[0] = s.F;
@@ -57,7 +57,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_linear_backward(
     std::vector<Tensor> b_gate, std::vector<Tensor> b_up, const Tensor& gate, const Tensor& up, std::string activation,
     double beta, std::vector<bool> needs) {
   Call call(x, "x");
-  const GatedLinearShape s = check_gated_linear(x, w_gate, w_up, b_gate, b_up, activation, call.place());
+  const GatedLinearShape s =
+      check_gated_linear(x, w_gate, w_up, b_gate, b_up, check_gate_form(activation, beta), call.place());
   check_gated_linear_gradient(s, d_y, gate, up, needs, call.place());
   const int64_t half = s.G * s.F;
 
@@ -65,7 +66,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_linear_backward(
   Tensor d_hidden = call.fresh({s.T, 2 * half});
   for (int64_t i = 0; i < s.G; ++i) {
     const int64_t at = i * s.T * s.F;
-    GatedAct a = describe(s, view(gate, at, s.T, s.F, s.F, 1), view(up, at, s.T, s.F, s.F, 1), beta);
+    GatedAct a = describe(s, view(gate, at, s.T, s.F, s.F, 1), view(up, at, s.T, s.F, s.F, 1));
     a.d_out = matrix(d_y);
     a.out[0] = advance(d_hidden.mutable_data_ptr(), i * s.F, s.dtype);
     a.out[1] = advance(a.out[0], half, s.dtype);

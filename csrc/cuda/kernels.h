@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "../common/dtypes.h"
+#include "../common/gate_form.h"
 
 namespace ffn_ops::cuda {
 
@@ -19,7 +20,7 @@ struct Matrix {
 };
 
 // Element-wise passes over [rows, cols]. What is null is not there.
-struct GatedAct {
+struct GatedAct : GateForm {
   int64_t rows = 0, cols = 0;
   DType dtype = DType::kFloat32;
   const int64_t* kept = nullptr;  // rows from *kept on are not read, and zero in every output; null: all are there
@@ -37,8 +38,6 @@ struct GatedAct {
   // written where given. out, where given, is the rounded sum.
   void* sum = nullptr;
   bool accumulate = false;
-  int activation = 0;
-  double beta = 1.0;
 };
 
 // out[e, c] = sum over the rows r of segment e, offsets[e] <= r < offsets[e + 1] (offsets null: one segment of all
@@ -150,7 +149,7 @@ struct Operand {
   int64_t gather_limit = 0;
 };
 
-struct Epilogue {
+struct Epilogue : GateForm {
   enum class Kind {
     kStore,         // out = acc + bias
     kActivate,      // out = act(gate) * up or act(gate), each with its bias; saves gate and up where asked
@@ -167,12 +166,11 @@ struct Epilogue {
   int64_t pre_stride = 0;
   const void* bias = nullptr;  // of the output or of gate: [E, bias_stride]
   const void* bias_up = nullptr;
-  int64_t bias_stride = 0;  // between experts
-  int activation = 0;
-  double beta = 1.0;
+  int64_t bias_stride = 0;           // between experts
   const void* row_weight = nullptr;  // [R], of the arithmetic's dtype: kActivateGrad
   void* row_dots = nullptr;          // [R, row_dots_stride], part p = sum over tile p's columns of dA' * act(gate) * up
   int64_t row_dots_stride = 0;
+  bool interleaved = false;  // kActivateGrad, gated: rows of out hold d_gate and d_up in turns, there is no out_up
 };
 
 // kRows: for each expert e and each of its rows r, out[r, n] = sum over k of A(r, k) * B_e(n, k).

@@ -14,12 +14,11 @@ namespace {
 
 struct Moe : MoeShape {
   Experts experts;
-  double beta;
 };
 
 Moe describe(Call& call, const MoeShape& s, const MaybeTensor& token, const MaybeTensor& weight, const Tensor& offsets,
-             const MaybeTensor& row, const MaybeTensor& token_offsets, double beta) {
-  Moe c{s, {s.dtype, s.E, s.R, call.indices(offsets)}, beta};
+             const MaybeTensor& row, const MaybeTensor& token_offsets) {
+  Moe c{s, {s.dtype, s.E, s.R, call.indices(offsets)}};
   Experts& e = c.experts;
   e.routed = s.routed;
   e.routes.kept = e.offsets + s.E;
@@ -37,29 +36,30 @@ void pre_activations(Call& call, const Moe& c, const Tensor& x, const Tensor& w_
                      void* up, void* h) {
   GroupedGemm g = rows_product(c.experts, token_rows(c.experts, x), c.D, expert_weights(w_in, c.dtype, false, 0), c.F);
   g.gated = c.gated;
-  if (c.gated) g.b_up = expert_weights(w_in, c.dtype, false, c.F);
+  if (c.gated) g.b_up = expert_weights(w_in, c.dtype, false, c.interleaved ? 1 : c.F);
+  if (c.interleaved) g.b.lane_stride = g.b_up.lane_stride = 2 * g.b.lane_stride;
   Epilogue& e = g.epilogue;
   e.kind = Epilogue::Kind::kActivate;
   e.out = h;
   e.out_stride = e.pre_stride = c.F;
   e.gate = gate;
   e.up = up;
-  e.bias = call.dense(b_in);
+  e.bias = call.dense(b_in && c.interleaved ? MaybeTensor(gate_then_up(*b_in)) : b_in);
   e.bias_up = c.gated ? advance(e.bias, c.F, c.dtype) : nullptr;
   e.bias_stride = c.hidden();
-  e.activation = c.activation;
-  e.beta = c.beta;
+  e.set_form(c.form);
   launch_product(call, g);
 }
 
 std::tuple<Tensor, Tensor, Tensor> moe(const Tensor& x, MaybeTensor token, MaybeTensor weight, const Tensor& offsets,
                                        MaybeTensor row, MaybeTensor token_offsets, const Tensor& w_in,
                                        const Tensor& w_down, MaybeTensor b_in, MaybeTensor b_down, bool gated,
-                                       std::string activation, double beta, bool save) {
+                                       bool interleaved, std::string activation, double beta,
+                                       std::optional<double> limit, double up_shift, bool save) {
   Call call(x, "x");
   const MoeShape s = check_moe(x, token, weight, offsets, row, token_offsets, w_in, w_down, b_in, b_down, gated,
-                               activation, call.place());
-  const Moe c = describe(call, s, token, weight, offsets, row, token_offsets, beta);
+                               interleaved, check_gate_form(activation, beta, limit, up_shift), call.place());
+  const Moe c = describe(call, s, token, weight, offsets, row, token_offsets);
   Tensor y = call.fresh({c.T, c.O});
   Tensor gate = save ? call.fresh({c.R, c.F}) : call.nothing();
   Tensor up = save && c.gated ? call.fresh({c.R, c.F}) : call.nothing();
@@ -86,14 +86,14 @@ void hidden_gradient(Call& call, const Moe& c, const Tensor& d_y, const Tensor& 
   Epilogue& e = g.epilogue;
   e.kind = Epilogue::Kind::kActivateGrad;
   e.out = out.d_hidden;
-  e.out_up = c.gated ? advance(out.d_hidden, c.F, c.dtype) : nullptr;
+  e.out_up = c.gated && !c.interleaved ? advance(out.d_hidden, c.F, c.dtype) : nullptr;
+  e.interleaved = c.interleaved;
   e.out_stride = c.hidden();
   e.h = out.h;
   e.gate = const_cast<void*>(gate);
   e.up = const_cast<void*>(up);
   e.pre_stride = c.F;
-  e.activation = c.activation;
-  e.beta = c.beta;
+  e.set_form(c.form);
   e.row_weight = c.experts.weight;
   e.row_dots = out.parts;
   e.row_dots_stride = out.num_parts;
@@ -103,6 +103,7 @@ void hidden_gradient(Call& call, const Moe& c, const Tensor& d_y, const Tensor& 
 // h alone, where nothing else is asked for.
 void hidden(const Call& call, const Moe& c, const void* gate, const void* up, void* h) {
   GatedAct a;
+  a.set_form(c.form);
   a.rows = c.R;
   a.cols = a.out_stride[2] = c.F;
   a.dtype = c.dtype;
@@ -111,8 +112,6 @@ void hidden(const Call& call, const Moe& c, const void* gate, const void* up, vo
   if (c.gated) a.up = dense_matrix(up, c.F);
   a.out[2] = h;
   a.row_weight = c.experts.weight;
-  a.activation = c.activation;
-  a.beta = c.beta;
   launch_gated_act_backward(call, a);
 }
 
@@ -134,17 +133,31 @@ void weight_gradient(Call& call, const Moe& c, const Tensor& d_y, const MaybeTen
   launch_row_dots(call, job);
 }
 
+// d_w [E, N, K] = sum over each expert's rows of d_out^T in, stored as the weight is.
+Tensor weights_gradient(Call& call, const Moe& c, const Tensor& w, const Operand& d_out, const Operand& in) {
+  const int64_t N = w.size(1), K = w.size(2);
+  if (!is_transposed(w)) {
+    Tensor d_w = call.fresh({c.E, N, K});
+    outer_products(call, c.experts, d_out, N, in, K, d_w);
+    return d_w;
+  }
+  Tensor d_w = call.fresh({c.E, K, N});
+  outer_products(call, c.experts, in, K, d_out, N, d_w);
+  return torch::stable::transpose(d_w, 1, 2);
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_backward(
     const Tensor& d_y, const Tensor& x, MaybeTensor token, MaybeTensor weight, const Tensor& offsets, MaybeTensor row,
     MaybeTensor token_offsets, const Tensor& w_in, const Tensor& w_down, MaybeTensor b_in, MaybeTensor b_down,
-    const Tensor& gate, const Tensor& up, bool gated, std::string activation, double beta, std::vector<bool> needs) {
+    const Tensor& gate, const Tensor& up, bool gated, bool interleaved, std::string activation, double beta,
+    std::optional<double> limit, double up_shift, std::vector<bool> needs) {
   check_needs(needs, 6);
   Call call(x, "x");
   const MoeShape s = check_moe(x, token, weight, offsets, row, token_offsets, w_in, w_down, b_in, b_down, gated,
-                               activation, call.place());
+                               interleaved, check_gate_form(activation, beta, limit, up_shift), call.place());
   check_tensor(d_y, "d_y", s.dtype, {s.T, s.O}, call.place());
   const bool saved = check_saved("moe", gate, up, s.dtype, s.R, s.F, s.gated, call.place());
-  const Moe c = describe(call, s, token, weight, offsets, row, token_offsets, beta);
+  const Moe c = describe(call, s, token, weight, offsets, row, token_offsets);
   const bool need_x = needs[0], need_weight = needs[1] && c.routed, need_in = needs[2];
   const bool need_down = needs[3], need_b_in = needs[4], need_b_down = needs[5];
   const bool need_hidden = need_x || need_in || need_b_in || need_weight;
@@ -179,12 +192,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_backward(
   if (need_weight) weight_gradient(call, c, d_y, b_down, of, d_weight);
 
   const Operand hidden_rows = dense_rows(d_hidden.const_data_ptr(), c.hidden());
-  Tensor d_w_down = need_down ? call.fresh({c.E, c.O, c.F}) : call.nothing();
-  if (need_down) outer_products(call, c.experts, token_rows(c.experts, d_y), c.O, dense_rows(of.h, c.F), c.F, d_w_down);
+  Tensor d_w_down = call.nothing();
+  if (need_down) d_w_down = weights_gradient(call, c, w_down, token_rows(c.experts, d_y), dense_rows(of.h, c.F));
   Tensor d_x = need_x ? call.fresh({c.T, c.D}) : call.nothing();
   if (need_x) combined_product(call, c.experts, hidden_rows, c.hidden(), w_in, true, c.D, nullptr, nullptr, d_x);
-  Tensor d_w_in = need_in ? call.fresh({c.E, c.hidden(), c.D}) : call.nothing();
-  if (need_in) outer_products(call, c.experts, hidden_rows, c.hidden(), token_rows(c.experts, x), c.D, d_w_in);
+  Tensor d_w_in = call.nothing();
+  if (need_in) d_w_in = weights_gradient(call, c, w_in, hidden_rows, token_rows(c.experts, x));
   Tensor d_b_in = need_b_in ? call.fresh({c.E, c.hidden()}) : call.nothing();
   if (need_b_in) sum_expert_rows(call, c.experts, hidden_rows, nullptr, d_b_in);
   Tensor d_b_down = need_b_down ? call.fresh({c.E, c.O}) : call.nothing();

@@ -192,6 +192,12 @@ struct alignas(16) Words {
   uint32_t word[4];
 };
 
+template <class V>
+FFN_FN GateLimit<V> limit_of(const GateForm& form) {
+  using T = typename V::Scalar;
+  return {form.limited(), V(T(form.bound())), V(T(form.up_shift))};
+}
+
 // N values of storage type S in registers, a multiple of 16 bytes.
 template <class S, int N = 16 / int(sizeof(S))>
 struct Pack {

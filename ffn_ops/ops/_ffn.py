@@ -26,6 +26,8 @@ def ffn(
     b_down: Tensor | None = None,
     activation: str = "silu",
     beta: float = 1.0,
+    limit: float | None = None,
+    up_shift: float = 0.0,
     recompute: bool = False,
 ) -> Tensor:
     """``(act(x w_in^T + b_in) * (x w_up^T + b_up)) w_down^T + b_down``, or without the gate: the whole FFN in one op.
@@ -38,7 +40,7 @@ def ffn(
         w_up: ``[F, D]``: makes the FFN gated.
         gated: None stands for "``w_up`` is given".
         b_in, b_up, b_down: biases of the same widths as their weights' rows, or None.
-        activation, beta: see :func:`gated_act`.
+        activation, beta, limit, up_shift: see :func:`gated_act`.
         recompute: save x alone for backward and compute the pre-activations again there. Same bits, less memory.
 
     Returns:
@@ -62,16 +64,18 @@ def ffn(
     if x.dim() < 1:
         raise ValueError(f"x: expected shape [..., D], got {list(x.shape)}")
     check.number("beta", beta)
+    check.gate_limit(limit, up_shift, gated)
+    form = (activation, float(beta), None if limit is None else float(limit), float(up_shift))
     by_torch = prefers_torch(x)
     if by_torch or torch.compiler.is_compiling():
         _check_ffn(x, w_in, w_up, w_down, b_in, b_up, b_down, gated, activation)
     if by_torch:
-        return _ffn_by_torch(x, w_in, w_up, w_down, b_in, b_up, b_down, gated, activation, beta)
+        return _ffn_by_torch(x, w_in, w_up, w_down, b_in, b_up, b_down, gated, form)
     refused: Exception | None = None
     try:
         grad = needs_grad(x, w_in, w_down, w_up, b_in, b_up, b_down)
         save = grad and not recompute
-        args = (w_in, w_up, w_down, b_in, b_up, b_down, gated, activation, float(beta), save)
+        args = (w_in, w_up, w_down, b_in, b_up, b_down, gated, *form, save)
         y = _ffn(fold(x), *args, grad=grad)[0]
     except Exception as error:
         refused = error
@@ -93,16 +97,17 @@ def _ffn_by_torch(
     b_up: Tensor | None,
     b_down: Tensor | None,
     gated: bool,
-    activation: str,
-    beta: float,
+    form: tuple[str, float, float | None, float],
 ) -> Tensor:
+    activation, beta, limit, up_shift = form
     pre = F.linear(x, w_in, b_in)
     up = None
     if w_up is not None:
         up = F.linear(x, w_up, b_up)
     elif gated:
         pre, up = pre.chunk(2, -1)
-    return F.linear(gated_act(pre, up, activation=activation, beta=beta), w_down, b_down)
+    h = gated_act(pre, up, activation=activation, beta=beta, limit=limit, up_shift=up_shift)
+    return F.linear(h, w_down, b_down)
 
 
 def _check_ffn(
@@ -151,10 +156,13 @@ def _(
     gated: bool,
     activation: str,
     beta: float,
+    limit: float | None,
+    up_shift: float,
     save: bool,
 ) -> Any:
     check.tensor("x", x, ("T", "D"))
     gated = gated or w_up is not None
+    check.gate_limit(limit, up_shift, gated)
     features, out = _check_ffn(x, w_in, w_up, w_down, b_in, b_up, b_down, gated, activation)
     gate = dense(x, x.shape[0], features) if save else dense(x, 0)
     up = dense(x, x.shape[0], features) if save and gated else dense(x, 0)
@@ -175,6 +183,8 @@ def _(
     gated: bool,
     activation: str,
     beta: float,
+    limit: float | None,
+    up_shift: float,
     needs: list[bool],
 ) -> Any:
     check.tensor("x", x, ("T", "D"))
@@ -198,7 +208,7 @@ def _(
 
 
 def _ffn_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    x, w_in, w_up, w_down, b_in, b_up, _b_down, ctx.gated, ctx.activation, ctx.beta, _save = inputs
+    x, w_in, w_up, w_down, b_in, b_up, _b_down, ctx.gated, *ctx.form, _save = inputs
     _y, gate, up = output
     ctx.mark_non_differentiable(gate, up)
     ctx.set_materialize_grads(False)
@@ -207,15 +217,15 @@ def _ffn_setup(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _ffn_backward_formula(ctx: Any, d_y: Tensor | None, _gate: Any, _up: Any) -> Any:
     if d_y is None:
-        return (None,) * 11
+        return (None,) * 13
     x, w_in, w_up, w_down, b_in, b_up, gate, up = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:7])
-    grads = _ffn_backward(d_y, x, w_in, w_up, w_down, b_in, b_up, gate, up, ctx.gated, ctx.activation, ctx.beta, needs)
-    return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), None, None, None, None)
+    grads = _ffn_backward(d_y, x, w_in, w_up, w_down, b_in, b_up, gate, up, ctx.gated, *ctx.form, needs)
+    return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), *(None,) * 6)
 
 
 def _ffn_backward_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    d_y, x, w_in, w_up, w_down, b_in, b_up, gate, up, ctx.gated, ctx.activation, ctx.beta, _needs = inputs
+    d_y, x, w_in, w_up, w_down, b_in, b_up, gate, up, ctx.gated, *ctx.form, _needs = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(d_y, x, w_in, w_up, w_down, b_in, b_up, gate, up)
 
@@ -236,7 +246,7 @@ def _ffn_double_backward(ctx: Any, *grads: Tensor | None) -> Any:
         up = None if w_u is None else F.linear(x, w_u, b_u)
     elif w_u is None:
         up = None
-    act = (ctx.activation, ctx.beta)
+    act = ctx.form
 
     d_h = d_y @ w_down
     d_g, d_u = gated_act_backward(d_h, gate, up, *act, [True, True])
@@ -276,7 +286,7 @@ def _ffn_double_backward(ctx: Any, *grads: Tensor | None) -> Any:
         d_y.t() @ by_d_h,
         by_b_in if b_in is not None else None,
         by_b_up if b_up is not None else None,
-        *(None,) * 6,
+        *(None,) * 8,
     )
 
 

@@ -11,14 +11,28 @@ from .._library import differentiable, fake, vmap_by_loop
 from ._shared import NAMES, dense, fold, third_order, third_setup
 
 
-def gated_act(gate: Tensor, up: Tensor | None = None, *, activation: str = "silu", beta: float = 1.0) -> Tensor:
+def gated_act(
+    gate: Tensor,
+    up: Tensor | None = None,
+    *,
+    activation: str = "silu",
+    beta: float = 1.0,
+    limit: float | None = None,
+    up_shift: float = 0.0,
+) -> Tensor:
     """``act(gate) * up``, or ``act(gate)`` where ``up`` is None, in one pass over memory.
+
+    With ``limit`` and ``up_shift`` it is ``act(min(gate, limit)) * (clamp(up, -limit, limit) + up_shift)``; gate and up
+    at the limit and beyond get no gradient, as from ``torch.clamp``. gpt-oss has ``activation="swish", beta=1.702,
+    limit=7.0, up_shift=1.0``.
 
     Args:
         gate: any shape; float64, float32, float16 or bfloat16.
         up: same shape, dtype and device as ``gate``.
         activation: one of :func:`activations`.
         beta: the factor of ``swish(z) = z * sigmoid(beta * z)``; other activations ignore it.
+        limit: a positive number, or None for none; only with ``up``, as is ``up_shift``.
+        up_shift: what is added to ``up``.
 
     Returns:
         A tensor like ``gate``. Arithmetic is float32 (float64 for float64), rounded once.
@@ -27,15 +41,18 @@ def gated_act(gate: Tensor, up: Tensor | None = None, *, activation: str = "silu
         TypeError, ValueError: name of the argument, what was expected and what came.
 
     Source:
-        Shazeer, GLU Variants Improve Transformer (2020), equations 5 and 6 without their products.
+        Shazeer, GLU Variants Improve Transformer (2020), equations 5 and 6 without their products; the limit and the
+        shift: gpt-oss-120b & gpt-oss-20b Model Card (2025).
     """
     check.tensor("gate", gate)
     if up is not None:
         check.tensor("up", up, gate.shape, like=gate)
     check.activation(activation, NAMES)
     check.number("beta", beta)
+    check.gate_limit(limit, up_shift, up is not None)
+    form = (activation, float(beta), None if limit is None else float(limit), float(up_shift))
     if gate.dim() == 2:
-        return gated_act_op(gate, up, activation, float(beta))  # type: ignore[no-any-return]
+        return gated_act_op(gate, up, *form)  # type: ignore[no-any-return]
     shape = gate.shape
     if gate.dim() < 2:
         gate = gate.reshape(1, -1)
@@ -43,26 +60,38 @@ def gated_act(gate: Tensor, up: Tensor | None = None, *, activation: str = "silu
     else:
         gate = fold(gate)
         up = None if up is None else fold(up)
-    return gated_act_op(gate, up, activation, float(beta)).reshape(shape)  # type: ignore[no-any-return]
+    return gated_act_op(gate, up, *form).reshape(shape)  # type: ignore[no-any-return]
 
 
-def _check_gated_act(gate: Tensor, up: Tensor | None, activation: str, **others: Tensor | None) -> None:
+def _check_gated_act(
+    gate: Tensor, up: Tensor | None, activation: str, limit: float | None, up_shift: float, **others: Tensor | None
+) -> None:
     check.tensor("gate", gate, ("rows", "columns"))
     for name, value in {"up": up, **others}.items():
         if value is not None:
             check.tensor(name, value, gate.shape, like=gate)
     check.activation(activation, NAMES)
+    check.gate_limit(limit, up_shift, up is not None)
 
 
 @fake("gated_act")
-def _(gate: Tensor, up: Tensor | None, activation: str, beta: float) -> Tensor:
-    _check_gated_act(gate, up, activation)
+def _(gate: Tensor, up: Tensor | None, activation: str, beta: float, limit: float | None, up_shift: float) -> Tensor:
+    _check_gated_act(gate, up, activation, limit, up_shift)
     return dense(gate, *gate.shape)
 
 
 @fake("gated_act_backward")
-def _(d_out: Tensor, gate: Tensor, up: Tensor | None, activation: str, beta: float, needs: list[bool]) -> Any:
-    _check_gated_act(gate, up, activation, d_out=d_out)
+def _(
+    d_out: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    activation: str,
+    beta: float,
+    limit: float | None,
+    up_shift: float,
+    needs: list[bool],
+) -> Any:
+    _check_gated_act(gate, up, activation, limit, up_shift, d_out=d_out)
     return (
         dense(gate, *gate.shape) if needs[0] else dense(gate, 0),
         dense(gate, *gate.shape) if needs[1] and up is not None else dense(gate, 0),
@@ -78,26 +107,28 @@ def _(
     up: Tensor | None,
     activation: str,
     beta: float,
+    limit: float | None,
+    up_shift: float,
 ) -> Any:
-    _check_gated_act(gate, up, activation, d_out=d_out, dd_gate=dd_gate, dd_up=dd_up)
+    _check_gated_act(gate, up, activation, limit, up_shift, d_out=d_out, dd_gate=dd_gate, dd_up=dd_up)
     none = dense(gate, 0)
     return dense(gate, *gate.shape), dense(gate, *gate.shape), none if up is None else dense(gate, *gate.shape)
 
 
 def _gated_act_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    gate, up, ctx.activation, ctx.beta = inputs
+    gate, up, *ctx.form = inputs
     ctx.save_for_backward(gate, up)
 
 
 def _gated_act_backward_formula(ctx: Any, d_out: Tensor) -> Any:
     gate, up = ctx.saved_tensors
     needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1]]
-    d_gate, d_up = gated_act_backward(d_out, gate, up, ctx.activation, ctx.beta, needs)
-    return d_gate if needs[0] else None, d_up if needs[1] else None, None, None
+    d_gate, d_up = gated_act_backward(d_out, gate, up, *ctx.form, needs)
+    return d_gate if needs[0] else None, d_up if needs[1] else None, *(None,) * 4
 
 
 def _gated_act_backward_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    d_out, gate, up, ctx.activation, ctx.beta, _needs = inputs
+    d_out, gate, up, *ctx.form, _needs = inputs
     ctx.save_for_backward(d_out, gate, up)
     ctx.set_materialize_grads(False)
 
@@ -109,9 +140,9 @@ def _gated_act_double_backward_formula(ctx: Any, dd_gate: Tensor | None, dd_up: 
     if dd_gate is not None and dd_gate.numel() == 0 and gate.numel() != 0:
         dd_gate = None
     if dd_gate is None and dd_up is None:
-        return None, None, None, None, None, None
-    by_d, by_gate, by_up = gated_act_double_backward(dd_gate, dd_up, d_out, gate, up, ctx.activation, ctx.beta)
-    return by_d, by_gate, None if up is None else by_up, None, None, None
+        return (None,) * 8
+    by_d, by_gate, by_up = gated_act_double_backward(dd_gate, dd_up, d_out, gate, up, *ctx.form)
+    return by_d, by_gate, None if up is None else by_up, *(None,) * 5
 
 
 gated_act_double_backward = differentiable("gated_act_double_backward", third_setup, third_order)

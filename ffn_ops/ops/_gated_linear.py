@@ -191,8 +191,9 @@ def _gated_linear_double_backward(ctx: Any, *grads: Tensor | None) -> Any:
         part = [None if t is None else t[i] for t in (dd_w_gate, dd_w_up, dd_b_gate, dd_b_up)]
         dd_g = linear_cotangent(x, w_gate[i], dd_x, part[0], part[2])
         dd_u = linear_cotangent(x, w_up[i], dd_x, part[1], part[3])
-        d_g, d_u = gated_act_backward(d_y, gate[i], up[i], ctx.activation, ctx.beta, [True, True])
-        by_d, by_g, by_u = gated_act_double_backward(dd_g, dd_u, d_y, gate[i], up[i], ctx.activation, ctx.beta)
+        form = (ctx.activation, ctx.beta, None, 0.0)
+        d_g, d_u = gated_act_backward(d_y, gate[i], up[i], *form, [True, True])
+        by_d, by_g, by_u = gated_act_double_backward(dd_g, dd_u, d_y, gate[i], up[i], *form)
         by_d_y = by_d_y + by_d
         by_x = by_x + by_g @ w_gate[i] + by_u @ w_up[i]
         if part[0] is not None:

@@ -24,10 +24,13 @@ def moe(
     w_down: Tensor,
     *,
     gated: bool = False,
+    interleaved: bool = False,
     b_in: Tensor | None = None,
     b_down: Tensor | None = None,
     activation: str = "gelu",
     beta: float = 1.0,
+    limit: float | None = None,
+    up_shift: float = 0.0,
     recompute: bool = False,
 ) -> Tensor:
     """``y[t] = sum over the rows r of token t of weight[r] * expert(x[t])``: a mixture of experts in one operator.
@@ -40,10 +43,12 @@ def moe(
         routing: who computes what, see :mod:`ffn_ops.routing`. Its weights get a gradient; they are float32 (float64
             for float64), also under autocast.
         w_in: ``[E, F, D]``; gated ``[E, 2F, D]``, gate rows first.
-        w_down: ``[E, D_out, F]``.
+        w_down: ``[E, D_out, F]``. Weights may have any strides; the gradient of one that is the transpose of a dense
+            tensor is stored in its order.
         gated: whether ``w_in`` holds gate and up weights.
+        interleaved: gated: whether rows of ``w_in``, and of ``b_in``, are those of gate and up in turns.
         b_in, b_down: ``[E, F]`` (gated ``[E, 2F]``) and ``[E, D_out]``, or None.
-        activation, beta: see :func:`ffn_ops.gated_act`.
+        activation, beta, limit, up_shift: see :func:`ffn_ops.gated_act`.
         recompute: save x and the routing alone for backward. Same bits, less memory.
 
     Returns:
@@ -60,11 +65,12 @@ def moe(
     check.tensor("x", x)
     x, w_in, w_down, b_in, b_down = autocast(x, w_in, w_down, b_in, b_down)  # type: ignore[assignment]
     check_routing(x, routing)
-    _check_weights(x, routing.offsets, w_in, w_down, b_in, b_down, gated, activation, beta, recompute)
+    form = _form(activation, beta, limit, up_shift, gated, interleaved, recompute)
+    _check_weights(x, routing.offsets, w_in, w_down, b_in, b_down, gated)
     token, weight, offsets, row, token_offsets = routing[:5]
     weight = weight.to(arithmetic(x))
     grad = needs_grad(x, weight, w_in, w_down, b_in, b_down)
-    experts = (w_in, w_down, b_in, b_down, gated, activation, float(beta), grad and not recompute)
+    experts = (w_in, w_down, b_in, b_down, gated, interleaved, *form, grad and not recompute)
     y = moe_op(fold(x), token, weight, offsets, row, token_offsets, *experts, grad=grad)[0]
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], w_down.shape[1])  # type: ignore[no-any-return]
 
@@ -76,10 +82,13 @@ def moe_experts(
     w_down: Tensor,
     *,
     gated: bool = False,
+    interleaved: bool = False,
     b_in: Tensor | None = None,
     b_down: Tensor | None = None,
     activation: str = "gelu",
     beta: float = 1.0,
+    limit: float | None = None,
+    up_shift: float = 0.0,
     recompute: bool = False,
 ) -> Tensor:
     """The experts of :func:`moe` on rows that are sorted already: expert e computes rows ``offsets[e]`` to
@@ -88,7 +97,7 @@ def moe_experts(
     Args:
         rows: ``[R, D]``, as :func:`moe_dispatch` gives them or a collective brings them.
         offsets: ``[E + 1]`` int64, from 0, never falling. Rows from ``offsets[E]`` on are not read.
-        w_in, w_down, gated, b_in, b_down, activation, beta, recompute: see :func:`moe`.
+        w_in, w_down, gated, interleaved, b_in, b_down, activation, beta, limit, up_shift, recompute: see :func:`moe`.
 
     Returns:
         ``[R, D_out]``, zeros from ``offsets[E]`` on.
@@ -103,10 +112,29 @@ def moe_experts(
     rows, w_in, w_down, b_in, b_down = autocast(rows, w_in, w_down, b_in, b_down)  # type: ignore[assignment]
     check.indices("offsets", offsets)
     check.device("offsets", offsets, rows, "rows")
-    _check_weights(rows, offsets, w_in, w_down, b_in, b_down, gated, activation, beta, recompute)
+    form = _form(activation, beta, limit, up_shift, gated, interleaved, recompute)
+    _check_weights(rows, offsets, w_in, w_down, b_in, b_down, gated)
     grad = needs_grad(rows, w_in, w_down, b_in, b_down)
-    experts = (w_in, w_down, b_in, b_down, gated, activation, float(beta), grad and not recompute)
+    experts = (w_in, w_down, b_in, b_down, gated, interleaved, *form, grad and not recompute)
     return moe_op(rows, None, None, offsets, None, None, *experts, grad=grad)[0]  # type: ignore[no-any-return]
+
+
+_Form = tuple[str, float, float | None, float]
+
+
+def _form(
+    activation: str, beta: float, limit: float | None, up_shift: float, gated: bool, interleaved: bool, recompute: bool
+) -> _Form:
+    """Checks the options and returns those that say what a gate computes."""
+    check.flag("gated", gated)
+    check.flag("interleaved", interleaved)
+    check.flag("recompute", recompute)
+    check.activation(activation, NAMES)
+    check.number("beta", beta)
+    check.gate_limit(limit, up_shift, gated)
+    if interleaved and not gated:
+        raise ValueError("interleaved: expected False where gated is False, got True")
+    return activation, float(beta), None if limit is None else float(limit), float(up_shift)
 
 
 def _check_weights(
@@ -117,20 +145,13 @@ def _check_weights(
     b_in: Tensor | None,
     b_down: Tensor | None,
     gated: bool,
-    activation: str,
-    beta: float = 1.0,
-    recompute: bool = False,
 ) -> tuple[Any, Any]:
     """Returns F and the width of the output."""
-    check.flag("gated", gated)
-    check.flag("recompute", recompute)
-    check.activation(activation, NAMES)
-    check.number("beta", beta)
     experts = offsets.shape[0] - 1
     check.tensor("w_in", w_in, (experts, "2F" if gated else "F", x.shape[-1]), like=x)
     rows = w_in.shape[1]
     if gated and rows % 2:
-        raise ValueError(f"w_in: expected an even number of rows, gate rows first, got {list(w_in.shape)}")
+        raise ValueError(f"w_in: expected an even number of rows, of gate and up, got {list(w_in.shape)}")
     features = rows // 2 if gated else rows
     check.tensor("w_down", w_down, (experts, "D_out", features), like=x)
     if b_in is not None:
@@ -157,12 +178,16 @@ def _(
     b_in: Tensor | None,
     b_down: Tensor | None,
     gated: bool,
+    interleaved: bool,
     activation: str,
     beta: float,
+    limit: float | None,
+    up_shift: float,
     save: bool,
 ) -> Any:
     check.tensor("x", x, ("T", "D"))
-    features, out = _check_weights(x, offsets, w_in, w_down, b_in, b_down, gated, activation)
+    _form(activation, beta, limit, up_shift, gated, interleaved, False)
+    features, out = _check_weights(x, offsets, w_in, w_down, b_in, b_down, gated)
     rows = _num_rows(x, token)
     gate = dense(x, rows, features) if save else dense(x, 0)
     up = dense(x, rows, features) if save and gated else dense(x, 0)
@@ -185,23 +210,38 @@ def _(
     gate: Tensor,
     up: Tensor,
     gated: bool,
+    interleaved: bool,
     activation: str,
     beta: float,
+    limit: float | None,
+    up_shift: float,
     needs: list[bool],
 ) -> Any:
     check.tensor("x", x, ("T", "D"))
-    features, out = _check_weights(x, offsets, w_in, w_down, b_in, b_down, gated, activation)
+    _form(activation, beta, limit, up_shift, gated, interleaved, False)
+    _features, out = _check_weights(x, offsets, w_in, w_down, b_in, b_down, gated)
     check.tensor("d_y", d_y, (x.shape[0], out), like=x)
     experts = w_in.shape[0]
-    shapes = (x.shape, None, w_in.shape, (experts, out, features), w_in.shape[:2], (experts, out))
+    shapes = (x.shape, None, None, None, w_in.shape[:2], (experts, out))
     grads = [dense(x, *s) if need and s is not None else dense(x, 0) for s, need in zip(shapes, needs, strict=True)]
+    for place, w in ((2, w_in), (3, w_down)):
+        if needs[place]:
+            grads[place] = _as_stored(w)
     if needs[1] and token is not None:
         grads[1] = x.new_empty((token.shape[0],), dtype=arithmetic(x))
     return tuple(grads)
 
 
+def _as_stored(w: Tensor) -> Tensor:
+    """A dense tensor in the order of the weight, where that is the transpose's."""
+    if w.stride(1) == 1 and w.stride(2) != 1:
+        return dense(w, w.shape[0], w.shape[2], w.shape[1]).transpose(1, 2)
+    return dense(w, *w.shape)
+
+
 def _moe_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    *tensors, ctx.gated, ctx.activation, ctx.beta, _save = inputs
+    *tensors, ctx.gated, ctx.interleaved, activation, beta, limit, up_shift, _save = inputs
+    ctx.form = (activation, beta, limit, up_shift)
     _y, gate, up = output
     ctx.mark_non_differentiable(gate, up)
     ctx.set_materialize_grads(False)
@@ -213,18 +253,19 @@ _PLACES = (0, 2, 6, 7, 8, 9)
 
 
 def _moe_backward_formula(ctx: Any, d_y: Tensor | None, _gate: Any, _up: Any) -> Any:
-    result: list[Any] = [None] * 14
+    result: list[Any] = [None] * 17
     if d_y is None:
         return tuple(result)
     needs = [ctx.needs_input_grad[place] for place in _PLACES]
-    grads = moe_backward_op(d_y, *ctx.saved_tensors, ctx.gated, ctx.activation, ctx.beta, needs)
+    grads = moe_backward_op(d_y, *ctx.saved_tensors, ctx.gated, ctx.interleaved, *ctx.form, needs)
     for place, grad, need in zip(_PLACES, grads, needs, strict=True):
         result[place] = grad if need else None
     return tuple(result)
 
 
 def _moe_backward_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    *tensors, ctx.gated, ctx.activation, ctx.beta, _needs = inputs
+    *tensors, ctx.gated, ctx.interleaved, activation, beta, limit, up_shift, _needs = inputs
+    ctx.form = (activation, beta, limit, up_shift)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors)
 
@@ -238,7 +279,7 @@ def _moe_double_backward(ctx: Any, *grads: Tensor | None) -> Any:
     """
     d_y, x, token, weight, offsets, row, token_offsets, w_in, w_down, b_in, b_down, gate, up = ctx.saved_tensors
     dd_x, dd_s, dd_w_in, dd_w_down, dd_b_in, dd_b_down = (given(g) for g in grads)
-    act = (ctx.activation, ctx.beta)
+    act = ctx.form
     route = (offsets, row, token_offsets)
     transposed = w_down.transpose(1, 2)
 
@@ -255,10 +296,14 @@ def _moe_double_backward(ctx: Any, *grads: Tensor | None) -> Any:
         return outer_op(rows, ones, offsets).squeeze(2)  # type: ignore[no-any-return]
 
     def halves(z: Tensor) -> tuple[Tensor, Tensor | None]:
-        return tuple(z.chunk(2, 1)) if ctx.gated else (z, None)  # type: ignore[return-value]
+        if not ctx.gated:
+            return z, None
+        return (z[:, ::2], z[:, 1::2]) if ctx.interleaved else tuple(z.chunk(2, 1))  # type: ignore[return-value]
 
     def joined(by_gate: Tensor, by_up: Tensor | None) -> Tensor:
-        return torch.cat((by_gate, by_up), 1) if by_up is not None and ctx.gated else by_gate
+        if by_up is None or not ctx.gated:
+            return by_gate
+        return torch.stack((by_gate, by_up), 2).flatten(1) if ctx.interleaved else torch.cat((by_gate, by_up), 1)
 
     def dots(a: Tensor, b: Tensor) -> Tensor:
         return (a * b).sum(1, keepdim=True)
@@ -322,7 +367,7 @@ def _moe_double_backward(ctx: Any, *grads: Tensor | None) -> Any:
         outer_op(g, by_a, offsets),
         total(by_z) if b_in is not None else None,
         by_b_down,
-        *(None,) * 6,
+        *(None,) * 9,
     )
 
 

@@ -4,6 +4,7 @@
 
 #include "../../csrc/cuda/elementwise.cuh"
 
+#include <algorithm>
 #include <cmath>
 #include <functional>
 #include <vector>
@@ -73,6 +74,7 @@ struct Case {
   bool gated, biased, kept, weighted, summed, all_out;
   int layout;
   int64_t rows, cols;
+  bool limited = false;  // only where gated
 };
 
 // A matrix of random values in one of several layouts.
@@ -96,16 +98,24 @@ constexpr int kLayouts = 7;
 
 // What the kernels must give, from the activation in double.
 template <class Act>
-void expected_at(const Case& k, double gate, double up, double d, double ddg, double ddu, double beta,
+void expected_at(const Case& k, double gate, double up, double d, double ddg, double ddu, const GateForm& form,
                  double (&out)[3]) {
   using V = Lane<double>;
-  const auto a = Act::grad2(V(gate), V(beta));
+  const double raw_gate = gate, raw_up = up;
+  double pass_gate = 1, pass_up = 1;  // slopes of the limits
+  if (form.limited()) {
+    pass_gate = gate < form.limit, pass_up = std::abs(up) < form.limit;
+    gate = std::min(gate, form.limit), up = std::clamp(up, -form.limit, form.limit) + form.up_shift;
+  }
+  const auto a = Act::grad2(V(gate), V(form.beta));
   const double value = a.value.value, slope = a.slope.value, bend = a.curvature.value;
   if (!k.gated) up = 1;
-  if (k.pass == 0) out[0] = value * up, out[1] = gate, out[2] = up;
-  if (k.pass == 1) out[0] = d * slope * up, out[1] = d * value, out[2] = value * up;
+  ddg *= pass_gate, ddu *= pass_up;
+  if (k.pass == 0) out[0] = value * up, out[1] = raw_gate, out[2] = k.gated ? raw_up : 1;
+  if (k.pass == 1) out[0] = pass_gate * d * slope * up, out[1] = pass_up * d * value, out[2] = value * up;
   if (k.pass == 2)
-    out[0] = ddg * up * slope + ddu * value, out[1] = d * (ddg * up * bend + ddu * slope), out[2] = ddg * d * slope;
+    out[0] = ddg * up * slope + ddu * value, out[1] = pass_gate * d * (ddg * up * bend + ddu * slope),
+    out[2] = pass_up * ddg * d * slope;
 }
 
 template <class S, class Act>
@@ -137,8 +147,8 @@ void run_case(const Case& k, uint64_t seed) {
   if (k.kept) g.kept = &kept;
   if (k.weighted && k.pass == 1) g.row_weight = weight.data();
   if (k.summed && k.pass == 0) g.sum = sum.data(), g.accumulate = random.coin();
-  const double beta = 1.5;
-  g.beta = beta;
+  g.beta = 1.5;
+  if (k.limited && k.gated) g.limit = 2.25, g.up_shift = 0.75;
   const int64_t pad = random.coin() ? 0 : 16 / int64_t(sizeof(S));
   std::vector<Buffer<S>> out;
   for (int i = 0; i < 3; ++i) {
@@ -169,7 +179,7 @@ void run_case(const Case& k, uint64_t seed) {
         double z = gate.at(r, c), u = up.at(r, c);
         if (asked.bias_gate) z = double(T(z) + T(bias_gate.at(0, c)));
         if (asked.bias_up) u = double(T(u) + T(bias_up.at(0, c)));
-        expected_at<Act>(k, z, u, d.at(r, c), ddg.at(r, c), k.gated ? ddu.at(r, c) : 0, beta, expected);
+        expected_at<Act>(k, z, u, d.at(r, c), ddg.at(r, c), k.gated ? ddu.at(r, c) : 0, asked, expected);
         if (asked.row_weight) expected[2] *= double(weight[r]);
         if (asked.accumulate) expected[0] += double(sum_before[size_t(r * cols + c)]);
       }
@@ -204,7 +214,7 @@ void test_gated_act(TypeList<Acts...>) {
         const bool plain = seed % 3 == 0;  // often the fast way: dense, flat
         run_case<S, Act>(
             {pass, random.coin(), !plain && random.coin(), !plain && random.coin(), !plain && random.coin(),
-             random.coin(), random.coin(), plain ? 0 : kLayouts, shape[0], shape[1]},
+             random.coin(), random.coin(), plain ? 0 : kLayouts, shape[0], shape[1], random.coin()},
             seed);
       }
   };
@@ -217,7 +227,8 @@ void test_layouts() {
   for (int layout = 0; layout < kLayouts; ++layout)
     for (int pass = 0; pass < 3; ++pass)
       for (const bool biased : {false, true})
-        run_case<S, Silu>({pass, true, biased, biased, true, true, true, layout, 19, 72}, uint64_t(100 + layout));
+        run_case<S, Silu>({pass, true, biased, biased, true, true, true, layout, 19, 72, !biased},
+                          uint64_t(100 + layout));
 }
 
 // The same values, 16 bytes at a time and one by one, whole packs and parts, have the same bits; nothing is read behind

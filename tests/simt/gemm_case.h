@@ -71,6 +71,8 @@ struct Case {
   bool odd_out = false;  // outputs whose rows are not aligned
   int activation = 6;    // silu
   bool save = true, act = true, h = true;
+  bool limited = false;      // gated
+  bool interleaved = false;  // kActivateGrad with save
   uint64_t seed = 1;
 };
 

@@ -164,7 +164,7 @@ class Problem {
     Epilogue& e = job_.epilogue;
     e.kind = c_.finish;
     const int64_t rows = c_.kind == Kind::kOuter ? E_ * c_.M : R_;
-    out_ = make_out(rows, c_.N);
+    out_ = make_out(rows, c_.interleaved ? 2 * c_.N : c_.N);
     e.out = c_.act ? out_->data() : nullptr;
     e.out_stride = out_->row_stride;
     if (c_.bias) {
@@ -176,6 +176,8 @@ class Problem {
     }
     e.activation = c_.activation;
     e.beta = 1.5;
+    if (c_.limited) e.limit = 0.75, e.up_shift = 0.5;
+    e.interleaved = c_.interleaved;
     if (c_.finish == Finish::kActivate && c_.save) {
       gate_out_ = make_out(R_, c_.N);
       e.gate = gate_out_->data();
@@ -190,8 +192,8 @@ class Problem {
     if (c_.save) {  // gated
       up_ = make_filled(R_, c_.N, kept_);
       e.up = up_->data();
-      out_up_ = make_out(R_, c_.N);
-      e.out_up = out_up_->data();
+      if (!c_.interleaved) out_up_ = make_out(R_, c_.N);
+      if (!c_.interleaved) e.out_up = out_up_->data();
     }
     if (c_.h) h_ = make_out(R_, c_.N), e.h = h_->data();
     if (!c_.weighted) return;
@@ -248,9 +250,15 @@ class Problem {
   Grad<Lane<double>> act_at(double z) const {
     Grad<Lane<double>> g{0, 0};
     dispatch_activation(c_.activation, [&](auto tag) {
-      g = decltype(tag)::Type::grad(Lane<double>(z), Lane<double>(job_.epilogue.beta));
+      const double limit = job_.epilogue.limit;
+      g = decltype(tag)::Type::grad(Lane<double>(std::min(z, limit)), Lane<double>(job_.epilogue.beta));
+      if (z >= limit) g.slope = 0;
     });
     return g;
+  }
+  double up_at(double u) const {
+    const Epilogue& e = job_.epilogue;
+    return std::max(-e.limit, std::min(e.limit, u)) + e.up_shift;
   }
 
   void check_element(int64_t r, int64_t n) {
@@ -259,6 +267,7 @@ class Problem {
       for (auto [m, name] :
            {std::pair{&out_, "out"}, {&out_up_, "out_up"}, {&h_, "h"}, {&gate_out_, "gate"}, {&up_out_, "up"}})
         if (*m && (m != &out_ || c_.act)) zero((*m)->at(r, n), name, r, n);
+      if (c_.interleaved) zero(out_->at(r, c_.N + n), "out", r, c_.N + n);
       return;
     }
     const double terms = double(c_.K);
@@ -272,7 +281,7 @@ class Problem {
       Sum up = product(job_.b_up, r, e, n);
       if (bias_up_) up.add(bias_up_->value(e, n));
       if (up_out_) close(up_out_->at(r, n), up.value, up.magnitude, terms, "up", r, n);
-      value *= up.value;
+      value *= up_at(up.value);
       magnitude *= up.magnitude + 1;
     }
     if (c_.act) close(out_->at(r, n), value, magnitude, terms, "out", r, n);
@@ -282,9 +291,14 @@ class Problem {
   void check_grad(const Sum& acc, int64_t r, int64_t n) {
     const double terms = double(c_.K), weight = weight_ ? double(weight_->at(0, r)) : 1;
     const auto act = act_at(gate_->value(r, n));
-    const double up = up_ ? up_->value(r, n) : 1, d = weight * acc.value;
-    close(out_->at(r, n), d * act.slope.value * up, 10 * acc.magnitude, terms, "out", r, n);
-    if (up_) close(out_up_->at(r, n), d * act.value.value, 10 * acc.magnitude, terms, "out_up", r, n);
+    const double raw_up = up_ ? up_->value(r, n) : 1, up = up_ ? up_at(raw_up) : 1, d = weight * acc.value;
+    const double d_up = std::abs(raw_up) >= job_.epilogue.limit ? 0 : d * act.value.value;
+    const int64_t at = c_.interleaved ? 2 * n : n;
+    close(out_->at(r, at), d * act.slope.value * up, 10 * acc.magnitude, terms, "out", r, at);
+    if (up_) {
+      const S got = c_.interleaved ? out_->at(r, at + 1) : out_up_->at(r, n);
+      close(got, d_up, 10 * acc.magnitude, terms, "out_up", r, n);
+    }
     if (h_) close(h_->at(r, n), weight * act.value.value * up, 10, 1, "h", r, n);
   }
 
@@ -295,7 +309,7 @@ class Problem {
     double magnitude = 0;
     for (int64_t n = part * width; n < c_.N && n < (part + 1) * width; ++n) {
       const Sum acc = product(job_.b, r, expert(r), n);
-      dot.add(acc.value * act_at(gate_->value(r, n)).value.value * (up_ ? up_->value(r, n) : 1));
+      dot.add(acc.value * act_at(gate_->value(r, n)).value.value * (up_ ? up_at(up_->value(r, n)) : 1));
       magnitude += 10 * acc.magnitude;
     }
     close(dots_->at(r, part), dot.value, magnitude, double(c_.K + width), "row_dots", r, part);
@@ -319,7 +333,7 @@ class Problem {
     if (!out_ || c_.odd_out) return;
     const S poison = Stored<S>(1, 1, Layout::kAligned).at(0, 0);
     for (int64_t r = 0; r + 1 < out_->rows; ++r)
-      for (int64_t n = c_.N; n < out_->row_stride; ++n)
+      for (int64_t n = out_->cols; n < out_->row_stride; ++n)
         simt::check(std::memcmp(&out_->at(r, n), &poison, sizeof(S)) == 0, "%s: written behind row %lld", c_.reason,
                     (long long)r);
   }

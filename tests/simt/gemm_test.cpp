@@ -111,6 +111,15 @@ void test_activate() {
           .odd_out = true});
   run<S>(
       {.reason = "plain", .rows = {9, 60}, .dropped = 2, .N = 130, .K = 20, .finish = Finish::kActivate, .bias = true});
+  run<S>({.reason = "limited",
+          .rows = {9, 30},
+          .dropped = 2,
+          .N = 70,
+          .K = 20,
+          .finish = Finish::kActivate,
+          .gated = true,
+          .bias = true,
+          .limited = true});
   run<S>({.reason = "only pre-activations, for recomputation",
           .rows = {9, 6},
           .N = 13,
@@ -155,6 +164,24 @@ void test_activate_grad() {
           .K = 36,
           .finish = Finish::kActivateGrad,
           .save = false});
+  run<S>({.reason = "limited, in turns",
+          .rows = {20, 3},
+          .dropped = 4,
+          .N = 150,
+          .K = 36,
+          .finish = Finish::kActivateGrad,
+          .weighted = true,
+          .limited = true,
+          .interleaved = true});
+  run<S>({.reason = "limited, in turns, odd outputs",
+          .rows = {7},
+          .dropped = 2,
+          .N = 37,
+          .K = 20,
+          .finish = Finish::kActivateGrad,
+          .odd_out = true,
+          .limited = true,
+          .interleaved = true});
 }
 
 template <class S>
@@ -209,6 +236,8 @@ void test_random() {
     c.gated = c.finish == Finish::kActivate && random.coin();
     c.bias = c.kind == Kind::kRows && c.finish != Finish::kActivateGrad && random.coin();
     c.weighted = random.coin();
+    c.limited = c.gated || c.finish == Finish::kActivateGrad ? random.coin() : false;
+    c.interleaved = c.finish == Finish::kActivateGrad && random.coin();
     c.odd_out = random.coin();
     c.activation = int(below(Activations::kSize));
     run<S>(c);

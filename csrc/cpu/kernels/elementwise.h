@@ -25,7 +25,7 @@ struct Stretch {
 // Runs the kernel that `pick` chooses over rows and columns of the range, a stretch at a time.
 template <class V>
 void gated_act_range(const GatedAct& g, void (*ActKernels<V>::*pick)(const ActVectors<V>&), const Range& range) {
-  const auto kernel = act_kernels<V>(g.activation).*pick;
+  const auto kernel = act_kernels<V>(g).*pick;
   Stretch<V> gate, up, d, dd_gate, dd_up, out[3];
   for (int64_t r = range.row_begin; r < range.row_end; ++r) {
     for (int64_t c = range.col_begin; c < range.col_end; c += kStretch) {
@@ -38,7 +38,7 @@ void gated_act_range(const GatedAct& g, void (*ActKernels<V>::*pick)(const ActVe
               .dd_gate = dd_gate.read(g.dd_gate, r, c, n),
               .dd_up = dd_up.read(g.dd_up, r, c, n),
               .out = {out[0].values, out[1].values, out[2].values},
-              .beta = static_cast<typename V::Scalar>(g.beta)});
+              .form = g});
       if (g.row_weight) {
         const V weight(static_cast<const typename V::Scalar*>(g.row_weight)[r]);
         for (int64_t i = 0; i < n; i += V::kLanes) store(out[2].values + i, weight * load<V>(out[2].values + i));

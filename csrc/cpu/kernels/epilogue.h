@@ -34,6 +34,29 @@ void storage_to_tile(const TilePart& t, DType dtype, const void* base, int64_t r
   });
 }
 
+// Columns of two tiles in turns.
+template <class V>
+void tiles_to_interleaved(const TilePart& t, DType dtype, const typename V::Scalar* first,
+                          const typename V::Scalar* second, void* base, int64_t row_stride) {
+  constexpr int64_t W = V::kLanes;
+  alignas(64) typename V::Scalar pair[2 * W];
+  dispatch_storage<typename V::Scalar>(dtype, [&](auto tag) {
+    using S = typename decltype(tag)::Type;
+    for (int64_t i = 0; i < t.rows; ++i) {
+      S* row = static_cast<S*>(base) + (t.row0 + i) * row_stride + 2 * t.col;
+      for (int64_t j = 0; j < t.cols; j += W) {
+        for (int64_t lane = 0; lane < W; ++lane) {
+          pair[2 * lane] = first[i * kTileVectors * W + j + lane];
+          pair[2 * lane + 1] = second[i * kTileVectors * W + j + lane];
+        }
+        const int64_t n = 2 * (t.cols - j < W ? t.cols - j : W);
+        store_part(row + 2 * j, load<V>(pair), n < W ? n : W);
+        if (n > W) store_part(row + 2 * j + W, load<V>(pair + W), n - W);
+      }
+    }
+  });
+}
+
 template <class V>
 void add_bias(const TilePart& t, DType dtype, const void* bias, typename V::Scalar* tile) {
   constexpr int64_t W = V::kLanes;
@@ -68,13 +91,8 @@ void finish_gated(const Gemm& g, int64_t branch, typename V::Scalar* tile, const
   }
   if (!e.out) return;
   for (int64_t j = 0; j < kHalf; j += W)
-    act_kernels<V>(e.activation)
-        .forward({.count = t.rows,
-                  .stride = 2 * kHalf,
-                  .gate = tile + j,
-                  .up = tile + kHalf + j,
-                  .out = {tile + j},
-                  .beta = static_cast<typename V::Scalar>(e.beta)});
+    act_kernels<V>(e).forward(
+        {.count = t.rows, .stride = 2 * kHalf, .gate = tile + j, .up = tile + kHalf + j, .out = {tile + j}, .form = e});
   if (g.branches() > 1) {
     for (int64_t i = 0; i < t.rows; ++i) {
       for (int64_t j = 0; j < kHalf; j += W) {
@@ -122,12 +140,8 @@ void finish_plain(const Epilogue& e, typename V::Scalar* tile, const TilePart& t
   if (e.kind == Epilogue::Kind::kActivate) {
     if (e.gate) tile_to_storage<V>(t, e.dtype, tile, e.gate, e.pre_stride);
     if (!e.out) return;
-    act_kernels<V>(e.activation)
-        .forward({.count = kTileVectors * t.rows,
-                  .stride = V::kLanes,
-                  .gate = tile,
-                  .out = {tile},
-                  .beta = static_cast<typename V::Scalar>(e.beta)});
+    act_kernels<V>(e).forward(
+        {.count = kTileVectors * t.rows, .stride = V::kLanes, .gate = tile, .out = {tile}, .form = e});
   }
   tile_to_storage<V>(t, e.out_dtype(), tile, e.out, e.out_stride);
 }
@@ -176,18 +190,21 @@ void finish_activate_grad(const Epilogue& e, typename V::Scalar* tile, const Til
   T* const d = e.row_weight ? scaled : tile;  // h takes its place
   for (int64_t j = 0; j < t.cols; j += W) {   // vectors behind the part are not set
     T *at = gate + j, *at_up = up + j;
-    act_kernels<V>(e.activation)
-        .backward({.count = t.rows,
-                   .stride = kTileVectors * W,
-                   .gate = at,
-                   .up = e.up ? at_up : nullptr,
-                   .d = d + j,
-                   .out = {at, at_up, e.h || e.row_weight ? d + j : nullptr},
-                   .beta = static_cast<T>(e.beta)});
+    act_kernels<V>(e).backward({.count = t.rows,
+                                .stride = kTileVectors * W,
+                                .gate = at,
+                                .up = e.up ? at_up : nullptr,
+                                .d = d + j,
+                                .out = {at, at_up, e.h || e.row_weight ? d + j : nullptr},
+                                .form = e});
   }
   if (e.row_weight) dot_rows<V>(e, t, tile, d);
-  tile_to_storage<V>(t, e.dtype, gate, e.out, e.out_stride);
-  if (e.up) tile_to_storage<V>(t, e.dtype, up, e.out_up, e.out_stride);
+  if (e.interleaved) {
+    tiles_to_interleaved<V>(t, e.dtype, gate, up, e.out, e.out_stride);
+  } else {
+    tile_to_storage<V>(t, e.dtype, gate, e.out, e.out_stride);
+    if (e.up) tile_to_storage<V>(t, e.dtype, up, e.out_up, e.out_stride);
+  }
   if (e.h) tile_to_storage<V>(t, e.dtype, d, e.h, e.pre_stride);
 }
 

@@ -1,0 +1,296 @@
+"""``python -m benchmarks.models``: whole transformers models, replaced against untouched, by time and peak memory.
+
+A small Llama (width 512, 8 layers) and a mixture like Qwen3-MoE's (64 experts, 8 per token): a training step (forward,
+loss, backward) on T tokens, and decoding token by token from a static cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import datetime
+import gc
+import json
+import multiprocessing
+import os
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import ffn_ops
+from ffn_ops.integrations.transformers import register
+
+from .harness import threads
+from .report import table, time_text
+from .verify import WrongResultError, limit, worst
+from .workloads import DTYPES
+
+VOCABULARY, PROMPT, DECODED = 4096, 128, 8  # tokens before the first decoded one, and decoded in a sample
+VERIFIED = 64  # tokens of the comparison with float64
+GATHERED = 2 << 30  # bytes of weights that batched_mm may copy for one layer
+SMALL: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64,
+    "max_position_embeddings": 2048, "eos_token_id": None,
+}  # fmt: skip
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {"intermediate_size": 1408, "num_hidden_layers": 8}),
+    "moe": (
+        "Qwen3Moe",
+        {"num_hidden_layers": 4, "num_experts": 64, "num_experts_per_tok": 8, "moe_intermediate_size": 256,
+         "intermediate_size": 1408, "norm_topk_prob": True},
+    ),
+}  # fmt: skip
+IMPLEMENTATIONS = {"llama": ("untouched", "ffn_ops"), "moe": ("eager", "batched_mm", "grouped_mm", "ffn_ops")}
+COMPILED = " compiled"
+
+
+@dataclass(frozen=True)
+class Row:
+    model: str
+    mode: str  # training, decode
+    dtype: str
+    T: int
+    threads: int
+
+    @property
+    def name(self) -> str:
+        T = self.T if self.mode == "training" else 1
+        return f"{self.model} {self.mode} {self.dtype}, T {T}, {self.threads} thread(s)"
+
+
+@dataclass
+class Timed:
+    """What was found about one provider in one row; seconds of one step, or of one decoded token."""
+
+    provider: str
+    seconds: list[float] = field(default_factory=list)
+    error: float | None = None  # worst quotient of error and limit, at most 1
+    first_call: float | None = None
+    peak_bytes: int | None = None  # of a process of its own, above what it holds before its first step
+    note: str = ""
+
+    def record(self) -> dict[str, Any]:
+        record = asdict(self)
+        if self.seconds:
+            middle = statistics.median(self.seconds)
+            record |= {"median": middle, "spread": (max(self.seconds) - min(self.seconds)) / middle}
+        return record
+
+
+def build(model: str, dtype: str) -> Any:
+    import transformers
+
+    family, options = MODELS[model]
+    config = getattr(transformers, f"{family}Config")(**SMALL, **options)
+    torch.manual_seed(0)
+    implementation = {} if model == "llama" else {"experts_implementation": "eager"}
+    return transformers.AutoModelForCausalLM.from_config(config, **implementation).to(DTYPES[dtype])
+
+
+def provided(model: str, original: Any, provider: str) -> Any:
+    """A model with the same weights that computes in this provider's way."""
+    implementation = provider.removesuffix(COMPILED)
+    changed = copy.deepcopy(original)
+    if model == "moe":
+        register()
+        changed.set_experts_implementation(implementation)
+    elif implementation == "ffn_ops":
+        package: Any = ffn_ops
+        package.replace(changed)
+    return torch.compile(changed) if provider.endswith(COMPILED) else changed
+
+
+def tokens(count: int) -> Tensor:
+    return torch.randint(VOCABULARY, (1, count), generator=torch.Generator().manual_seed(1))
+
+
+def training(model: Any, count: int) -> Callable[[], float]:
+    ids = tokens(count)
+    model.train()
+
+    def sample() -> float:
+        begin = time.perf_counter()
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        seconds = time.perf_counter() - begin
+        model.zero_grad(set_to_none=True)
+        return seconds
+
+    return sample
+
+
+def decode(model: Any) -> Callable[[], float]:
+    import transformers
+
+    prompt = tokens(PROMPT)
+    cache = transformers.StaticCache(config=model.config, max_cache_len=PROMPT + DECODED + 1)
+    model.eval()
+
+    def sample() -> float:
+        with torch.no_grad():
+            cache.reset()
+            logits = model(input_ids=prompt, past_key_values=cache).logits
+            begin = 0.0
+            for i in range(DECODED + 1):  # the first is not timed: it warms up after the prompt
+                if i == 1:
+                    begin = time.perf_counter()
+                logits = model(input_ids=logits[:, -1:].argmax(-1), past_key_values=cache).logits
+        return (time.perf_counter() - begin) / DECODED
+
+    return sample
+
+
+def sampler(row: Row, model: Any) -> Callable[[], float]:
+    return training(model, row.T) if row.mode == "training" else decode(model)
+
+
+def results(model: Any) -> list[Tensor]:
+    """Logits and the gradient of the embedding, through which all layers' gradients go."""
+    ids = tokens(VERIFIED)
+    model.train()
+    out = model(input_ids=ids, labels=ids, use_cache=False)
+    out.loss.backward()
+    grad = model.get_input_embeddings().weight.grad
+    model.zero_grad(set_to_none=True)
+    return [out.logits.detach(), grad]
+
+
+def memory(row: Row, provider: str, answer: Any) -> None:
+    """In a process of its own: the most it holds during two steps, above what it held before."""
+    torch.set_num_threads(row.threads)
+    sample = sampler(row, provided(row.model, build(row.model, row.dtype), provider))
+    gc.collect()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(2):
+        sample()
+    answer.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+
+
+def peak_bytes(row: Row, provider: str) -> int | None:
+    spawn = multiprocessing.get_context("spawn")
+    answer = spawn.Queue()
+    process = spawn.Process(target=memory, args=(row, provider, answer))
+    process.start()
+    process.join()
+    return int(answer.get()) if process.exitcode == 0 else None
+
+
+def unfit(row: Row, provider: str) -> str:
+    """Why a provider is not run, or nothing."""
+    if not provider.startswith("batched_mm"):
+        return ""
+    options = MODELS[row.model][1]
+    rows = (row.T if row.mode == "training" else PROMPT) * options["num_experts_per_tok"]
+    size = rows * 3 * SMALL["hidden_size"] * options["moe_intermediate_size"] * DTYPES[row.dtype].itemsize
+    return "" if size <= GATHERED else f"not run: it would copy {size >> 20} MiB of weights for each layer"
+
+
+def measure(row: Row, providers: list[str], rounds: int, with_memory: bool) -> list[Timed]:
+    original = build(row.model, row.dtype)
+    exact = results(copy.deepcopy(original).double())
+    eager = results(copy.deepcopy(original))
+    limits = [limit(e, x) for e, x in zip(eager, exact, strict=True)]
+    found, running = [], []
+    with threads(row.threads):
+        for provider in providers:
+            timed = Timed(provider, note=unfit(row, provider))
+            found.append(timed)
+            if timed.note:
+                continue
+            try:
+                model = provided(row.model, original, provider)
+                timed.error = worst(("logits", "d_embedding"), results(model), exact, limits)
+                sample = sampler(row, model)
+                begin = time.perf_counter()
+                sample()
+                timed.first_call = time.perf_counter() - begin
+                sample()
+                running.append((timed, sample))
+            except WrongResultError as wrong:
+                timed.note = f"refused: {wrong}"
+            except Exception as failure:
+                timed.note = f"failed: {type(failure).__name__}: {(str(failure).splitlines() or [''])[0][:120]}"
+        for round_ in range(rounds):
+            first = round_ % max(1, len(running))
+            for timed, sample in running[first:] + running[:first]:
+                timed.seconds.append(sample())
+    del original, running
+    if with_memory:
+        for timed in found:
+            if timed.seconds and not timed.provider.endswith(COMPILED):
+                timed.peak_bytes = peak_bytes(row, timed.provider)
+    return found
+
+
+def row_text(row: Row, found: list[Timed]) -> str:
+    """Times, and how many times faster ours is than each: the median over rounds, which share their noise."""
+    ours = next((each for each in found if each.provider == "ffn_ops" and each.seconds), None)
+    lines = []
+    for each in found:
+        record = each.record()
+        if not each.seconds:
+            lines.append([each.provider, each.note, "", "", "", ""])
+            continue
+        ratio = "" if ours is None else statistics.median(
+            a / b for a, b in zip(each.seconds, ours.seconds, strict=True)
+        )  # fmt: skip
+        lines.append([
+            each.provider, time_text(record["median"]), f"{record['spread']:.0%}",
+            f"{ratio:.2f}" if ratio else "–", f"{each.error:.2f}",
+            "–" if each.peak_bytes is None else f"{each.peak_bytes / 2**20:.0f} MiB",
+        ])  # fmt: skip
+    heads = ["provider", "median", "spread", "/ ffn_ops", "error / limit", "peak memory"]
+    return f"{row.name}\n{table(heads, lines)}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.models")
+    parser.add_argument("--quick", action="store_true", help="T 128 and three rounds")
+    parser.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="rows whose name has every TEXT")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
+    parser.add_argument("--no-memory", action="store_true", help="without the processes that measure peak memory")
+    parser.add_argument("--out", type=Path, help="the JSON file")
+    options = parser.parse_args(arguments)
+    T, rounds = (128, 3) if options.quick else (1024, options.rounds)
+    rows = [
+        Row(model, mode, dtype, T, options.threads)
+        for model in MODELS
+        for mode in ("training", "decode")
+        for dtype in ("float32", "bfloat16")
+    ]
+    rows = [row for row in rows if all(word in row.name for word in options.only)]
+    if not rows:
+        parser.error(f"--only {' '.join(options.only)}: no row has all of these in its name")
+    info = ffn_ops.info()
+    facts = {
+        **{key: info[key] for key in ("cpu", "isa", "torch", "version")},
+        "torch_isa": torch.backends.cpu.get_cpu_capability(), "cpus": os.cpu_count(),
+        "date": datetime.date.today().isoformat(),
+    }  # fmt: skip
+    print(" · ".join(f"{key} {value}" for key, value in facts.items()), flush=True)
+    records: list[dict[str, Any]] = []
+    refused = False
+    for row in rows:
+        providers = list(IMPLEMENTATIONS[row.model])
+        providers += [] if options.no_compile else [name + COMPILED for name in providers]
+        found = measure(row, providers, rounds, not options.no_memory)
+        print(f"\n{row_text(row, found)}", flush=True)
+        records.append({**asdict(row), "name": row.name, "providers": {t.provider: t.record() for t in found}})
+        refused = refused or any(t.note.startswith("refused") for t in found)
+        if options.out:
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            options.out.write_text(json.dumps({"machine": facts, "rows": records}, indent=1) + "\n", encoding="utf-8")
+    return 1 if refused else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

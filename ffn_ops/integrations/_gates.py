@@ -1,0 +1,122 @@
+"""Which gate a transformers experts module computes, found by calling it: names of classes prove nothing.
+
+A gate is ``act(min(gate, limit)) * (clamp(up, -limit, limit) + up_shift)`` with numbers that the module holds. It is
+accepted where it gives the module's own values on a grid that covers signs, saturation and both sides of every limit.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from ..reference import ACTIVATIONS, gated_act
+
+
+class Gate(NamedTuple):
+    """Keyword arguments of :func:`ffn_ops.moe`."""
+
+    activation: str
+    beta: float = 1.0
+    limit: float | None = None
+    up_shift: float = 0.0
+
+
+# What the operator reads; a module that holds more computes more.
+READ = frozenset(f"{name}{kind}" for name in ("gate_up_proj", "up_proj", "down_proj") for kind in ("", "_bias"))
+# Float32 inside a module's gate passes; gelu and its tanh form are 5e-4 apart.
+TOLERANCE = 2e-6
+QUICK_GELU = 1.702  # the one beta that activations without a number of their own have
+_POINTS = (0.0, 1e-3, 0.17, 0.4, 0.9, 1.3, 2.1, 3.3, 6.0, 11.0, 30.0, 300.0, 1e4, 1e6)
+_known: dict[Any, Gate | None] = {}
+
+
+@torch.compiler.assume_constant_result  # a trace takes what it finds, and asks again for another module
+def gate_of(experts: Any) -> Gate:
+    """The gate of a module with transformers' ``use_experts_implementation``.
+
+    Raises:
+        ValueError: its gate is none of these, or it holds parameters that the operator does not read.
+    """
+    for name in (*experts._parameters, *experts._buffers):
+        if name not in READ:
+            raise ValueError(
+                f"{type(experts).__name__}: expected no parameters besides those of the experts, got {name}"
+            )
+    act = getattr(experts, "act_fn", None)
+    key = (type(experts), _settings(experts), type(act), act if not isinstance(act, nn.Module) else _settings(act))
+    if key not in _known:
+        _known[key] = _recognise(experts, act)
+    gate = _known[key]
+    if gate is None:
+        form = "_apply_gate" if experts.has_gate else "act_fn"
+        raise ValueError(
+            f"{type(experts).__name__}.{form}: expected act(min(gate, limit)) * (clamp(up, -limit, limit) + up_shift)"
+            f" with act one of {', '.join(ACTIVATIONS)} and numbers that the module holds, got another function;"
+            " use another experts_implementation for this model"
+        )
+    return gate
+
+
+def _settings(module: nn.Module) -> tuple[tuple[str, Any], ...]:
+    return tuple((name, value) for name, value in vars(module).items() if type(value) in (bool, int, float, str))
+
+
+def _recognise(experts: Any, act: Any) -> Gate | None:
+    if isinstance(act, nn.Module) and next(iter(act.state_dict()), None) is not None:
+        return None  # it learns: what it computes now is not what it will compute
+    # Eager numbers on the CPU, also while a model is traced, exported or built on another device.
+    with _disable_current_modes(), torch.no_grad():
+        numbers = sorted({float(v) for _, v in _settings(experts) if type(v) in (int, float) and v > 0})
+        gate, up = _grid(numbers)
+        if experts.has_gate:
+            pair = (gate, up) if experts.is_concatenated else (gate.unsqueeze(-1), up.unsqueeze(-1))
+            function: Callable[[Tensor], Tensor] = experts._apply_gate
+            together = torch.cat(pair, -1).flatten(-2) if not experts.is_concatenated else torch.cat(pair, -1)
+            candidates = _gated_candidates(numbers)
+        else:
+            function, together, candidates = act, gate, _candidates(numbers)
+        actual = function(together).double()
+        for candidate in candidates:
+            if _agrees(candidate, gate, up if experts.has_gate else None, actual):
+                return candidate
+    return None
+
+
+def _grid(numbers: list[float]) -> tuple[Tensor, Tensor]:
+    """Every gate with every up, ``[1, N * N]`` each."""
+    points = {*_POINTS, *(factor * number for number in numbers for factor in (0.5, 0.99, 1.01, 3.0))}
+    signed = torch.tensor(sorted({*points, *(-p for p in points)}), dtype=torch.float64, device="cpu")
+    gate, up = torch.meshgrid(signed, signed, indexing="ij")
+    return gate.reshape(1, -1), up.reshape(1, -1)
+
+
+def _candidates(numbers: list[float]) -> Iterator[Gate]:
+    for name in ACTIVATIONS:
+        for beta in sorted({QUICK_GELU, *numbers}) if name == "swish" else (1.0,):
+            yield Gate(name, beta)
+
+
+def _gated_candidates(numbers: list[float]) -> Iterator[Gate]:
+    for limit, shift in itertools.product((None, *numbers), (0.0, 1.0)):
+        for plain in _candidates(numbers):
+            yield plain._replace(limit=limit, up_shift=shift)
+
+
+def _agrees(candidate: Gate, gate: Tensor, up: Tensor | None, actual: Tensor) -> bool:
+    if actual.shape != gate.shape:
+        return False
+    act, beta, limit, shift = candidate
+    if up is None:
+        return _close(actual, gated_act(gate, activation=act, beta=beta), torch.ones(()))
+    bound = torch.inf if limit is None else limit
+    expected = gated_act(gate.clamp(max=bound), up.clamp(-bound, bound) + shift, activation=act, beta=beta)
+    return _close(actual, expected, 1 + up.abs())
+
+
+def _close(actual: Tensor, expected: Tensor, scale: Tensor) -> bool:
+    return bool(((actual - expected).abs() <= TOLERANCE * (expected.abs() + scale)).all())
