@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from .. import _checks as check
 from .._library import differentiable, fake, vmap_by_loop
-from ._shared import NAMES, dense, fold, third_order, third_setup
+from ._shared import NAMES, dense, fold, is_dtensor, third_order, third_setup
 
 
 def gated_act(gate: Tensor, up: Tensor | None = None, *, activation: str = "silu", beta: float = 1.0) -> Tensor:
     """``act(gate) * up``, or ``act(gate)`` where ``up`` is None, in one pass over memory.
 
     Args:
-        gate: any shape; float64, float32, float16 or bfloat16.
+        gate: any shape; float64, float32, float16 or bfloat16. DTensors are computed shard by shard.
         up: same shape, dtype and device as ``gate``.
         activation: one of :func:`activations`.
         beta: the factor of ``swish(z) = z * sigmoid(beta * z)``; other activations ignore it.
@@ -29,6 +32,8 @@ def gated_act(gate: Tensor, up: Tensor | None = None, *, activation: str = "silu
     Source:
         Shazeer, GLU Variants Improve Transformer (2020), equations 5 and 6 without their products.
     """
+    if is_dtensor(gate):
+        return on_shards(functools.partial(gated_act, activation=activation, beta=beta), gate, up)
     check.tensor("gate", gate)
     if up is not None:
         check.tensor("up", up, gate.shape, like=gate)
@@ -44,6 +49,25 @@ def gated_act(gate: Tensor, up: Tensor | None = None, *, activation: str = "silu
         gate = fold(gate)
         up = None if up is None else fold(up)
     return gated_act_op(gate, up, activation, float(beta)).reshape(shape)  # type: ignore[no-any-return]
+
+
+def on_shards(function: Callable[..., Tensor], gate: Any, up: Any) -> Tensor:
+    """An element-wise ``function`` of DTensors, whose placements may be any that hold whole elements."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    if up is not None and (not isinstance(up, DTensor) or up.device_mesh != gate.device_mesh):
+        found = up.device_mesh if isinstance(up, DTensor) else type(up).__name__
+        raise TypeError(f"up: expected a DTensor on {gate.device_mesh} as gate is, got {found}")
+    if up is not None and up.shape != gate.shape:
+        raise ValueError(f"up: expected shape {list(gate.shape)}, got {list(up.shape)}")
+    placements = [Replicate() if p.is_partial() else p for p in gate.placements]
+    parts = [t if t is None else t.redistribute(placements=placements).to_local() for t in (gate, up)]
+    out = function(*parts)
+    return DTensor.from_local(out, gate.device_mesh, placements, shape=gate.shape, stride=_dense_stride(gate))
+
+
+def _dense_stride(t: Tensor) -> tuple[int, ...]:
+    return tuple(math.prod(t.shape[i + 1 :]) for i in range(t.dim()))
 
 
 def _check_gated_act(gate: Tensor, up: Tensor | None, activation: str, **others: Tensor | None) -> None:

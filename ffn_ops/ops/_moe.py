@@ -60,7 +60,7 @@ def moe(
     check.tensor("x", x)
     x, w_in, w_down, b_in, b_down = autocast(x, w_in, w_down, b_in, b_down)  # type: ignore[assignment]
     check_routing(x, routing)
-    _check_weights(x, routing.offsets, w_in, w_down, b_in, b_down, gated, activation, beta, recompute)
+    check_weights(x, routing.offsets, w_in, w_down, b_in, b_down, gated, activation, beta, recompute)
     token, weight, offsets, row, token_offsets = routing[:5]
     weight = weight.to(arithmetic(x))
     grad = needs_grad(x, weight, w_in, w_down, b_in, b_down)
@@ -103,13 +103,13 @@ def moe_experts(
     rows, w_in, w_down, b_in, b_down = autocast(rows, w_in, w_down, b_in, b_down)  # type: ignore[assignment]
     check.indices("offsets", offsets)
     check.device("offsets", offsets, rows, "rows")
-    _check_weights(rows, offsets, w_in, w_down, b_in, b_down, gated, activation, beta, recompute)
+    check_weights(rows, offsets, w_in, w_down, b_in, b_down, gated, activation, beta, recompute)
     grad = needs_grad(rows, w_in, w_down, b_in, b_down)
     experts = (w_in, w_down, b_in, b_down, gated, activation, float(beta), grad and not recompute)
     return moe_op(rows, None, None, offsets, None, None, *experts, grad=grad)[0]  # type: ignore[no-any-return]
 
 
-def _check_weights(
+def check_weights(
     x: Tensor,
     offsets: Tensor,
     w_in: Tensor,
@@ -162,7 +162,7 @@ def _(
     save: bool,
 ) -> Any:
     check.tensor("x", x, ("T", "D"))
-    features, out = _check_weights(x, offsets, w_in, w_down, b_in, b_down, gated, activation)
+    features, out = check_weights(x, offsets, w_in, w_down, b_in, b_down, gated, activation)
     rows = _num_rows(x, token)
     gate = dense(x, rows, features) if save else dense(x, 0)
     up = dense(x, rows, features) if save and gated else dense(x, 0)
@@ -190,7 +190,7 @@ def _(
     needs: list[bool],
 ) -> Any:
     check.tensor("x", x, ("T", "D"))
-    features, out = _check_weights(x, offsets, w_in, w_down, b_in, b_down, gated, activation)
+    features, out = check_weights(x, offsets, w_in, w_down, b_in, b_down, gated, activation)
     check.tensor("d_y", d_y, (x.shape[0], out), like=x)
     experts = w_in.shape[0]
     shapes = (x.shape, None, w_in.shape, (experts, out, features), w_in.shape[:2], (experts, out))
