@@ -100,9 +100,10 @@ def two_level(mixture: Mixture, ranks: int, *, one_copy: bool) -> Exchange:
 
 
 def counts(mixture: Mixture, ranks: int) -> Exchange:
-    """The numbers of rows before them: six facts and the counts of each rank's experts, eight bytes each."""
+    """The numbers of rows before them: seven facts and the counts of each rank's experts, eight bytes each, in units
+    of 64."""
     experts = max(mixture.E, ranks)
-    message = 8 * (6 + -(-experts // ranks))
+    message = 8 * 64 * -(-(7 + -(-experts // ranks)) // 64)
     inside = min(ranks, GPUS)
     return Exchange(message * (inside - 1), message * (ranks - inside), inside - 1, ranks - inside)
 

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 # What stands before the counts of a message, so that ranks that do not fit each other say so instead of hanging.
 _FACTS = ("number of experts", "width of x", "width of the output", "dtype of x", "torch.is_grad_enabled()")
 _NEEDS = len(_FACTS)  # then which gradients its sender will compute
-_HEADER = _NEEDS + 1
+_DROPPED = _NEEDS + 1  # and how many of its rows stay where they are
+_HEADER = _DROPPED + 1
+_UNIT = 64  # a message has a multiple of so many numbers, so that most that differ in E arrive, and can be told apart
 
 
 def experts_of(num_experts: int, ranks: int, rank: int) -> tuple[int, int]:
@@ -88,11 +90,14 @@ def moe(
     check_mesh(mesh)
     check.tensor("x", x)
     weights = [_local(*each, mesh) for each in (("w_in", w_in), ("w_down", w_down), ("b_in", b_in), ("b_down", b_down))]
-    return _moe(x, routing, mesh, weights, gated, activation, beta, recompute)
+    call = _moe
+    if (
+        torch.compiler.is_compiling()
+    ):  # sizes of messages are numbers of the host: the graph ends here, and goes on after
+        call = torch.compiler.disable(_moe)
+    return call(x, routing, mesh, weights, gated, activation, beta, recompute)
 
 
-# Sizes of messages are numbers of the host, which a compiled graph does not have: it ends here and goes on behind.
-@torch.compiler.disable
 def _moe(
     x: Tensor,
     routing: Routing,
@@ -115,10 +120,10 @@ def _moe(
     needs = [x.requires_grad, weight.requires_grad, any(t is not None and t.requires_grad for t in here)]
     facts = [experts, x.shape[-1], w_down.shape[1], check.DTYPES.index(x.dtype), int(torch.is_grad_enabled())]
 
-    counts, send, receive, needs = _exchange_counts(offsets, end - begin, facts, needs, group, ranks)
-    rows = dispatch_op(fold(x), token, None, offsets, row, token_offsets)
-    total, kept = rows.shape[0], sum(send)
-    if kept < total:  # dropped rows stand behind and stay here
+    total = token.shape[0]
+    counts, send, receive, needs, drops = _exchange_counts(offsets, total, end - begin, facts, needs, group, ranks)
+    rows, kept = dispatch_op(fold(x), token, None, offsets, row, token_offsets), sum(send)
+    if drops:  # dropped rows stand behind and stay here
         rows, weight = rows[:kept], weight[:kept]
     rows, weight = (_joining(t, need) for t, need in zip((rows, weight), needs, strict=False))
     rows, weight = AllToAll.apply(group, send, receive, rows, weight)
@@ -134,23 +139,25 @@ def _moe(
         rows = rows + sum(t.sum() for t in here if t is not None)
 
     (rows,) = AllToAll.apply(group, receive, send, _joining(rows, any(needs)))
-    if kept < total:
+    if drops:
         rows = F.pad(rows, (0, 0, 0, total - kept))
     y = combine_op(rows, token, None, offsets, row, token_offsets)
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], w_down.shape[1])  # type: ignore[no-any-return]
 
 
 def _exchange_counts(
-    offsets: Tensor, mine: int, facts: list[int], needs: list[bool], group: Any, ranks: int
-) -> tuple[Tensor, list[int], list[int], list[bool]]:
-    """Rows that come from each rank for each expert here ``[ranks, mine]``, rows to and from each rank, and the
-    gradients that any rank will compute: backward is a collective too, which all must join for any to end."""
+    offsets: Tensor, total: int, mine: int, facts: list[int], needs: list[bool], group: Any, ranks: int
+) -> tuple[Tensor, list[int], list[int], list[bool], bool]:
+    """Rows that come from each rank for each expert here ``[ranks, mine]``, rows to and from each rank, the gradients
+    that any rank will compute, and whether any drops rows: backward is a collective too, so that the same graph must
+    stand on every rank for all to join and come in one order."""
     counts = offsets.diff()
     each = -(-counts.shape[0] // ranks)
-    message = counts.new_zeros(ranks, _HEADER + each)
-    message[:, _HEADER:] = F.pad(counts, (0, ranks * each - counts.shape[0])).view(ranks, each)
+    message = counts.new_zeros(ranks, -(-(_HEADER + each) // _UNIT) * _UNIT)
+    message[:, _HEADER : _HEADER + each] = F.pad(counts, (0, ranks * each - counts.shape[0])).view(ranks, each)
     for place, value in enumerate([*facts, sum(need << bit for bit, need in enumerate(needs))]):
         message[:, place] = value
+    message[:, _DROPPED] = total - offsets[-1]
     (answer,) = exchange([message.flatten()], None, None, group)
     answer = answer.view(message.shape)
     sent, got = torch.stack((message, answer)).tolist()  # the one place where the host waits for the device
@@ -160,8 +167,8 @@ def _exchange_counts(
             named = [check.DTYPES[v] if what.startswith("dtype") else v for v in values]
             raise ValueError(f"expert parallelism: expected the same {what} on every rank, got {named}")
     joined = [any(rank[_NEEDS] >> bit & 1 for rank in got) for bit in range(len(needs))]
-    counts = answer[:, _HEADER : _HEADER + mine]
-    return counts, [sum(rank[_HEADER:]) for rank in sent], [sum(rank[_HEADER:]) for rank in got], joined
+    rows = [[sum(rank[_HEADER:]) for rank in each] for each in (sent, got)]
+    return answer[:, _HEADER : _HEADER + mine], *rows, joined, any(rank[_DROPPED] for rank in got)
 
 
 def _joining(t: Tensor, need: bool) -> Tensor:

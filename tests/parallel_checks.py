@@ -50,14 +50,12 @@ def fsdp(rank: int) -> None:
         fully_shard(layer)
     fully_shard(ours)
     x, target = torch.randn(2, 8, D, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(ours(x.chunk(2)[rank]), one(x).chunk(2)[rank])
     for found, t, goal in ((one, x, target), (ours, *(t.chunk(2)[rank] for t in (x, target)))):
         optimizer = torch.optim.AdamW(found.parameters(), lr=1e-2)
-        for step in range(2):
+        for _ in range(2):
             optimizer.zero_grad()
-            y = found(t)
-            if step == 0:
-                torch.testing.assert_close(y, one(x).chunk(2)[rank] if found is ours else y)
-            (y - goal).square().mean().backward()
+            (found(t) - goal).square().mean().backward()
             optimizer.step()
     for (name, p), q in zip(ours.named_parameters(), one.parameters(), strict=True):
         torch.testing.assert_close(full(p), q, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
@@ -156,9 +154,7 @@ def expert_and_fsdp(rank: int) -> None:
 
     def model(expert_mesh: Any = None) -> nn.Module:
         options: dict[str, Any] = {"gated": True, "num_shared": 1, "expert_mesh": expert_mesh}
-        return nn.Sequential(
-            nn.Linear(D, D), ffn_ops.MoEFFN(D, F, 6, 2, **options), ffn_ops.MoEFFN(D, F, 6, 2, **options)
-        )
+        return nn.Sequential(nn.Linear(D, D), *(ffn_ops.MoEFFN(D, F, 8, 2, **options) for _ in range(2)))
 
     one, ours = seeded(model), seeded(lambda: model(mesh["ep"]))
     for layer in ours[1:]:
@@ -185,7 +181,13 @@ def expert_and_fsdp(rank: int) -> None:
 
 def lines(rank: int, blocks: list[str]) -> None:
     """README's lines, one block after the other as in one session; each layer then makes a step."""
-    names: dict[str, Any] = {"ffn_ops": ffn_ops, "Shard": Shard, "device": "cpu", "x": torch.randn(5, 64)}
+    names: dict[str, Any] = {
+        "torch": torch,
+        "ffn_ops": ffn_ops,
+        "Shard": Shard,
+        "device": "cpu",
+        "x": torch.randn(5, 64),
+    }
     for block in blocks:
         exec(block, names)
         y = names["layer"](names["x"])

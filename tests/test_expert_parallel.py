@@ -20,9 +20,9 @@ def test_ranks_that_do_not_fit_are_told() -> None:
     ranks.run(expert_checks.errors, 2)
 
 
-@pytest.mark.parametrize("how", ["dies", "sleeps", "in backward", "experts differ"])
+@pytest.mark.parametrize("how", ["dies", "sleeps", "in backward"])
 def test_a_missing_rank_is_an_error_within_the_limit(how: str) -> None:
-    limit = 3.0
+    limit = 2.0
     message, seconds = ranks.run(expert_checks.failing, 2, how, collective_limit=limit)[0]
     assert message.startswith("RuntimeError: expert parallelism: an all-to-all of 2 ranks failed"), message
     assert seconds < limit + 2
