@@ -4,7 +4,7 @@ Letters in names and docstrings: T tokens, D model width (d_model), F FFN width 
 R routed rows (T * K), G gate branches.
 """
 
-from . import _flops, routing  # noqa: F401  (_flops registers the formulas)
+from . import _flops, expert_parallel, routing  # noqa: F401  (_flops registers the formulas)
 from ._info import info
 from .modules import GELUFFN, GLU, FeedForward, GatedFFN, PlainFFN, ReLUFFN, SwishFFN
 from .moe_ffn import MoEFFN, upcycle
@@ -24,6 +24,7 @@ __all__ = [
     "Routing",
     "SwishFFN",
     "activations",
+    "expert_parallel",
     "ffn",
     "gated_act",
     "gated_linear",

@@ -29,6 +29,9 @@ def tensor(name: str, value: Any, shape: Sequence[int | str] | None = None, like
 
 
 def _strided(name: str, value: Tensor) -> None:
+    if type(value) is not Tensor and type(value).__name__ == "DTensor":
+        placements = list(value.placements)  # type: ignore[attr-defined]
+        raise TypeError(f"{name}: expected a plain tensor, such as a local shard, got a DTensor of {placements}")
     if value.layout is not torch.strided or value.is_nested:
         layout = "nested" if value.is_nested else value.layout
         raise ValueError(f"{name}: expected a strided tensor, got layout {layout}")

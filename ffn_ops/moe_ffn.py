@@ -10,18 +10,21 @@ import inspect
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import _checks as check
-from . import ops
+from . import expert_parallel, ops
 from .modules import FeedForward, PlainFFN, is_plain_linear
-from .ops._shared import arithmetic
-from .routing import Routing, jitter
+from .ops._shared import arithmetic, is_dtensor
+from .routing import Routing, base, expert_choice, jitter
 from .routing import top_k as _top_k
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class MoEFFN(nn.Module):
@@ -41,6 +44,11 @@ class MoEFFN(nn.Module):
         num_shared: this many experts' width of a dense FFN, ``shared``, that sees every token.
         router_jitter: epsilon of :func:`ffn_ops.routing.jitter` on the router's input, in training.
         recompute: save x and the routing alone for backward, see :func:`ffn_ops.moe`.
+        expert_mesh: a one-dimensional ``DeviceMesh`` whose ranks hold the experts together, each those that
+            ``Shard(0)`` gives it: the stacked parameters are DTensors, ``router`` and ``shared`` are the first rank's
+            on all. Each rank gives its own tokens and routes them among themselves, so a capacity is counted on each
+            rank. Making the layer, calling it and its backward are collectives, see
+            :func:`ffn_ops.expert_parallel.moe`.
 
     Shapes: x ``[..., D]`` to ``[..., D]``. State: ``router`` (Linear), ``w_in [E, F, D]`` (gated ``[E, 2F, D]``, gate
     rows first), ``b_in``, ``w_down [E, D, F]``, ``b_down``. The study guide's keys ``experts.{e}.0.*`` and
@@ -68,6 +76,7 @@ class MoEFFN(nn.Module):
         num_shared: int = 0,
         router_jitter: float = 0.0,
         recompute: bool = False,
+        expert_mesh: DeviceMesh | None = None,
     ) -> None:
         super().__init__()
         for name, value in (("d_model", d_model), ("d_ff", d_ff), ("num_experts", num_experts), ("top_k", top_k)):
@@ -85,18 +94,32 @@ class MoEFFN(nn.Module):
         self.d_model, self.d_ff, self.num_experts, self.top_k = d_model, d_ff, num_experts, top_k
         self.gated, self.activation, self.beta = gated, activation, beta
         self.router_jitter, self.recompute = router_jitter, recompute
+        self.expert_mesh = expert_mesh
+        begin, end = 0, num_experts
+        if expert_mesh is not None:
+            expert_parallel.check_mesh(expert_mesh, "expert_mesh")
+            _check_local(router)
+            facts = {"d_model": d_model, "d_ff": d_ff, "num_experts": num_experts, "gated": gated, "bias": bias}
+            facts |= {"activation": activation, "beta": beta, "num_shared": num_shared}
+            expert_parallel.check_alike(expert_mesh, facts)
+            begin, end = expert_parallel.experts_of(num_experts, expert_mesh.size(), expert_mesh.get_local_rank())
         self.router = nn.Linear(d_model, num_experts)
         self.choose = router
         self._takes_training = router is not None and _takes(router, "training")
         # Drawn layer by layer in the order in which the study guide's module draws them: a seed gives its parameters.
-        first, second = [], []
-        for _ in range(num_experts):
-            first.append(nn.Linear(d_model, 2 * d_ff if gated else d_ff, bias=bias))
-            second.append(nn.Linear(d_ff, d_model, bias=bias))
-        self.w_in = nn.Parameter(torch.stack([layer.weight.detach() for layer in first]))
-        self.b_in = nn.Parameter(torch.stack([layer.bias.detach() for layer in first])) if bias else None
-        self.w_down = nn.Parameter(torch.stack([layer.weight.detach() for layer in second]))
-        self.b_down = nn.Parameter(torch.stack([layer.bias.detach() for layer in second])) if bias else None
+        parts: dict[str, list[Tensor]] = {"w_in": [], "b_in": [], "w_down": [], "b_down": []}
+        for e in range(num_experts):
+            for name, sizes in (("in", (d_model, 2 * d_ff if gated else d_ff)), ("down", (d_ff, d_model))):
+                layer = nn.Linear(*sizes, bias=bias)
+                for kind, t in (("w", layer.weight), ("b", layer.bias)):
+                    if t is not None:  # another rank's experts leave their shape alone
+                        parts[f"{kind}_{name}"].append(t.detach()[None] if begin <= e < end else t.detach()[None][:0])
+        stacked = {name: torch.cat(each) for name, each in parts.items() if each}
+        if expert_mesh is not None:
+            stacked = {name: expert_parallel.shard(t, num_experts, expert_mesh) for name, t in stacked.items()}
+        self.w_in, self.w_down = nn.Parameter(stacked["w_in"]), nn.Parameter(stacked["w_down"])
+        self.b_in = nn.Parameter(stacked["b_in"]) if bias else None
+        self.b_down = nn.Parameter(stacked["b_down"]) if bias else None
         self.shared: nn.Module | None = None
         if num_shared and gated:
             width = num_shared * d_ff  # two thirds of (3 width + 1) / 2, rounded down, are the width
@@ -106,6 +129,9 @@ class MoEFFN(nn.Module):
         elif num_shared:
             self.shared = PlainFFN(d_model, num_shared * d_ff, activation=activation, beta=beta, recompute=recompute)
         self.register_load_state_dict_pre_hook(_stack_experts)
+        if expert_mesh is not None:
+            whole = [t for t in (*self.parameters(), *self.buffers()) if not is_dtensor(t)]
+            expert_parallel.equalize(expert_mesh, whole)
 
     def logits(self, x: Tensor) -> Tensor:
         """``[..., E]`` in float32 (float64 for float64): what the router chooses by, and what losses take."""
@@ -142,21 +168,29 @@ class MoEFFN(nn.Module):
         if routing is None:
             logits = self.logits(x)
             routing = self.route(logits, **options)
-        y = ops.moe(
-            x, routing, self.w_in, self.w_down, gated=self.gated, b_in=self.b_in, b_down=self.b_down,
-            activation=self.activation, beta=self.beta, recompute=self.recompute,
-        )  # fmt: skip
+        experts: dict[str, Any] = {
+            "gated": self.gated, "b_in": self.b_in, "b_down": self.b_down, "activation": self.activation,
+            "beta": self.beta, "recompute": self.recompute,
+        }  # fmt: skip
+        if self.expert_mesh is None:
+            y = ops.moe(x, routing, self.w_in, self.w_down, **experts)
+        else:
+            y = expert_parallel.moe(x, routing, self.w_in, self.w_down, mesh=self.expert_mesh, **experts)
         if self.shared is not None:
             y = y + self.shared(x)
         return (y, routing, logits) if return_routing else y
 
     def document_state_dict(self) -> dict[str, Tensor]:
-        """``router.*``, ``experts.{e}.0.*``, ``experts.{e}.2.*``: what the study guide's module loads."""
+        """``router.*``, ``experts.{e}.0.*``, ``experts.{e}.2.*``: what the study guide's module loads.
+
+        With sharded parameters a collective: every rank gets all.
+        """
         if self.gated or self.shared is not None or self.b_in is None or self.b_down is None:
             raise ValueError("document_state_dict: expected plain experts with biases and no shared ones")
         state = {f"router.{name}": value for name, value in self.router.state_dict().items()}
+        stacked = [t.full_tensor() if is_dtensor(t) else t for t in (self.w_in, self.b_in, self.w_down, self.b_down)]  # type: ignore[operator]
         for e in range(self.num_experts):
-            for place, weight, bias in ((0, self.w_in, self.b_in), (2, self.w_down, self.b_down)):
+            for place, weight, bias in ((0, *stacked[:2]), (2, *stacked[2:])):
                 state[f"experts.{e}.{place}.weight"] = weight[e].detach()
                 state[f"experts.{e}.{place}.bias"] = bias[e].detach()
         return state
@@ -165,6 +199,7 @@ class MoEFFN(nn.Module):
         return (
             f"d_model={self.d_model}, d_ff={self.d_ff}, num_experts={self.num_experts}, top_k={self.top_k},"
             f" gated={self.gated}, activation={self.activation!r}"
+            + (f", expert_mesh={self.expert_mesh}" if self.expert_mesh is not None else "")
         )
 
 
@@ -173,8 +208,19 @@ def _takes(router: Callable[..., Any], name: str) -> bool:
     return name in inspect.signature(function).parameters
 
 
+def _check_local(router: Callable[..., Any] | None) -> None:
+    while isinstance(router, functools.partial):
+        router = router.func
+    if router in (base, expert_choice):
+        raise ValueError(
+            f"router: expected one that chooses for each token, got {router.__name__}, which weighs all tokens of the"
+            " batch against each other: with expert_mesh a rank has only its own"
+        )
+
+
 def _stack_experts(module: MoEFFN, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """The study guide's keys become the stacked ones, where all of a kind are there."""
+    """The study guide's keys become the stacked ones, where all of a kind are there; a sharded parameter takes its
+    part of a whole one."""
     for stacked, name in (("w_in", "0.weight"), ("b_in", "0.bias"), ("w_down", "2.weight"), ("b_down", "2.bias")):
         keys = [f"{prefix}experts.{e}.{name}" for e in range(module.num_experts)]
         parts = [state[key] for key in keys if key in state]
@@ -182,6 +228,13 @@ def _stack_experts(module: MoEFFN, state: dict[str, Tensor], prefix: str, *_: An
             for key in keys:
                 del state[key]
             state[prefix + stacked] = torch.stack(parts)
+        whole, parameter = state.get(prefix + stacked), getattr(module, stacked)
+        if is_dtensor(parameter) and whole is not None and not is_dtensor(whole) and whole.shape == parameter.shape:
+            from torch.distributed.tensor import distribute_tensor
+
+            whole = whole.detach().to(parameter.device_mesh.device_type)
+            mesh, placements = parameter.device_mesh, parameter.placements
+            state[prefix + stacked] = distribute_tensor(whole, mesh, placements, src_data_rank=None)  # its own part
 
 
 def upcycle(

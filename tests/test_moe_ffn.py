@@ -126,6 +126,7 @@ def test_every_router(name: str) -> None:
         expected = ffn_ops.moe(x, r, layer.w_in, layer.w_down, b_in=layer.b_in, b_down=layer.b_down)
         assert torch.equal(layer(x, **options), expected)
     assert not layer(x, mask=mask)[~mask].any()
+    assert layer(x[:0]).shape == (0, 12) and layer(x[:0], mask=mask[:0]).shape == (0, 12)
 
 
 def test_routers_that_follow_training() -> None:

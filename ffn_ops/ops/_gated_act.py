@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from .. import _checks as check
 from .._library import differentiable, fake, vmap_by_loop
-from ._shared import NAMES, dense, fold, third_order, third_setup
+from ._shared import NAMES, dense, fold, is_dtensor, third_order, third_setup
 
 
 def gated_act(
@@ -27,7 +30,7 @@ def gated_act(
     limit=7.0, up_shift=1.0``.
 
     Args:
-        gate: any shape; float64, float32, float16 or bfloat16.
+        gate: any shape; float64, float32, float16 or bfloat16. DTensors are computed shard by shard.
         up: same shape, dtype and device as ``gate``.
         activation: one of :func:`activations`.
         beta: the factor of ``swish(z) = z * sigmoid(beta * z)``; other activations ignore it.
@@ -44,6 +47,9 @@ def gated_act(
         Shazeer, GLU Variants Improve Transformer (2020), equations 5 and 6 without their products; the limit and the
         shift: gpt-oss-120b & gpt-oss-20b Model Card (2025).
     """
+    if is_dtensor(gate):
+        options = {"activation": activation, "beta": beta, "limit": limit, "up_shift": up_shift}
+        return on_shards(functools.partial(gated_act, **options), gate, up)  # type: ignore[arg-type]
     check.tensor("gate", gate)
     if up is not None:
         check.tensor("up", up, gate.shape, like=gate)
@@ -61,6 +67,25 @@ def gated_act(
         gate = fold(gate)
         up = None if up is None else fold(up)
     return gated_act_op(gate, up, *form).reshape(shape)  # type: ignore[no-any-return]
+
+
+def on_shards(function: Callable[..., Tensor], gate: Any, up: Any) -> Tensor:
+    """An element-wise ``function`` of DTensors, whose placements may be any that hold whole elements."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    if up is not None and (not isinstance(up, DTensor) or up.device_mesh != gate.device_mesh):
+        found = up.device_mesh if isinstance(up, DTensor) else type(up).__name__
+        raise TypeError(f"up: expected a DTensor on {gate.device_mesh} as gate is, got {found}")
+    if up is not None and up.shape != gate.shape:
+        raise ValueError(f"up: expected shape {list(gate.shape)}, got {list(up.shape)}")
+    placements = [Replicate() if p.is_partial() else p for p in gate.placements]
+    parts = [t if t is None else t.redistribute(placements=placements).to_local() for t in (gate, up)]
+    out = function(*parts)
+    return DTensor.from_local(out, gate.device_mesh, placements, shape=gate.shape, stride=_dense_stride(gate))
+
+
+def _dense_stride(t: Tensor) -> tuple[int, ...]:
+    return tuple(math.prod(t.shape[i + 1 :]) for i in range(t.dim()))
 
 
 def _check_gated_act(

@@ -65,8 +65,8 @@ def moe(
     check.tensor("x", x)
     x, w_in, w_down, b_in, b_down = autocast(x, w_in, w_down, b_in, b_down)  # type: ignore[assignment]
     check_routing(x, routing)
-    form = _form(activation, beta, limit, up_shift, gated, interleaved, recompute)
-    _check_weights(x, routing.offsets, w_in, w_down, b_in, b_down, gated)
+    form = gate_form(activation, beta, limit, up_shift, gated, interleaved, recompute)
+    check_weights(x, routing.offsets, w_in, w_down, b_in, b_down, gated)
     token, weight, offsets, row, token_offsets = routing[:5]
     weight = weight.to(arithmetic(x))
     grad = needs_grad(x, weight, w_in, w_down, b_in, b_down)
@@ -112,8 +112,8 @@ def moe_experts(
     rows, w_in, w_down, b_in, b_down = autocast(rows, w_in, w_down, b_in, b_down)  # type: ignore[assignment]
     check.indices("offsets", offsets)
     check.device("offsets", offsets, rows, "rows")
-    form = _form(activation, beta, limit, up_shift, gated, interleaved, recompute)
-    _check_weights(rows, offsets, w_in, w_down, b_in, b_down, gated)
+    form = gate_form(activation, beta, limit, up_shift, gated, interleaved, recompute)
+    check_weights(rows, offsets, w_in, w_down, b_in, b_down, gated)
     grad = needs_grad(rows, w_in, w_down, b_in, b_down)
     experts = (w_in, w_down, b_in, b_down, gated, interleaved, *form, grad and not recompute)
     return moe_op(rows, None, None, offsets, None, None, *experts, grad=grad)[0]  # type: ignore[no-any-return]
@@ -122,7 +122,7 @@ def moe_experts(
 _Form = tuple[str, float, float | None, float]
 
 
-def _form(
+def gate_form(
     activation: str, beta: float, limit: float | None, up_shift: float, gated: bool, interleaved: bool, recompute: bool
 ) -> _Form:
     """Checks the options and returns those that say what a gate computes."""
@@ -137,7 +137,7 @@ def _form(
     return activation, float(beta), None if limit is None else float(limit), float(up_shift)
 
 
-def _check_weights(
+def check_weights(
     x: Tensor,
     offsets: Tensor,
     w_in: Tensor,
@@ -186,8 +186,8 @@ def _(
     save: bool,
 ) -> Any:
     check.tensor("x", x, ("T", "D"))
-    _form(activation, beta, limit, up_shift, gated, interleaved, False)
-    features, out = _check_weights(x, offsets, w_in, w_down, b_in, b_down, gated)
+    gate_form(activation, beta, limit, up_shift, gated, interleaved, False)
+    features, out = check_weights(x, offsets, w_in, w_down, b_in, b_down, gated)
     rows = _num_rows(x, token)
     gate = dense(x, rows, features) if save else dense(x, 0)
     up = dense(x, rows, features) if save and gated else dense(x, 0)
@@ -218,8 +218,8 @@ def _(
     needs: list[bool],
 ) -> Any:
     check.tensor("x", x, ("T", "D"))
-    _form(activation, beta, limit, up_shift, gated, interleaved, False)
-    _features, out = _check_weights(x, offsets, w_in, w_down, b_in, b_down, gated)
+    gate_form(activation, beta, limit, up_shift, gated, interleaved, False)
+    _features, out = check_weights(x, offsets, w_in, w_down, b_in, b_down, gated)
     check.tensor("d_y", d_y, (x.shape[0], out), like=x)
     experts = w_in.shape[0]
     shapes = (x.shape, None, None, None, w_in.shape[:2], (experts, out))

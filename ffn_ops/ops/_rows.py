@@ -110,6 +110,12 @@ def _move_setup(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(*inputs)
 
 
+def _routed_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    """Values are kept for the gradient of weights alone: without them nothing but the routing is."""
+    values, token, weight, *rest = inputs
+    ctx.save_for_backward(None if weight is None else values, token, weight, *rest)
+
+
 def _dispatch_backward(ctx: Any, d_rows: Tensor) -> Any:
     x, token, weight, offsets, row, token_offsets = ctx.saved_tensors
     d_x = combine_op(d_rows, token, weight, offsets, row, token_offsets) if ctx.needs_input_grad[0] else None
@@ -131,8 +137,8 @@ def _row_dots_backward(ctx: Any, d: Tensor) -> Any:
     return d_a, d_rows, None, None, None, None
 
 
-dispatch_op = differentiable("moe_dispatch", _move_setup, _dispatch_backward)
-combine_op = differentiable("moe_combine", _move_setup, _combine_backward)
+dispatch_op = differentiable("moe_dispatch", _routed_setup, _dispatch_backward)
+combine_op = differentiable("moe_combine", _routed_setup, _combine_backward)
 row_dots_op = differentiable("moe_row_dots", _move_setup, _row_dots_backward)
 
 

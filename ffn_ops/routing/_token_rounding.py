@@ -27,7 +27,7 @@ def token_rounding(
         mask: see :func:`top_k`; padded tokens join no expert, so a count may then be lower.
 
     Returns:
-        A :class:`Routing` with R = T * k + E * (tile // 2).
+        A :class:`Routing` with R = T * k + E * (tile // 2), without tokens R = 0.
 
     Source: SonicMoE (2025), token rounding.
     """
@@ -36,6 +36,8 @@ def token_rounding(
     z = fold_logits(logits)
     tokens, experts = z.shape
     ids, highest = softmax_top_k(z, k)
+    if isinstance(tokens, int) and tokens == 0:  # rows that would fill tiles have no token to name
+        return sorted_rows(ids, None, highest, experts, tokens)
     p = torch.softmax(wide(z), 1)
     choice = p.detach()
     if mask is not None:

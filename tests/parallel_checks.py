@@ -1,0 +1,196 @@
+"""What a rank of tests/test_distributed.py does: FSDP2 and tensor parallelism around the modules, compared with one
+process. A module of its own, which the processes import without the tests.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from ranks import raised
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+import ffn_ops
+
+D, F = 12, 20
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "FeedForward": lambda: ffn_ops.FeedForward(D, 30, 4, 0.0),
+    "FeedForward, recompute": lambda: ffn_ops.FeedForward(D, 30, 4, 0.0, bias=False, recompute=True),
+    "PlainFFN": lambda: ffn_ops.GELUFFN(D, F),
+    "GLU": lambda: ffn_ops.GLU(D, D),
+    "GatedFFN": lambda: ffn_ops.GatedFFN(D, F, 2, out_proj=True),
+    "MoEFFN": lambda: ffn_ops.MoEFFN(D, F, 4, 2, gated=True, num_shared=1),
+}
+
+
+def seeded(make: Callable[[], Any], seed: int = 3) -> Any:
+    torch.manual_seed(seed)
+    return make()
+
+
+def full(t: Any) -> Tensor:
+    return t.full_tensor() if isinstance(t, DTensor) else t
+
+
+def fsdp(rank: int) -> None:
+    """Two optimiser steps of a model of every layer, sharded layer by layer, and the same in one process."""
+
+    def model() -> nn.Module:
+        return nn.Sequential(*(make() for make in LAYERS.values()))
+
+    one, ours = seeded(model), seeded(model)
+    for layer in ours:
+        fully_shard(layer)
+    fully_shard(ours)
+    x, target = torch.randn(2, 8, D, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(ours(x.chunk(2)[rank]), one(x).chunk(2)[rank])
+    for found, t, goal in ((one, x, target), (ours, *(t.chunk(2)[rank] for t in (x, target)))):
+        optimizer = torch.optim.AdamW(found.parameters(), lr=1e-2)
+        for _ in range(2):
+            optimizer.zero_grad()
+            (found(t) - goal).square().mean().backward()
+            optimizer.step()
+    for (name, p), q in zip(ours.named_parameters(), one.parameters(), strict=True):
+        torch.testing.assert_close(full(p), q, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def fsdp_mixed(rank: int) -> None:
+    """bfloat16 parameters and activations, float32 gradients: output and gradients of the bfloat16 layer to the bit."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for name, make in LAYERS.items():
+        one, ours = seeded(make), seeded(make)
+        fully_shard(ours, mp_policy=policy)
+        both = torch.randn(2, 5, D, generator=torch.Generator().manual_seed(1))
+        y = ours(both[rank])
+        assert y.dtype is torch.bfloat16
+        y.float().square().sum().backward()
+        low = copy.deepcopy(one).bfloat16()
+        grads = []
+        for i in range(2):
+            expected = low(both[i].bfloat16())
+            assert i != rank or torch.equal(y, expected), name
+            grads.append(
+                [g.float() for g in torch.autograd.grad(expected.float().square().sum(), list(low.parameters()))]
+            )
+        for p, first, second in zip(ours.parameters(), *grads, strict=True):
+            assert full(p).dtype is torch.float32
+            torch.testing.assert_close(full(p.grad), (first + second) / 2, rtol=1e-6, atol=1e-6)
+
+
+COLUMNS, ROWS = {"local": ColwiseParallel, "dtensor": lambda: ColwiseParallel(use_local_output=False)}, RowwiseParallel
+
+
+def plans(kind: str) -> dict[str, dict[str, Any]]:
+    column = COLUMNS[kind]
+    whole = ColwiseParallel(output_layouts=Replicate())
+    feed = {"w1": column(), "w3": column(), "w2": ROWS()}
+    return {
+        "FeedForward": feed,
+        "FeedForward, recompute": feed,
+        "PlainFFN": {"linear1": column(), "linear2": ROWS()},
+        "GLU": {"linear_gate": whole, "linear_value": whole},
+        "GatedFFN": {"value_layers.*": column(), "gate_layers.*": column(), "out_proj": ROWS()},
+        "MoEFFN": {f"shared.{name}": style for name, style in feed.items()},
+    }
+
+
+def tensor_parallel(rank: int) -> None:
+    """Column- and row-wise children: output and gradients of one process, with local tensors or DTensors between."""
+    mesh = init_device_mesh("cpu", (2,))
+    x = torch.randn(7, D, generator=torch.Generator().manual_seed(1))
+    for kind in COLUMNS:
+        for name, plan in plans(kind).items():
+            one, ours = seeded(LAYERS[name]), seeded(LAYERS[name])
+            parallelize_module(ours, mesh, plan)
+            a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+            expected, y = one(a), ours(b)
+            say = "{}, {}: {}".format
+            torch.testing.assert_close(y, expected, msg=functools.partial(say, kind, name))
+            for out in (expected, y):
+                out.square().sum().backward()
+            torch.testing.assert_close(b.grad, a.grad)
+            for (key, p), q in zip(ours.named_parameters(), one.parameters(), strict=True):
+                torch.testing.assert_close(full(p.grad), q.grad, msg=functools.partial(say, name, key))
+
+
+def dtensors(rank: int) -> None:
+    """gated_act is computed shard by shard, with its gradient; what would need all of a matrix says so."""
+    mesh = init_device_mesh("cpu", (2,))
+    gate, up, d = torch.randn(3, 5, 6, generator=torch.Generator().manual_seed(1))
+    a, b = gate.clone().requires_grad_(), up.clone().requires_grad_()
+    expected = ffn_ops.gated_act(a, b)
+    expected.backward(d)
+    for placement in (Shard(0), Shard(1), Replicate()):
+        sharded = [distribute_tensor(t, mesh, [placement]).requires_grad_() for t in (gate, up)]
+        out = ffn_ops.gated_act(*sharded)
+        assert out.placements == (placement,) and torch.equal(out.full_tensor(), expected), placement
+        out.backward(distribute_tensor(d, mesh, [placement]))
+        for found, right in zip(sharded, (a, b), strict=True):
+            assert torch.equal(found.grad.full_tensor(), right.grad), placement
+    # Sums that are still to be made are made before the activation, and placements that differ are brought together.
+    halves = DTensor.from_local(gate / 2, mesh, [Partial()])
+    out = ffn_ops.gated_act(halves, distribute_tensor(up, mesh, [Shard(1)]))
+    torch.testing.assert_close(out.full_tensor(), expected)
+    assert "up: expected a DTensor" in raised(lambda: ffn_ops.gated_act(halves, up))
+    w = distribute_tensor(torch.zeros(6, 6), mesh, [Shard(0)])
+    message = raised(lambda: ffn_ops.ffn(gate, w, w))
+    assert message.startswith("TypeError: w_in: expected a plain tensor, such as a local shard, got a DTensor"), message
+    layer = ffn_ops.MoEFFN(D, F, 4)
+    layer.w_in = nn.Parameter(distribute_tensor(layer.w_in.detach(), mesh, [Shard(1)]))
+    assert "w_in: expected a plain tensor" in raised(lambda: layer(torch.zeros(3, D)))
+
+
+def expert_and_fsdp(rank: int) -> None:
+    """Two groups of two ranks: experts sharded over a group and, by FSDP, across them; the rest over all four."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "ep"))
+    everyone = init_device_mesh("cpu", (4,))
+
+    def model(expert_mesh: Any = None) -> nn.Module:
+        options: dict[str, Any] = {"gated": True, "num_shared": 1, "expert_mesh": expert_mesh}
+        return nn.Sequential(nn.Linear(D, D), *(ffn_ops.MoEFFN(D, F, 8, 2, **options) for _ in range(2)))
+
+    one, ours = seeded(model), seeded(lambda: model(mesh["ep"]))
+    for layer in ours[1:]:
+        for part in (layer.router, layer.shared):
+            fully_shard(part, mesh=everyone)
+        fully_shard(layer, mesh=mesh["dp"], shard_placement_fn=lambda p: Shard(1))
+    fully_shard(ours, mesh=everyone)
+    for module in ours.modules():  # the losses of all ranks are summed, and so are the gradients of every parameter
+        if hasattr(module, "set_gradient_divide_factor"):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    x, target = torch.randn(2, 16, D, generator=torch.Generator().manual_seed(1))
+    for found, t, goal in ((one, x, target), (ours, *(t.chunk(4)[rank] for t in (x, target)))):
+        optimizer = torch.optim.AdamW(found.parameters(), lr=1e-2)
+        for _ in range(2):
+            optimizer.zero_grad()
+            ((found(t) - goal).square().sum() / x.numel()).backward()
+            optimizer.step()
+    for (name, p), q in zip(ours.named_parameters(), one.parameters(), strict=True):
+        whole = full(p)
+        assert isinstance(p, DTensor) and p.to_local().numel() == p.numel() // 4, name
+        torch.testing.assert_close(whole, q, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def lines(rank: int, blocks: list[str]) -> None:
+    """README's lines, one block after the other as in one session; each layer then makes a step."""
+    names: dict[str, Any] = {
+        "torch": torch,
+        "ffn_ops": ffn_ops,
+        "Shard": Shard,
+        "device": "cpu",
+        "x": torch.randn(5, 64),
+    }
+    for block in blocks:
+        exec(block, names)
+        y = names["layer"](names["x"])
+        assert y.shape == (5, 64)
+        y.float().square().sum().backward()
+        assert all(p.grad is not None for p in names["layer"].parameters()), block

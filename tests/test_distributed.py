@@ -1,0 +1,45 @@
+"""FSDP2 and tensor parallelism on two processes, both with expert parallelism on four, and README's lines for them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import parallel_checks
+import pytest
+import ranks
+
+pytestmark = pytest.mark.cpu_only("of gloo between processes; a GPU would need one device for each")
+
+
+@pytest.mark.parametrize("check", ["fsdp", "fsdp_mixed", "tensor_parallel", "dtensors"])
+def test_equals_one_process(check: str) -> None:
+    ranks.run(getattr(parallel_checks, check), 2)
+
+
+def test_expert_parallel_under_fsdp() -> None:
+    ranks.run(parallel_checks.expert_and_fsdp, 4)
+
+
+def test_lines_of_readme() -> None:
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    section = text.split("### Distributed, by PyTorch's own means")[1].split("\n## ")[0].split("\n### ")[0]
+    blocks = re.findall(r"```python\n(.*?)```", section, re.S)
+    assert len(blocks) == 4
+    ranks.run(parallel_checks.lines, 2, blocks)
+
+
+def test_document_has_the_models_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is computed stands in the document as the script computes it, and the sums can be done by hand."""
+    root = Path(__file__).parents[1]
+    monkeypatch.syspath_prepend(str(root))
+    from benchmarks import expert_parallel_model as model
+
+    text = (root / "docs" / "expert-parallel.md").read_text(encoding="utf-8")
+    assert text.split("<!-- computed -->\n")[1].split("<!-- end -->")[0] == model.tables()
+    layer = model.Mixture("by hand", T=1000, D=100, F=10, E=64, K=4)
+    assert model.flat(layer, 16).net_bytes == 1000 * 4 * 100 * 2 / 2
+    assert model.flat(layer, 16).node_bytes == 1000 * 4 * 100 * 2 * 7 / 16
+    # Two nodes: of four experts at least one stands in the other with probability 15/16.
+    assert model.two_level(layer, 16, one_copy=True).net_bytes == pytest.approx(1000 * 100 * 2 * 15 / 16)
+    assert model.two_level(layer, 4096, one_copy=False).net_messages == 511
