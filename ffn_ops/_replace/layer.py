@@ -1,0 +1,336 @@
+"""A recognised layer's plan, its fused call, and the class that makes an instance take it.
+
+What may change behind our back (adapters, hooks, quantised weights, training, dropout, the activation) is looked at in
+every call: then less is fused, or the layer's own forward runs. Which, says ``state``.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules.module import _has_any_global_hook
+
+from .. import _checks as check
+from .. import ops
+from .._library import CUDA_ABSENT
+from ..modules import is_plain_linear
+from ..reference import ACTIVATIONS
+from .form import Form
+from .probe import ORIGINAL
+
+PLAN = "_ffn_ops_plan"  # of an instance; None: restored; False: changed into something that is not recognised
+Path = tuple[str, ...]
+_PLAIN = (Tensor, nn.Parameter, FakeTensor)  # DTensors and others that act on their own are not
+_DEVICES = ("cpu", "meta") if CUDA_ABSENT else ("cpu", "meta", "cuda")
+_SCALARS = (bool, int, float, str, type(None), types.FunctionType, types.BuiltinFunctionType)
+
+
+@dataclass(frozen=True)
+class Guard:
+    """A module whose own forward is stepped over, as it was when the layer was recognised."""
+
+    path: Path
+    type: type
+    children: int
+    scalars: tuple[tuple[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    form: Form
+    argument: str  # the name of forward's one tensor
+    ranks: tuple[int, ...]  # numbers of dimensions for which the form holds
+    eval_only: bool  # in training forward computes something else
+    children: int
+    guards: tuple[Guard, ...]
+    gates: tuple[Path, ...]
+    ups: tuple[Path, ...]
+    down: Path | None
+    head: tuple[Path, ...]
+    dropout: Path | None
+    tail: tuple[Path, ...]
+
+
+def plan(layer: nn.Module, form: Form, argument: str, ranks: tuple[int, ...], eval_only: bool) -> Plan:
+    def path(text: str) -> Path:
+        return tuple(text.split(".")) if text else ()
+
+    def paths(texts: tuple[str, ...]) -> tuple[Path, ...]:
+        return tuple([path(text) for text in texts])
+
+    # Those that ran, and those that only hold others.
+    holders = {p[:i] for p in paths(form.linears) for i in range(1, len(p))}
+    stepped_over = sorted({*paths(form.run), *holders})
+    return Plan(
+        form, argument, ranks, eval_only, len(layer._modules), tuple([_guard(layer, p) for p in stepped_over]),
+        paths(form.gates), paths(form.ups), None if form.down is None else path(form.down), paths(form.head),
+        None if form.dropout is None else path(form.dropout), paths(form.tail),
+    )  # fmt: skip
+
+
+def _guard(layer: nn.Module, path: Path) -> Guard:
+    module = child(layer, path)
+    assert module is not None
+    return Guard(path, type(module), len(module._modules), tuple(_scalars(module)))
+
+
+def _scalars(module: nn.Module) -> list[tuple[str, Any]]:
+    return [(k, v) for k, v in vars(module).items() if k != "training" and k[0] != "_" and isinstance(v, _SCALARS)]
+
+
+def child(module: nn.Module, path: Path) -> Any:
+    for name in path:
+        module = module._modules.get(name)  # type: ignore[assignment]
+        if module is None:
+            return None
+    return module
+
+
+def _unhooked(module: nn.Module) -> bool:
+    return (
+        "forward" not in module.__dict__
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and not module._backward_hooks
+        and not module._backward_pre_hooks
+    )
+
+
+def _is_conv1d(layer: Any) -> bool:
+    """transformers' layer of GPT-2: a Linear whose weight is [in, out]. Known by name: it need not be imported."""
+    cls = type(layer)
+    return (
+        cls.__name__ == "Conv1D"
+        and cls.__module__ == "transformers.pytorch_utils"
+        and type(layer._parameters.get("weight")) in _PLAIN
+        and _unhooked(layer)
+    )
+
+
+def is_plain(layer: Any) -> bool:
+    """Its weight and bias say all that calling it does."""
+    return is_plain_linear(layer) or _is_conv1d(layer)
+
+
+def _weights(layer: Any) -> tuple[Tensor, Tensor | None]:
+    parameters = layer._parameters
+    weight = parameters["weight"]
+    return (weight if type(layer) is nn.Linear else weight.t()), parameters["bias"]
+
+
+def _idle(dropout: Any) -> bool:
+    """Stepping over it changes nothing."""
+    kind = type(dropout)
+    return (kind is nn.Identity or (kind is nn.Dropout and not (dropout.training and dropout.p > 0))) and _unhooked(
+        dropout
+    )
+
+
+def changed(layer: nn.Module, plan: Plan) -> str | None:
+    """Why the children that would be stepped over must be called, or None."""
+    if len(layer._modules) != plan.children:
+        return "it has other children than before"
+    for guard in plan.guards:
+        module = child(layer, guard.path)
+        if module is None or type(module) is not guard.type or len(module._modules) != guard.children:
+            return f"{'.'.join(guard.path)} is another module than before"
+        if not _unhooked(module):
+            return f"{'.'.join(guard.path)} has hooks"
+        for name, value in guard.scalars:
+            if module.__dict__.get(name) != value:
+                return f"{'.'.join(guard.path)}.{name} is not what it was"
+    return None
+
+
+def _fits(layer: nn.Module, plan: Plan, x: Any) -> bool:
+    return (
+        type(x) in _PLAIN
+        and x.dim() in plan.ranks
+        and x.dtype in check.DTYPES
+        and x.device.type in _DEVICES
+        and not (plan.eval_only and layer.training)
+        and not _has_any_global_hook()
+        and changed(layer, plan) is None
+    )
+
+
+def _of_dtype(layers: list[Any], dtype: torch.dtype) -> bool:
+    """Floating-point weights of another dtype: some forwards cast between their children, so their own must run."""
+    for layer in layers:
+        weight = getattr(layer, "weight", None)
+        if isinstance(weight, Tensor) and weight.dtype is not dtype and weight.dtype in check.DTYPES:
+            return False
+    return True
+
+
+def fused(layer: nn.Module, plan: Plan, x: Tensor) -> Tensor | None:
+    """The layer's result with as much fused as may be; None where its own forward must run."""
+    if not _fits(layer, plan, x):
+        return None
+    gates = [child(layer, path) for path in plan.gates]
+    ups = [child(layer, path) for path in plan.ups]
+    down = None if plan.down is None else child(layer, plan.down)
+    linears = [*gates, *ups, down] if plan.down is not None else [*gates, *ups]
+    if any(linear is None for linear in linears):
+        return None
+    if not torch._C._is_any_autocast_enabled() and not _of_dtype(linears, x.dtype):
+        return None
+    value = x
+    for path in plan.head:
+        value = child(layer, path)(value)
+    dropout = None if plan.dropout is None else child(layer, plan.dropout)
+    if dropout is not None and _idle(dropout):
+        dropout = None
+    if down is not None and dropout is None and len(gates) == 1 and all(is_plain(linear) for linear in linears):
+        value = _whole(plan.form, value, gates[0], ups[0] if ups else None, down)
+    else:
+        value = _hidden(plan.form, value, gates, ups)
+        if dropout is not None:
+            value = dropout(value)
+        if down is not None:
+            value = down(value)
+    for path in plan.tail:
+        value = child(layer, path)(value) if path else value + x
+    return value
+
+
+def _whole(form: Form, x: Tensor, gate: Any, up: Any, down: Any) -> Tensor:
+    w_in, b_in = _weights(gate)
+    w_down, b_down = _weights(down)
+    act: dict[str, Any] = {"activation": form.activation, "beta": form.beta}
+    if up is not None:
+        w_up, b_up = _weights(up)
+        return ops.ffn(x, w_in, w_down, w_up=w_up, b_in=b_in, b_up=b_up, b_down=b_down, **act)
+    if form.halves == "up first":
+        w_up, w_in = w_in.chunk(2)
+        b_up, b_in = (None, None) if b_in is None else b_in.chunk(2)
+        return ops.ffn(x, w_in, w_down, w_up=w_up, b_in=b_in, b_up=b_up, b_down=b_down, **act)
+    return ops.ffn(x, w_in, w_down, gated=form.halves is not None, b_in=b_in, b_down=b_down, **act)
+
+
+def _hidden(form: Form, x: Tensor, gates: list[Any], ups: list[Any]) -> Tensor:
+    """What goes into ``down``: in one operator, or the children called as forward calls them and one operator behind."""
+    act: dict[str, Any] = {"activation": form.activation, "beta": form.beta}
+    if ups and all(is_plain(layer) for layer in (*gates, *ups)):
+        gate_weights, up_weights = [_weights(g) for g in gates], [_weights(u) for u in ups]
+        b_gate = [b for _, b in gate_weights if b is not None]
+        b_up = [b for _, b in up_weights if b is not None]
+        if len(b_gate) in (0, len(gates)) and len(b_up) in (0, len(ups)):
+            w_gate, w_up = [w for w, _ in gate_weights], [w for w, _ in up_weights]
+            return ops.gated_linear(x, w_gate, w_up, b_gate=b_gate, b_up=b_up, **act)
+    total: Tensor | None = None
+    for i, gate in enumerate(gates):
+        if ups and form.up_called_first:  # adapters with dropout draw in the order of the calls
+            up = ups[i](x)
+            value = gate(x)
+        else:
+            value = gate(x)
+            up = ups[i](x) if ups else None
+        if form.halves is not None:
+            value, up = value.chunk(2, -1)
+            if form.halves == "up first":
+                value, up = up, value
+        hidden = _between(value, up, **act)
+        total = hidden if total is None else total + hidden
+    assert total is not None
+    return total
+
+
+def _between(gate: Tensor, up: Tensor | None, activation: str, beta: float) -> Tensor:
+    both = [gate] if up is None else [gate, up]
+    if all(type(t) in _PLAIN and t.dtype is gate.dtype and t.dtype in check.DTYPES for t in both):
+        return ops.gated_act(gate, up, activation=activation, beta=beta)
+    value = ACTIVATIONS[activation](gate, beta)  # a DTensor, say: by torch's own operators
+    return value if up is None else value * up
+
+
+def state(layer: nn.Module, plan: Plan) -> tuple[bool, str]:
+    """Whether all that was recognised is fused now, and if not, what is and why."""
+    if reason := changed(layer, plan):
+        return False, f"its own forward runs: {reason}"
+    if _has_any_global_hook():
+        return False, "its own forward runs: there are global module hooks"
+    if plan.eval_only and layer.training:
+        return False, "its own forward runs: in training it computes something else (dropout that is no child?)"
+    parts = [(path, child(layer, path)) for path in (*plan.gates, *plan.ups, *((plan.down,) if plan.down else ()))]
+    if gone := [path for path, module in parts if module is None]:
+        return False, f"its own forward runs: {'.'.join(gone[0])} is gone"
+    first = getattr(parts[0][1], "weight", None)
+    if isinstance(first, Tensor) and not _of_dtype([module for _, module in parts], first.dtype):
+        return False, "its own forward runs outside autocast: weights of several dtypes"
+    if isinstance(first, Tensor) and first.device.type not in _DEVICES:
+        why = CUDA_ABSENT if first.device.type == "cuda" else "no kernels for it"
+        return False, f"its own forward runs on {first.device.type}: {why}"
+    called = [f"{'.'.join(path)} is called ({_why_called(module)})" for path, module in parts if not is_plain(module)]
+    if plan.dropout and not _idle(child(layer, plan.dropout)):
+        called.append(f"{'.'.join(plan.dropout)} is called (p > 0 in training)")
+    notes = "; ".join(called)
+    if plan.eval_only:
+        notes = "; ".join(filter(None, [notes, "in training its own forward runs"]))
+    return not called, notes
+
+
+def _why_called(module: Any) -> str:
+    if not isinstance(module, nn.Linear) and not _is_conv1d(module):
+        return f"{type(module).__module__.split('.')[0]}'s {type(module).__name__}"
+    if not _unhooked(module):
+        return "hooks, or a forward of its own"
+    weight = module._parameters.get("weight")
+    if type(weight) not in _PLAIN:
+        return "its weight is computed" if weight is None else f"its weight is a {type(weight).__name__}"
+    return f"a {type(module).__name__}"
+
+
+# ---- the class in place of the layer's ------------------------------------------------------------------------------
+
+
+@functools.cache
+def fused_class(original: type[nn.Module], method: str) -> type[nn.Module]:
+    """A subclass, of the same name, whose ``method`` computes what the instance's plan says."""
+    own = getattr(original, method)
+
+    @functools.wraps(own)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        plan = self._ffn_ops_plan
+        if plan:
+            x = args[0] if len(args) == 1 and not kwargs else kwargs.get(plan.argument) if len(kwargs) == 1 else None
+            if x is not None and len(args) + len(kwargs) == 1:
+                y = fused(self, plan, x)
+                if y is not None:
+                    return y
+        return own(self, *args, **kwargs)
+
+    def setattr_(self: Any, name: str, value: Any) -> None:
+        original.__setattr__(self, name, value)
+        if name[0] != "_" and name not in ("training", "forward") and self._ffn_ops_plan is not None:
+            from .recognise import recognise  # which makes plans
+
+            self.__dict__[PLAN] = recognise(self, method).plan or False
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        function, arguments, *rest = original.__reduce_ex__(self, max(2, protocol))
+        if arguments and arguments[0] is fused_class(original, method):  # other processes know the original
+            function, arguments = _new, (original, method, *arguments[1:])
+        return function, arguments, *rest
+
+    def extra_repr(self: Any) -> str:
+        plan = self._ffn_ops_plan
+        return ", ".join(filter(None, [original.extra_repr(self), f"ffn_ops: {plan.form}" if plan else ""]))
+
+    members = {
+        ORIGINAL: original, PLAN: None, method: forward, "__setattr__": setattr_, "__reduce_ex__": reduce,
+        "extra_repr": extra_repr, "__module__": original.__module__, "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+    }  # fmt: skip
+    return type(original)(original.__name__, (original,), members)
+
+
+def _new(original: type[nn.Module], method: str, *arguments: Any) -> nn.Module:
+    cls = fused_class(original, method)
+    return cls.__new__(cls, *arguments)
