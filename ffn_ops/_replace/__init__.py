@@ -181,9 +181,7 @@ def _site(path: str, module: nn.Module) -> _Site | None:
 
 
 def _method(module: nn.Module) -> str:
-    return next(
-        name for name in METHODS if any(name in vars(c) and ORIGINAL in vars(c) for c in type(module).__mro__)
-    )
+    return next(name for name in METHODS if any(name in vars(c) and ORIGINAL in vars(c) for c in type(module).__mro__))
 
 
 def _swap(site: _Site) -> bool:
