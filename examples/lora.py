@@ -2,8 +2,8 @@
 
     pip install "ffn_ops[transformers,peft]" && python examples/lora.py
 
-The model learns Python's help topics, byte by byte, then adapters on its feed-forward layers learn Python's source code,
-while the model itself stays frozen. Everything ships with Python; on a CPU it takes less than a minute.
+The model learns Python's help topics, byte by byte, then adapters on its feed-forward layers learn Python's source
+code, while the model itself stays frozen. Everything ships with Python; on a CPU it takes less than a minute.
 """
 
 from __future__ import annotations

@@ -130,7 +130,7 @@ def test_outermost_layers_of_a_model() -> None:
 
 def test_other_objects() -> None:
     for function in (ffn_ops.replace, ffn_ops.restore, ffn_ops.replace_report):
-        with pytest.raises(TypeError, match="model: expected an nn.Module, got int"):
+        with pytest.raises(TypeError, match=r"model: expected an nn\.Module, got int"):
             function(3)  # type: ignore[type-var]
     with pytest.warns(UserWarning, match="no feed-forward layer found"):
         ffn_ops.replace(nn.Linear(3, 4))
@@ -347,7 +347,7 @@ def test_children_that_change_behind_its_back() -> None:
 
 
 def test_dropout_between() -> None:
-    """p > 0 in training: called, with the gate fused before it and the masks of the untouched layer; else stepped over."""
+    """p > 0 in training: called, the gate fused before it, with the untouched layer's masks; else stepped over."""
     layer, plain = (seeded(lambda: Plain(nn.GELU(), 0.5)) for _ in range(2))
     ffn_ops.replace(layer)
     x = torch.randn(5, D)
@@ -371,12 +371,10 @@ def test_hooks_of_children(name: str) -> None:
         seen: list[int] = []
         for model in (layer, plain):
             child = model.get_submodule(path)
-            child.register_forward_hook(lambda m, args, y: seen.append(1) or 1.5 * y)
-            child.register_full_backward_hook(lambda m, d_in, d_out: seen.append(2) or None)
-        x = torch.randn(5, D, requires_grad=True)
-        for model in (layer, plain):
-            model.train()
-        torch.testing.assert_close(results(layer, lambda m: m(x)), results(plain, lambda m: m(x)))
+            child.register_forward_hook(lambda m, args, y, seen=seen: seen.append(1) or 1.5 * y)
+            child.register_full_backward_hook(lambda m, d_in, d_out, seen=seen: seen.append(2) or None)
+        x = torch.randn(5, D)
+        torch.testing.assert_close(results(layer, on(x)), results(plain, on(x)))
         assert seen == [1, 2, 1, 2], path
 
 

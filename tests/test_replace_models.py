@@ -207,7 +207,7 @@ def test_dropout_as_the_untouched_model_has_it() -> None:
 
 
 def test_layers_that_are_left() -> None:
-    """OPT's two layers stand in a block that does more, and the report says so; Mixtral's experts are no FFN of children."""
+    """OPT's two layers stand in a block that does more, and the report says so."""
     options = {**SIZES, "ffn_dim": 48, "word_embed_proj_dim": 32}
     model, plain = (causal("OPT", **options)().eval() for _ in range(2))
     plain.load_state_dict(model.state_dict())

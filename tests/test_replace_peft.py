@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -48,11 +49,11 @@ def test_lora(name: str, before: bool) -> None:
     """Adapters on some children, added after or before: output and gradients, and only the adapters have gradients."""
     targets, operator = TARGETS[name]
     plain = adapted(made("Llama"), *targets)
-    model = made("Llama")
-    if before:
-        model = adapted(ffn_ops.replace(model), *targets)
-    else:
-        model = ffn_ops.replace(adapted(model, *targets))
+    model = (
+        adapted(ffn_ops.replace(made("Llama")), *targets)
+        if before
+        else ffn_ops.replace(adapted(made("Llama"), *targets))
+    )
     assert operators(model) == [operator] * 2
     assert list(model.state_dict()) == list(plain.state_dict())
     assert_same_function(model, plain, logits)
@@ -251,3 +252,14 @@ def test_children_of_other_widths() -> None:
         y = layer(x)
     assert seen.names == ["ffn"] and FF not in y.shape
     torch.testing.assert_close(y, ffn_ops.restore(copy.deepcopy(layer))(x))
+
+
+def test_lines_of_the_readme() -> None:
+    """README's blocks run as they stand, on a model."""
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    section = text.partition("### Feed-forward layers of any model")[2].partition("\n## ")[0]
+    blocks = [part.partition("```")[0] for part in section.split("```python\n")[1:]]
+    names: dict[str, Any] = {"ffn_ops": ffn_ops, "peft": peft, "model": made("Llama")}
+    for block in blocks[:2]:
+        exec(block, names)
+    assert len(ffn_ops.replace_report(names["model"]).paths("partly")) == 2

@@ -72,8 +72,8 @@ def replace(model: Model) -> Model:
     """Lets this package's operators compute the feed-forward layers of ``model``, in place, and returns it.
 
     A layer is recognised by what its forward does with its children: run on a hollow copy whose linear layers return
-    random numbers, it must compute ``down(act(gate x) * up x)``, ``down(act(first x))``, or a GLU layer without ``down``,
-    with dropout, normalisation and a residual connection at most around it, for all of them. Else it is left alone.
+    random numbers, it must compute ``down(act(gate x) * up x)``, ``down(act(first x))``, or a GLU layer without
+    ``down``, with dropout, normalisation and a residual connection at most around it. Else it is left alone.
 
     Parameters, their names, the state dict, hooks, dtypes, devices and ``requires_grad`` stay as they are: an instance
     gets a subclass of its class whose forward calls an operator on the same parameters. In every call it looks at what

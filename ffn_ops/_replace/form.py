@@ -1,6 +1,6 @@
 """What a traced layer computes, as a Form: which children are gate, up and down, which activation, what stands around.
 
-A form is accepted only where it explains every call of a child and every number that flowed; no operator is called here.
+A form is accepted only where it explains every call of a child and every number that flowed.
 """
 
 from __future__ import annotations

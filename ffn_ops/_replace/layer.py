@@ -215,7 +215,7 @@ def _whole(form: Form, x: Tensor, gate: Any, up: Any, down: Any) -> Tensor:
 
 
 def _hidden(form: Form, x: Tensor, gates: list[Any], ups: list[Any]) -> Tensor:
-    """What goes into ``down``: in one operator, or the children called as forward calls them and one operator behind."""
+    """What goes into ``down``: by one operator, or the children called as forward calls them and one operator."""
     act: dict[str, Any] = {"activation": form.activation, "beta": form.beta}
     if ups and all(is_plain(layer) for layer in (*gates, *ups)):
         gate_weights, up_weights = [_weights(g) for g in gates], [_weights(u) for u in ups]

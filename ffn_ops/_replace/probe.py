@@ -1,8 +1,8 @@
 """Runs a layer's own forward on a hollow copy of the layer, and writes down what it does with its children.
 
-In the copy every layer with parameters is a stub that returns fresh random numbers. What flows from stub to stub is then
-the layer's own arithmetic and nothing else, whatever the weights are (meta, quantised, sharded, wrapped by adapters), and
-the layer itself, its hooks, buffers and the random state of the program are not touched.
+In the copy every layer with parameters is a stub that returns fresh random numbers. What flows from stub to stub is the
+layer's own arithmetic and nothing else, whatever the weights are (meta, quantised, sharded, wrapped by adapters); the
+layer itself, its hooks, buffers and the random state of the program are not touched.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from .form import Form, explain
 from .layer import Plan, child, plan
 from .probe import ProbeError, linear_shape, original_class, trace
 
-# Where layers keep their feed-forward in a method of its own: transformers' encoders, torch's nn.TransformerEncoderLayer.
+# Where a feed-forward has a method of its own: transformers' encoders, torch's nn.TransformerEncoderLayer.
 METHODS = ("forward", "feed_forward_chunk", "ff_chunk", "_ff_block")
 _MOST_BRANCHES = 16
 _MANY = 512  # modules below a layer that is looked at
@@ -72,7 +72,7 @@ def bottleneck(layer: nn.Module) -> tuple[str, str] | None:
 
 
 def recognise(layer: nn.Module, method: str) -> Finding:
-    """What ``method`` of the layer computes, from runs on a hollow copy: several ranks, training and eval, its dtype."""
+    """What ``method`` of the layer computes, from runs on a hollow copy: ranks, training and eval, dtypes."""
     cls = original_class(layer)
     function = getattr(cls, method, None)
     if not callable(function):
