@@ -9,10 +9,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from seen import Seen
 from tolerance import assert_error_like_eagers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import ffn_ops
 from ffn_ops import reference
 
 D, FF = 12, 20
@@ -221,6 +223,18 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
         for act in reference.ACTIVATIONS if act != "swish"
     },
 }  # fmt: skip
+
+
+def pair(name: str) -> tuple[nn.Module, nn.Module]:
+    """Replaced, and untouched."""
+    return ffn_ops.replace(seeded(LAYERS[name][0])), seeded(LAYERS[name][0])
+
+
+def operators(layer: nn.Module, x: Tensor) -> list[str]:
+    """Those of ours that a call runs."""
+    with Seen() as seen:
+        layer(x)
+    return seen.names
 
 
 # ---- layers that compute something else -----------------------------------------------------------------------------

@@ -179,6 +179,7 @@ def test_compiled_in_one_graph(name: str, dynamo: None) -> None:
     assert graph.code.count("ffn_ops.ffn") == 2
 
 
+@pytest.mark.cpu_only("from_pretrained gives a model on the CPU")
 def test_copies_and_checkpoints(tmp_path: Any) -> None:
     """deepcopy, save_pretrained and from_pretrained: transformers sees its own model."""
     model = ffn_ops.replace(made("Llama"))

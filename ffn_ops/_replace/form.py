@@ -32,6 +32,7 @@ class Form:
     dropout: str | None  # between activation and down
     tail: tuple[str, ...]  # children behind, and ADD_INPUT
     run: tuple[str, ...]  # modules whose own forward is stepped over
+    reads_weights: bool
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -107,6 +108,7 @@ def explain(trace: Trace, known: tuple[str, float] | None = None) -> Form:
         gates, ups, None if down is None else down.path, halves, bool(ups) and found.ups[0] < found.gates[0],
         found.activation, found.beta, tuple(head), None if dropout is None else dropout.path,
         _tail(trace, events, hidden if down is None else down.output), tuple([path for path in trace.run if path]),
+        trace.reads_weights,
     )  # fmt: skip
 
 

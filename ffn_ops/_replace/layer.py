@@ -161,10 +161,10 @@ def _fits(layer: nn.Module, plan: Plan, x: Any) -> bool:
 
 
 def _of_dtype(layers: list[Any], dtype: torch.dtype) -> bool:
-    """Floating-point weights of another dtype: some forwards cast between their children, so their own must run."""
+    """Where weights are of another dtype, a forward may cast between its children, so its own must run."""
     for layer in layers:
-        weight = getattr(layer, "weight", None)
-        if isinstance(weight, Tensor) and weight.dtype is not dtype and weight.dtype in check.DTYPES:
+        weight = layer._parameters.get("weight")
+        if weight is not None and weight.dtype is not dtype:
             return False
     return True
 
@@ -179,7 +179,10 @@ def fused(layer: nn.Module, plan: Plan, x: Tensor) -> Tensor | None:
     linears = [*gates, *ups, down] if plan.down is not None else [*gates, *ups]
     if any(linear is None for linear in linears):
         return None
-    if not torch._C._is_any_autocast_enabled() and not _of_dtype(linears, x.dtype):
+    plain = all(is_plain(linear) for linear in linears)
+    if plan.form.reads_weights and not plain:
+        return None
+    if plain and not torch._C._is_any_autocast_enabled() and not _of_dtype(linears, x.dtype):
         return None
     value = x
     for path in plan.head:
@@ -187,7 +190,7 @@ def fused(layer: nn.Module, plan: Plan, x: Tensor) -> Tensor | None:
     dropout = None if plan.dropout is None else child(layer, plan.dropout)
     if dropout is not None and _idle(dropout):
         dropout = None
-    if down is not None and dropout is None and len(gates) == 1 and all(is_plain(linear) for linear in linears):
+    if down is not None and dropout is None and len(gates) == 1 and plain:
         value = _whole(plan.form, value, gates[0], ups[0] if ups else None, down)
     else:
         value = _hidden(plan.form, value, gates, ups)
@@ -261,13 +264,15 @@ def state(layer: nn.Module, plan: Plan) -> tuple[bool, str]:
     parts = [(path, child(layer, path)) for path in (*plan.gates, *plan.ups, *((plan.down,) if plan.down else ()))]
     if gone := [path for path, module in parts if module is None]:
         return False, f"its own forward runs: {'.'.join(gone[0])} is gone"
-    first = getattr(parts[0][1], "weight", None)
-    if isinstance(first, Tensor) and not _of_dtype([module for _, module in parts], first.dtype):
-        return False, "its own forward runs outside autocast: weights of several dtypes"
-    if isinstance(first, Tensor) and first.device.type not in _DEVICES:
+    first = next(layer.parameters(), None)
+    if first is not None and first.device.type not in _DEVICES:
         why = CUDA_ABSENT if first.device.type == "cuda" else "no kernels for it"
         return False, f"its own forward runs on {first.device.type}: {why}"
     called = [f"{'.'.join(path)} is called ({_why_called(module)})" for path, module in parts if not is_plain(module)]
+    if called and plan.form.reads_weights:
+        return False, f"its own forward runs, because it reads weights: {'; '.join(called)}"
+    if not called and not _of_dtype([module for _, module in parts], parts[0][1]._parameters["weight"].dtype):
+        return False, "its own forward runs outside autocast: weights of several dtypes"
     if plan.dropout and not _idle(child(layer, plan.dropout)):
         called.append(f"{'.'.join(plan.dropout)} is called (p > 0 in training)")
     notes = "; ".join(called)

@@ -43,6 +43,7 @@ class Trace:
     x: Tensor
     events: list[Event] = field(default_factory=list)
     run: list[str] = field(default_factory=list)  # modules whose own forward ran, by path
+    reads_weights: bool = False  # forward asks for a child's weight, to cast to its dtype as T5 does
     y: Any = None
 
 
@@ -65,13 +66,16 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
 class _Stub(nn.Module):
     def __init__(self, kind: str, path: str, of: nn.Module, probe: _Probe) -> None:
         super().__init__()
-        # Sizes, probabilities, flags: forwards ask for them. Not for weights, which only have a shape and a dtype.
+        # Sizes, probabilities, flags: forwards ask for them.
         self.__dict__.update({k: v for k, v in vars(of).items() if isinstance(v, (int, float, str, bool, type(None)))})
         self.__dict__.update(kind=kind, path=path, probe=probe, shape=linear_shape(of))
-        for name in ("weight", "bias"):
-            value = getattr(of, name, None)
-            if isinstance(value, Tensor):
-                self.__dict__[name] = torch.empty(value.shape, dtype=probe.dtype, device="meta")
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """A shape and a dtype. Not asked of the layer itself: parametrisations may count how often that is done."""
+        self.probe.trace.reads_weights = True
+        shape = (self.shape or (1,))[::-1]
+        return torch.empty(shape, dtype=self.probe.dtype, device="meta")
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
