@@ -8,6 +8,7 @@ from types import ModuleType
 
 import pytest
 
+pytestmark = pytest.mark.cpu_only("the scripts run on the CPU")
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -19,7 +20,6 @@ def example(name: str) -> ModuleType:
     return module
 
 
-@pytest.mark.cpu_only("the scripts run on the CPU")
 def test_lora(capsys: pytest.CaptureFixture[str]) -> None:
     """The adapters learn, and each report says what is fused."""
     pytest.importorskip("peft")
@@ -29,7 +29,6 @@ def test_lora(capsys: pytest.CaptureFixture[str]) -> None:
     assert reports == ["replaced", "partly", "replaced"]
 
 
-@pytest.mark.cpu_only("the scripts run on the CPU")
 def test_generate(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("transformers")
     untouched, replaced = example("generate").main(["--steps", "8", "--tokens", "12"])
