@@ -208,10 +208,12 @@ def test_dropout_as_the_untouched_model_has_it() -> None:
 
 
 def test_layers_that_are_left() -> None:
-    """OPT's two layers stand in a block that does more, and the report says so."""
+    """OPT's two layers stand in a block that does more, and the report says so; a mixture's experts are no children."""
     options = {**SIZES, "ffn_dim": 48, "word_embed_proj_dim": 32}
     model, plain = (causal("OPT", **options)().eval() for _ in range(2))
     plain.load_state_dict(model.state_dict())
     with pytest.warns(UserWarning, match="fc1 and fc2 are children of a layer that does more"):
         ffn_ops.replace(model)
     assert torch.equal(logits(model), logits(plain))
+    mixture = causal("Mixtral", **GROUPED, num_local_experts=4)()
+    assert [e.layer for e in ffn_ops.replace_report(mixture).entries] == ["MixtralExperts"] * 2

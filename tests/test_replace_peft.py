@@ -210,6 +210,7 @@ CHANGES: dict[str, Callable[[nn.Linear], nn.Module]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:ffn_ops.replace")
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("name", ["llama", "phi", "sequential", "in a method", "guide GatedFFN"])
 def test_changed_children(name: str, change: str) -> None:
@@ -228,7 +229,8 @@ def test_changed_children(name: str, change: str) -> None:
             if not before:
                 ffn_ops.replace(layer)
             torch.testing.assert_close(results(layer, on(x)), results(plain, on(x)))
-            assert ffn_ops.replace_report(layer).paths("partly") == [""]
+            if change != "other module":  # of which only the layer's own forward knows what it computes
+                assert ffn_ops.replace_report(layer).paths("partly") == [""]
 
 
 def test_parametrisation_removed() -> None:

@@ -16,7 +16,7 @@ from torch import nn
 
 from .layer import PLAN, Plan, fused_class, state
 from .probe import ORIGINAL, original_class
-from .recognise import METHODS, Finding, bottleneck, plausible, recognise
+from .recognise import METHODS, Finding, bottleneck, plausible, recognise, stacked_experts
 
 _log = logging.getLogger("ffn_ops.replace")
 Model = TypeVar("Model", bound=nn.Module)
@@ -177,6 +177,8 @@ def _site(path: str, module: nn.Module) -> _Site | None:
             reason or f"{' and '.join(bottleneck(module) or ())} are children of a layer that does more than an FFN"
         )
         return _Site(path, module, "forward", Finding(None, reason))
+    if stacked_experts(module):
+        return _Site(path, module, "forward", Finding(None, "experts, whose router replace() does not look at"))
     return None
 
 

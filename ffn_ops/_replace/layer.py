@@ -143,7 +143,8 @@ def changed(layer: nn.Module, plan: Plan) -> str | None:
         if not _unhooked(module):
             return f"{'.'.join(guard.path)} has hooks"
         for name, value in guard.scalars:
-            if module.__dict__.get(name) != value:
+            now = module.__dict__.get(name)
+            if now is not value and now != value:
                 return f"{'.'.join(guard.path)}.{name} is not what it was"
     return None
 

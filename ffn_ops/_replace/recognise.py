@@ -71,6 +71,11 @@ def bottleneck(layer: nn.Module) -> tuple[str, str] | None:
     return None
 
 
+def stacked_experts(layer: nn.Module) -> bool:
+    """Its own parameters look like those of a mixture: two or more of [E, rows, columns]."""
+    return sum(1 for p in layer._parameters.values() if p is not None and p.dim() == 3) >= 2
+
+
 def recognise(layer: nn.Module, method: str) -> Finding:
     """What ``method`` of the layer computes, from runs on a hollow copy: ranks, training and eval, dtypes."""
     cls = original_class(layer)
