@@ -31,6 +31,7 @@ def help_topics() -> Tensor:
 def train(model: LlamaForCausalLM, text: Tensor, steps: int) -> float:
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
     generator = torch.Generator().manual_seed(0)
+    loss = torch.tensor(float("nan"))
     loss = torch.zeros(())
     for _ in range(steps):
         ids = text[torch.randint(len(text) - CONTEXT, (BATCH, 1), generator=generator) + torch.arange(CONTEXT)]
@@ -38,7 +39,7 @@ def train(model: LlamaForCausalLM, text: Tensor, steps: int) -> float:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return float(loss)
+    return loss.item()
 
 
 def generate(model: LlamaForCausalLM, prompt: str, tokens: int) -> tuple[str, float]:
