@@ -115,3 +115,44 @@ def test_arguments_of_forward() -> None:
     torch.testing.assert_close(layer(x, scale=2.0), 2 * layer(x))
     with pytest.raises(TypeError, match="unexpected keyword"):
         layer(x=x)
+
+
+def test_a_dtype_in_which_it_differs() -> None:
+    """Fused in the dtypes in which the form holds, also where autocast gives another."""
+
+    class Differing(LlamaLike):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            z = self.gate_proj(x)
+            z = nn.functional.relu(z) if z.dtype is torch.bfloat16 else nn.functional.silu(z)
+            return self.down_proj(z * self.up_proj(x))
+
+    layer, plain = (seeded(Differing) for _ in range(2))
+    ffn_ops.replace(layer)
+    x = torch.randn(5, D)
+    assert operators(layer, x) == ["ffn"]
+    with torch.autocast(x.device.type, torch.bfloat16):
+        assert operators(layer, x) == [] and torch.equal(layer(x), plain(x))
+    layer.bfloat16(), plain.bfloat16()
+    assert operators(layer, x.bfloat16()) == [] and torch.equal(layer(x.bfloat16()), plain(x.bfloat16()))
+
+
+def test_dropout_in_place_behind() -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Linear(D, 20), nn.ReLU(inplace=True), nn.Linear(20, D), nn.Dropout(0.5, inplace=True))
+
+    layer, plain = (seeded(make) for _ in range(2))
+    ffn_ops.replace(layer)
+    x = torch.randn(2, 5, D)
+    assert operators(layer, x) == ["ffn"]
+    both = []
+    for model in (layer, plain):
+        torch.manual_seed(1)
+        both.append(results(model, on(x)))
+    torch.testing.assert_close(*both)
+
+
+def test_modules_of_this_package() -> None:
+    """They fuse themselves: nothing to do, and no warning."""
+    model = nn.Sequential(ffn_ops.FeedForward(D, 20, 4, 0.0))
+    assert type(ffn_ops.replace(model)[0]) is ffn_ops.FeedForward
+    assert "fuses itself" in str(ffn_ops.replace_report(model))

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from ..modules import GLU, FeedForward, GatedFFN, PlainFFN
 from .layer import PLAN, Plan, fused_class, state
 from .probe import ORIGINAL, original_class
 from .recognise import METHODS, Finding, bottleneck, plausible, recognise, stacked_experts
@@ -92,7 +93,7 @@ def replace(model: Model) -> Model:
     _check(model)
     replaced = False
     for site in list(_sites(model)):
-        replaced |= _is_replaced(site.layer)
+        replaced |= _is_replaced(site.layer) or isinstance(site.layer, _OURS)
         if site.finding.plan is not None and not _is_replaced(site.layer):
             replaced |= _swap(site)
     if not replaced:
@@ -138,6 +139,9 @@ def _check(model: Any) -> None:
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
 
 
+_OURS = (FeedForward, PlainFFN, GLU, GatedFFN)
+
+
 def _is_replaced(module: nn.Module) -> bool:
     return getattr(module, PLAN, None) is not None
 
@@ -160,8 +164,10 @@ def _sites(model: nn.Module) -> Iterator[_Site]:
 
 def _site(path: str, module: nn.Module) -> _Site | None:
     known = getattr(module, PLAN, None)
+    if isinstance(module, _OURS):
+        return _Site(path, module, "forward", Finding(None, "one of this package's modules, which fuses itself"))
     if known:
-        return _Site(path, module, _method(module), Finding(known))
+        return _Site(path, module, "", Finding(known))
     reason = ""
     if plausible(module):
         finding = recognise(module, "forward")
@@ -180,10 +186,6 @@ def _site(path: str, module: nn.Module) -> _Site | None:
     if stacked_experts(module):
         return _Site(path, module, "forward", Finding(None, "experts, whose router replace() does not look at"))
     return None
-
-
-def _method(module: nn.Module) -> str:
-    return next(name for name in METHODS if any(name in vars(c) and ORIGINAL in vars(c) for c in type(module).__mro__))
 
 
 def _swap(site: _Site) -> bool:

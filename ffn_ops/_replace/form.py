@@ -50,9 +50,9 @@ class Form:
             text = " + ".join([f"{act}({gate}({inner})) * {up}({inner})" for gate, up in pairs])
         else:
             text = f"{act}({self.gates[0]}({inner}))"
-        for path in (self.dropout, self.down, *self.tail):
-            if path is not None:
-                text = f"{text} + x" if path == ADD_INPUT else f"{path}({text})"
+        for step in (self.dropout, self.down, *self.tail):
+            if step is not None:
+                text = f"{text} + x" if step == ADD_INPUT else f"{step}({text})"
         return text
 
 
@@ -90,11 +90,13 @@ def explain(trace: Trace, known: tuple[str, float] | None = None) -> Form:
     following = dropout or down or (events[0] if events else None)
     hidden = trace.y if following is None else following.input
     halves = None
+    gates: tuple[str, ...]
+    ups: tuple[str, ...] = ()
     if len(first) == 1 and hidden.shape[-1] * 2 == first[0].output.shape[-1]:
         both = first[0].output.double().chunk(2, -1)
         found = _activation(hidden, both, known)
         halves = "gate first" if found.gates == (0,) else "up first"
-        gates, ups = (first[0].path,), ()
+        gates = (first[0].path,)
     else:
         found = _activation(hidden, [event.output.double() for event in first], known)
         gates = tuple([first[i].path for i in found.gates])
@@ -139,13 +141,14 @@ def _activation(hidden: Tensor, outputs: Sequence[Tensor], known: tuple[str, flo
     n = len(outputs)
     if any(output.shape != hidden.shape for output in outputs):
         raise ProbeError("widths do not fit")
+    pairings: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
     if n == 1:
         pairings = [((0,), ())]
-    else:
+    elif n % 2 == 0:
         half = n // 2
         firsts, seconds = tuple(range(half)), tuple(range(half, n))
         evens, odds = tuple(range(0, n, 2)), tuple(range(1, n, 2))
-        pairings = [(firsts, seconds), (seconds, firsts), (evens, odds), (odds, evens)] if n % 2 == 0 else []  # type: ignore[list-item]
+        pairings = [(firsts, seconds), (seconds, firsts), (evens, odds), (odds, evens)]
     for gates, ups in pairings:
         pairs = [(outputs[g], outputs[u]) for g, u in zip(gates, ups, strict=True)] if ups else [(outputs[0], None)]
         candidates = [known] if known else [*[(name, 1.0) for name in ACTIVATIONS if name != "swish"]]

@@ -36,7 +36,7 @@ class Guard:
     """A module whose own forward is stepped over, as it was when the layer was recognised."""
 
     path: Path
-    type: type
+    cls: Any
     children: int
     scalars: tuple[tuple[str, Any], ...]
 
@@ -46,6 +46,7 @@ class Plan:
     form: Form
     argument: str  # the name of forward's one tensor
     ranks: tuple[int, ...]  # numbers of dimensions for which the form holds
+    dtypes: tuple[torch.dtype, ...]
     eval_only: bool  # in training forward computes something else
     children: int
     guards: tuple[Guard, ...]
@@ -57,7 +58,14 @@ class Plan:
     tail: tuple[Path, ...]
 
 
-def plan(layer: nn.Module, form: Form, argument: str, ranks: tuple[int, ...], eval_only: bool) -> Plan:
+def plan(
+    layer: nn.Module,
+    form: Form,
+    argument: str,
+    ranks: tuple[int, ...],
+    dtypes: tuple[torch.dtype, ...],
+    eval_only: bool,
+) -> Plan:
     def path(text: str) -> Path:
         return tuple(text.split(".")) if text else ()
 
@@ -68,7 +76,7 @@ def plan(layer: nn.Module, form: Form, argument: str, ranks: tuple[int, ...], ev
     holders = {p[:i] for p in paths(form.linears) for i in range(1, len(p))}
     stepped_over = sorted({*paths(form.run), *holders})
     return Plan(
-        form, argument, ranks, eval_only, len(layer._modules), tuple([_guard(layer, p) for p in stepped_over]),
+        form, argument, ranks, dtypes, eval_only, len(layer._modules), tuple([_guard(layer, p) for p in stepped_over]),
         paths(form.gates), paths(form.ups), None if form.down is None else path(form.down), paths(form.head),
         None if form.dropout is None else path(form.dropout), paths(form.tail),
     )  # fmt: skip
@@ -138,7 +146,7 @@ def changed(layer: nn.Module, plan: Plan) -> str | None:
         return "it has other children than before"
     for guard in plan.guards:
         module = child(layer, guard.path)
-        if module is None or type(module) is not guard.type or len(module._modules) != guard.children:
+        if module is None or type(module) is not guard.cls or len(module._modules) != guard.children:
             return f"{'.'.join(guard.path)} is another module than before"
         if not _unhooked(module):
             return f"{'.'.join(guard.path)} has hooks"
@@ -153,7 +161,7 @@ def _fits(layer: nn.Module, plan: Plan, x: Any) -> bool:
     return (
         type(x) in _PLAIN
         and x.dim() in plan.ranks
-        and x.dtype in check.DTYPES
+        and x.dtype in plan.dtypes
         and x.device.type in _DEVICES
         and not (plan.eval_only and layer.training)
         and not _has_any_global_hook()
@@ -183,7 +191,11 @@ def fused(layer: nn.Module, plan: Plan, x: Tensor) -> Tensor | None:
     plain = all(is_plain(linear) for linear in linears)
     if plan.form.reads_weights and not plain:
         return None
-    if plain and not torch._C._is_any_autocast_enabled() and not _of_dtype(linears, x.dtype):
+    device = x.device.type
+    if torch._C._is_any_autocast_enabled() and device != "meta" and torch.is_autocast_enabled(device):
+        if torch.get_autocast_dtype(device) not in plan.dtypes:
+            return None
+    elif plain and not _of_dtype(linears, x.dtype):
         return None
     value = x
     for path in plan.head:
@@ -297,7 +309,7 @@ def _why_called(module: Any) -> str:
 
 
 @functools.cache
-def fused_class(original: type[nn.Module], method: str) -> type[nn.Module]:
+def fused_class(original: Any, method: str) -> Any:
     """A subclass, of the same name, whose ``method`` computes what the instance's plan says."""
     own = getattr(original, method)
 
@@ -339,4 +351,5 @@ def fused_class(original: type[nn.Module], method: str) -> type[nn.Module]:
 
 def _new(original: type[nn.Module], method: str, *arguments: Any) -> nn.Module:
     cls = fused_class(original, method)
-    return cls.__new__(cls, *arguments)
+    layer: nn.Module = cls.__new__(cls, *arguments)
+    return layer

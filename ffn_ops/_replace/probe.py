@@ -64,6 +64,11 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
 
 
 class _Stub(nn.Module):
+    kind: str
+    path: str
+    probe: _Probe
+    shape: tuple[int, int] | None
+
     def __init__(self, kind: str, path: str, of: nn.Module, probe: _Probe) -> None:
         super().__init__()
         # Sizes, probabilities, flags: forwards ask for them.
@@ -74,8 +79,7 @@ class _Stub(nn.Module):
     def weight(self) -> Tensor:  # type: ignore[override]
         """A shape and a dtype. Not asked of the layer itself: parametrisations may count how often that is done."""
         self.probe.trace.reads_weights = True
-        shape = (self.shape or (1,))[::-1]
-        return torch.empty(shape, dtype=self.probe.dtype, device="meta")
+        return torch.empty((self.shape or (1, 1))[::-1], dtype=self.probe.dtype, device="meta")
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):

@@ -127,14 +127,15 @@ def _recognise(layer: nn.Module, cls: type[nn.Module], method: str, width: int, 
         text = (str(error).splitlines() or [""])[0]
         return Finding(None, f"{method} does not take one tensor alone: {type(error).__name__}: {text[:120]}")
     dtype = next((t.dtype for t in layer.parameters() if t.dtype in check.DTYPES), torch.float32)
-    if dtype is not torch.float32 and not holds(base, first, False, dtype):
+    dtypes = tuple([each for each in check.DTYPES if holds(base, first, False, each)])
+    if dtype not in dtypes:
         return Finding(None, f"in {str(dtype).removeprefix('torch.')} it computes something else than in float32")
     ranks = tuple([rank for rank in (1, 2, 3, 4) if holds(base, rank, False, torch.float32)])
     if first not in ranks:
         return Finding(None, "it does not compute the same twice")
     eval_only = not all(holds(base, rank, True, torch.float32) for rank in ranks)
     argument = list(inspect.signature(getattr(cls, method)).parameters)[1]
-    return Finding(plan(layer, base, argument, ranks, eval_only))
+    return Finding(plan(layer, base, argument, ranks, dtypes, eval_only))
 
 
 def _check_stateless(layer: nn.Module, form: Form) -> None:
