@@ -14,10 +14,9 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from ..modules import GLU, FeedForward, GatedFFN, PlainFFN
 from .layer import PLAN, Plan, fused_class, state
 from .probe import ORIGINAL, original_class
-from .recognise import METHODS, Finding, bottleneck, plausible, recognise, stacked_experts
+from .recognise import METHODS, OURS, Finding, bottleneck, plausible, recognise, stacked_experts
 
 _log = logging.getLogger("ffn_ops.replace")
 Model = TypeVar("Model", bound=nn.Module)
@@ -93,7 +92,7 @@ def replace(model: Model) -> Model:
     _check(model)
     replaced = False
     for site in list(_sites(model)):
-        replaced |= _is_replaced(site.layer) or isinstance(site.layer, _OURS)
+        replaced |= _is_replaced(site.layer) or isinstance(site.layer, OURS)
         if site.finding.plan is not None and not _is_replaced(site.layer):
             replaced |= _swap(site)
     if not replaced:
@@ -139,9 +138,6 @@ def _check(model: Any) -> None:
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
 
 
-_OURS = (FeedForward, PlainFFN, GLU, GatedFFN)
-
-
 def _is_replaced(module: nn.Module) -> bool:
     return getattr(module, PLAN, None) is not None
 
@@ -164,7 +160,7 @@ def _sites(model: nn.Module) -> Iterator[_Site]:
 
 def _site(path: str, module: nn.Module) -> _Site | None:
     known = getattr(module, PLAN, None)
-    if isinstance(module, _OURS):
+    if isinstance(module, OURS):
         return _Site(path, module, "forward", Finding(None, "one of this package's modules, which fuses itself"))
     if known:
         return _Site(path, module, "", Finding(known))
@@ -191,7 +187,8 @@ def _site(path: str, module: nn.Module) -> _Site | None:
 def _swap(site: _Site) -> bool:
     try:
         if not hasattr(type(site.layer), ORIGINAL):  # else restored under another library's class
-            site.layer.__class__ = fused_class(type(site.layer), site.method)
+            kind: Any = type(site.layer)
+            site.layer.__class__ = fused_class(kind, site.method)
     except TypeError as error:  # classes of another memory layout, or that refuse subclasses
         _log.warning("%s is left alone: its class cannot be replaced: %s", site.path, error)
         return False

@@ -150,7 +150,9 @@ def _activation(hidden: Tensor, outputs: Sequence[Tensor], known: tuple[str, flo
         evens, odds = tuple(range(0, n, 2)), tuple(range(1, n, 2))
         pairings = [(firsts, seconds), (seconds, firsts), (evens, odds), (odds, evens)]
     for gates, ups in pairings:
-        pairs = [(outputs[g], outputs[u]) for g, u in zip(gates, ups, strict=True)] if ups else [(outputs[0], None)]
+        pairs: list[tuple[Tensor, Tensor | None]] = [(outputs[0], None)]
+        if ups:
+            pairs = [(outputs[g], outputs[u]) for g, u in zip(gates, ups, strict=True)]
         candidates = [known] if known else [*[(name, 1.0) for name in ACTIVATIONS if name != "swish"]]
         if not known and len(pairs) == 1:
             beta = _beta(hidden, *pairs[0])

@@ -349,7 +349,7 @@ def fused_class(original: Any, method: str) -> Any:
     return type(original)(original.__name__, (original,), members)
 
 
-def _new(original: type[nn.Module], method: str, *arguments: Any) -> nn.Module:
+def _new(original: Any, method: str, *arguments: Any) -> nn.Module:
     cls = fused_class(original, method)
     layer: nn.Module = cls.__new__(cls, *arguments)
     return layer

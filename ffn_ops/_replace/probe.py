@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 # Kinks, clips and tails of activations lie between these; two forms of one activation differ between 1 and 4.
-_TELLING = (0.0, 1e-3, 0.3, 0.7, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 6.5, 7.5, 11.0, 25.0, 90.0, 600.0, 3e4)
+_SIZES = (0.0, 1e-3, 0.3, 0.7, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 6.5, 7.5, 11.0, 25.0, 90.0, 600.0, 3e4)
+_TELLING = [sign * size for size in _SIZES for sign in (1.0, -1.0)]
 _LARGEST_HALF = 200.0  # in float16, so that products stay finite
 _ENOUGH = 160  # numbers per stub
 ORIGINAL = "_ffn_ops_original"  # of a class that replace() made: the class in whose place it stands
@@ -105,9 +106,9 @@ class _Probe:
         self.trace = Trace(torch.empty(0))
 
     def numbers(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        values = 2 * torch.randn(shape, generator=self.generator, device="cpu")
+        values = 2 * torch.randn(shape, generator=self.generator, dtype=torch.float32, device="cpu")
         flat = values.view(-1)
-        telling = torch.tensor([sign * v for v in _TELLING for sign in (1.0, -1.0)], device="cpu")[: flat.numel()]
+        telling = torch.tensor(_TELLING, dtype=torch.float32, device="cpu")[: flat.numel()]
         places = torch.randperm(flat.numel(), generator=self.generator, device="cpu")[: telling.numel()]
         flat[places] = telling
         if dtype is torch.float16:

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from .. import _checks as check
+from ..modules import GLU, FeedForward, GatedFFN, PlainFFN
 from .form import Form, explain
 from .layer import Plan, child, plan
 from .probe import ProbeError, linear_shape, original_class, trace
 
 # Where a feed-forward has a method of its own: transformers' encoders, torch's nn.TransformerEncoderLayer.
 METHODS = ("forward", "feed_forward_chunk", "ff_chunk", "_ff_block")
+OURS = (FeedForward, PlainFFN, GLU, GatedFFN)  # which fuse themselves
 _MOST_BRANCHES = 16
 _MANY = 512  # modules below a layer that is looked at
 
@@ -32,7 +34,7 @@ def linear_children(layer: nn.Module, most: int) -> dict[str, tuple[int, int]]:
 
     def look(module: nn.Module, prefix: str) -> None:
         for name, below in module._modules.items():
-            if below is None or len(found) > most:
+            if below is None or len(found) > most or isinstance(below, OURS):
                 continue
             shape = linear_shape(below)
             if shape is None:
@@ -72,8 +74,9 @@ def bottleneck(layer: nn.Module) -> tuple[str, str] | None:
 
 
 def stacked_experts(layer: nn.Module) -> bool:
-    """Its own parameters look like those of a mixture: two or more of [E, rows, columns]."""
-    return sum(1 for p in layer._parameters.values() if p is not None and p.dim() == 3) >= 2
+    """Its own parameters look like those of a mixture: two or more of [E, rows, columns], of the same E."""
+    counts = [p.shape[0] for p in layer._parameters.values() if p is not None and p.dim() == 3]
+    return any(count > 1 and counts.count(count) > 1 for count in counts)
 
 
 def recognise(layer: nn.Module, method: str) -> Finding:
