@@ -56,6 +56,7 @@ class Plan:
     head: tuple[Path, ...]
     dropout: Path | None
     tail: tuple[Path, ...]
+    direct: tuple[str, str | None, str] | None  # names of gate, up and down, where they are all there is to find
 
 
 def plan(
@@ -72,13 +73,17 @@ def plan(
     def paths(texts: tuple[str, ...]) -> tuple[Path, ...]:
         return tuple([path(text) for text in texts])
 
+    single = form.down is not None and len(form.gates) == 1 and form.halves != "up first" and not form.head
+    direct = (form.gates[0], form.ups[0] if form.ups else None, form.down) if single else None
+    if "." in "".join(form.linears):
+        direct = None
     # Those that ran, and those that only hold others.
     holders = {p[:i] for p in paths(form.linears) for i in range(1, len(p))}
     stepped_over = sorted({*paths(form.run), *holders})
     return Plan(
         form, argument, ranks, dtypes, eval_only, len(layer._modules), tuple([_guard(layer, p) for p in stepped_over]),
         paths(form.gates), paths(form.ups), None if form.down is None else path(form.down), paths(form.head),
-        None if form.dropout is None else path(form.dropout), paths(form.tail),
+        None if form.dropout is None else path(form.dropout), paths(form.tail), direct,
     )  # fmt: skip
 
 
@@ -182,6 +187,48 @@ def fused(layer: nn.Module, plan: Plan, x: Tensor) -> Tensor | None:
     """The layer's result with as much fused as may be; None where its own forward must run."""
     if not _fits(layer, plan, x):
         return None
+    device = x.device.type
+    cast = torch._C._is_any_autocast_enabled() and device != "meta" and torch.is_autocast_enabled(device)
+    if cast and torch.get_autocast_dtype(device) not in plan.dtypes:
+        return None
+    value = _direct(layer, plan, x, cast) if plan.direct is not None else None
+    if value is None:
+        value = _by_parts(layer, plan, x, cast)
+        if value is None:
+            return None
+    for path in plan.tail:
+        value = child(layer, path)(value) if path else value + x
+    return value
+
+
+def _direct(layer: nn.Module, plan: Plan, x: Tensor, cast: bool) -> Tensor | None:
+    """The usual case in few steps, which a small layer feels: plain nn.Linear children, and no dropout between."""
+    gate_name, up_name, down_name = plan.direct  # type: ignore[misc]
+    modules: Any = layer._modules
+    gate, down = modules.get(gate_name), modules.get(down_name)
+    if not (is_plain_linear(gate) and is_plain_linear(down)):
+        return None
+    if plan.dropout is not None and not _idle(child(layer, plan.dropout)):
+        return None
+    form, dtype = plan.form, x.dtype
+    first, last = gate._parameters, down._parameters
+    w_in, w_down = first["weight"], last["weight"]
+    w_up = b_up = None
+    if up_name is not None:
+        up = modules.get(up_name)
+        if not is_plain_linear(up):
+            return None
+        w_up, b_up = up._parameters["weight"], up._parameters["bias"]
+    if not cast and not (w_in.dtype is dtype is w_down.dtype and (w_up is None or w_up.dtype is dtype)):
+        return None
+    return ops.ffn(
+        x, w_in, w_down, w_up=w_up, b_in=first["bias"], b_up=b_up, b_down=last["bias"],
+        gated=True if form.halves is not None else None, activation=form.activation, beta=form.beta,
+    )  # fmt: skip
+
+
+def _by_parts(layer: nn.Module, plan: Plan, x: Tensor, cast: bool) -> Tensor | None:
+    """Any form, any children: all but the tail. None where the layer's own forward must run."""
     gates = [child(layer, path) for path in plan.gates]
     ups = [child(layer, path) for path in plan.ups]
     down = None if plan.down is None else child(layer, plan.down)
@@ -191,11 +238,7 @@ def fused(layer: nn.Module, plan: Plan, x: Tensor) -> Tensor | None:
     plain = all(is_plain(linear) for linear in linears)
     if plan.form.reads_weights and not plain:
         return None
-    device = x.device.type
-    if torch._C._is_any_autocast_enabled() and device != "meta" and torch.is_autocast_enabled(device):
-        if torch.get_autocast_dtype(device) not in plan.dtypes:
-            return None
-    elif plain and not _of_dtype(linears, x.dtype):
+    if plain and not cast and not _of_dtype(linears, x.dtype):
         return None
     value = x
     for path in plan.head:
@@ -211,8 +254,6 @@ def fused(layer: nn.Module, plan: Plan, x: Tensor) -> Tensor | None:
             value = dropout(value)
         if down is not None:
             value = down(value)
-    for path in plan.tail:
-        value = child(layer, path)(value) if path else value + x
     return value
 
 
@@ -317,8 +358,10 @@ def fused_class(original: Any, method: str) -> Any:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         plan = self._ffn_ops_plan
         if plan:
-            x = args[0] if len(args) == 1 and not kwargs else kwargs.get(plan.argument) if len(kwargs) == 1 else None
-            if x is not None and len(args) + len(kwargs) == 1:
+            x = None
+            if len(args) + len(kwargs) == 1:
+                x = args[0] if args else kwargs.get(plan.argument)
+            if x is not None:
                 y = fused(self, plan, x)
                 if y is not None:
                     return y
