@@ -14,9 +14,10 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from .layer import PLAN, Plan, fused_class, state
+from .layer import PLAN, Plan, state
 from .probe import ORIGINAL, original_class
 from .recognise import METHODS, OURS, Finding, bottleneck, plausible, recognise, stacked_experts
+from .swap import fused_class
 
 _log = logging.getLogger("ffn_ops.replace")
 Model = TypeVar("Model", bound=nn.Module)

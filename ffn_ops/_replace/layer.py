@@ -1,4 +1,4 @@
-"""A recognised layer's plan, its fused call, and the class that makes an instance take it.
+"""A recognised layer's plan, and what a call of it does.
 
 What may change behind our back (adapters, hooks, quantised weights, training, dropout, the activation) is looked at in
 every call: then less is fused, or the layer's own forward runs. Which, says ``state``.
@@ -6,7 +6,6 @@ every call: then less is fused, or the layer's own forward runs. Which, says ``s
 
 from __future__ import annotations
 
-import functools
 import types
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +21,6 @@ from .._library import CUDA_ABSENT
 from ..modules import is_plain_linear
 from ..reference import ACTIVATIONS
 from .form import Form
-from .probe import ORIGINAL
 
 PLAN = "_ffn_ops_plan"  # of an instance; None: restored; False: changed into something that is not recognised
 Path = tuple[str, ...]
@@ -344,55 +342,3 @@ def _why_called(module: Any) -> str:
     if type(weight) not in _PLAIN:
         return "its weight is computed" if weight is None else f"its weight is a {type(weight).__name__}"
     return f"a {type(module).__name__}"
-
-
-# ---- the class in place of the layer's ------------------------------------------------------------------------------
-
-
-@functools.cache
-def fused_class(original: Any, method: str) -> Any:
-    """A subclass, of the same name, whose ``method`` computes what the instance's plan says."""
-    own = getattr(original, method)
-
-    @functools.wraps(own)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        plan = self._ffn_ops_plan
-        if plan:
-            x = None
-            if len(args) + len(kwargs) == 1:
-                x = args[0] if args else kwargs.get(plan.argument)
-            if x is not None:
-                y = fused(self, plan, x)
-                if y is not None:
-                    return y
-        return own(self, *args, **kwargs)
-
-    def setattr_(self: Any, name: str, value: Any) -> None:
-        original.__setattr__(self, name, value)
-        if name[0] != "_" and name not in ("training", "forward") and self._ffn_ops_plan is not None:
-            from .recognise import recognise  # which makes plans
-
-            self.__dict__[PLAN] = recognise(self, method).plan or False
-
-    def reduce(self: Any, protocol: Any) -> Any:
-        function, arguments, *rest = original.__reduce_ex__(self, max(2, protocol))
-        if arguments and arguments[0] is fused_class(original, method):  # other processes know the original
-            function, arguments = _new, (original, method, *arguments[1:])
-        return function, arguments, *rest
-
-    def extra_repr(self: Any) -> str:
-        plan = self._ffn_ops_plan
-        return ", ".join(filter(None, [original.extra_repr(self), f"ffn_ops: {plan.form}" if plan else ""]))
-
-    members = {
-        ORIGINAL: original, PLAN: None, method: forward, "__setattr__": setattr_, "__reduce_ex__": reduce,
-        "extra_repr": extra_repr, "__module__": original.__module__, "__qualname__": original.__qualname__,
-        "__doc__": original.__doc__,
-    }  # fmt: skip
-    return type(original)(original.__name__, (original,), members)
-
-
-def _new(original: Any, method: str, *arguments: Any) -> nn.Module:
-    cls = fused_class(original, method)
-    layer: nn.Module = cls.__new__(cls, *arguments)
-    return layer
