@@ -71,8 +71,9 @@ def plan(
     def paths(texts: tuple[str, ...]) -> tuple[Path, ...]:
         return tuple([path(text) for text in texts])
 
-    single = form.down is not None and len(form.gates) == 1 and form.halves != "up first" and not form.head
-    direct = (form.gates[0], form.ups[0] if form.ups else None, form.down) if single else None
+    direct = None
+    if form.down is not None and len(form.gates) == 1 and form.halves != "up first" and not form.head:
+        direct = (form.gates[0], form.ups[0] if form.ups else None, form.down)
     if "." in "".join(form.linears):
         direct = None
     # Those that ran, and those that only hold others.
