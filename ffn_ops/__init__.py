@@ -6,6 +6,7 @@ R routed rows (T * K), G gate branches.
 
 from . import _flops, expert_parallel, routing  # noqa: F401  (_flops registers the formulas)
 from ._info import info
+from ._replace import ReplaceEntry, ReplaceReport, replace, replace_report, restore
 from .modules import GELUFFN, GLU, FeedForward, GatedFFN, PlainFFN, ReLUFFN, SwishFFN
 from .moe_ffn import MoEFFN, upcycle
 from .ops import activations, ffn, gated_act, gated_linear, moe, moe_combine, moe_dispatch, moe_experts
@@ -21,6 +22,8 @@ __all__ = [
     "MoEFFN",
     "PlainFFN",
     "ReLUFFN",
+    "ReplaceEntry",
+    "ReplaceReport",
     "Routing",
     "SwishFFN",
     "activations",
@@ -33,6 +36,9 @@ __all__ = [
     "moe_combine",
     "moe_dispatch",
     "moe_experts",
+    "replace",
+    "replace_report",
+    "restore",
     "routing",
     "upcycle",
 ]

@@ -55,6 +55,14 @@ STEPS = (
             "test_torch_integration.py", "test_compile.py", "test_modules.py", "test_errors.py", "test_properties.py",
         ),
     ),
+    Step(
+        "models",
+        "replace on layers, models of transformers, adapters and quantised weights",
+        4.0,
+        steps.tests_of(
+            "test_replace.py", "test_replace_changes.py", "test_replace_models.py", "test_replace_peft.py",
+        ),
+    ),
     Step("racecheck", "compute-sanitizer: races in shared memory", 1.5, steps.sanitizer("racecheck", few=True)),
     Step("synccheck", "compute-sanitizer: barriers", 1.0, steps.sanitizer("synccheck", few=True)),
     Step("large", "more than 2^31 elements", 2.0, steps.tests_of("test_large.py", slow=True)),

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 from problems import FORMS, MOE_FORMS, Problem, dtype_name
+from seen import Seen
 from tolerance import assert_accurate, assert_error_like_eagers
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import ffn_ops
 from ffn_ops import reference
@@ -54,19 +54,6 @@ def gradients(layer: nn.Module, x: Tensor) -> dict[str, Tensor]:
     x = x.clone().requires_grad_()
     layer(x).square().sum().backward()
     return {"x": x.grad, **{n: p.grad for n, p in layer.named_parameters()}}
-
-
-class Seen(TorchDispatchMode):
-    """The names of our operators that ran."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func._schema.name.startswith("ffn_ops::"):
-            self.names.append(func._schema.name.removeprefix("ffn_ops::"))
-        return func(*args, **(kwargs or {}))
 
 
 def test_example_of_the_guide() -> None:

@@ -1,0 +1,208 @@
+"""replace, restore, replace_report: feed-forward layers of anybody's model computed by this package's operators.
+
+Which module is a feed-forward layer is decided in recognise.py, what a call does in layer.py.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from torch import nn
+
+from .layer import PLAN, Plan, state
+from .probe import ORIGINAL, original_class
+from .recognise import METHODS, OURS, Finding, bottleneck, plausible, recognise, stacked_experts
+from .swap import fused_class
+
+_log = logging.getLogger("ffn_ops.replace")
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class ReplaceEntry:
+    """One feed-forward layer of a model.
+
+    ``status`` is "replaced", "partly" (replaced; ``why`` says what is not fused at present), "replaceable" or "left".
+    """
+
+    path: str
+    layer: str  # the name of its class
+    status: str
+    computes: str
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class ReplaceReport:
+    """What :func:`replace_report` finds, readable with ``print``: layers alike stand in one line."""
+
+    entries: tuple[ReplaceEntry, ...]
+
+    def paths(self, *statuses: str) -> list[str]:
+        """Of the entries with one of these statuses."""
+        return [entry.path for entry in self.entries if entry.status in statuses]
+
+    def __str__(self) -> str:
+        groups: dict[tuple[str, ...], list[str]] = {}
+        for e in self.entries:
+            key = (re.sub(r"\b\d+\b", "*", e.path), e.layer, e.status, e.computes, e.why)
+            groups.setdefault(key, []).append(e.path)
+        lines = []
+        for (pattern, layer, status, computes, why), paths in groups.items():
+            where = paths[0] or "the model itself" if len(paths) == 1 else f"{len(paths)} x {pattern}"
+            lines.append(f"{status:11} {where} ({layer}){': ' if computes else ''}{computes}")
+            if why:
+                lines.append(f"{'':11}   {why}")
+        return "\n".join(lines) or "no feed-forward layer found"
+
+
+@dataclass(frozen=True)
+class _Site:
+    path: str
+    layer: nn.Module
+    method: str
+    finding: Finding
+
+
+def replace(model: Model) -> Model:
+    """Lets this package's operators compute the feed-forward layers of ``model``, in place, and returns it.
+
+    A layer is recognised by what its forward does with its children: run on a hollow copy whose linear layers return
+    random numbers, it must compute ``down(act(gate x) * up x)``, ``down(act(first x))``, or a GLU layer without
+    ``down``, with dropout, normalisation and a residual connection at most around it. Else it is left alone.
+
+    Parameters, their names, the state dict, hooks, dtypes, devices and ``requires_grad`` stay as they are: an instance
+    gets a subclass of its class whose forward calls an operator on the same parameters. In every call it looks at what
+    may have changed since: where adapters (LoRA), hooks, quantised weights, parametrisations or dropout act on a child,
+    that child is called and only what is between is fused; where the activation has hooks or is another one, the
+    layer's own forward runs. :func:`replace_report` says what holds now.
+
+    deepcopy, pickle (in an environment that has this package) and ``torch.compile(fullgraph=True)`` work as before;
+    :func:`restore` gives the classes back.
+
+    Raises:
+        TypeError: for what is no ``nn.Module``.
+    Warns:
+        UserWarning: where no layer was recognised.
+    """
+    _check(model)
+    replaced = False
+    for site in list(_sites(model)):
+        replaced |= _is_replaced(site.layer) or isinstance(site.layer, OURS)
+        if site.finding.plan is not None and not _is_replaced(site.layer):
+            replaced |= _swap(site)
+    if not replaced:
+        warnings.warn(f"ffn_ops.replace: no layer was replaced\n{replace_report(model)}", UserWarning, stacklevel=2)
+    elif _log.isEnabledFor(logging.INFO):
+        _log.info("%s", replace_report(model))
+    return model
+
+
+def restore(model: Model) -> Model:
+    """Undoes :func:`replace`, in place, and returns ``model``: every layer is of its class again, and computes the bits
+    that it computed before.
+
+    Where another library has made a subclass of ours since (as FSDP2's ``fully_shard`` does), the class stays, and its
+    forward is the original one.
+
+    Raises:
+        TypeError: for what is no ``nn.Module``.
+    """
+    _check(model)
+    for module in model.modules():
+        if PLAN in vars(module):
+            del vars(module)[PLAN]
+        if ORIGINAL in vars(type(module)):
+            module.__class__ = original_class(module)
+    return model
+
+
+def replace_report(model: nn.Module) -> ReplaceReport:
+    """Every feed-forward layer of ``model``: replaced, partly fused at present, replaceable, or left, and why.
+
+    It looks at the model as it is now: adapters and hooks added since, training or eval. Nothing is changed.
+
+    Raises:
+        TypeError: for what is no ``nn.Module``.
+    """
+    _check(model)
+    return ReplaceReport(tuple([_entry(site) for site in _sites(model)]))
+
+
+def _check(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+
+
+def _is_replaced(module: nn.Module) -> bool:
+    return getattr(module, PLAN, None) is not None
+
+
+def _sites(model: nn.Module) -> Iterator[_Site]:
+    """Outermost layers first; what belongs to one is not looked at again."""
+    taken: set[int] = set()
+    for path, module in model.named_modules():
+        if id(module) in taken:
+            continue
+        site = _site(path, module)
+        if site is None:
+            continue
+        plan = site.finding.plan
+        if plan is not None:
+            for name in {linear.split(".")[0] for linear in plan.form.linears}:
+                taken.update(id(below) for below in module.get_submodule(name).modules())
+        yield site
+
+
+def _site(path: str, module: nn.Module) -> _Site | None:
+    known = getattr(module, PLAN, None)
+    if isinstance(module, OURS):
+        return _Site(path, module, "forward", Finding(None, "one of this package's modules, which fuses itself"))
+    if known:
+        return _Site(path, module, "", Finding(known))
+    reason = ""
+    if plausible(module):
+        finding = recognise(module, "forward")
+        if finding.plan is not None or known is False:
+            return _Site(path, module, "forward", finding)
+        reason = finding.reason
+    for method in METHODS[1:]:
+        if callable(getattr(type(module), method, None)):
+            finding = recognise(module, method)
+            return _Site(path, module, method, Finding(finding.plan, f"{method}: {finding.reason}"))
+    if bottleneck(module) is not None:
+        reason = (
+            reason or f"{' and '.join(bottleneck(module) or ())} are children of a layer that does more than an FFN"
+        )
+        return _Site(path, module, "forward", Finding(None, reason))
+    if stacked_experts(module):
+        return _Site(path, module, "forward", Finding(None, "experts, whose router replace() does not look at"))
+    return None
+
+
+def _swap(site: _Site) -> bool:
+    try:
+        if not hasattr(type(site.layer), ORIGINAL):  # else restored under another library's class
+            kind: Any = type(site.layer)
+            site.layer.__class__ = fused_class(kind, site.method)
+    except TypeError as error:  # classes of another memory layout, or that refuse subclasses
+        _log.warning("%s is left alone: its class cannot be replaced: %s", site.path, error)
+        return False
+    vars(site.layer)[PLAN] = site.finding.plan
+    return True
+
+
+def _entry(site: _Site) -> ReplaceEntry:
+    name = original_class(site.layer).__name__
+    plan: Plan | None = site.finding.plan
+    if plan is None:
+        return ReplaceEntry(site.path, name, "left", "", site.finding.reason)
+    whole, why = state(site.layer, plan)
+    if not _is_replaced(site.layer):
+        return ReplaceEntry(site.path, name, "replaceable", str(plan.form), why)
+    return ReplaceEntry(site.path, name, "replaced" if whole else "partly", str(plan.form), why)

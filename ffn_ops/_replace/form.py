@@ -1,0 +1,191 @@
+"""What a traced layer computes, as a Form: which children are gate, up and down, which activation, what stands around.
+
+A form is accepted only where it explains every call of a child and every number that flowed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..reference import ACTIVATIONS
+from .probe import Event, ProbeError, Trace
+
+ADD_INPUT = ""  # a step behind the layer: the residual connection
+
+
+@dataclass(frozen=True)
+class Form:
+    """``tail(down(dropout(act(gate x) * up x)))``. Paths are relative to the layer."""
+
+    gates: tuple[str, ...]  # of a plain FFN its first layer; several where branches are summed
+    ups: tuple[str, ...]  # none: plain
+    down: str | None
+    halves: str | None  # gate and up are the rows of one layer: "gate first" or "up first"
+    up_called_first: bool
+    activation: str
+    beta: float
+    head: tuple[str, ...]  # children that the input goes through first
+    dropout: str | None  # between activation and down
+    tail: tuple[str, ...]  # children behind, and ADD_INPUT
+    run: tuple[str, ...]  # modules whose own forward is stepped over
+    reads_weights: bool
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        return (*self.gates, *self.ups, *(() if self.down is None else (self.down,)))
+
+    def __str__(self) -> str:
+        act = f"swish(beta={self.beta:g})" if self.activation == "swish" else self.activation
+        inner = "x"
+        for path in self.head:
+            inner = f"{path}({inner})"
+        if self.halves is not None:
+            text = f"{act}(gate) * up of {self.gates[0]}({inner}), {self.halves}"
+        elif self.ups:
+            pairs = zip(self.gates, self.ups, strict=True)
+            text = " + ".join([f"{act}({gate}({inner})) * {up}({inner})" for gate, up in pairs])
+        else:
+            text = f"{act}({self.gates[0]}({inner}))"
+        for step in (self.dropout, self.down, *self.tail):
+            if step is not None:
+                text = f"{text} + x" if step == ADD_INPUT else f"{step}({text})"
+        return text
+
+
+@dataclass(frozen=True)
+class _Found:
+    gates: tuple[int, ...]
+    ups: tuple[int, ...]
+    activation: str
+    beta: float
+
+
+def explain(trace: Trace, known: tuple[str, float] | None = None) -> Form:
+    """The form of a trace; ``known`` names the activation, where rounding leaves several.
+
+    Raises: ProbeError, with what does not fit.
+    """
+    events = list(trace.events)
+    x = trace.x
+    head = []
+    while events and events[0].kind != "linear" and _same(events[0].input, x):
+        head.append(events[0].path)
+        x = events.pop(0).output
+    first = []
+    while events and events[0].kind == "linear" and _same(events[0].input, x):
+        first.append(events.pop(0))
+    if not first:
+        raise ProbeError("no linear child is called with its input")
+    dropout = None
+    if len(events) > 1 and events[0].kind == "dropout" and events[1].kind == "linear":
+        dropout = events.pop(0)
+        if not _same(events[0].input, dropout.output):
+            raise ProbeError(f"{events[0].path} is not called with what {dropout.path} gives")
+    down = events.pop(0) if events and events[0].kind == "linear" else None
+    # What the activation and the gate gave is the input of whoever comes next.
+    following = dropout or down or (events[0] if events else None)
+    hidden = trace.y if following is None else following.input
+    halves = None
+    gates: tuple[str, ...]
+    ups: tuple[str, ...] = ()
+    if len(first) == 1 and hidden.shape[-1] * 2 == first[0].output.shape[-1]:
+        both = first[0].output.double().chunk(2, -1)
+        found = _activation(hidden, both, known)
+        halves = "gate first" if found.gates == (0,) else "up first"
+        gates = (first[0].path,)
+    else:
+        found = _activation(hidden, [event.output.double() for event in first], known)
+        gates = tuple([first[i].path for i in found.gates])
+        ups = tuple([first[i].path for i in found.ups])
+    if down is None and not (ups and len(gates) >= 1):
+        raise ProbeError("it has an activation behind one linear child, and no second one")
+    paths = [event.path for event in first] + ([down.path] if down else [])
+    if len(set(paths)) != len(paths):
+        raise ProbeError("it calls a child twice")
+    return Form(
+        gates, ups, None if down is None else down.path, halves, bool(ups) and found.ups[0] < found.gates[0],
+        found.activation, found.beta, tuple(head), None if dropout is None else dropout.path,
+        _tail(trace, events, hidden if down is None else down.output), tuple([path for path in trace.run if path]),
+        trace.reads_weights,
+    )  # fmt: skip
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype is b.dtype and torch.equal(a, b)
+
+
+def _tail(trace: Trace, events: Sequence[Event], value: Tensor) -> tuple[str, ...]:
+    steps = []
+    added = False
+    for event in events:
+        if not _same(event.input, value):
+            if added or value.shape != trace.x.shape or not _same(event.input, value + trace.x):
+                raise ProbeError(f"{event.path} is called with something else than the result so far")
+            steps.append(ADD_INPUT)
+            added = True
+        steps.append(event.path)
+        value = event.output
+    if not _same(trace.y, value):
+        if added or value.shape != trace.x.shape or not _same(trace.y, value + trace.x):
+            raise ProbeError("what it returns is not what its last child gave")
+        steps.append(ADD_INPUT)
+    return tuple(steps)
+
+
+def _activation(hidden: Tensor, outputs: Sequence[Tensor], known: tuple[str, float] | None) -> _Found:
+    """Which of the linear children's outputs are gates, which ups, and by which activation they give ``hidden``."""
+    n = len(outputs)
+    if any(output.shape != hidden.shape for output in outputs):
+        raise ProbeError("widths do not fit")
+    pairings: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+    if n == 1:
+        pairings = [((0,), ())]
+    elif n % 2 == 0:
+        half = n // 2
+        firsts, seconds = tuple(range(half)), tuple(range(half, n))
+        evens, odds = tuple(range(0, n, 2)), tuple(range(1, n, 2))
+        pairings = [(firsts, seconds), (seconds, firsts), (evens, odds), (odds, evens)]
+    for gates, ups in pairings:
+        pairs: list[tuple[Tensor, Tensor | None]] = [(outputs[0], None)]
+        if ups:
+            pairs = [(outputs[g], outputs[u]) for g, u in zip(gates, ups, strict=True)]
+        candidates = [known] if known else [*[(name, 1.0) for name in ACTIVATIONS if name != "swish"]]
+        if not known and len(pairs) == 1:
+            beta = _beta(hidden, *pairs[0])
+            candidates += [] if beta is None else [("swish", beta)]
+        for name, beta in candidates:
+            if _fits(hidden, pairs, name, beta):
+                return _Found(gates, ups, name, beta)
+    raise ProbeError("no activation that the operators have gives what it computes between its linear children")
+
+
+def _fits(hidden: Tensor, pairs: Sequence[tuple[Tensor, Tensor | None]], name: str, beta: float) -> bool:
+    """Up to the rounding of several steps in the dtype of ``hidden``.
+
+    An activation that is near 0 as a difference of larger terms errs by an epsilon of those: hence ``size``.
+    """
+    eps = torch.finfo(hidden.dtype).eps
+    expected = torch.zeros_like(hidden, dtype=torch.float64)
+    size = torch.zeros_like(expected)
+    for gate, up in pairs:
+        value = ACTIVATIONS[name](gate, beta)
+        expected += value if up is None else value * up
+        size += (gate if up is None else gate * up).abs()
+        size += (value if up is None else value * up).abs()
+    limit = 4 * eps * size + 8 * eps * expected.abs() + torch.finfo(hidden.dtype).tiny
+    largest = torch.finfo(hidden.dtype).max
+    error = (hidden.double().clamp(-largest, largest) - expected.clamp(-largest, largest)).abs()
+    return bool((error <= limit).all())
+
+
+def _beta(hidden: Tensor, gate: Tensor, up: Tensor | None) -> float | None:
+    """The factor of ``z * sigmoid(beta * z)``, to six digits: the median of what single numbers say."""
+    share = hidden.double() / (gate if up is None else gate * up)
+    telling = (gate.abs() > 0.3) & (gate.abs() < 3) & (share > 1e-3) & (share < 1 - 1e-3)
+    if not telling.any():
+        return None
+    return float(f"{(torch.logit(share[telling]) / gate[telling]).median().item():.6g}")

@@ -1,0 +1,345 @@
+"""A recognised layer's plan, and what a call of it does.
+
+What may change behind our back (adapters, hooks, quantised weights, training, dropout, the activation) is looked at in
+every call: then less is fused, or the layer's own forward runs. Which, says ``state``.
+"""
+
+from __future__ import annotations
+
+import types
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules.module import _has_any_global_hook
+
+from .. import _checks as check
+from .. import ops
+from .._library import CUDA_ABSENT
+from ..modules import is_plain_linear
+from ..reference import ACTIVATIONS
+from .form import Form
+
+PLAN = "_ffn_ops_plan"  # of an instance; None: restored; False: changed into something that is not recognised
+Path = tuple[str, ...]
+_PLAIN = (Tensor, nn.Parameter, FakeTensor)  # DTensors and others that act on their own are not
+_DEVICES = ("cpu", "meta") if CUDA_ABSENT else ("cpu", "meta", "cuda")
+_SCALARS = (bool, int, float, str, type(None), types.FunctionType, types.BuiltinFunctionType)
+
+
+@dataclass(frozen=True)
+class Guard:
+    """A module whose own forward is stepped over, as it was when the layer was recognised."""
+
+    path: Path
+    cls: Any
+    children: int
+    scalars: tuple[tuple[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    form: Form
+    argument: str  # the name of forward's one tensor
+    ranks: tuple[int, ...]  # numbers of dimensions for which the form holds
+    dtypes: tuple[torch.dtype, ...]
+    eval_only: bool  # in training forward computes something else
+    children: int
+    guards: tuple[Guard, ...]
+    gates: tuple[Path, ...]
+    ups: tuple[Path, ...]
+    down: Path | None
+    head: tuple[Path, ...]
+    dropout: Path | None
+    tail: tuple[Path, ...]
+    direct: tuple[str, str | None, str] | None  # names of gate, up and down, where they are all there is to find
+
+
+def plan(
+    layer: nn.Module,
+    form: Form,
+    argument: str,
+    ranks: tuple[int, ...],
+    dtypes: tuple[torch.dtype, ...],
+    eval_only: bool,
+) -> Plan:
+    def path(text: str) -> Path:
+        return tuple(text.split(".")) if text else ()
+
+    def paths(texts: tuple[str, ...]) -> tuple[Path, ...]:
+        return tuple([path(text) for text in texts])
+
+    direct = None
+    if form.down is not None and len(form.gates) == 1 and form.halves != "up first" and not form.head:
+        direct = (form.gates[0], form.ups[0] if form.ups else None, form.down)
+    if "." in "".join(form.linears):
+        direct = None
+    # Those that ran, and those that only hold others.
+    holders = {p[:i] for p in paths(form.linears) for i in range(1, len(p))}
+    stepped_over = sorted({*paths(form.run), *holders})
+    return Plan(
+        form, argument, ranks, dtypes, eval_only, len(layer._modules), tuple([_guard(layer, p) for p in stepped_over]),
+        paths(form.gates), paths(form.ups), None if form.down is None else path(form.down), paths(form.head),
+        None if form.dropout is None else path(form.dropout), paths(form.tail), direct,
+    )  # fmt: skip
+
+
+def _guard(layer: nn.Module, path: Path) -> Guard:
+    module = child(layer, path)
+    assert module is not None
+    return Guard(path, type(module), len(module._modules), tuple(_scalars(module)))
+
+
+def _scalars(module: nn.Module) -> list[tuple[str, Any]]:
+    return [(k, v) for k, v in vars(module).items() if k != "training" and k[0] != "_" and isinstance(v, _SCALARS)]
+
+
+def child(module: nn.Module, path: Path) -> Any:
+    for name in path:
+        module = module._modules.get(name)  # type: ignore[assignment]
+        if module is None:
+            return None
+    return module
+
+
+def _unhooked(module: nn.Module) -> bool:
+    return (
+        "forward" not in module.__dict__
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and not module._backward_hooks
+        and not module._backward_pre_hooks
+    )
+
+
+def _is_conv1d(layer: Any) -> bool:
+    """transformers' layer of GPT-2: a Linear whose weight is [in, out]. Known by name: it need not be imported."""
+    cls = type(layer)
+    return (
+        cls.__name__ == "Conv1D"
+        and cls.__module__ == "transformers.pytorch_utils"
+        and type(layer._parameters.get("weight")) in _PLAIN
+        and _unhooked(layer)
+    )
+
+
+def is_plain(layer: Any) -> bool:
+    """Its weight and bias say all that calling it does."""
+    return is_plain_linear(layer) or _is_conv1d(layer)
+
+
+def _weights(layer: Any) -> tuple[Tensor, Tensor | None]:
+    parameters = layer._parameters
+    weight = parameters["weight"]
+    return (weight if type(layer) is nn.Linear else weight.t()), parameters["bias"]
+
+
+def _idle(dropout: Any) -> bool:
+    """Stepping over it changes nothing."""
+    kind = type(dropout)
+    return (kind is nn.Identity or (kind is nn.Dropout and not (dropout.training and dropout.p > 0))) and _unhooked(
+        dropout
+    )
+
+
+def changed(layer: nn.Module, plan: Plan) -> str | None:
+    """Why the children that would be stepped over must be called, or None."""
+    if len(layer._modules) != plan.children:
+        return "it has other children than before"
+    for guard in plan.guards:
+        module = child(layer, guard.path)
+        if module is None or type(module) is not guard.cls or len(module._modules) != guard.children:
+            return f"{'.'.join(guard.path)} is another module than before"
+        if not _unhooked(module):
+            return f"{'.'.join(guard.path)} has hooks"
+        for name, value in guard.scalars:
+            now = module.__dict__.get(name)
+            if now is not value and now != value:
+                return f"{'.'.join(guard.path)}.{name} is not what it was"
+    return None
+
+
+def _fits(layer: nn.Module, plan: Plan, x: Any) -> bool:
+    return (
+        type(x) in _PLAIN
+        and x.dim() in plan.ranks
+        and x.dtype in plan.dtypes
+        and x.device.type in _DEVICES
+        and not (plan.eval_only and layer.training)
+        and not _has_any_global_hook()
+        and changed(layer, plan) is None
+    )
+
+
+def _of_dtype(layers: list[Any], dtype: torch.dtype) -> bool:
+    """Where weights are of another dtype, a forward may cast between its children, so its own must run."""
+    for layer in layers:
+        weight = layer._parameters.get("weight")
+        if weight is not None and weight.dtype is not dtype:
+            return False
+    return True
+
+
+def fused(layer: nn.Module, plan: Plan, x: Tensor) -> Tensor | None:
+    """The layer's result with as much fused as may be; None where its own forward must run."""
+    if not _fits(layer, plan, x):
+        return None
+    device = x.device.type
+    cast = torch._C._is_any_autocast_enabled() and device != "meta" and torch.is_autocast_enabled(device)
+    if cast and torch.get_autocast_dtype(device) not in plan.dtypes:
+        return None
+    value = _direct(layer, plan, x, cast) if plan.direct is not None else None
+    if value is None:
+        value = _by_parts(layer, plan, x, cast)
+        if value is None:
+            return None
+    for path in plan.tail:
+        value = child(layer, path)(value) if path else value + x
+    return value
+
+
+def _direct(layer: nn.Module, plan: Plan, x: Tensor, cast: bool) -> Tensor | None:
+    """The usual case in few steps, which a small layer feels: plain nn.Linear children, and no dropout between."""
+    gate_name, up_name, down_name = plan.direct  # type: ignore[misc]
+    modules: Any = layer._modules
+    gate, down = modules.get(gate_name), modules.get(down_name)
+    if not (is_plain_linear(gate) and is_plain_linear(down)):
+        return None
+    if plan.dropout is not None and not _idle(child(layer, plan.dropout)):
+        return None
+    form, dtype = plan.form, x.dtype
+    first, last = gate._parameters, down._parameters
+    w_in, w_down = first["weight"], last["weight"]
+    w_up = b_up = None
+    if up_name is not None:
+        up = modules.get(up_name)
+        if not is_plain_linear(up):
+            return None
+        w_up, b_up = up._parameters["weight"], up._parameters["bias"]
+    if not cast and not (w_in.dtype is dtype is w_down.dtype and (w_up is None or w_up.dtype is dtype)):
+        return None
+    return ops.ffn(
+        x, w_in, w_down, w_up=w_up, b_in=first["bias"], b_up=b_up, b_down=last["bias"],
+        gated=True if form.halves is not None else None, activation=form.activation, beta=form.beta,
+    )  # fmt: skip
+
+
+def _by_parts(layer: nn.Module, plan: Plan, x: Tensor, cast: bool) -> Tensor | None:
+    """Any form, any children: all but the tail. None where the layer's own forward must run."""
+    gates = [child(layer, path) for path in plan.gates]
+    ups = [child(layer, path) for path in plan.ups]
+    down = None if plan.down is None else child(layer, plan.down)
+    linears = [*gates, *ups, down] if plan.down is not None else [*gates, *ups]
+    if any(linear is None for linear in linears):
+        return None
+    plain = all(is_plain(linear) for linear in linears)
+    if plan.form.reads_weights and not plain:
+        return None
+    if plain and not cast and not _of_dtype(linears, x.dtype):
+        return None
+    value = x
+    for path in plan.head:
+        value = child(layer, path)(value)
+    dropout = None if plan.dropout is None else child(layer, plan.dropout)
+    if dropout is not None and _idle(dropout):
+        dropout = None
+    if down is not None and dropout is None and len(gates) == 1 and plain:
+        value = _whole(plan.form, value, gates[0], ups[0] if ups else None, down)
+    else:
+        value = _hidden(plan.form, value, gates, ups)
+        if dropout is not None:
+            value = dropout(value)
+        if down is not None:
+            value = down(value)
+    return value
+
+
+def _whole(form: Form, x: Tensor, gate: Any, up: Any, down: Any) -> Tensor:
+    w_in, b_in = _weights(gate)
+    w_down, b_down = _weights(down)
+    act: dict[str, Any] = {"activation": form.activation, "beta": form.beta}
+    if up is not None:
+        w_up, b_up = _weights(up)
+        return ops.ffn(x, w_in, w_down, w_up=w_up, b_in=b_in, b_up=b_up, b_down=b_down, **act)
+    if form.halves == "up first":
+        w_up, w_in = w_in.chunk(2)
+        b_up, b_in = (None, None) if b_in is None else b_in.chunk(2)
+        return ops.ffn(x, w_in, w_down, w_up=w_up, b_in=b_in, b_up=b_up, b_down=b_down, **act)
+    return ops.ffn(x, w_in, w_down, gated=form.halves is not None, b_in=b_in, b_down=b_down, **act)
+
+
+def _hidden(form: Form, x: Tensor, gates: list[Any], ups: list[Any]) -> Tensor:
+    """What goes into ``down``: by one operator, or the children called as forward calls them and one operator."""
+    act: dict[str, Any] = {"activation": form.activation, "beta": form.beta}
+    if ups and all(is_plain(layer) for layer in (*gates, *ups)):
+        gate_weights, up_weights = [_weights(g) for g in gates], [_weights(u) for u in ups]
+        b_gate = [b for _, b in gate_weights if b is not None]
+        b_up = [b for _, b in up_weights if b is not None]
+        if len(b_gate) in (0, len(gates)) and len(b_up) in (0, len(ups)):
+            w_gate, w_up = [w for w, _ in gate_weights], [w for w, _ in up_weights]
+            return ops.gated_linear(x, w_gate, w_up, b_gate=b_gate, b_up=b_up, **act)
+    total: Tensor | None = None
+    for i, gate in enumerate(gates):
+        if ups and form.up_called_first:  # adapters with dropout draw in the order of the calls
+            up = ups[i](x)
+            value = gate(x)
+        else:
+            value = gate(x)
+            up = ups[i](x) if ups else None
+        if form.halves is not None:
+            value, up = value.chunk(2, -1)
+            if form.halves == "up first":
+                value, up = up, value
+        hidden = _between(value, up, **act)
+        total = hidden if total is None else total + hidden
+    assert total is not None
+    return total
+
+
+def _between(gate: Tensor, up: Tensor | None, activation: str, beta: float) -> Tensor:
+    both = [gate] if up is None else [gate, up]
+    if all(type(t) in _PLAIN and t.dtype is gate.dtype and t.dtype in check.DTYPES for t in both):
+        return ops.gated_act(gate, up, activation=activation, beta=beta)
+    value = ACTIVATIONS[activation](gate, beta)  # a DTensor, say: by torch's own operators
+    return value if up is None else value * up
+
+
+def state(layer: nn.Module, plan: Plan) -> tuple[bool, str]:
+    """Whether all that was recognised is fused now, and if not, what is and why."""
+    if reason := changed(layer, plan):
+        return False, f"its own forward runs: {reason}"
+    if _has_any_global_hook():
+        return False, "its own forward runs: there are global module hooks"
+    if plan.eval_only and layer.training:
+        return False, "its own forward runs: in training it computes something else (dropout that is no child?)"
+    parts = [(path, child(layer, path)) for path in (*plan.gates, *plan.ups, *((plan.down,) if plan.down else ()))]
+    if gone := [path for path, module in parts if module is None]:
+        return False, f"its own forward runs: {'.'.join(gone[0])} is gone"
+    first = next(layer.parameters(), None)
+    if first is not None and first.device.type not in _DEVICES:
+        why = CUDA_ABSENT if first.device.type == "cuda" else "no kernels for it"
+        return False, f"its own forward runs on {first.device.type}: {why}"
+    called = [f"{'.'.join(path)} is called ({_why_called(module)})" for path, module in parts if not is_plain(module)]
+    if called and plan.form.reads_weights:
+        return False, f"its own forward runs, because it reads weights: {'; '.join(called)}"
+    if not called and not _of_dtype([module for _, module in parts], parts[0][1]._parameters["weight"].dtype):
+        return False, "its own forward runs outside autocast: weights of several dtypes"
+    if plan.dropout and not _idle(child(layer, plan.dropout)):
+        called.append(f"{'.'.join(plan.dropout)} is called (p > 0 in training)")
+    notes = "; ".join(called)
+    if plan.eval_only:
+        notes = "; ".join(filter(None, [notes, "in training its own forward runs"]))
+    return not called, notes
+
+
+def _why_called(module: Any) -> str:
+    if not isinstance(module, nn.Linear) and not _is_conv1d(module):
+        return f"{type(module).__module__.split('.')[0]}'s {type(module).__name__}"
+    if not _unhooked(module):
+        return "hooks, or a forward of its own"
+    weight = module._parameters.get("weight")
+    if type(weight) not in _PLAIN:
+        return "its weight is computed" if weight is None else f"its weight is a {type(weight).__name__}"
+    return f"a {type(module).__name__}"

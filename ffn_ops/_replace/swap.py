@@ -1,0 +1,62 @@
+"""The class that stands in the place of a layer's own, so that an instance computes what its plan says.
+
+A subclass of an instance's class survives deepcopy, pickle and the compiler, where a forward set on it would not.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from torch import nn
+
+from .layer import PLAN, fused
+from .probe import ORIGINAL
+from .recognise import recognise
+
+
+@functools.cache
+def fused_class(original: Any, method: str) -> Any:
+    """A subclass, of the same name, whose ``method`` computes what the instance's plan says."""
+    own = getattr(original, method)
+
+    @functools.wraps(own)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        plan = self._ffn_ops_plan
+        if plan:
+            x = None
+            if len(args) + len(kwargs) == 1:
+                x = args[0] if args else kwargs.get(plan.argument)
+            if x is not None:
+                y = fused(self, plan, x)
+                if y is not None:
+                    return y
+        return own(self, *args, **kwargs)
+
+    def setattr_(self: Any, name: str, value: Any) -> None:
+        original.__setattr__(self, name, value)
+        if name[0] != "_" and name not in ("training", "forward") and self._ffn_ops_plan is not None:
+            self.__dict__[PLAN] = recognise(self, method).plan or False
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        function, arguments, *rest = original.__reduce_ex__(self, max(2, protocol))
+        if arguments and arguments[0] is fused_class(original, method):  # other processes know the original
+            function, arguments = _new, (original, method, *arguments[1:])
+        return function, arguments, *rest
+
+    def extra_repr(self: Any) -> str:
+        plan = self._ffn_ops_plan
+        return ", ".join(filter(None, [original.extra_repr(self), f"ffn_ops: {plan.form}" if plan else ""]))
+
+    members = {
+        ORIGINAL: original, PLAN: None, method: forward, "__setattr__": setattr_, "__reduce_ex__": reduce,
+        "extra_repr": extra_repr, "__module__": original.__module__, "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+    }  # fmt: skip
+    return type(original)(original.__name__, (original,), members)
+
+
+def _new(original: Any, method: str, *arguments: Any) -> nn.Module:
+    cls = fused_class(original, method)
+    layer: nn.Module = cls.__new__(cls, *arguments)
+    return layer

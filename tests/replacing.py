@@ -1,0 +1,330 @@
+"""What the tests of ``ffn_ops.replace`` share: layers as people write them, and two models compared by the rule of
+accuracy. No test stands here."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from seen import Seen
+from tolerance import assert_error_like_eagers
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import ffn_ops
+from ffn_ops import reference
+
+D, FF = 12, 20
+
+
+def results(model: nn.Module, call: Callable[[nn.Module], Tensor]) -> dict[str, Tensor]:
+    """The output of a call and the gradient of every parameter."""
+    model.zero_grad()
+    y = call(model)
+    y.square().mean().backward()
+    named = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return {"output": y.detach(), **named}
+
+
+def assert_same_function(actual: nn.Module, plain: nn.Module, call: Callable[[nn.Module], Tensor]) -> None:
+    """Output and every gradient are as near to float64 as the untouched model's are; one weight for each tensor."""
+    exact = results(copy.deepcopy(plain).double(), lambda m: call(m))
+    ours, eager = results(actual, call), results(plain, call)
+    assert list(ours) == list(eager) == list(exact)
+    flat: list[list[Tensor]] = [[], [], []]
+    sizes = {name: value.square().mean().sqrt().item() for name, value in exact.items()}
+    least = 1e-4 * max(sizes.values())  # some gradients are zero but for rounding, such as those of a key's bias
+    for name, value in exact.items():
+        scale = 2.0 ** -round(math.log2(max(sizes[name], least)))  # a power of two: no rounding of its own
+        for into, tensor in zip(flat, (ours[name], eager[name], value), strict=True):
+            assert tensor.shape == value.shape, name
+            into.append((tensor * scale).flatten())
+    assert_error_like_eagers(*[torch.cat(tensors) for tensors in flat])
+
+
+def like_parameters(model: nn.Module, x: Tensor) -> Tensor:
+    return x.to(next(model.parameters()).dtype)
+
+
+def on(x: Tensor) -> Callable[[nn.Module], Tensor]:
+    return lambda model: model(like_parameters(model, x))
+
+
+def seeded(make: Callable[[], nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    return make()
+
+
+# ---- layers as people write them ------------------------------------------------------------------------------------
+
+
+class LlamaLike(nn.Module):
+    def __init__(self, act: Callable[[Tensor], Tensor] | None = None, bias: bool = False) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(D, FF, bias=bias)
+        self.up_proj = nn.Linear(D, FF, bias=bias)
+        self.down_proj = nn.Linear(FF, D, bias=bias)
+        self.act_fn = act or nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class PhiLike(nn.Module):
+    def __init__(self, gate_first: bool = True, bias: bool = False) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Linear(D, 2 * FF, bias=bias)
+        self.down_proj = nn.Linear(FF, D, bias=bias)
+        self.gate_first = gate_first
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.gelu(a) * b if self.gate_first else a * F.gelu(b))
+
+
+class UpFirst(LlamaLike):
+    """The up projection is called first."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        up = self.up_proj(x)
+        return self.down_proj(up * self.act_fn(self.gate_proj(x)))
+
+
+class W123(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w1, self.w2, self.w3 = nn.Linear(D, FF, bias=False), nn.Linear(FF, D), nn.Linear(D, FF)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class Plain(nn.Module):
+    def __init__(self, act: Callable[[Tensor], Tensor], dropout: float = 0.0) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(D, FF), nn.Linear(FF, D)
+        self.act = act
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.drop(self.act(self.fc1(x))))
+
+
+class FunctionalDropout(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(self.fc2(self.act(self.fc1(x))), 0.5, self.training)
+
+
+class Intermediate(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense = nn.Linear(D, FF)
+        self.act = nn.GELU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.dense(x))
+
+
+class Output(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense = nn.Linear(FF, D)
+        self.norm = nn.LayerNorm(D)
+        self.dropout = nn.Dropout(0.0)
+
+    def forward(self, h: Tensor, x: Tensor) -> Tensor:
+        return self.norm(self.dropout(self.dense(h)) + x)
+
+
+class BertLike(nn.Module):
+    """The feed-forward in a method, beside another layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.Linear(D, D)
+        self.intermediate, self.output = Intermediate(), Output()
+
+    def feed_forward_chunk(self, x: Tensor) -> Tensor:
+        return self.output(self.intermediate(x), x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.feed_forward_chunk(torch.tanh(self.attention(x)))
+
+
+class T5Like(nn.Module):
+    """Normalisation, FFN, residual connection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(D)
+        self.ffn = Plain(nn.ReLU())
+        self.dropout = nn.Dropout(0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.dropout(self.ffn(self.norm(x)))
+
+
+def sequential() -> nn.Module:
+    return nn.Sequential(
+        nn.LayerNorm(D),
+        nn.Linear(D, FF),
+        nn.GELU(approximate="tanh"),
+        nn.Dropout(0.0),
+        nn.Linear(FF, D),
+        nn.Dropout(0.0),
+    )
+
+
+def quick_gelu(z: Tensor) -> Tensor:
+    return z * torch.sigmoid(1.702 * z)
+
+
+def new_gelu(z: Tensor) -> Tensor:
+    return 0.5 * z * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (z + 0.044715 * torch.pow(z, 3.0))))
+
+
+def named(act: str, beta: float = 1.0) -> Callable[[Tensor], Tensor]:
+    return lambda z: reference.ACTIVATIONS[act](z, beta)
+
+
+LLAMA = "down_proj({}(gate_proj(x)) * up_proj(x))"
+# How each is described, and the operator that computes it.
+LAYERS: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
+    "llama": (LlamaLike, LLAMA.format("silu"), "ffn"),
+    "llama with biases": (lambda: LlamaLike(bias=True), LLAMA.format("silu"), "ffn"),
+    "gemma": (lambda: LlamaLike(nn.GELU("tanh")), LLAMA.format("gelu_tanh"), "ffn"),
+    "up called first": (UpFirst, LLAMA.format("silu"), "ffn"),
+    "phi": (PhiLike, "down_proj(gelu(gate) * up of gate_up_proj(x), gate first)", "ffn"),
+    "up rows first": (lambda: PhiLike(False, True), "down_proj(gelu(gate) * up of gate_up_proj(x), up first)", "ffn"),
+    "w1 w2 w3": (W123, "w2(silu(w1(x)) * w3(x))", "ffn"),
+    "quick gelu": (lambda: Plain(quick_gelu), "fc2(drop(swish(beta=1.702)(fc1(x))))", "ffn"),
+    "new gelu": (lambda: Plain(new_gelu), "fc2(drop(gelu_tanh(fc1(x))))", "ffn"),
+    "in place": (lambda: Plain(nn.ReLU(inplace=True)), "fc2(drop(relu(fc1(x))))", "ffn"),
+    "sequential": (sequential, "5(4(3(gelu_tanh(1(0(x))))))", "ffn"),
+    "in a method": (BertLike, "output.norm(output.dropout(output.dense(gelu(intermediate.dense(x)))) + x)", "ffn"),
+    "with its residual": (T5Like, "dropout(ffn.fc2(ffn.drop(relu(ffn.fc1(norm(x)))))) + x", "ffn"),
+    "guide FeedForward": (
+        lambda: reference.FeedForward(D, 30, 4, 0.0), "dropout(w2(silu(w1(x)) * w3(x)))", "ffn",
+    ),
+    "guide ReLUFFN": (lambda: reference.PlainFFN(D, FF), "linear2(relu(linear1(x)))", "ffn"),
+    "guide SwishFFN": (
+        lambda: reference.PlainFFN(D, FF, "swish", 1.7), "linear2(swish(beta=1.7)(linear1(x)))", "ffn",
+    ),
+    "guide GLU": (lambda: reference.GLU(D, FF), "sigmoid(linear_gate(x)) * linear_value(x)", "gated_linear"),
+    "guide GatedFFN": (
+        lambda: reference.GatedFFN(D, FF, 2),
+        "sigmoid(gate_layers.0(x)) * value_layers.0(x) + sigmoid(gate_layers.1(x)) * value_layers.1(x)",
+        "gated_linear",
+    ),
+    **{
+        act: (lambda act=act: Plain(named(act)), f"fc2(drop({act}(fc1(x))))", "ffn")
+        for act in reference.ACTIVATIONS if act != "swish"
+    },
+}  # fmt: skip
+
+
+def pair(name: str) -> tuple[nn.Module, nn.Module]:
+    """Replaced, and untouched."""
+    return ffn_ops.replace(seeded(LAYERS[name][0])), seeded(LAYERS[name][0])
+
+
+def operators(layer: nn.Module, x: Tensor) -> list[str]:
+    """Those of ours that a call runs."""
+    with Seen() as seen:
+        layer(x)
+    return seen.names
+
+
+# ---- layers that compute something else -----------------------------------------------------------------------------
+
+
+class Misplaced(reference.FeedForward):
+    """The guide's parenthesis, with widths at which it runs."""
+
+    def __init__(self) -> None:
+        super().__init__(D, 18, 4, 0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.w2(F.silu(self.w1(x))) * self.w3(x))
+
+
+class Scaled(LlamaLike):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.scale
+
+
+class Learned(Plain):
+    """A learned activation that is SiLU at the start."""
+
+    def __init__(self) -> None:
+        super().__init__(F.silu)
+        self.beta = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.fc1(x)
+        return self.fc2(z * torch.sigmoid(self.beta * z))
+
+
+class Forward(LlamaLike):
+    """LLaMA's children in another forward."""
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        super().__init__()
+        self.compute = forward
+
+    def forward(self, x: Tensor) -> Any:
+        return self.compute(self, x)
+
+
+def _twice(m: Any, x: Tensor) -> Tensor:
+    return m.down_proj(F.silu(m.gate_proj(x)) * m.gate_proj(x)) + 0 * m.up_proj(x).sum()
+
+
+def _reads_weights(m: Any, x: Tensor) -> Tensor:
+    return F.linear(F.silu(F.linear(x, m.gate_proj.weight)) * F.linear(x, m.up_proj.weight), m.down_proj.weight)
+
+
+def _writes(m: Any, x: Tensor) -> Tensor:
+    return m.down_proj(F.silu(m.gate_proj(x)) * m.up_proj(x.mul_(1.5)))
+
+
+def _noise(m: Any, x: Tensor) -> Tensor:
+    return m.down_proj(F.silu(m.gate_proj(x)) * m.up_proj(x) * (1 + torch.rand(())))
+
+
+NO_ACTIVATION = "no activation"
+OTHERS: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "misplaced parenthesis": (Misplaced, ""),
+    "clipped at 7": (lambda: LlamaLike(lambda z: F.silu(z.clamp(max=7.0))), NO_ACTIVATION),
+    "clipped at 10000": (lambda: LlamaLike(lambda z: F.silu(z).clamp(max=1e4)), NO_ACTIVATION),
+    "relu6": (lambda: Plain(nn.ReLU6()), NO_ACTIVATION),
+    "hardswish": (lambda: Plain(nn.Hardswish()), NO_ACTIVATION),
+    "leaky": (lambda: Plain(nn.LeakyReLU()), NO_ACTIVATION),
+    "nearly gelu": (lambda: Plain(lambda z: F.gelu(z) * (1 + 2e-5)), NO_ACTIVATION),
+    "learned slope": (lambda: Plain(nn.PReLU()), "second one|no activation"),
+    "buffer": (Scaled, "scale|returns"),
+    "learned beta": (Learned, "tensor of its own, beta"),
+    "a child twice": (lambda: Forward(_twice), "twice|no activation"),
+    "reads its weights": (lambda: Forward(_reads_weights), "no linear child"),
+    "writes its input": (lambda: Forward(_writes), "writes into its input|no activation|called with"),
+    "noise": (lambda: Forward(_noise), NO_ACTIVATION),
+    "two results": (lambda: Forward(lambda m, x: (LlamaLike.forward(m, x), x)), "not one tensor"),
+    "norm between": (
+        lambda: nn.Sequential(nn.Linear(D, FF), nn.LayerNorm(FF), nn.GELU(), nn.Linear(FF, D)), "second one|no activ"
+    ),
+    "pooled": (lambda: Forward(lambda m, x: LlamaLike.forward(m, x).mean(-2)), "returns"),
+    "output scaled": (lambda: Forward(lambda m, x: 0.5 * LlamaLike.forward(m, x)), "returns"),
+    "bf16 only": (lambda: Forward(_bf16_differs).bfloat16(), "in bfloat16"),
+}  # fmt: skip
+
+
+def _bf16_differs(m: Any, x: Tensor) -> Tensor:
+    z = m.gate_proj(x)
+    return m.down_proj((F.silu(z) if x.dtype is not torch.bfloat16 else F.relu(z)) * m.up_proj(x))
