@@ -40,17 +40,17 @@ struct GatedActPoint {
 
 // Each pass: what it reads, as bits, and out[] at a point. As in cpu/kernels/act.h.
 struct GatedActForward {
-  static constexpr uint32_t kReads = 1 << kGate | 1 << kUp | 1 << kBiasGate | 1 << kBiasUp;
+  static constexpr uint32_t kReads = 1 << kGate | 1 << kUp;
+  static constexpr int kOuts = 1;
   template <class Act, class V>
   FFN_FN static void compute(const GatedActPoint<V>& p, V (&out)[3]) {
     out[0] = Act::fwd(p.limit.gate(p.gate), p.beta) * p.limit.up(p.up);
-    out[1] = p.gate;
-    out[2] = p.up;
   }
 };
 
 struct GatedActBackward {
   static constexpr uint32_t kReads = GatedActForward::kReads | 1 << kDOut;
+  static constexpr int kOuts = 3;
   template <class Act, class V>
   FFN_FN static void compute(const GatedActPoint<V>& p, V (&out)[3]) {
     const auto act = Act::grad(p.limit.gate(p.gate), p.beta);
@@ -63,6 +63,7 @@ struct GatedActBackward {
 
 struct GatedActDoubleBackward {
   static constexpr uint32_t kReads = 1 << kGate | 1 << kUp | 1 << kDOut | 1 << kDdGate | 1 << kDdUp;
+  static constexpr int kOuts = 3;
   template <class Act, class V>
   FFN_FN static void compute(const GatedActPoint<V>& p, V (&out)[3]) {
     const auto act = Act::grad2(p.limit.gate(p.gate), p.beta);
@@ -81,6 +82,7 @@ struct GatedActValues {
   Elements<S, N> in[kGatedActInputs];
   Elements<T, N> sum;
   T weight;
+  bool loaded;
 };
 
 template <class S, int N>
@@ -95,10 +97,11 @@ template <class S, class Pass, bool kPlain, int N>
 FFN_FN GatedActValues<S, N> load_gated_act(const GatedAct& g, const PackPlace& at) {
   using T = ComputeOf<S>;
   GatedActValues<S, N> v{};
+  v.loaded = true;
   v.weight = 1;
 #pragma unroll
   for (int i = 0; i < kGatedActInputs; ++i) {
-    if (!(Pass::kReads >> i & 1) || (kPlain && (i == kBiasGate || i == kBiasUp))) continue;
+    if (!(Pass::kReads >> i & 1)) continue;
     const Matrix m = gated_act_input(g, i);
     if (m.data) v.in[i] = load_elements<N>(element<S>(m, at.row, at.col));
     else if (i == kUp) v.in[i] = ones<S, N>();
@@ -110,33 +113,27 @@ FFN_FN GatedActValues<S, N> load_gated_act(const GatedAct& g, const PackPlace& a
   return v;
 }
 
-// The arithmetic on what was loaded, and the stores. Where nothing was loaded all is 0, `up` too, and so are the
-// results.
+// The arithmetic on what was loaded, and the stores. Where nothing was loaded the results are 0.
 template <class S, class Act, class Pass, bool kPlain, int N>
 FFN_FN void finish_gated_act(const GatedAct& g, const PackPlace& at, const GatedActValues<S, N>& v) {
   using T = ComputeOf<S>;
   using V = LaneOf<S>;
   constexpr bool kForward = __is_same(Pass, GatedActForward);
-  constexpr int kOuts = kPlain && kForward ? 1 : 3;
-  T results[3][N];
+  T results[Pass::kOuts][N];
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     GatedActPoint<V> point{v.in[kGate][i], v.in[kUp][i], v.in[kDOut][i], v.in[kDdGate][i],
                            v.in[kDdUp][i], V(T(g.beta)), limit_of<V>(g)};
-    if constexpr (!kPlain) {
-      if (g.bias_gate) point.gate = point.gate + V(v.in[kBiasGate][i]);
-      if (g.bias_up) point.up = point.up + V(v.in[kBiasUp][i]);
-    }
     V out[3];
     Pass::template compute<Act>(point, out);
     if constexpr (!kPlain && kForward)
       if (g.accumulate) out[0] = V(v.sum[i]) + out[0];
     if constexpr (!kPlain && __is_same(Pass, GatedActBackward)) out[2] = V(v.weight) * out[2];
 #pragma unroll
-    for (int j = 0; j < kOuts; ++j) results[j][i] = out[j].value;
+    for (int j = 0; j < Pass::kOuts; ++j) results[j][i] = kPlain || v.loaded ? out[j].value : T(0);
   }
 #pragma unroll
-  for (int j = 0; j < kOuts; ++j)
+  for (int j = 0; j < Pass::kOuts; ++j)
     if (g.out[j])
       store_elements(static_cast<S*>(g.out[j]) + at.row * g.out_stride[j] + at.col, Elements<S, N>::of(results[j]));
   if constexpr (!kPlain && kForward)
@@ -174,9 +171,8 @@ FFN_FN void gated_act_steps(const GatedAct& g, const PackGrid& grid) {
 template <class S, class Act, class Pass>
 FFN_KERNEL_BOUNDS(kPackThreads, sizeof(S) == 2 ? 3 : 2)
 __global__ void gated_act_kernel(GatedAct g, PackGrid grid) {
-  const bool plain = grid.plain && !(__is_same(Pass, GatedActForward) && (g.out[1] || g.out[2]));
   if (!grid.vector) gated_act_steps<S, Act, Pass, false, 1, kScalarSteps>(g, grid);
-  else if (plain) gated_act_steps<S, Act, Pass, true, Pack<S>::kSize, kVectorSteps>(g, grid);
+  else if (grid.plain) gated_act_steps<S, Act, Pass, true, Pack<S>::kSize, kVectorSteps>(g, grid);
   else gated_act_steps<S, Act, Pass, false, Pack<S>::kSize, kVectorSteps>(g, grid);
 }
 

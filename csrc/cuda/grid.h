@@ -54,7 +54,7 @@ inline bool packs_are_aligned(const Matrix& m, int64_t rows, int64_t size) {
 }
 
 // What gated_act_kernel reads.
-enum GatedActInput : int { kGate, kUp, kBiasGate, kBiasUp, kDOut, kDdGate, kDdUp, kGatedActInputs };
+enum GatedActInput : int { kGate, kUp, kDOut, kDdGate, kDdUp, kGatedActInputs };
 
 constexpr Matrix gated_act_input(const GatedAct& g, int input) {
   switch (input) {
@@ -62,10 +62,6 @@ constexpr Matrix gated_act_input(const GatedAct& g, int input) {
       return g.gate;
     case kUp:
       return g.up;
-    case kBiasGate:
-      return {g.bias_gate, 0, 1};
-    case kBiasUp:
-      return {g.bias_up, 0, 1};
     case kDOut:
       return g.d_out;
     case kDdGate:
@@ -75,7 +71,7 @@ constexpr Matrix gated_act_input(const GatedAct& g, int input) {
   }
 }
 
-// One long row, where every operand's rows follow each other without a gap; those of a bias never do.
+// One long row, where every operand's rows follow each other without a gap.
 inline void flatten(GatedAct& g) {
   if (g.kept || g.row_weight) return;
   for (int i = 0; i < kGatedActInputs; ++i) {
@@ -103,7 +99,7 @@ inline PackGrid gated_act_grid(const GatedAct& g) {
   PackGrid grid = vector ? pack_grid(g.rows, g.cols, 16 / size, kVectorSteps)
                          : pack_grid(g.rows, g.cols, 1, kScalarSteps, by_rows ? 4 : 8);
   grid.vector = vector;
-  grid.plain = !g.kept && !g.bias_gate && !g.bias_up && !g.row_weight && !g.sum;
+  grid.plain = !g.kept && !g.row_weight && !g.sum;
   return grid;
 }
 

@@ -23,14 +23,11 @@ struct Matrix {
 struct GatedAct : GateForm {
   int64_t rows = 0, cols = 0;
   DType dtype = DType::kFloat32;
-  const int64_t* kept = nullptr;  // rows from *kept on are not read, and zero in every output; null: all are there
-  Matrix gate, up, d_out;         // up.data null: plain
-  Matrix dd_gate, dd_up;          // double backward: cotangents of d_gate and d_up; null: zero
-  // [cols], added to gate and up before anything else: forward and backward.
-  const void* bias_gate = nullptr;
-  const void* bias_up = nullptr;
+  const int64_t* kept = nullptr;     // rows from *kept on are not read, and zero in every output; null: all are there
+  Matrix gate, up, d_out;            // up.data null: plain
+  Matrix dd_gate, dd_up;             // double backward: cotangents of d_gate and d_up; null: zero
   const void* row_weight = nullptr;  // [rows], of the arithmetic's dtype: backward, a factor of h alone; null: 1
-  // forward: out, and gate and up with their biases where asked for. backward: d_gate, d_up, h = act(gate) * up.
+  // forward: out alone. backward: d_gate, d_up, h = act(gate) * up.
   // double backward: d_d_out, d_gate, d_up. Columns are dense.
   void* out[3] = {};
   int64_t out_stride[3] = {};  // between rows of each

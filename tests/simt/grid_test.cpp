@@ -41,7 +41,6 @@ void test_flatten() {
   stays([](GatedAct& g) { g.gate.col_stride = 2; }, "a gap between columns");
   stays([](GatedAct& g) { g.gate.row_stride = 0; }, "an expanded input");
   stays([](GatedAct& g) { g.out_stride[0] = 18; }, "a wider output");
-  stays([](GatedAct& g) { g.bias_gate = memory; }, "a bias");
   stays([](GatedAct& g) { g.row_weight = memory; }, "weights of rows");
   stays([](GatedAct& g) { g.kept = reinterpret_cast<const int64_t*>(memory); }, "kept rows");
 }
@@ -60,7 +59,6 @@ void test_vector_access() {
   check(!vector([](GatedAct& g) { g.up.col_stride = 2; }), "strided columns");
   check(!vector([](GatedAct& g) { g.d_out = {memory, 0, 0}; }), "an expanded gradient");
   check(!vector([](GatedAct& g) { g.gate.data = memory + 2; }), "an address in between");
-  check(!vector([](GatedAct& g) { g.bias_up = memory + 8; }), "a bias in between");
   check(!vector([](GatedAct& g) { g.out[2] = memory, g.out_stride[2] = 12; }), "an output's rows in between");
   check(!vector([](GatedAct& g) { g.sum = memory + 4; }), "sums in between");
   GatedAct odd = dense(6, 63, DType::kFloat32);
