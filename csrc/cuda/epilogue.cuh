@@ -91,7 +91,10 @@ FFN_FN void store_hidden(const Epilogue& e, const QuadPlace& q, const ComputeOf<
   for (int half = 0; half < 2; ++half) {
     ComputeOf<S> pairs[kQuad];
 #pragma unroll
-    for (int i = 0; i < kQuad; ++i) pairs[i] = (i % 2 ? up : gate)[half * kQuad / 2 + i / 2];
+    for (int i = 0; i < kQuad; ++i) {
+      const int from = half * kQuad / 2 + i / 2;
+      pairs[i] = i % 2 ? up[from] : gate[from];
+    }
     const int left = 2 * q.count - half * kQuad;
     const QuadPlace place{q.in_row, q.in_col, q.row, 2 * q.col + half * kQuad, left < kQuad ? left : kQuad};
     if (left > 0) store_at<S>(e.out, place, e.out_stride, pairs);
