@@ -54,7 +54,7 @@ def generate(model: LlamaForCausalLM, prompt: str, tokens: int) -> tuple[str, fl
 def main(arguments: list[str] | None = None) -> tuple[str, str]:
     """What the untouched and the replaced model wrote."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=150, help="of training (default 150)")
+    parser.add_argument("--steps", type=int, default=400, help="of training (default 400)")
     parser.add_argument("--tokens", type=int, default=120, help="bytes to write (default 120)")
     parser.add_argument("--prompt", default="The statement ")
     options = parser.parse_args(arguments)

@@ -55,7 +55,7 @@ def loss_on(model: nn.Module, text: Tensor) -> float:
 def main(arguments: list[str] | None = None) -> tuple[float, float]:
     """Losses on source code before and after the adapters have learnt."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=100, help="of each of the two trainings (default 100)")
+    parser.add_argument("--steps", type=int, default=200, help="of each of the two trainings (default 200)")
     steps = parser.parse_args(arguments).steps
     torch.manual_seed(0)
     config = LlamaConfig(
