@@ -198,7 +198,7 @@ def run_ranks(ranks: int, rows: Sequence[Row], samples: int) -> list[list[dict[s
         try:
             for process in processes:
                 process.start()
-            found = [pipe.recv() if pipe.poll(TIME_LIMIT) else "out of time" for pipe in pipes]
+            found: list[Any] = [pipe.recv() if pipe.poll(TIME_LIMIT) else "out of time" for pipe in pipes]
             errors = [each for each in found if isinstance(each, str)]
             if errors:
                 raise RuntimeError("\n".join(errors))

@@ -91,9 +91,7 @@ def moe(
     check.tensor("x", x)
     weights = [_local(*each, mesh) for each in (("w_in", w_in), ("w_down", w_down), ("b_in", b_in), ("b_down", b_down))]
     call = _moe
-    if (
-        torch.compiler.is_compiling()
-    ):  # sizes of messages are numbers of the host: the graph ends here, and goes on after
+    if torch.compiler.is_compiling():  # sizes of messages are numbers of the host: the graph ends, and goes on behind
         call = torch.compiler.disable(_moe)
     return call(x, routing, mesh, weights, gated, activation, beta, recompute)
 
@@ -108,7 +106,8 @@ def _moe(
     beta: float,
     recompute: bool,
 ) -> Tensor:
-    x, w_in, w_down, b_in, b_down = autocast(x, *weights)  # type: ignore[assignment]
+    cast: Any = autocast(x, *weights)
+    x, w_in, w_down, b_in, b_down = cast
     check_routing(x, routing)
     group, ranks = mesh.get_group(), mesh.size()
     experts = routing.offsets.shape[0] - 1
@@ -137,7 +136,7 @@ def _moe(
         rows = ops.moe(rows, local, w_in, w_down, b_in=b_in, b_down=b_down, **options)
     else:  # nothing to compute; yet every gradient has its history, as on the other ranks
         rows = rows @ rows.new_zeros(rows.shape[1], w_down.shape[1]) * weight.unsqueeze(1).to(rows.dtype)
-        rows = rows + sum(t.sum() for t in here if t is not None)
+        rows = rows + sum((t * 0).sum() for t in here if t is not None)
 
     (rows,) = AllToAll.apply(group, receive, send, _joining(rows, any(needs)))
     if drops:
@@ -168,8 +167,8 @@ def _exchange_counts(
             named = [check.DTYPES[v] if what.startswith("dtype") else v for v in values]
             raise ValueError(f"expert parallelism: expected the same {what} on every rank, got {named}")
     joined = [any(rank[_NEEDS] >> bit & 1 for rank in got) for bit in range(len(needs))]
-    rows = [[sum(rank[_HEADER:]) for rank in each] for each in (sent, got)]
-    return answer[:, _HEADER : _HEADER + mine], *rows, joined, any(rank[_DROPPED] for rank in got)
+    send, receive = ([sum(rank[_HEADER:]) for rank in each] for each in (sent, got))
+    return answer[:, _HEADER : _HEADER + mine], send, receive, joined, any(rank[_DROPPED] for rank in got)
 
 
 def _joining(t: Tensor, need: bool) -> Tensor:

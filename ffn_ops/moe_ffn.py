@@ -99,8 +99,8 @@ class MoEFFN(nn.Module):
         if expert_mesh is not None:
             expert_parallel.check_mesh(expert_mesh, "expert_mesh")
             _check_local(router)
-            facts = {"d_model": d_model, "d_ff": d_ff, "num_experts": num_experts, "gated": gated, "bias": bias}
-            facts |= {"activation": activation, "beta": beta, "num_shared": num_shared}
+            facts: dict[str, Any] = {"d_model": d_model, "d_ff": d_ff, "num_experts": num_experts, "gated": gated}
+            facts |= {"bias": bias, "activation": activation, "beta": beta, "num_shared": num_shared}
             expert_parallel.check_alike(expert_mesh, facts)
             begin, end = expert_parallel.experts_of(num_experts, expert_mesh.size(), expert_mesh.get_local_rank())
         self.router = nn.Linear(d_model, num_experts)
@@ -188,7 +188,8 @@ class MoEFFN(nn.Module):
         if self.gated or self.shared is not None or self.b_in is None or self.b_down is None:
             raise ValueError("document_state_dict: expected plain experts with biases and no shared ones")
         state = {f"router.{name}": value for name, value in self.router.state_dict().items()}
-        stacked = [t.full_tensor() if is_dtensor(t) else t for t in (self.w_in, self.b_in, self.w_down, self.b_down)]  # type: ignore[operator]
+        stacked: list[Any] = [self.w_in, self.b_in, self.w_down, self.b_down]
+        stacked = [t.full_tensor() if is_dtensor(t) else t for t in stacked]
         for e in range(self.num_experts):
             for place, weight, bias in ((0, *stacked[:2]), (2, *stacked[2:])):
                 state[f"experts.{e}.{place}.weight"] = weight[e].detach()

@@ -140,6 +140,11 @@ def loads(rank: int, ranks: int) -> None:
         assert torch.equal(ours["x"], part(one["x"], rank, tokens))
         begin, end = expert_parallel.experts_of(E, ranks, rank)
         assert begin == end or torch.equal(ours["w_in"], one["w_in"][begin:end])
+    # Saved for backward: what one process saves, and the received rows; no expert's output, of width O.
+    shapes: list[torch.Size] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(t.shape) or t, lambda t: t):
+        results(p, E, mesh, rank, tokens, False)
+    assert shapes and not any(len(shape) == 2 and shape[1] == O for shape in shapes), shapes
     none = {n: t[:0] if n in ("x", "ids", "weights", "d_y", "logits") else t for n, t in p.items()}
     ours = results(none, E, mesh, rank, [0] * ranks, False)
     assert ours["y"].shape == (0, O) and not ours["w_in"].any()

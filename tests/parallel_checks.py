@@ -179,6 +179,19 @@ def expert_and_fsdp(rank: int) -> None:
         torch.testing.assert_close(whole, q, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
+def benchmark(rank: int) -> dict[str, Any]:
+    """The benchmark's own record of a small row, and what it says of a wrong result."""
+    from benchmarks import expert_parallel as bench
+
+    (row,) = bench.QUICK
+    (record,) = bench.rank_rows(rank, 2, [row], 2)
+    layer = bench.Layer(row, rank, 2)
+    layer.leaves["x"].data *= 1.01
+    record["refused"] = raised(lambda: layer.verify(init_device_mesh("cpu", (2,))))
+    chosen = layer.ids[layer.mine] // (row.E // 2)
+    return {**record, "others": int((chosen != rank).sum())}
+
+
 def lines(rank: int, blocks: list[str]) -> None:
     """README's lines, one block after the other as in one session; each layer then makes a step."""
     names: dict[str, Any] = {

@@ -29,6 +29,18 @@ def test_lines_of_readme() -> None:
     ranks.run(parallel_checks.lines, 2, blocks)
 
 
+def test_benchmark_counts_what_it_sends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
+    found = ranks.run(parallel_checks.benchmark, 2)
+    others = sum(record["others"] for record in found)  # rows of the two that the other computes
+    width = 64 * 4  # bytes of a row: four ways, two of them with a weight; the counts before them fill a unit each
+    assert sum(record["bytes"] for record in found) == others * (4 * width + 2 * 4) + 2 * 64 * 8
+    for record in found:
+        assert record["calls"] == 7 and record["error"] <= 1 and record["refused"].startswith("WrongResultError: ")
+        assert record["all"]["n"] == 2 and record["all"]["median"] > record["kernels"]["median"] > 0
+    assert sum(record["rows_computed"] for record in found) == 2 * 32 * 2
+
+
 def test_document_has_the_models_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is computed stands in the document as the script computes it, and the sums can be done by hand."""
     root = Path(__file__).parents[1]
