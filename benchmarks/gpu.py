@@ -22,7 +22,9 @@ from .runners import Local, Runner
 from .workloads import DTYPES, Mode, Row, Shape
 
 MATRIX = 8192  # of the product whose rate is the limit: 1.1 TFLOP
-AHEAD = 2_000_000  # cycles, a millisecond, that the GPU waits for before a call: the host has launched all of it by then
+AHEAD = (
+    2_000_000  # cycles, a millisecond, that the GPU waits for before a call: the host has launched all of it by then
+)
 COPIED = 1 << 30  # bytes of the copy whose rate is the other: twenty times the L2 cache
 CLOCKS = {
     "sm_mhz": "clocks.sm",

@@ -9,7 +9,16 @@ import torch
 from conftest import ISAS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from problems import ACTIVATIONS, DTYPES, FORMS, INVARIANT_FORMS, RECOMPUTING, Problem, assert_same_numbers, results
+from problems import (
+    ACTIVATIONS,
+    DTYPES,
+    FORMS,
+    INVARIANT_FORMS,
+    RECOMPUTING,
+    Problem,
+    assert_same_numbers,
+    results,
+)
 from tolerance import assert_accurate
 from torch import Tensor
 
@@ -73,7 +82,11 @@ def test_layouts(problem: Problem, dtype: torch.dtype, isa: str, data: st.DataOb
 
 
 @bounded
-@given(problem=problems.filter(lambda p: p.T > 0 and p.form in INVARIANT_FORMS), dtype=st.sampled_from(DTYPES), data=st.data())
+@given(
+    problem=problems.filter(lambda p: p.T > 0 and p.form in INVARIANT_FORMS),
+    dtype=st.sampled_from(DTYPES),
+    data=st.data(),
+)
 def test_a_token_does_not_see_the_others(problem: Problem, dtype: torch.dtype, data: st.DataObject) -> None:
     """Any choice of rows, in any order: their outputs and gradients keep their bits."""
     rows = torch.tensor(data.draw(st.lists(st.integers(0, problem.T - 1), max_size=20)), dtype=torch.long)
