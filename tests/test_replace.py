@@ -86,7 +86,9 @@ def test_ranks_that_differ() -> None:
 def test_dropout_that_is_no_child() -> None:
     """Fused in eval; in training the layer's own forward runs, with the masks of the untouched layer."""
     layer, plain = (seeded(lambda: FunctionalDropout(nn.GELU())) for _ in range(2))
+    numbers = torch.get_rng_state()
     ffn_ops.replace(layer)
+    assert torch.equal(torch.get_rng_state(), numbers)  # though it drew, in the look at training
     x = torch.randn(5, D)
     assert "in training it computes something else" in str(ffn_ops.replace_report(layer))
     torch.manual_seed(1)
