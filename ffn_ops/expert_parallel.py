@@ -179,8 +179,8 @@ def _joining(t: Tensor, need: bool) -> Tensor:
 class AllToAll(torch.autograd.Function):
     """Tensors whose first dimension is cut into as many pieces as there are ranks; the gradients take the way back.
 
-    torch's own function is differentiable once in torch 2.11 and waits for each tensor alone; this one is to any order,
-    and has the tensors of a call under way together.
+    Differentiable to any order. Unlike torch's own function it has the tensors of a call under way together, sends no
+    gradient that nobody needs, and says what may have happened where it fails.
     """
 
     @staticmethod

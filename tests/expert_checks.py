@@ -143,7 +143,7 @@ def loads(rank: int, ranks: int) -> None:
     # Saved for backward: what one process saves, and the received rows; no expert's output, of width O.
     shapes: list[torch.Size] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(t.shape) or t, lambda t: t):
-        results(p, E, mesh, rank, tokens, False)
+        results(problem(E, 2, T, torch.float64, False, False), E, mesh, rank, tokens, False)
     assert shapes and not any(len(shape) == 2 and shape[1] == O for shape in shapes), shapes
     none = {n: t[:0] if n in ("x", "ids", "weights", "d_y", "logits") else t for n, t in p.items()}
     ours = results(none, E, mesh, rank, [0] * ranks, False)
