@@ -22,9 +22,7 @@ from .runners import Local, Runner
 from .workloads import DTYPES, Mode, Row, Shape
 
 MATRIX = 8192  # of the product whose rate is the limit: 1.1 TFLOP
-AHEAD = (
-    2_000_000  # cycles, a millisecond, that the GPU waits for before a call: the host has launched all of it by then
-)
+AHEAD = 2_000_000  # cycles, a millisecond: by then the host has launched all of a call
 COPIED = 1 << 30  # bytes of the copy whose rate is the other: twenty times the L2 cache
 CLOCKS = {
     "sm_mhz": "clocks.sm",
@@ -71,6 +69,11 @@ def _milliseconds(*calls: Callable[[], Any]) -> list[float]:
     return [float(a.elapsed_time(b)) for a, b in itertools.pairwise(marks)]
 
 
+def let_host_run_ahead() -> None:
+    """Keeps the GPU busy while the host launches what is timed next."""
+    torch.cuda._sleep(AHEAD)
+
+
 class GpuLocal(Local):
     """A provider on the GPU; a sample is the median of its calls, so that one interruption does not count."""
 
@@ -91,7 +94,7 @@ class GpuLocal(Local):
 
         def prepare() -> None:
             self.cold.zero_()
-            torch.cuda._sleep(AHEAD)
+            let_host_run_ahead()
 
         calls = [prepare, forward, backward, found.clear] * repeats
         with torch.inference_mode(self.mode == "inference"):

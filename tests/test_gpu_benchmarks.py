@@ -52,6 +52,7 @@ class SmallGpu(gpu.Gpu):
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> gpu.Gpu:
     monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
     monkeypatch.setattr(gpu, "MATRIX", 64)
     monkeypatch.setattr(gpu, "COPIED", 1 << 16)
     return SmallGpu()
