@@ -48,8 +48,8 @@ def same_isa_afterwards() -> Any:
     torch.ops.ffn_ops._use_isa(before)
 
 
-# The product of one row and one column is a dot product to torch, which adds it in more strands than rows and columns of
-# any number can have: there eager errs less, and the rule is missed by up to a sixth.
+# The product of one row and one column is a dot product to torch, which adds it in more strands than products of any
+# number of rows can have: there eager errs less, and the rule is missed by up to a sixth.
 more_than_a_dot = problems.filter(lambda p: (p.T, p.O) != (1, 1))
 
 
