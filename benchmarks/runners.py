@@ -122,16 +122,17 @@ class Local:
         """Storages that autograd keeps between forward and backward, the parameters' own not counted."""
         if self.mode == "inference":
             return None
-        kept: dict[int, Tensor] = {}
+        kept: dict[int, int] = {}  # numbers alone: a tensor here would hold the graph that holds this hook
 
         def pack(tensor: Tensor) -> Tensor:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             y = self.module(*self.draws[0][0])
         own = {parameter.untyped_storage().data_ptr() for parameter in self.parameters}
-        total = sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in own)
+        total = sum(size for address, size in kept.items() if address not in own)
         del y
         return total
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import shutil
 import sys
@@ -248,6 +249,19 @@ def test_saved_bytes() -> None:
     assert saved[EAGER] == x + 4 * SMALL.T * SMALL.F * 4
     assert saved[OURS] == row.saved_bytes == x + 2 * SMALL.T * SMALL.F * 4
     assert saved[RECOMPUTE] == x
+
+
+def test_measuring_what_is_saved_keeps_nothing() -> None:
+    """A regression: the hook held tensors, they the graph, and that the hook: a row's memory was never freed."""
+    runner = Local(eager_inputs(MIXED, "float32"), MIXED, "training")
+
+    def of_a_graph() -> int:
+        gc.collect()
+        return sum(isinstance(o, torch.Tensor) and o.grad_fn is not None for o in gc.get_objects())
+
+    before = of_a_graph()
+    runner.saved_bytes()
+    assert of_a_graph() == before
 
 
 @pytest.mark.parametrize("shape", [FEW_CHOSEN, MIXED_BIAS], ids=lambda s: s.label)

@@ -98,19 +98,18 @@ def _timing(values: list[float]) -> Timing:
 def saved_for_backward(layer: nn.Module, x: Tensor) -> int:
     """Bytes of the distinct storages that the forward keeps for the backward, parameters left out, ``x`` included."""
     parameters = {p.untyped_storage().data_ptr() for p in layer.parameters()}
-    kept: dict[int, Tensor] = {}
+    kept: dict[int, int] = {}  # numbers alone: a tensor here would hold the graph that holds this hook
 
     def pack(tensor: Tensor) -> Tensor:
-        pointer = tensor.untyped_storage().data_ptr()
-        if pointer not in parameters:
-            kept[pointer] = tensor  # held, so that no later storage gets the same address
-        return tensor
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor  # which the graph holds: no later storage gets its address
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         y = layer(x)
-    total = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     del y
-    return total
+    return sum(kept.values())
 
 
 def _gradients(layer: nn.Module, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
