@@ -122,12 +122,14 @@ class Local:
         """Storages that autograd keeps between forward and backward, the parameters' own not counted."""
         if self.mode == "inference":
             return None
-        kept: dict[int, int] = {}  # numbers alone: a tensor here would hold the graph that holds this hook
+        kept: dict[int, int] = {}
 
         def pack(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
             kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
+            return (
+                tensor.detach()
+            )  # an operator's own output would hold the graph that holds it; so would one in `kept`
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             y = self.module(*self.draws[0][0])

@@ -98,13 +98,13 @@ def _timing(values: list[float]) -> Timing:
 def saved_for_backward(layer: nn.Module, x: Tensor) -> int:
     """Bytes of the distinct storages that the forward keeps for the backward, parameters left out, ``x`` included."""
     parameters = {p.untyped_storage().data_ptr() for p in layer.parameters()}
-    kept: dict[int, int] = {}  # numbers alone: a tensor here would hold the graph that holds this hook
+    kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in parameters:
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor  # which the graph holds: no later storage gets its address
+        return tensor.detach()  # an operator's own output would hold the graph that holds it; so would one in `kept`
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         y = layer(x)
