@@ -104,7 +104,8 @@ def saved_for_backward(layer: nn.Module, x: Tensor) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in parameters:
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()  # an operator's own output would hold the graph that holds it; so would one in `kept`
+        # Detached: an output of the operator that keeps it would hold the graph that holds it, as would one in `kept`.
+        return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         y = layer(x)
