@@ -2,13 +2,13 @@
 PYTHON ?= python
 CXX ?= g++
 CPP_SOURCES := $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/cpp/*.cpp' 'tests/cpp/*.h' \
-  'tests/simt/*.cpp' 'tests/simt/*.h' 'benchmarks/*.cpp')
+  'tests/simt/*.cpp' 'tests/simt/*.h' 'benchmarks/*.cpp' 'benchmarks/*.cu')
 KERNELS := $(wildcard csrc/cpu/isa/*.cpp) csrc/cpu/kernel_table.cpp csrc/cpu/plan.cpp
 KERNEL_FLAGS := -std=c++20 -ffp-contract=off -fno-math-errno -fno-trapping-math -Wall -Wextra -Wno-psabi -Wno-unknown-pragmas
 SANITIZERS := -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined
 TMP := build/kernels
 
-.PHONY: build test lint bench sanitize aarch64 simt simt-operators cuda kernels format
+.PHONY: build test lint bench sanitize aarch64 simt simt-operators cuda products kernels format
 
 build:
 	$(PYTHON) -m pip install -e ".[compare,test,lint]"
@@ -66,6 +66,12 @@ cuda:
 	FFN_OPS_CUDA=1 FFN_OPS_NVCCFLAGS=-Xptxas=-v $(PYTHON) setup.py build_ext --build-lib build/cuda > build/cuda/log 2>&1 || \
 	  { tail -n 40 build/cuda/log; exit 1; }
 	$(PYTHON) tests/cuda_registers.py build/cuda/log
+
+# The grouped products alone, for a Hopper GPU; see benchmarks/products.cu.
+products:
+	mkdir -p build
+	nvcc -std=c++20 -O3 --expt-relaxed-constexpr --fmad=false -Werror all-warnings -DFFN_OPS_HOPPER \
+	  -gencode=arch=compute_90a,code=sm_90a -o build/products benchmarks/products.cu csrc/cuda/gemm_bfloat16.cu
 
 # The CUDA operators with their kernels on the host, in the place of the CPU's: the package's tests run on them.
 OPERATOR_SOURCES := $(filter-out csrc/cuda/assignment.cu,$(wildcard csrc/cuda/*.cu)) csrc/registration.cpp \
