@@ -13,7 +13,6 @@ import gc
 import json
 import multiprocessing
 import os
-import resource
 import statistics
 import sys
 import time
@@ -170,10 +169,17 @@ def memory(row: Row, provider: str, answer: Any) -> None:
     torch.set_num_threads(row.threads)
     sample = sampler(row, provided(row.model, build(row.model, row.dtype), provider))
     gc.collect()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # the peak from here on: building took more
+    before = _resident("VmRSS")
     for _ in range(2):
         sample()
-    answer.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+    answer.put(_resident("VmHWM") - before)
+
+
+def _resident(what: str) -> int:
+    """Bytes that this process holds now, or held at most."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(what + ":"))
 
 
 def peak_bytes(row: Row, provider: str) -> int | None:
