@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 
+from ffn_ops.compare.layers import saved_for_backward
+
 from .providers import ENOUGH, Inputs, groups
 from .worker import HugePageProcess
 from .workloads import Mode, Row, Shape
@@ -122,21 +124,7 @@ class Local:
         """Storages that autograd keeps between forward and backward, the parameters' own not counted."""
         if self.mode == "inference":
             return None
-        kept: dict[int, int] = {}
-
-        def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            kept[storage.data_ptr()] = storage.nbytes()
-            return (
-                tensor.detach()
-            )  # an operator's own output would hold the graph that holds it; so would one in `kept`
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            y = self.module(*self.draws[0][0])
-        own = {parameter.untyped_storage().data_ptr() for parameter in self.parameters}
-        total = sum(size for address, size in kept.items() if address not in own)
-        del y
-        return total
+        return saved_for_backward(self.module, *self.draws[0][0])
 
 
 class Remote:

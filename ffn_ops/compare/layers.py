@@ -95,8 +95,8 @@ def _timing(values: list[float]) -> Timing:
     return Timing(median(values), low, high, [round(v, 4) for v in values])
 
 
-def saved_for_backward(layer: nn.Module, x: Tensor) -> int:
-    """Bytes of the distinct storages that the forward keeps for the backward, parameters left out, ``x`` included."""
+def saved_for_backward(layer: nn.Module, *inputs: Tensor) -> int:
+    """Bytes of the distinct storages that the forward keeps for the backward, parameters left out, inputs included."""
     parameters = {p.untyped_storage().data_ptr() for p in layer.parameters()}
     kept: dict[int, int] = {}
 
@@ -108,7 +108,7 @@ def saved_for_backward(layer: nn.Module, x: Tensor) -> int:
         return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = layer(x)
+        y = layer(*inputs)
     del y
     return sum(kept.values())
 

@@ -35,8 +35,8 @@ bool detect_amx() {
   return (edx & amx_bf16) && (edx & amx_tile) && (saved_state() & tile_state) == tile_state;
 }
 
-// Whether products of bfloat16 in pairs beat those in float32: AMD's cores have twice the rate, on an Intel core a
-// training step took 1.6 times as long.
+// Whether products of bfloat16 in pairs beat those in float32: AMD documents twice the rate for its cores, on an Intel
+// core a training step took 1.6 times as long.
 bool bfloat16_pairs_pay() {
   __builtin_cpu_init();
   return !__builtin_cpu_is("intel");

@@ -1,5 +1,5 @@
-// Operands of bfloat16 products in pairs of neighbours along k, as vdpbf16ps multiplies them: at twice the rate of
-// float32. Included inside avx512_bf16's namespace and target region, after vec_avx512.h.
+// Operands of bfloat16 products in pairs of neighbours along k, as vdpbf16ps multiplies them. Included inside
+// avx512_bf16's namespace and target region, after vec_avx512.h.
 
 // sum + a's second * b's second, then + a's first * b's first: each a fused multiply-add that rounds to nearest even,
 // takes denormals as zero and gives zero for them. So says Intel's manual.
