@@ -12,6 +12,11 @@ from torch import Tensor
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
+def is_dtensor(t: Any) -> bool:
+    """By name: a plain call must not import torch.distributed."""
+    return type(t).__name__ == "DTensor"
+
+
 def tensor(name: str, value: Any, shape: Sequence[int | str] | None = None, like: Tensor | None = None) -> None:
     """``shape`` holds extents, or letters where any extent will do; ``like`` sets dtype and device."""
     if not isinstance(value, Tensor):
@@ -29,7 +34,7 @@ def tensor(name: str, value: Any, shape: Sequence[int | str] | None = None, like
 
 
 def _strided(name: str, value: Tensor) -> None:
-    if type(value) is not Tensor and type(value).__name__ == "DTensor":
+    if type(value) is not Tensor and is_dtensor(value):
         placements = list(value.placements)  # type: ignore[attr-defined]
         raise TypeError(f"{name}: expected a plain tensor, such as a local shard, got a DTensor of {placements}")
     if value.layout is not torch.strided or value.is_nested:

@@ -15,9 +15,10 @@ from torch.nn import functional as F
 
 from . import _checks as check
 from . import ops
+from ._checks import is_dtensor
 from .ops._moe import check_weights, gate_form
 from .ops._rows import check_routing, combine_op, dispatch_op
-from .ops._shared import arithmetic, autocast, fold, is_dtensor
+from .ops._shared import arithmetic, autocast, fold
 from .routing import Routing
 
 if TYPE_CHECKING:

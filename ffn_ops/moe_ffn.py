@@ -18,8 +18,9 @@ from torch.nn import functional as F
 
 from . import _checks as check
 from . import expert_parallel, ops
+from ._checks import is_dtensor
 from .modules import FeedForward, PlainFFN, is_plain_linear
-from .ops._shared import arithmetic, is_dtensor
+from .ops._shared import arithmetic
 from .routing import Routing, base, expert_choice, jitter
 from .routing import top_k as _top_k
 

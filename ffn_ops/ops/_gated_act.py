@@ -10,8 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from .. import _checks as check
+from .._checks import is_dtensor
 from .._library import differentiable, fake, vmap_by_loop
-from ._shared import NAMES, dense, fold, is_dtensor, third_order, third_setup
+from ._shared import NAMES, dense, fold, third_order, third_setup
 
 
 def gated_act(

@@ -37,11 +37,6 @@ def autocast(x: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 _CAST_FROM = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def is_dtensor(t: Any) -> bool:
-    """By name: a plain call must not import torch.distributed."""
-    return type(t).__name__ == "DTensor"
-
-
 def split(x: Tensor | None, width: int) -> tuple[Any, Any]:
     return (None, None) if x is None else (x[:width], x[width:])
 
