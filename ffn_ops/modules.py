@@ -16,18 +16,31 @@ from torch._subclasses.fake_tensor import FakeTensor
 from . import _checks as check
 from . import ops
 
+# A small layer feels every look-up by nn.Module.__getattr__, so forward reads _modules and _parameters directly.
+PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor)  # fake: torch.export. DTensors and others act on their own
+
+
+def is_unhooked(module: nn.Module) -> bool:
+    """True where calling ``module`` runs its class's forward and nothing else."""
+    return (
+        "forward" not in module.__dict__
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and not module._backward_hooks
+        and not module._backward_pre_hooks
+    )
+
 
 def is_plain_linear(layer: nn.Module) -> bool:
     """True where calling ``layer`` computes ``F.linear(x, layer.weight, layer.bias)`` and nothing else."""
-    return (
-        type(layer) is nn.Linear
-        and type(layer._parameters.get("weight")) in (nn.Parameter, Tensor, FakeTensor)  # fake: torch.export
-        and "forward" not in layer.__dict__
-        and not layer._forward_hooks
-        and not layer._forward_pre_hooks
-        and not layer._backward_hooks
-        and not layer._backward_pre_hooks
-    )
+    return type(layer) is nn.Linear and type(layer._parameters.get("weight")) in PLAIN_TENSORS and is_unhooked(layer)
+
+
+def is_idle(dropout: nn.Module) -> bool:
+    """True where calling ``dropout`` returns its input and does nothing else."""
+    kind = type(dropout)
+    idle = kind is nn.Identity or (kind is nn.Dropout and not (dropout.training and dropout.p > 0))  # type: ignore[operator]
+    return idle and is_unhooked(dropout)
 
 
 def _alike(layers: list[nn.Linear]) -> bool:
@@ -90,17 +103,17 @@ class FeedForward(nn.Module):
         self.activation, self.beta, self.recompute = activation, beta, recompute
 
     def forward(self, x: Tensor) -> Tensor:
-        w1, w2, w3 = self.w1, self.w2, self.w3
+        children: dict[str, Any] = self._modules
+        w1, w2, w3, dropout = children["w1"], children["w2"], children["w3"], children["dropout"]
         if is_plain_linear(w1) and is_plain_linear(w2) and is_plain_linear(w3):
-            parameters: list[Any] = [w1._parameters, w2._parameters, w3._parameters]
-            p1, p2, p3 = parameters  # read directly: a small layer feels Module.__getattr__
+            p1, p2, p3 = w1._parameters, w2._parameters, w3._parameters
             y = ops.ffn(
                 x, p1["weight"], p2["weight"], w_up=p3["weight"], b_in=p1["bias"], b_up=p3["bias"], b_down=p2["bias"],
                 recompute=self.recompute, activation=self.activation, beta=self.beta,
             )  # fmt: skip
         else:
             y = w2(ops.gated_act(w1(x), w3(x), activation=self.activation, beta=self.beta))
-        return self.dropout(y)  # type: ignore[no-any-return]
+        return y if is_idle(dropout) else dropout(y)  # type: ignore[no-any-return]
 
 
 class PlainFFN(nn.Module):
@@ -127,18 +140,14 @@ class PlainFFN(nn.Module):
         self.activation, self.beta, self.recompute = activation, beta, recompute
 
     def forward(self, x: Tensor) -> Tensor:
-        first, second = self.linear1, self.linear2
+        children: dict[str, Any] = self._modules
+        first, second = children["linear1"], children["linear2"]
         if is_plain_linear(first) and is_plain_linear(second):
+            p1, p2 = first._parameters, second._parameters
             return ops.ffn(
-                x,
-                first.weight,
-                second.weight,
-                b_in=first.bias,
-                b_down=second.bias,
-                recompute=self.recompute,
-                activation=self.activation,
-                beta=self.beta,
-            )
+                x, p1["weight"], p2["weight"], b_in=p1["bias"], b_down=p2["bias"],
+                recompute=self.recompute, activation=self.activation, beta=self.beta,
+            )  # fmt: skip
         return second(ops.gated_act(first(x), activation=self.activation, beta=self.beta))  # type: ignore[no-any-return]
 
 
@@ -184,17 +193,14 @@ class GLU(nn.Module):
         self.activation, self.beta = activation, beta
 
     def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.linear_value, self.linear_gate
+        children: dict[str, Any] = self._modules
+        value, gate = children["linear_value"], children["linear_gate"]
         if is_plain_linear(value) and is_plain_linear(gate):
+            p1, p2 = gate._parameters, value._parameters
             return ops.gated_linear(
-                x,
-                gate.weight,
-                value.weight,
-                b_gate=gate.bias,
-                b_up=value.bias,
-                activation=self.activation,
-                beta=self.beta,
-            )
+                x, p1["weight"], p2["weight"], b_gate=p1["bias"], b_up=p2["bias"],
+                activation=self.activation, beta=self.beta,
+            )  # fmt: skip
         return ops.gated_act(gate(x), value(x), activation=self.activation, beta=self.beta)
 
 

@@ -305,6 +305,16 @@ def test_dropout() -> None:
     assert torch.equal(layer.train()(x), clean)
 
 
+def test_idle_dropout_is_called_where_that_does_something() -> None:
+    layer = ffn_ops.FeedForward(8, 12, 4, 0.5).eval()
+    x = torch.randn(3, 8)
+    plain = layer(x)
+    layer.dropout.register_forward_hook(lambda module, args, out: out * 3)
+    torch.testing.assert_close(layer(x), plain * 3, rtol=0, atol=0)
+    layer.dropout = nn.Sequential(nn.ReLU())
+    torch.testing.assert_close(layer(x), plain.relu(), rtol=0, atol=0)
+
+
 @every_pair
 def test_copies(name: str) -> None:
     """deepcopy, pickle and torch.save: the same bits, and no shared parameter."""

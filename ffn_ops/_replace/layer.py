@@ -12,19 +12,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import _has_any_global_hook
 
 from .. import _checks as check
 from .. import ops
 from .._library import CUDA_ABSENT
-from ..modules import is_plain_linear
+from ..modules import PLAIN_TENSORS, is_idle, is_plain_linear, is_unhooked
 from ..reference import ACTIVATIONS
 from .form import Form
 
 PLAN = "_ffn_ops_plan"  # of an instance; None: restored; False: changed into something that is not recognised
 Path = tuple[str, ...]
-_PLAIN = (Tensor, nn.Parameter, FakeTensor)  # DTensors and others that act on their own are not
 _DEVICES = ("cpu", "meta") if CUDA_ABSENT else ("cpu", "meta", "cuda")
 _SCALARS = (bool, int, float, str, type(None), types.FunctionType, types.BuiltinFunctionType)
 
@@ -104,24 +102,14 @@ def child(module: nn.Module, path: Path) -> Any:
     return module
 
 
-def _unhooked(module: nn.Module) -> bool:
-    return (
-        "forward" not in module.__dict__
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        and not module._backward_hooks
-        and not module._backward_pre_hooks
-    )
-
-
 def _is_conv1d(layer: Any) -> bool:
     """transformers' layer of GPT-2: a Linear whose weight is [in, out]. Known by name: it need not be imported."""
     cls = type(layer)
     return (
         cls.__name__ == "Conv1D"
         and cls.__module__ == "transformers.pytorch_utils"
-        and type(layer._parameters.get("weight")) in _PLAIN
-        and _unhooked(layer)
+        and type(layer._parameters.get("weight")) in PLAIN_TENSORS
+        and is_unhooked(layer)
     )
 
 
@@ -136,14 +124,6 @@ def _weights(layer: Any) -> tuple[Tensor, Tensor | None]:
     return (weight if type(layer) is nn.Linear else weight.t()), parameters["bias"]
 
 
-def _idle(dropout: Any) -> bool:
-    """Stepping over it changes nothing."""
-    kind = type(dropout)
-    return (kind is nn.Identity or (kind is nn.Dropout and not (dropout.training and dropout.p > 0))) and _unhooked(
-        dropout
-    )
-
-
 def changed(layer: nn.Module, plan: Plan) -> str | None:
     """Why the children that would be stepped over must be called, or None."""
     if len(layer._modules) != plan.children:
@@ -152,7 +132,7 @@ def changed(layer: nn.Module, plan: Plan) -> str | None:
         module = child(layer, guard.path)
         if module is None or type(module) is not guard.cls or len(module._modules) != guard.children:
             return f"{'.'.join(guard.path)} is another module than before"
-        if not _unhooked(module):
+        if not is_unhooked(module):
             return f"{'.'.join(guard.path)} has hooks"
         for name, value in guard.scalars:
             now = module.__dict__.get(name)
@@ -163,7 +143,7 @@ def changed(layer: nn.Module, plan: Plan) -> str | None:
 
 def _fits(layer: nn.Module, plan: Plan, x: Any) -> bool:
     return (
-        type(x) in _PLAIN
+        type(x) in PLAIN_TENSORS
         and x.dim() in plan.ranks
         and x.dtype in plan.dtypes
         and x.device.type in _DEVICES
@@ -207,7 +187,7 @@ def _direct(layer: nn.Module, plan: Plan, x: Tensor, cast: bool) -> Tensor | Non
     gate, down = modules.get(gate_name), modules.get(down_name)
     if not (is_plain_linear(gate) and is_plain_linear(down)):
         return None
-    if plan.dropout is not None and not _idle(child(layer, plan.dropout)):
+    if plan.dropout is not None and not is_idle(child(layer, plan.dropout)):
         return None
     form, dtype = plan.form, x.dtype
     first, last = gate._parameters, down._parameters
@@ -243,7 +223,7 @@ def _by_parts(layer: nn.Module, plan: Plan, x: Tensor, cast: bool) -> Tensor | N
     for path in plan.head:
         value = child(layer, path)(value)
     dropout = None if plan.dropout is None else child(layer, plan.dropout)
-    if dropout is not None and _idle(dropout):
+    if dropout is not None and is_idle(dropout):
         dropout = None
     if down is not None and dropout is None and len(gates) == 1 and plain:
         value = _whole(plan.form, value, gates[0], ups[0] if ups else None, down)
@@ -300,7 +280,7 @@ def _hidden(form: Form, x: Tensor, gates: list[Any], ups: list[Any]) -> Tensor:
 
 def _between(gate: Tensor, up: Tensor | None, activation: str, beta: float) -> Tensor:
     both = [gate] if up is None else [gate, up]
-    if all(type(t) in _PLAIN and t.dtype is gate.dtype and t.dtype in check.DTYPES for t in both):
+    if all(type(t) in PLAIN_TENSORS and t.dtype is gate.dtype and t.dtype in check.DTYPES for t in both):
         return ops.gated_act(gate, up, activation=activation, beta=beta)
     value = ACTIVATIONS[activation](gate, beta)  # a DTensor, say: by torch's own operators
     return value if up is None else value * up
@@ -326,7 +306,7 @@ def state(layer: nn.Module, plan: Plan) -> tuple[bool, str]:
         return False, f"its own forward runs, because it reads weights: {'; '.join(called)}"
     if not called and not _of_dtype([module for _, module in parts], parts[0][1]._parameters["weight"].dtype):
         return False, "its own forward runs outside autocast: weights of several dtypes"
-    if plan.dropout and not _idle(child(layer, plan.dropout)):
+    if plan.dropout and not is_idle(child(layer, plan.dropout)):
         called.append(f"{'.'.join(plan.dropout)} is called (p > 0 in training)")
     notes = "; ".join(called)
     if plan.eval_only:
@@ -337,9 +317,9 @@ def state(layer: nn.Module, plan: Plan) -> tuple[bool, str]:
 def _why_called(module: Any) -> str:
     if not isinstance(module, nn.Linear) and not _is_conv1d(module):
         return f"{type(module).__module__.split('.')[0]}'s {type(module).__name__}"
-    if not _unhooked(module):
+    if not is_unhooked(module):
         return "hooks, or a forward of its own"
     weight = module._parameters.get("weight")
-    if type(weight) not in _PLAIN:
+    if type(weight) not in PLAIN_TENSORS:
         return "its weight is computed" if weight is None else f"its weight is a {type(weight).__name__}"
     return f"a {type(module).__name__}"
