@@ -91,14 +91,16 @@ struct Gemm {
   // Swapped: the product is computed as its transpose. M and N above are exchanged, b is the shared operand, element
   // (m, n) of a tile goes to out[n][m] and its bias is bias[m].
   bool swapped = false;
-  int64_t terms = 1;         // neighbours along k that a lane of a packed operand holds: one step
-  int64_t first_row = 0;     // of the shared operand: this is a part of the product
-  int64_t panel_rows = 0;    // rows of an A panel, 1 .. tile rows
-  int64_t panels_m = 0;      // A panels
-  int64_t panels_n = 0;      // B panels of one tile's width
-  int64_t group_n = 0;       // B panels of one task
-  int64_t block_m = 0;       // A panels of one task
-  void* packed_a = nullptr;  // [K chunk][panel][step of k][panel_rows]
+  int64_t terms = 1;          // neighbours along k that a lane of a packed operand holds: one step
+  int64_t first_row = 0;      // of the shared operand: this is a part of the product
+  int64_t panel_rows = 0;     // rows of an A panel, 1 .. tile rows
+  int64_t panels_m = 0;       // A panels
+  int64_t panel_columns = 0;  // of the output, from one B panel: at most a tile's width, half of it where gated
+  int64_t panels_n = 0;       // B panels
+  int64_t group_n = 0;        // B panels of one task; of a few tokens see `share`
+  int64_t block_m = 0;        // A panels of one task
+  int64_t share = 0;          // kDots, kTokens: a task takes one of so many parts of the B panels that are left
+  void* packed_a = nullptr;   // [K chunk][panel][step of k][panel_rows]
 
   bool wide() const { return epilogue.dtype == DType::kFloat64; }  // float64 arithmetic
   int64_t element() const { return wide() ? 8 : 4; }               // bytes of it
@@ -110,7 +112,22 @@ struct Gemm {
   int64_t chunk_length() const { return stretch() < kChunkK ? stretch() : kChunkK; }  // of the longest
   int64_t steps(int64_t k) const { return divide_up(k, terms); }                      // that k takes when packed
   int64_t packed_length() const { return K == 0 ? 0 : K / stretch() * steps(stretch()); }
-  int64_t tasks_n() const { return divide_up(panels_n, group_n); }
+  int64_t tasks_n() const {
+    int64_t tasks = 0;
+    if (share == 0) return divide_up(panels_n, group_n);
+    for (int64_t left = panels_n; left > 0; ++tasks) left -= divide_up(left, share);
+    return tasks;
+  }
+  // The B panels of a task that reads rows from end to end: many for the first, as each begins with a wait for memory,
+  // and few for the last, so that all workers end together.
+  struct Panels {
+    int64_t begin, end;
+  };
+  Panels streamed_panels(int64_t task) const {
+    Panels p = {0, 0};
+    for (; task >= 0; --task) p = {p.end, p.end + divide_up(panels_n - p.end, share)};
+    return p;
+  }
   int64_t tasks_m() const { return divide_up(panels_m, block_m); }
 };
 

@@ -57,14 +57,19 @@ Gemm::Way way_of(const Gemm& g, const KernelTable& table) {
 }
 
 // `tasks`: how many the product should fall into at least.
-void fill_schedule(Gemm& g, const KernelTable& table, int64_t tasks) {
+void fill_schedule(Gemm& g, const KernelTable& table, int64_t workers, int64_t tasks) {
   const int64_t lanes = table.lanes * 4 / g.element();
   const int64_t width = table.tile_vectors * lanes;
   g.way = way_of(g, table);
   const int64_t rows = g.way == Gemm::Way::kSums ? table.sum_rows : table.tile_rows;
   g.panel_rows = g.way == Gemm::Way::kTokens ? divide_up(g.M, lanes) * lanes : divide_up(g.M, divide_up(g.M, rows));
   g.panels_m = divide_up(g.M, g.panel_rows);
-  g.panels_n = divide_up(g.N, g.gated ? width / 2 : width);
+  g.panel_columns = g.gated ? width / 2 : width;
+  if (g.way == Gemm::Way::kDots || g.way == Gemm::Way::kTokens) {
+    g.share = workers == 1 ? 1 : std::max<int64_t>(2, tasks / 2);
+    if (g.epilogue.kind != Epilogue::Kind::kActivateGrad) g.panel_columns = lanes;  // else of row_dots
+  }
+  g.panels_n = divide_up(g.N, g.panel_columns);
 
   const int64_t panel = width * g.element() * g.steps(std::clamp<int64_t>(g.stretch(), 1, kChunkK));
   g.group_n = std::clamp<int64_t>(kGroupBytes / panel, 1, g.panels_n);
@@ -84,7 +89,7 @@ void fill_schedule(Gemm& g, const KernelTable& table, int64_t tasks) {
   g.block_m = by_rows || g.way == Gemm::Way::kSums ? g.panels_m : divide_up(g.panels_m, divide_up(g.panels_m, most));
 }
 
-void add_parts(const Gemm& wanted, const KernelTable& table, int64_t tasks, std::vector<Gemm>& parts) {
+void add_parts(const Gemm& wanted, const KernelTable& table, int64_t workers, int64_t tasks, std::vector<Gemm>& parts) {
   Gemm g = small_operand_first(wanted);
   if (g.epilogue.dtype == DType::kBFloat16) g.terms = table.bfloat16_terms;
   const int64_t fit_rows = kPackedBytes / std::max<int64_t>(1, g.packed_length() * g.element());
@@ -92,7 +97,7 @@ void add_parts(const Gemm& wanted, const KernelTable& table, int64_t tasks, std:
   const int64_t rows = divide_up(divide_up(g.M, divide_up(g.M, fit)), table.tile_rows) * table.tile_rows;
   for (int64_t m = 0; m < g.M; m += rows) {
     parts.push_back(slice_rows(g, m, std::min(g.M, m + rows)));
-    fill_schedule(parts.back(), table, tasks);
+    fill_schedule(parts.back(), table, workers, tasks);
   }
 }
 
@@ -113,7 +118,7 @@ std::vector<std::vector<Gemm>> plan_products(const std::vector<Gemm>& wanted, co
   int64_t bytes = 0;
   for (const Gemm* g : order) {
     std::vector<Gemm> parts;
-    add_parts(*g, table, tasks, parts);
+    add_parts(*g, table, workers, tasks, parts);
     for (const Gemm& part : parts) {
       if (groups.empty() || bytes + packed_bytes(part) > kPackedBytes) {
         groups.emplace_back();

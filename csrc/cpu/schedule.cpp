@@ -41,6 +41,15 @@ Place find_place(const std::vector<int64_t>& ends, int64_t task) {
   return {item, item ? task - ends[item - 1] : task};
 }
 
+// The one row of A where it is already what packing it would give, or null.
+void* packed_row(const Gemm& g) {
+  const Matrix& m = g.a.matrix;
+  if (g.way != Gemm::Way::kDots || g.M != 1 || g.a.k_along_rows || m.col_stride != 1) return nullptr;
+  if (m.dtype != g.epilogue.arithmetic()) return nullptr;
+  const int64_t row = m.rows ? m.rows[g.first_row] : g.first_row;
+  return static_cast<char*>(const_cast<void*>(m.data)) + row * m.row_stride * g.element();
+}
+
 }  // namespace
 
 void advise_huge_pages(void* data, size_t bytes) {
@@ -154,6 +163,12 @@ void Steps::add_products(std::vector<Gemm>& gemms, Phases& phases, char* packed,
   int64_t packing = 0, multiplying = 0;
   for (size_t i = 0; i < gemms.size(); ++i) {
     Gemm& g = gemms[i];
+    gemm_ends.push_back(multiplying += g.tasks_m() * g.tasks_n());
+    g.packed_a = packed_row(g);
+    if (g.packed_a) {
+      pack_ends.push_back(packing);
+      continue;
+    }
     g.packed_a = packed;
     packed += packed_bytes(g);
     // Panels are cut from rows along k in whole pages, from columns in long runs of each row.
@@ -161,15 +176,15 @@ void Steps::add_products(std::vector<Gemm>& gemms, Phases& phases, char* packed,
     const int64_t share = divide_up(count * g.panels_m * g.chunks(), 4 * workers);
     bundle[i] = std::min(g.panels_m, std::min<int64_t>(by_rows ? 96 : 16, share));
     pack_ends.push_back(packing += g.chunks() * divide_up(g.panels_m, bundle[i]));
-    gemm_ends.push_back(multiplying += g.tasks_m() * g.tasks_n());
   }
-  phases.add(packing, [this, &gemms, bundle, pack_ends](int64_t task, int64_t) {
-    const Place at = find_place(pack_ends, task);
-    const Gemm& g = gemms[at.item];
-    const int64_t bundles = divide_up(g.panels_m, bundle[at.item]);
-    const int64_t begin = at.task % bundles * bundle[at.item];
-    table_.pack_a(g, at.task / bundles, begin, std::min(g.panels_m, begin + bundle[at.item]));
-  });
+  if (packing > 0)
+    phases.add(packing, [this, &gemms, bundle, pack_ends](int64_t task, int64_t) {
+      const Place at = find_place(pack_ends, task);
+      const Gemm& g = gemms[at.item];
+      const int64_t bundles = divide_up(g.panels_m, bundle[at.item]);
+      const int64_t begin = at.task % bundles * bundle[at.item];
+      table_.pack_a(g, at.task / bundles, begin, std::min(g.panels_m, begin + bundle[at.item]));
+    });
   phases.add(multiplying, [this, &gemms, gemm_ends, scratch, scratch_bytes](int64_t task, int64_t worker) {
     const Place at = find_place(gemm_ends, task);
     table_.gemm(gemms[at.item], at.task, scratch + static_cast<size_t>(worker) * scratch_bytes);
@@ -185,11 +200,13 @@ void Steps::run() {
     for (const Gemm& g : step.gemms) {
       packed += static_cast<size_t>(packed_bytes(g));
       scratch_bytes = std::max(scratch_bytes, round_up(gemm_scratch_bytes(g, table_), 4096));
-      work += static_cast<double>(g.M) * static_cast<double>(g.N * std::max<int64_t>(g.K, 1));
+      // Up to 8 rows take about the time of reading the weights.
+      const auto weights = static_cast<double>(g.N * std::max<int64_t>(g.K, 1) * (g.gated ? g.num_b : 1));
+      work += weights * std::max(1.0, static_cast<double>(g.M) / 8);
     }
     most_packed = std::max(most_packed, packed);
   }
-  constexpr double kParallelWork = 1 << 20;  // multiply-adds worth waking a second thread for
+  constexpr double kParallelWork = 1 << 17;  // weights read once that are worth waking a second thread for
   const int64_t workers = work < kParallelWork ? 1 : workers_;
   char* packed = static_cast<char*>(workspace_.take(most_packed));
   char* scratch = static_cast<char*>(workspace_.take(scratch_bytes * static_cast<size_t>(workers)));

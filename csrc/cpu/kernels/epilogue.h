@@ -90,7 +90,7 @@ void finish_gated(const Gemm& g, int64_t branch, typename V::Scalar* tile, const
     tile_to_storage<V>(t, e.dtype, tile + kHalf, static_cast<char*>(e.up) + skip, e.pre_stride);
   }
   if (!e.out) return;
-  for (int64_t j = 0; j < kHalf; j += W)
+  for (int64_t j = 0; j < t.cols; j += W)
     act_kernels<V>(e).forward(
         {.count = t.rows, .stride = 2 * kHalf, .gate = tile + j, .up = tile + kHalf + j, .out = {tile + j}, .form = e});
   if (g.branches() > 1) {
@@ -140,8 +140,10 @@ void finish_plain(const Epilogue& e, typename V::Scalar* tile, const TilePart& t
   if (e.kind == Epilogue::Kind::kActivate) {
     if (e.gate) tile_to_storage<V>(t, e.dtype, tile, e.gate, e.pre_stride);
     if (!e.out) return;
-    act_kernels<V>(e).forward(
-        {.count = kTileVectors * t.rows, .stride = V::kLanes, .gate = tile, .out = {tile}, .form = e});
+    constexpr int64_t W = V::kLanes;
+    for (int64_t j = 0; j < t.cols; j += W)
+      act_kernels<V>(e).forward(
+          {.count = t.rows, .stride = kTileVectors * W, .gate = tile + j, .out = {tile + j}, .form = e});
   }
   tile_to_storage<V>(t, e.out_dtype(), tile, e.out, e.out_stride);
 }

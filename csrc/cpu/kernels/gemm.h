@@ -108,7 +108,7 @@ void gemm_task(const Gemm& g, int64_t task, void* scratch) {
   const int64_t groups = g.panels_n - q0 < g.group_n ? g.panels_n - q0 : g.group_n;
   const int64_t p0 = task / g.tasks_n() * g.block_m;
   const int64_t p1 = p0 + g.block_m < g.panels_m ? p0 + g.block_m : g.panels_m;
-  const int64_t columns = g.gated ? kWidth / 2 : kWidth;  // output columns of a panel
+  const int64_t columns = g.panel_columns;
 
   T* packed_b = static_cast<T*>(scratch);
   T* tiles = packed_b + g.group_n * kWidth * g.steps(g.chunk_length());

@@ -18,10 +18,10 @@ FFN_FN void multiply_block(const typename V::Scalar* a, const V* block, int64_t 
 }
 
 // Rows along k, transposed in registers. One vector of columns of the tile: lanes lane0 .. of `m`, the last of which is
-// repeated where there are fewer.
+// repeated where there are fewer. Near their ends the rows from `next` on, which are read after these, are asked for.
 template <class V, class S, int H>
 void stream_vector(const Matrix& m, int64_t lane0, int64_t valid, int64_t K, const typename V::Scalar* a,
-                   typename V::Scalar* tile) {
+                   typename V::Scalar* tile, const S* next) {
   using Sum = typename V::Sum;
   constexpr int64_t W = V::kLanes, kBlockK = W * V::kTerms;
   const S* row[W];
@@ -35,6 +35,8 @@ void stream_vector(const Matrix& m, int64_t lane0, int64_t valid, int64_t K, con
     FFN_UNROLL
     for (int t = 0; t < H; ++t) acc[t] = Sum::zero();
     int64_t k = c;
+    constexpr int64_t kAhead = kStreamBytes / sizeof(S);
+    const int64_t ahead = c + kAhead < K ? kAhead : next - row[0] + kAhead - K;
     if constexpr (__is_same(S, BFloat16) && V::kTerms == 1) {
       // Two neighbours move as one lane, so that transposing costs half.
       for (; k + 2 * W <= end; k += 2 * W) {
@@ -42,7 +44,7 @@ void stream_vector(const Matrix& m, int64_t lane0, int64_t valid, int64_t K, con
         FFN_UNROLL
         for (int64_t i = 0; i < W; ++i) {
           block[i] = load<V>(reinterpret_cast<const float*>(row[i] + k));
-          prefetch(row[i] + k + kStreamBytes / sizeof(S));
+          prefetch(row[i] + k + ahead);
         }
         transpose(block);
         FFN_UNROLL
@@ -61,7 +63,7 @@ void stream_vector(const Matrix& m, int64_t lane0, int64_t valid, int64_t K, con
         FFN_UNROLL
         for (int64_t i = 0; i < W; ++i) {
           block[i] = load<V>(row[i] + k);
-          prefetch(row[i] + k + kStreamBytes / sizeof(S));
+          prefetch(row[i] + k + ahead);
         }
       } else {
         for (int64_t i = 0; i < W; ++i) block[i] = load<V>(row[i] + k, static_cast<int>(n));
@@ -81,29 +83,31 @@ void dots_task(const Gemm& g, int64_t task, void* scratch) {
   using T = typename V::Scalar;
   constexpr int64_t W = V::kLanes;
   constexpr int64_t kWidth = kTileVectors * W;
-  const int64_t columns = g.gated ? kWidth / 2 : kWidth;
   T* tile = static_cast<T*>(scratch);
   T* sums = tile + g.panel_rows * kWidth;
   // One panel: its chunks follow each other, so k runs on through them.
   const T* a = static_cast<const T*>(g.packed_a);
-  for (int64_t q = task * g.group_n; q < g.panels_n && q < (task + 1) * g.group_n; ++q) {
-    const int64_t col = q * columns;
-    const int64_t cols = g.N - col < columns ? g.N - col : columns;
-    for (int64_t branch = 0; branch < g.branches(); ++branch) {
-      for (int64_t j = 0; j < kWidth; j += W) {
-        const Matrix& m = g.b[g.gated ? 2 * branch + j / columns : 0].matrix;
-        const int64_t lane = j % columns;
-        if (lane >= cols) continue;
-        dispatch_operand<V>(m.dtype, [&](auto tag) {
-          using S = typename decltype(tag)::Type;
-          const auto kernel =
-              choose<kTileRows>(g.panel_rows, [](auto rows) { return &stream_vector<V, S, decltype(rows)::value>; });
-          kernel(m, col + lane, cols - lane < W ? cols - lane : W, g.K, a, tile + j);
-        });
+  const int64_t operands = g.gated ? 2 : 1;
+  dispatch_operand<V>(g.b[0].matrix.dtype, [&](auto tag) {
+    using S = typename decltype(tag)::Type;
+    const auto kernel =
+        choose<kTileRows>(g.panel_rows, [](auto rows) { return &stream_vector<V, S, decltype(rows)::value>; });
+    const auto [begin, end] = g.streamed_panels(task);
+    for (int64_t q = begin; q < end; ++q) {
+      const int64_t col = q * g.panel_columns;
+      const int64_t cols = g.N - col < g.panel_columns ? g.N - col : g.panel_columns;
+      const int64_t vectors = divide_up(cols, W), count = g.branches() * operands * vectors;
+      const auto rows = [&](int64_t i) { return row_pointer<S>(g.b[i / vectors].matrix, col + i % vectors * W); };
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t lane = i % vectors * W, operand = i / vectors;
+        const S* next = i + 1 < count ? rows(i + 1) : row_pointer<S>(g.b[0].matrix, col + cols);
+        kernel(g.b[operand].matrix, col + lane, cols - lane < W ? cols - lane : W, g.K, a,
+               tile + operand % operands * (kWidth / 2) + lane, next);
+        if ((i + 1) % (operands * vectors) == 0)
+          finish_tile<typename V::Sum>(g, operand / operands, tile, {0, g.M, col, cols}, sums);
       }
-      finish_tile<typename V::Sum>(g, branch, tile, {0, g.M, col, cols}, sums);
     }
-  }
+  });
 }
 
 // Rows along k, tokens in the lanes: dots[R][N vectors] (+)= sum over a run of k of row r's element k * x[k][N
@@ -150,11 +154,11 @@ void token_run(const typename V::Scalar* rows, int64_t steps, const typename V::
   end_run(acc, dots, add);
 }
 
-// The same over all of k. Rows are copied run by run, whole cache lines at a time: rows a power of two apart would
-// evict each other.
+// The same over all of k; `next` are the rows that are read after these. Rows are copied run by run, whole cache lines
+// at a time: rows a power of two apart would evict each other.
 template <class V, class S, int R, int N>
 void token_rows(const S* rows, int64_t stride, int64_t K, const typename V::Scalar* x, typename V::Scalar* dots,
-                typename V::Scalar* copied) {
+                typename V::Scalar* copied, const S* next) {
   constexpr int64_t W = V::kLanes, kAtOnce = W * V::kTerms;
   for (int64_t run = 0; run < K; run += kRunK) {
     const int64_t n = K - run < kRunK ? K - run : kRunK;
@@ -170,22 +174,22 @@ void token_rows(const S* rows, int64_t stride, int64_t K, const typename V::Scal
       }
     }
     token_run<V, S, R, N>(copied, divide_up(n, V::kTerms), x + run / V::kTerms * N * W, dots, run > 0,
-                          rows + run + kRunK, stride);
+                          run + kRunK < K ? rows + run + kRunK : next, stride);
   }
 }
 
-// `count` rows of weights from `first` on.
+// `count` rows of weights from `first` on, and then those from `next` on.
 template <class V, class S, int N>
 void token_dots(const Matrix& m, int64_t first, int64_t count, int64_t K, const typename V::Scalar* x,
-                typename V::Scalar* dots, typename V::Scalar* copied) {
+                typename V::Scalar* dots, typename V::Scalar* copied, const S* next) {
   constexpr int kHalfTile = kTileVectors / 2 * V::kLanes;  // rows come in such numbers
   constexpr int kRows = (kHalfTile < 16 ? kHalfTile : 16) / (N == 3 ? 4 : N), R = kRows > 0 ? kRows : 1;
   constexpr int64_t kVectors = N * V::kLanes;
+  const auto row = [&](int64_t r) { return r < count ? row_pointer<S>(m, first + r) : next; };
   int64_t r = 0;
   for (; r + R <= count; r += R)
-    token_rows<V, S, R, N>(row_pointer<S>(m, first + r), m.row_stride, K, x, dots + r * kVectors, copied);
-  for (; r < count; ++r)
-    token_rows<V, S, 1, N>(row_pointer<S>(m, first + r), m.row_stride, K, x, dots + r * kVectors, copied);
+    token_rows<V, S, R, N>(row(r), m.row_stride, K, x, dots + r * kVectors, copied, row(r + R));
+  for (; r < count; ++r) token_rows<V, S, 1, N>(row(r), m.row_stride, K, x, dots + r * kVectors, copied, row(r + 1));
 }
 
 template <class V>
@@ -193,39 +197,42 @@ void tokens_task(const Gemm& g, int64_t task, void* scratch) {
   using T = typename V::Scalar;
   constexpr int64_t W = V::kLanes;
   constexpr int64_t kWidth = kTileVectors * W;
-  const int64_t columns = g.gated ? kWidth / 2 : kWidth;
   const int64_t tokens = g.panel_rows;
   T* dots = static_cast<T*>(scratch);  // [kWidth][tokens]
   T* tile = dots + kWidth * tokens;    // [tokens][kWidth]
   T* copied = tile + kWidth * tokens;
   T* sums = copied + kWidth * kRunK / V::kTerms;
   const T* x = static_cast<const T*>(g.packed_a);
-  const int64_t col = task * columns;
-  const int64_t cols = g.N - col < columns ? g.N - col : columns;
-  for (int64_t branch = 0; branch < g.branches(); ++branch) {
-    for (int64_t place = 0; place < kWidth; place += columns) {
-      const Matrix& m = g.b[g.gated ? 2 * branch + place / columns : 0].matrix;
-      dispatch_operand<V>(m.dtype, [&](auto tag) {
-        using S = typename decltype(tag)::Type;
-        const auto kernel =
-            choose<kTokenVectors>(tokens / W, [](auto n) { return &token_dots<V, S, decltype(n)::value>; });
-        kernel(m, col, cols, g.K, x, dots, copied);
-      });
-      for (int64_t j = 0; j < cols; j += W) {
-        for (int64_t t = 0; t < tokens; t += W) {
-          typename V::Sum block[W];
-          FFN_UNROLL
-          for (int64_t i = 0; i < W; ++i) block[i] = load<typename V::Sum>(dots + (j + i) * tokens + t);
-          transpose(block);
-          FFN_UNROLL
-          for (int64_t i = 0; i < W; ++i) store(tile + (t + i) * kWidth + place + j, block[i]);
+  const int64_t operands = g.gated ? 2 : 1, half = kWidth / operands;  // of a tile's row
+  const auto [begin, end] = g.streamed_panels(task);
+  dispatch_operand<V>(g.b[0].matrix.dtype, [&](auto tag) {
+    using S = typename decltype(tag)::Type;
+    const auto kernel = choose<kTokenVectors>(tokens / W, [](auto n) { return &token_dots<V, S, decltype(n)::value>; });
+    for (int64_t q = begin; q < end; ++q) {
+      const int64_t col = q * g.panel_columns;
+      const int64_t cols = g.N - col < g.panel_columns ? g.N - col : g.panel_columns;
+      for (int64_t i = 0; i < g.branches() * operands; ++i) {
+        const bool more = i + 1 < g.branches() * operands;
+        kernel(g.b[i].matrix, col, cols, g.K, x, dots, copied,
+               row_pointer<S>(g.b[more ? i + 1 : 0].matrix, more ? col : col + cols));
+        T* place = tile + i % operands * half;
+        for (int64_t j = 0; j < cols; j += W) {
+          for (int64_t t = 0; t < tokens; t += W) {
+            typename V::Sum block[W];
+            FFN_UNROLL
+            for (int64_t l = 0; l < W; ++l) block[l] = load<typename V::Sum>(dots + (j + l) * tokens + t);
+            transpose(block);
+            FFN_UNROLL
+            for (int64_t l = 0; l < W; ++l) store(place + (t + l) * kWidth + j, block[l]);
+          }
         }
+        if ((i + 1) % operands != 0) continue;
+        for (int64_t t = 0; t < g.M; t += kTileRows)
+          finish_tile<typename V::Sum>(g, i / operands, tile + t * kWidth,
+                                       {t, g.M - t < kTileRows ? g.M - t : kTileRows, col, cols}, sums + t * half);
       }
     }
-    for (int64_t t = 0; t < g.M; t += kTileRows)
-      finish_tile<typename V::Sum>(g, branch, tile + t * kWidth,
-                                   {t, g.M - t < kTileRows ? g.M - t : kTileRows, col, cols}, sums + t * columns);
-  }
+  });
 }
 
 // Rows along the columns that are added to H sums at a time. Many sums cost more to fetch than more rows do.
