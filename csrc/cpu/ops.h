@@ -81,7 +81,7 @@ inline Tensor fresh(const Tensor& like, std::initializer_list<int64_t> sizes) { 
 
 // As fresh, for weight gradients and what is saved for backward: large ones live in blocks that are used again.
 inline Tensor recycled(const Tensor& like, std::initializer_list<int64_t> sizes) {
-  constexpr size_t kLarge = size_t{4} << 20;
+  constexpr size_t kLarge = size_t{1} << 20;
   size_t bytes = like.element_size();
   for (const int64_t size : sizes) bytes *= static_cast<size_t>(size);
   if (bytes < kLarge) return fresh(like, sizes);

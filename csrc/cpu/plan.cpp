@@ -10,12 +10,14 @@ namespace {
 constexpr int64_t kPackedBytes = int64_t{32} << 20;  // a packed A operand, shared by all tasks
 constexpr int64_t kTileBytes = int64_t{1} << 20;     // partial sums of one task: they stay in L2 or L3
 constexpr int64_t kGroupBytes = int64_t{256} << 10;  // packed B of one task: it stays in L2
-constexpr int64_t kLongPiece = 2048;                 // elements of a row of weights that are read together
+constexpr int64_t kLongK = 1024;
+constexpr int64_t kLongPiece = 2048;  // elements of a row of weights that are read together
 
 // The shared packed operand should be the small one: a plain product with more rows than columns is computed as its
 // transpose. Every element is the same sum in the same order, and a product of two factors does not know their order.
+// Its tiles are written in pieces of lines, which sums of less than kLongK feel.
 Gemm small_operand_first(const Gemm& g) {
-  if (g.epilogue.kind != Epilogue::Kind::kStore || g.M <= g.N || g.K < kShortK) return g;
+  if (g.epilogue.kind != Epilogue::Kind::kStore || g.M <= g.N || g.K < kLongK) return g;
   Gemm swapped = g;
   std::swap(swapped.M, swapped.N);
   swapped.swapped = true;

@@ -16,6 +16,8 @@ namespace ffn_ops {
 namespace {
 
 constexpr size_t kHugePage = size_t{2} << 20;
+constexpr size_t kWorthwhile = size_t{4} << 20;  // of huge pages
+constexpr size_t kSmallStep = size_t{64} << 10;  // of sizes below
 constexpr size_t kKeepBytes = size_t{384} << 20;
 
 // Blocks that were given back, the longest kept first. Never destroyed: tensors may be freed after everything else of
@@ -53,7 +55,6 @@ void* packed_row(const Gemm& g) {
 }  // namespace
 
 void advise_huge_pages(void* data, size_t bytes) {
-  constexpr size_t kWorthwhile = size_t{4} << 20;
   if (bytes < kWorthwhile) return;
   const auto begin = round_up(reinterpret_cast<uintptr_t>(data), kHugePage);
   const auto end = (reinterpret_cast<uintptr_t>(data) + bytes) / kHugePage * kHugePage;
@@ -63,7 +64,8 @@ void advise_huge_pages(void* data, size_t bytes) {
 }
 
 Block take_block(size_t bytes) {
-  bytes = round_up(std::max<size_t>(bytes, 1), kHugePage);
+  const bool huge = bytes >= kWorthwhile;
+  bytes = round_up(bytes, huge ? kHugePage : kSmallStep);
   {
     const std::lock_guard<std::mutex> lock(kept().mutex);
     std::vector<Block>& blocks = kept().blocks;
@@ -77,7 +79,7 @@ Block take_block(size_t bytes) {
       return block;
     }
   }
-  void* data = std::aligned_alloc(kHugePage, bytes);
+  void* data = std::aligned_alloc(huge ? kHugePage : kSmallStep, bytes);
   if (!data) throw std::bad_alloc();
   advise_huge_pages(data, bytes);
   return {data, bytes};
@@ -103,7 +105,7 @@ void give_back(const Block& block) {
 void* Workspace::take(size_t bytes) {
   bytes = round_up(std::max<size_t>(bytes, 1), 128);
   if (blocks_.empty() || used_ + bytes > blocks_.back().bytes) {
-    blocks_.push_back(take_block(bytes));
+    blocks_.push_back(take_block(std::max(bytes, kWorthwhile)));
     used_ = 0;
   }
   void* data = static_cast<char*>(blocks_.back().data) + used_;

@@ -79,7 +79,7 @@ void pack_transposed(const Matrix& m, int64_t lane0, int64_t lanes, int64_t vali
   // A full store may run over the end of its k row where the rows behind are written later, within the panel.
   const int64_t room = lanes == stride ? divide_up(kc, V::kTerms) * stride - W : -1;  // last place of a full store
   constexpr int64_t kAhead = kStreamBytes / sizeof(S);
-  const int64_t ahead = kc < kAhead ? kc : kAhead;                     // near the end of the rows the next ones are
+  const int64_t ahead = kc < kAhead ? kc : kAhead;  // near the end of the rows the next ones are
   const int64_t ahead_of_end = m.rows ? 0 : W * m.row_stride + ahead - kc;  // asked for
   V block[W];
   for (int64_t k = 0; k < kc; k += kBlockK) {
