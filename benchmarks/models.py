@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo
 from torch import Tensor
 
 import ffn_ops
@@ -203,6 +204,7 @@ def unfit(row: Row, provider: str) -> str:
 
 
 def measure(row: Row, providers: list[str], rounds: int, with_memory: bool) -> list[Timed]:
+    torch._dynamo.reset()
     original = build(row.model, row.dtype)
     exact = results(copy.deepcopy(original).double(), row.mode)
     eager = results(copy.deepcopy(original), row.mode)
@@ -270,6 +272,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--no-memory", action="store_true", help="without the processes that measure peak memory")
     parser.add_argument("--out", type=Path, help="the JSON file")
     options = parser.parse_args(arguments)
+    # All models run the same code, and past the limit on its recompilations torch would go on in eager mode.
+    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
     T, rounds = (128, 3) if options.quick else (1024, options.rounds)
     rows = [
         Row(model, mode, dtype, T, options.threads)
