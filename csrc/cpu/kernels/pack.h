@@ -78,9 +78,10 @@ void pack_transposed(const Matrix& m, int64_t lane0, int64_t lanes, int64_t vali
   for (int64_t i = 0; i < W; ++i) row[i] = row_pointer<S>(m, lane0 + (i < valid ? i : 0));
   // A full store may run over the end of its k row where the rows behind are written later, within the panel.
   const int64_t room = lanes == stride ? divide_up(kc, V::kTerms) * stride - W : -1;  // last place of a full store
+  // Near their end the rows behind them are asked for.
   constexpr int64_t kAhead = kStreamBytes / sizeof(S);
-  const int64_t ahead = kc < kAhead ? kc : kAhead;  // near the end of the rows the next ones are
-  const int64_t ahead_of_end = m.rows ? 0 : W * m.row_stride + ahead - kc;  // asked for
+  const int64_t ahead = kc < kAhead ? kc : kAhead;
+  const int64_t ahead_of_end = m.rows ? 0 : W * m.row_stride + ahead - kc;
   V block[W];
   for (int64_t k = 0; k < kc; k += kBlockK) {
     const int64_t n = kc - k < kBlockK ? kc - k : kBlockK;
