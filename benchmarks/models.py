@@ -272,9 +272,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--no-memory", action="store_true", help="without the processes that measure peak memory")
     parser.add_argument("--out", type=Path, help="the JSON file")
     options = parser.parse_args(arguments)
-    # All models run the same code, and past the limit on its recompilations torch would go on in eager mode.
-    torch._dynamo.config.recompile_limit = 64
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
     T, rounds = (128, 3) if options.quick else (1024, options.rounds)
     rows = [
         Row(model, mode, dtype, T, options.threads)
@@ -297,7 +294,9 @@ def main(arguments: list[str] | None = None) -> int:
     for row in rows:
         providers = list(IMPLEMENTATIONS[row.model])
         providers += [] if options.no_compile else [name + COMPILED for name in providers]
-        found = measure(row, providers, rounds, not options.no_memory)
+        # All models run the same code, and past the limit on its recompilations torch would go on in eager mode.
+        with torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
+            found = measure(row, providers, rounds, not options.no_memory)
         print(f"\n{row_text(row, found)}", flush=True)
         records.append({**asdict(row), "name": row.name, "providers": {t.provider: t.record() for t in found}})
         refused = refused or any(t.note.startswith("refused") for t in found)

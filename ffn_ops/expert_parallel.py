@@ -15,7 +15,6 @@ from torch.nn import functional as F
 
 from . import _checks as check
 from . import ops
-from ._checks import is_dtensor
 from .ops._moe import check_weights, gate_form
 from .ops._rows import check_routing, combine_op, dispatch_op
 from .ops._shared import arithmetic, autocast, fold
@@ -254,7 +253,7 @@ def equalize(mesh: DeviceMesh, tensors: Sequence[Tensor]) -> None:
 
 
 def _local(name: str, t: Tensor | None, mesh: DeviceMesh) -> Tensor | None:
-    if t is None or not is_dtensor(t):
+    if t is None or not check.is_dtensor(t):
         return t
     from torch.distributed.tensor import Shard
 

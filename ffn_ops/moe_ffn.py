@@ -18,7 +18,6 @@ from torch.nn import functional as F
 
 from . import _checks as check
 from . import expert_parallel, ops
-from ._checks import is_dtensor
 from .modules import FeedForward, PlainFFN, is_plain_linear
 from .ops._shared import arithmetic
 from .routing import Routing, base, expert_choice, jitter
@@ -131,7 +130,7 @@ class MoEFFN(nn.Module):
             self.shared = PlainFFN(d_model, num_shared * d_ff, activation=activation, beta=beta, recompute=recompute)
         self.register_load_state_dict_pre_hook(_stack_experts)
         if expert_mesh is not None:
-            whole = [t for t in (*self.parameters(), *self.buffers()) if not is_dtensor(t)]
+            whole = [t for t in (*self.parameters(), *self.buffers()) if not check.is_dtensor(t)]
             expert_parallel.equalize(expert_mesh, whole)
 
     def logits(self, x: Tensor) -> Tensor:
@@ -190,7 +189,7 @@ class MoEFFN(nn.Module):
             raise ValueError("document_state_dict: expected plain experts with biases and no shared ones")
         state = {f"router.{name}": value for name, value in self.router.state_dict().items()}
         stacked: list[Any] = [self.w_in, self.b_in, self.w_down, self.b_down]
-        stacked = [t.full_tensor() if is_dtensor(t) else t for t in stacked]
+        stacked = [t.full_tensor() if check.is_dtensor(t) else t for t in stacked]
         for e in range(self.num_experts):
             for place, weight, bias in ((0, *stacked[:2]), (2, *stacked[2:])):
                 state[f"experts.{e}.{place}.weight"] = weight[e].detach()
@@ -231,7 +230,12 @@ def _stack_experts(module: MoEFFN, state: dict[str, Tensor], prefix: str, *_: An
                 del state[key]
             state[prefix + stacked] = torch.stack(parts)
         whole, parameter = state.get(prefix + stacked), getattr(module, stacked)
-        if is_dtensor(parameter) and whole is not None and not is_dtensor(whole) and whole.shape == parameter.shape:
+        if (
+            check.is_dtensor(parameter)
+            and whole is not None
+            and not check.is_dtensor(whole)
+            and whole.shape == parameter.shape
+        ):
             from torch.distributed.tensor import distribute_tensor
 
             whole = whole.detach().to(parameter.device_mesh.device_type)

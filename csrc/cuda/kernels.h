@@ -165,8 +165,8 @@ struct Epilogue : GateForm {
   const void* bias_up = nullptr;
   int64_t bias_stride = 0;           // between experts
   const void* row_weight = nullptr;  // [R], of the arithmetic's dtype: kActivateGrad
-  void* row_dots =
-      nullptr;  // [R, row_dots_stride], part p = sum over the p-th row_dots_cols() columns of dA' * act(gate) * up
+  // [R, row_dots_stride], part p = sum over the p-th row_dots_cols() columns of dA' * act(gate) * up
+  void* row_dots = nullptr;
   int64_t row_dots_stride = 0;
   bool interleaved = false;  // kActivateGrad, gated: rows of out hold d_gate and d_up in turns, there is no out_up
 };

@@ -10,7 +10,6 @@ from typing import Any
 from torch import Tensor
 
 from .. import _checks as check
-from .._checks import is_dtensor
 from .._library import differentiable, fake, vmap_by_loop
 from ._shared import NAMES, dense, fold, third_order, third_setup
 
@@ -48,7 +47,7 @@ def gated_act(
         Shazeer, GLU Variants Improve Transformer (2020), equations 5 and 6 without their products; the limit and the
         shift: gpt-oss-120b & gpt-oss-20b Model Card (2025).
     """
-    if is_dtensor(gate):
+    if check.is_dtensor(gate):
         options = {"activation": activation, "beta": beta, "limit": limit, "up_shift": up_shift}
         return on_shards(functools.partial(gated_act, **options), gate, up)  # type: ignore[arg-type]
     check.tensor("gate", gate)
