@@ -33,26 +33,25 @@ STABLE_TORCH_LIBRARY(ffn_ops, m) {
 
   // Mixture of experts. Rows [R] are pairs of a token and an expert, sorted by expert: those of expert e are
   // offsets[e] .. offsets[e + 1], rows from offsets[E] on are dropped. token [R] is the source of each row, weight [R]
-  // its factor; the rows of token t are row[token_offsets[t]] .. row[token_offsets[t + 1]]. Without token, weight, row
-  // and token_offsets x holds the rows themselves, and so does the result.
+  // its factor; the rows of token t are row[slot_offsets[t]] .. row[slot_offsets[t + 1]]. Without token, weight, row
+  // and slot_offsets x holds the rows themselves, and so does the result.
   m.def(
-      "moe(Tensor x, Tensor? token, Tensor? weight, Tensor offsets, Tensor? row, Tensor? token_offsets, Tensor w_in,"
+      "moe(Tensor x, Tensor? token, Tensor? weight, Tensor offsets, Tensor? row, Tensor? slot_offsets, Tensor w_in,"
       " Tensor w_down, Tensor? b_in, Tensor? b_down, bool gated, bool interleaved, str activation, float beta,"
       " float? limit, float up_shift, bool save)"
       " -> (Tensor y, Tensor gate, Tensor up)");
   m.def(
       "moe_backward(Tensor d_y, Tensor x, Tensor? token, Tensor? weight, Tensor offsets, Tensor? row,"
-      " Tensor? token_offsets, Tensor w_in, Tensor w_down, Tensor? b_in, Tensor? b_down, Tensor gate, Tensor up,"
+      " Tensor? slot_offsets, Tensor w_in, Tensor w_down, Tensor? b_in, Tensor? b_down, Tensor gate, Tensor up,"
       " bool gated, bool interleaved, str activation, float beta, float? limit, float up_shift, bool[6] needs)"
       " -> (Tensor d_x, Tensor d_weight, Tensor d_w_in, Tensor d_w_down, Tensor d_b_in, Tensor d_b_down)");
   m.def(
-      "moe_dispatch(Tensor x, Tensor token, Tensor? weight, Tensor offsets, Tensor row, Tensor token_offsets)"
+      "moe_dispatch(Tensor x, Tensor token, Tensor? weight, Tensor offsets, Tensor row, Tensor slot_offsets)"
       " -> Tensor");
   m.def(
-      "moe_combine(Tensor rows, Tensor token, Tensor? weight, Tensor offsets, Tensor row, Tensor token_offsets)"
+      "moe_combine(Tensor rows, Tensor token, Tensor? weight, Tensor offsets, Tensor row, Tensor slot_offsets)"
       " -> Tensor");
-  m.def(
-      "moe_row_dots(Tensor a, Tensor rows, Tensor token, Tensor offsets, Tensor row, Tensor token_offsets) -> Tensor");
+  m.def("moe_row_dots(Tensor a, Tensor rows, Tensor token, Tensor offsets, Tensor row, Tensor slot_offsets) -> Tensor");
   m.def("moe_linear(Tensor rows, Tensor w, Tensor offsets) -> Tensor");
   m.def("moe_outer(Tensor a, Tensor b, Tensor offsets) -> Tensor");
 
@@ -65,7 +64,7 @@ STABLE_TORCH_LIBRARY(ffn_ops, m) {
       " bool softmax_after, float scale) -> Tensor");
   m.def(
       "moe_sort(Tensor expert, Tensor? token, Tensor weight, SymInt num_experts, SymInt num_tokens, SymInt capacity,"
-      " bool by_weight) -> (Tensor weight, Tensor token, Tensor offsets, Tensor row, Tensor token_offsets,"
+      " bool by_weight) -> (Tensor weight, Tensor token, Tensor offsets, Tensor row, Tensor slot_offsets,"
       " Tensor counts, Tensor place)");
   m.def("balanced_assignment(Tensor scores, Tensor? mask) -> Tensor");
   m.def("round_tokens(Tensor scores, Tensor ids, int tile) -> (Tensor expert, Tensor token)");

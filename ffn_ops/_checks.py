@@ -117,9 +117,9 @@ def indices(name: str, value: Any, shape: Sequence[int | str] = ("R",)) -> None:
 
 def routing(value: Any, like: Tensor | None = None, of: str = "x") -> None:
     """A :class:`ffn_ops.Routing`, whose tensors fit together; ``like``, named ``of``, sets the device."""
-    if getattr(value, "_fields", ())[:5] != ("token", "weight", "offsets", "row", "token_offsets"):
+    if getattr(value, "_fields", ())[:5] != ("token", "weight", "offsets", "row", "slot_offsets"):
         raise TypeError(f"routing: expected an ffn_ops.Routing, got {type(value).__name__}")
-    for name in ("token", "offsets", "row", "token_offsets"):
+    for name in ("token", "offsets", "row", "slot_offsets"):
         indices(f"routing.{name}", getattr(value, name))
     rows = value.token.shape[0]
     indices("routing.row", value.row, (rows,))
@@ -127,7 +127,7 @@ def routing(value: Any, like: Tensor | None = None, of: str = "x") -> None:
         got = _dtype(value.weight) if isinstance(value.weight, Tensor) else type(value.weight).__name__
         raise TypeError(f"routing.weight: expected a float32 or float64 tensor, got {got}")
     _shape("routing.weight", value.weight, (rows,))
-    for name in ("offsets", "token_offsets"):
+    for name in ("offsets", "slot_offsets"):
         if getattr(value, name).shape[0] < 1:
             raise ValueError(f"routing.{name}: expected at least one element, got none")
     if like is not None:

@@ -66,7 +66,7 @@ def gated_linear_backward_flops(
 
 @register_flop_formula(_OPS.moe)  # type: ignore[untyped-decorator]
 def moe_flops(
-    x: Any, token: Any, weight: Any, offsets: Any, row: Any, token_offsets: Any, w_in: Any, w_down: Any, *_: Any,
+    x: Any, token: Any, weight: Any, offsets: Any, row: Any, slot_offsets: Any, w_in: Any, w_down: Any, *_: Any,
     out_shape: Any = None, **__: Any
 ) -> int:  # fmt: skip
     """Of all R rows, the most that can be computed: how many are dropped is not known from shapes."""
@@ -76,7 +76,7 @@ def moe_flops(
 
 @register_flop_formula(_OPS.moe_backward)  # type: ignore[untyped-decorator]
 def moe_backward_flops(
-    d_y: Any, x: Any, token: Any, weight: Any, offsets: Any, row: Any, token_offsets: Any, w_in: Any, w_down: Any,
+    d_y: Any, x: Any, token: Any, weight: Any, offsets: Any, row: Any, slot_offsets: Any, w_in: Any, w_down: Any,
     b_in: Any, b_down: Any, gate: Any, *rest: Any, out_shape: Any = None, **_: Any
 ) -> int:  # fmt: skip
     R = x[0] if token is None else token[0]

@@ -115,14 +115,14 @@ def _moe(
     here = (w_in, w_down, b_in, b_down)
     gate_form(activation, beta, None, 0.0, gated, False, recompute)
     check_weights(x, routing.offsets[begin : end + 1], *here, gated)
-    token, weight, offsets, row, token_offsets = routing[:5]
+    token, weight, offsets, row, slot_offsets = routing[:5]
     weight = weight.to(arithmetic(x))
     needs = [x.requires_grad, weight.requires_grad, any(t is not None and t.requires_grad for t in here)]
     facts = [experts, x.shape[-1], w_down.shape[1], check.DTYPES.index(x.dtype), int(torch.is_grad_enabled())]
 
     total = token.shape[0]
     counts, send, receive, needs, drops = _exchange_counts(offsets, total, end - begin, facts, needs, group, ranks)
-    rows, kept = dispatch_op(fold(x), token, None, offsets, row, token_offsets), sum(send)
+    rows, kept = dispatch_op(fold(x), token, None, offsets, row, slot_offsets), sum(send)
     if drops:  # dropped rows stand behind and stay here
         rows, weight = rows[:kept], weight[:kept]
     rows, weight = (_joining(t, need) for t, need in zip((rows, weight), needs, strict=False))
@@ -141,7 +141,7 @@ def _moe(
     (rows,) = AllToAll.apply(group, receive, send, _joining(rows, any(needs)))
     if drops:
         rows = F.pad(rows, (0, 0, 0, total - kept))
-    y = combine_op(rows, token, None, offsets, row, token_offsets)
+    y = combine_op(rows, token, None, offsets, row, slot_offsets)
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], w_down.shape[1])  # type: ignore[no-any-return]
 
 

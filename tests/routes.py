@@ -50,7 +50,7 @@ def check_against_naive(r: Routing, ids: Tensor, weights: Tensor, E: int, **opti
     assert r.offsets.tolist() == expected["offsets"] and r.counts.tolist() == expected["counts"]
     assert r.token[:kept].tolist() == [t for t, _ in expected["rows"]]
     assert r.weight[:kept].tolist() == [weights[tk].item() for tk in expected["rows"]]
-    assert r.token_offsets.tolist() == [t * K for t in range(T + 1)]
+    assert r.slot_offsets.tolist() == [t * K for t in range(T + 1)]
     assert sorted(r.row.tolist()) == list(range(T * K))  # a permutation: every slot has its row
     place = {tk: i for i, tk in enumerate(expected["rows"])}
     for t, k in itertools.product(range(T), range(K)):

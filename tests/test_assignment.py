@@ -106,7 +106,7 @@ def test_expert_choice(T: int, E: int, factor: float, masked: bool) -> None:
     torch.testing.assert_close(r.weight[: len(rows)], torch.stack([p[t, e] for e, t in rows]) if rows else r.weight[:0])
     mine = [[i for i, (_, other) in enumerate(rows) if other == t] for t in range(T)]
     for t in range(T):
-        listed = [i for i in r.row[r.token_offsets[t] : r.token_offsets[t + 1]].tolist() if i < len(rows)]
+        listed = [i for i in r.row[r.slot_offsets[t] : r.slot_offsets[t + 1]].tolist() if i < len(rows)]
         assert listed == mine[t]
 
 

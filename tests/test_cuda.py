@@ -213,7 +213,7 @@ def test_routes_as_the_cpu(name: str) -> None:
     logits = torch.randn(150, 6, dtype=torch.float64)
     actual, expected = ROUTERS[name](logits), ROUTERS[name](logits.cpu())
     kept = int(expected.offsets[-1])
-    for field in ("offsets", "token_offsets", "counts"):
+    for field in ("offsets", "slot_offsets", "counts"):
         assert torch.equal(getattr(actual, field).cpu(), getattr(expected, field)), field
     assert torch.equal(actual.token[:kept].cpu(), expected.token[:kept])
     here, there = (torch.where(r.row < kept, r.row, kept).cpu() for r in (actual, expected))
@@ -254,7 +254,7 @@ OUTSIDE: dict[str, Callable[[Routing], Routing]] = {
     "rows below": lambda r: r._replace(row=-1 - r.row),
     "offsets": lambda r: r._replace(offsets=r.offsets + 1_000_000),
     "offsets that fall": lambda r: r._replace(offsets=r.offsets.flip(0)),
-    "tokens' offsets": lambda r: r._replace(token_offsets=r.token_offsets * 1000),
+    "tokens' offsets": lambda r: r._replace(slot_offsets=r.slot_offsets * 1000),
 }
 
 

@@ -74,7 +74,7 @@ def test_mixture_of_experts(form: str, dtype: torch.dtype) -> None:
         problem = Problem(form, T=T, D=D, F=F, O=O, E=E, K=K)
         tensors, _ = problem.draw(dtype=dtype)
         wide = 8 if dtype is torch.float64 else 4
-        # ids for the router's backward; token, row, weight; offsets and token_offsets
+        # ids for the router's backward; token, row, weight; offsets and slot_offsets
         routing = T * K * 8 + T * K * (8 + 8 + wide) + (E + 1 + T + 1) * 8
         size = torch.finfo(dtype).bits // 8
         expected = size * (T * (D + E) + width * T * K * F) + routing

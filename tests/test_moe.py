@@ -35,7 +35,7 @@ def naive(x: Tensor, r: Routing, *, gated: bool, **e: Tensor) -> Tensor:
     y = []
     for t in range(len(x)):
         total = x.new_zeros(e["w_down"].shape[1])
-        for i in r.row[r.token_offsets[t] : r.token_offsets[t + 1]].tolist():
+        for i in r.row[r.slot_offsets[t] : r.slot_offsets[t + 1]].tolist():
             if i < kept:
                 n = expert[i]
                 assert r.token[i] == t
@@ -319,7 +319,7 @@ def test_raw_operators_refuse() -> None:
             ("weight", r.weight.double(), "weight: expected dtype float32"),
             ("weight", None, "routing: expected token, weight, row"),
             ("x", x[:, :4], "w_in: expected shape"),
-            ("x", x[:5], "token: expected|token_offsets: expected"),
+            ("x", x[:5], "token: expected|slot_offsets: expected"),
         )
     )
     ops = torch.ops.ffn_ops
@@ -343,7 +343,7 @@ def test_raw_operators_refuse_indices() -> None:
             ("row", r.row + 1, "row: expected indices between 0 and 11"),
             ("offsets", r.offsets + 1, "offsets: expected"),
             ("offsets", r.offsets.flip(0), "offsets: expected"),
-            ("token_offsets", r.token_offsets * 2, "token_offsets: expected"),
+            ("slot_offsets", r.slot_offsets * 2, "slot_offsets: expected"),
         )
     )
     high = torch.full((6, 1), 3)

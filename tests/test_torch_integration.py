@@ -78,10 +78,10 @@ def operator_calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     E, K, R = 3, 2, 2 * T
     logits = t(T, E)
     weights, ids = OPS.route_top_k(logits.detach(), None, K, "softmax", True, False, 1, 1, 1.0)
-    weight, token, offsets, row, token_offsets = OPS.moe_sort(ids, None, weights, E, T, 3, False)[:5]
-    index = (token, offsets, row, token_offsets)
+    weight, token, offsets, row, slot_offsets = OPS.moe_sort(ids, None, weights, E, T, 3, False)[:5]
+    index = (token, offsets, row, slot_offsets)
     weight = weight.requires_grad_()
-    route = (token, weight, offsets, row, token_offsets)
+    route = (token, weight, offsets, row, slot_offsets)
     for gated, interleaved, form in ((False, False, act), (True, False, act), (True, True, limited)):
         rows = 2 * F if gated else F
         experts = (t(E, rows, D), t(E, O, F), t(E, rows), t(E, O))
@@ -99,7 +99,7 @@ def operator_calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
             of_rows = (t(R, O), *given, *experts, *pre, *options, [True, False, True, False, True, True])
             calls[f"moe_backward of rows {gated=} {interleaved=} {save=}"] = (OPS.moe_backward, of_rows)
     for w in (None, weight):
-        places = (token, w, offsets, row, token_offsets)
+        places = (token, w, offsets, row, slot_offsets)
         calls[f"moe_dispatch {w is None}"] = (OPS.moe_dispatch, (t(T, D), *places))
         calls[f"moe_combine {w is None}"] = (OPS.moe_combine, (t(R, D), *places))
     calls["moe_row_dots"] = (OPS.moe_row_dots, (t(T, D), t(R, D), *index))

@@ -136,12 +136,12 @@ struct RoutesShape {
 };
 
 inline RoutesShape check_routes(const Tensor& token, const MaybeTensor& weight, DType dtype, const Tensor& offsets,
-                                const Tensor& row, const Tensor& token_offsets, Place place = {}) {
-  const RoutesShape s{count_of(token_offsets, "token_offsets", "T"), count_of(offsets, "offsets", "E"), token.numel()};
+                                const Tensor& row, const Tensor& slot_offsets, Place place = {}) {
+  const RoutesShape s{count_of(slot_offsets, "slot_offsets", "T"), count_of(offsets, "offsets", "E"), token.numel()};
   check_index_vector(offsets, "offsets", s.E + 1, place);
   check_index_vector(token, "token", s.R, place);
   check_index_vector(row, "row", s.R, place);
-  check_index_vector(token_offsets, "token_offsets", s.T + 1, place);
+  check_index_vector(slot_offsets, "slot_offsets", s.T + 1, place);
   if (weight) check_tensor(*weight, "weight", arithmetic_dtype(dtype), {s.R}, place);
   return s;
 }
@@ -156,7 +156,7 @@ struct MoeShape {
 };
 
 inline MoeShape check_moe(const Tensor& x, const MaybeTensor& token, const MaybeTensor& weight, const Tensor& offsets,
-                          const MaybeTensor& row, const MaybeTensor& token_offsets, const Tensor& w_in,
+                          const MaybeTensor& row, const MaybeTensor& slot_offsets, const Tensor& w_in,
                           const Tensor& w_down, const MaybeTensor& b_in, const MaybeTensor& b_down, bool gated,
                           bool interleaved, const GateForm& form, Place place = {}) {
   MoeShape s;
@@ -180,14 +180,13 @@ inline MoeShape check_moe(const Tensor& x, const MaybeTensor& token, const Maybe
   if (b_down) check_tensor(*b_down, "b_down", s.dtype, {s.E, s.O}, place);
   s.form = form;
   s.routed = token.has_value();
-  STD_TORCH_CHECK(
-      s.routed == weight.has_value() && s.routed == row.has_value() && s.routed == token_offsets.has_value(),
-      "routing: expected token, weight, row and token_offsets together, or none of them");
+  STD_TORCH_CHECK(s.routed == weight.has_value() && s.routed == row.has_value() && s.routed == slot_offsets.has_value(),
+                  "routing: expected token, weight, row and slot_offsets together, or none of them");
   s.R = s.T;
   check_index_vector(offsets, "offsets", s.E + 1, place);
   if (s.routed) {
-    check_index_vector(*token_offsets, "token_offsets", s.T + 1, place);
-    s.R = check_routes(*token, weight, s.dtype, offsets, *row, *token_offsets, place).R;
+    check_index_vector(*slot_offsets, "slot_offsets", s.T + 1, place);
+    s.R = check_routes(*token, weight, s.dtype, offsets, *row, *slot_offsets, place).R;
   }
   return s;
 }

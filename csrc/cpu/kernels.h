@@ -155,9 +155,9 @@ struct ColumnSum {
 // Tokens and their routed rows. Rows from `kept` on are neither read nor computed.
 struct Routes {
   int64_t tokens = 0, kept = 0;
-  const int64_t* token = nullptr;          // [R]: of each row
-  const int64_t* row = nullptr;            // the rows of token t: row[token_offsets[t]] ..
-  const int64_t* token_offsets = nullptr;  // [T + 1]
+  const int64_t* token = nullptr;         // [R]: of each row
+  const int64_t* row = nullptr;           // the rows of token t: row[slot_offsets[t]] ..
+  const int64_t* slot_offsets = nullptr;  // [T + 1]
 };
 
 // dispatch: out[r] = weight[r] * in[token[r]], zero from `kept` on. combine: out[t] = sum of weight[r] * in[r] over the

@@ -11,7 +11,7 @@ namespace {
 
 Experts with_routes(const MoeShape& s, const std::optional<Tensor>& token, const std::optional<Tensor>& weight,
                     const Tensor& offsets, const std::optional<Tensor>& row,
-                    const std::optional<Tensor>& token_offsets) {
+                    const std::optional<Tensor>& slot_offsets) {
   Experts c;
   c.dtype = s.dtype;
   c.T = s.T;
@@ -27,7 +27,7 @@ Experts with_routes(const MoeShape& s, const std::optional<Tensor>& token, const
   if (!c.routed) return c;
   c.routes.token = check_indices(*token, "token", c.R, c.T - 1, c.keep);
   c.routes.row = check_indices(*row, "row", c.R, c.R - 1, c.keep);
-  c.routes.token_offsets = check_offsets(*token_offsets, "token_offsets", c.T, c.R, c.keep);
+  c.routes.slot_offsets = check_offsets(*slot_offsets, "slot_offsets", c.T, c.R, c.keep);
   c.weight = dense_data(weight, c.keep);
   return c;
 }
@@ -47,13 +47,13 @@ Tensor add_weights_gradient(Steps& steps, Experts& c, const Tensor& w, const Row
 
 std::tuple<Tensor, Tensor, Tensor> moe(const Tensor& x, std::optional<Tensor> token, std::optional<Tensor> weight,
                                        const Tensor& offsets, std::optional<Tensor> row,
-                                       std::optional<Tensor> token_offsets, const Tensor& w_in, const Tensor& w_down,
+                                       std::optional<Tensor> slot_offsets, const Tensor& w_in, const Tensor& w_down,
                                        std::optional<Tensor> b_in, std::optional<Tensor> b_down, bool gated,
                                        bool interleaved, std::string activation, double beta,
                                        std::optional<double> limit, double up_shift, bool save) {
-  const MoeShape s = check_moe(x, token, weight, offsets, row, token_offsets, w_in, w_down, b_in, b_down, gated,
+  const MoeShape s = check_moe(x, token, weight, offsets, row, slot_offsets, w_in, w_down, b_in, b_down, gated,
                                interleaved, check_gate_form(activation, beta, limit, up_shift));
-  Experts c = with_routes(s, token, weight, offsets, row, token_offsets);
+  Experts c = with_routes(s, token, weight, offsets, row, slot_offsets);
   Tensor y = fresh(x, {c.T, c.O});
   Tensor gate = save ? recycled(x, {c.R, c.F}) : nothing(x);
   Tensor up = save && c.gated ? recycled(x, {c.R, c.F}) : nothing(x);
@@ -75,14 +75,14 @@ std::tuple<Tensor, Tensor, Tensor> moe(const Tensor& x, std::optional<Tensor> to
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_backward(
     const Tensor& d_y, const Tensor& x, std::optional<Tensor> token, std::optional<Tensor> weight,
-    const Tensor& offsets, std::optional<Tensor> row, std::optional<Tensor> token_offsets, const Tensor& w_in,
+    const Tensor& offsets, std::optional<Tensor> row, std::optional<Tensor> slot_offsets, const Tensor& w_in,
     const Tensor& w_down, std::optional<Tensor> b_in, std::optional<Tensor> b_down, const Tensor& gate,
     const Tensor& up, bool gated, bool interleaved, std::string activation, double beta, std::optional<double> limit,
     double up_shift, std::vector<bool> needs) {
   check_needs(needs, 6);
-  const MoeShape s = check_moe(x, token, weight, offsets, row, token_offsets, w_in, w_down, b_in, b_down, gated,
+  const MoeShape s = check_moe(x, token, weight, offsets, row, slot_offsets, w_in, w_down, b_in, b_down, gated,
                                interleaved, check_gate_form(activation, beta, limit, up_shift));
-  Experts c = with_routes(s, token, weight, offsets, row, token_offsets);
+  Experts c = with_routes(s, token, weight, offsets, row, slot_offsets);
   check_tensor(d_y, "d_y", c.dtype, {c.T, c.O});
   const bool recompute = !check_saved("moe", gate, up, c.dtype, c.R, c.F, c.gated);
   const bool need_x = needs.at(0), need_weight = needs.at(1) && c.routed, need_in = needs.at(2);

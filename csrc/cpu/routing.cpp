@@ -115,11 +115,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_sort(cons
   in.token = token ? static_cast<const int64_t*>(dense_token.const_data_ptr()) : nullptr;
 
   Tensor out_token = fresh_indices({in.R}), out_weight = fresh(weight, {in.R}), out_row = fresh_indices({in.R});
-  Tensor out_offsets = fresh_indices({in.E + 1}), out_token_offsets = fresh_indices({in.T + 1});
+  Tensor out_offsets = fresh_indices({in.E + 1}), out_slot_offsets = fresh_indices({in.T + 1});
   Tensor out_counts = fresh_indices({in.E}), out_place = fresh_indices({token ? in.R : 0});
   auto data = [](Tensor& t) { return static_cast<int64_t*>(t.mutable_data_ptr()); };
   int64_t *tokens = data(out_token), *row = data(out_row), *offsets = data(out_offsets);
-  int64_t *token_offsets = data(out_token_offsets), *counts = data(out_counts), *place = data(out_place);
+  int64_t *slot_offsets = data(out_slot_offsets), *counts = data(out_counts), *place = data(out_place);
 
   std::fill(counts, counts + in.E, 0);
   for (int64_t i = 0; i < in.R; ++i)
@@ -137,18 +137,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_sort(cons
   // Entries in the order of tokens: as they come, or sorted.
   std::vector<int64_t> order;
   if (token) {
-    std::fill(token_offsets, token_offsets + in.T + 1, 0);
+    std::fill(slot_offsets, slot_offsets + in.T + 1, 0);
     for (int64_t i = 0; i < in.R; ++i)
-      if (in.token[i] >= 0 && in.token[i] < in.T) ++token_offsets[in.token[i] + 1];
-    std::partial_sum(token_offsets, token_offsets + in.T + 1, token_offsets);
-    std::vector<int64_t> next(token_offsets, token_offsets + in.T + 1);
+      if (in.token[i] >= 0 && in.token[i] < in.T) ++slot_offsets[in.token[i] + 1];
+    std::partial_sum(slot_offsets, slot_offsets + in.T + 1, slot_offsets);
+    std::vector<int64_t> next(slot_offsets, slot_offsets + in.T + 1);
     order.resize(static_cast<size_t>(in.R));
     for (int64_t i = 0; i < in.R; ++i) {
       const bool real = in.token[i] >= 0 && in.token[i] < in.T;
       order[static_cast<size_t>(next[static_cast<size_t>(real ? in.token[i] : in.T)]++)] = i;
     }
   } else {
-    for (int64_t t = 0; t <= in.T; ++t) token_offsets[t] = t * in.K;
+    for (int64_t t = 0; t <= in.T; ++t) slot_offsets[t] = t * in.K;
   }
   std::vector<int64_t> next(offsets, offsets + in.E + 1);
   const auto size = static_cast<size_t>(storage_size(dtype));
@@ -174,7 +174,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_sort(cons
   };
   if (size == 8) fill(double());
   else fill(float());
-  return {out_weight, out_token, out_offsets, out_row, out_token_offsets, out_counts, out_place};
+  return {out_weight, out_token, out_offsets, out_row, out_slot_offsets, out_counts, out_place};
 }
 
 }  // namespace

@@ -18,17 +18,17 @@ struct Move {
 };
 
 Move check_move(const Tensor& in, const char* name, const Tensor& token, const std::optional<Tensor>& weight,
-                const Tensor& offsets, const Tensor& row, const Tensor& token_offsets) {
+                const Tensor& offsets, const Tensor& row, const Tensor& slot_offsets) {
   Move m;
   m.dtype = storage_dtype(in, name);
   check_tensor(in, name, m.dtype, {-1, -1});
   m.cols = in.size(1);
-  const RoutesShape s = check_routes(token, weight, m.dtype, offsets, row, token_offsets);
+  const RoutesShape s = check_routes(token, weight, m.dtype, offsets, row, slot_offsets);
   m.routes.tokens = s.T;
   m.routes.kept = check_offsets(offsets, "offsets", s.E, s.R, m.keep)[s.E];
   m.routes.token = check_indices(token, "token", s.R, s.T - 1, m.keep);
   m.routes.row = check_indices(row, "row", s.R, s.R - 1, m.keep);
-  m.routes.token_offsets = check_offsets(token_offsets, "token_offsets", s.T, s.R, m.keep);
+  m.routes.slot_offsets = check_offsets(slot_offsets, "slot_offsets", s.T, s.R, m.keep);
   m.weight = dense_data(weight, m.keep);
   return m;
 }
@@ -54,8 +54,8 @@ MoveRows moved(const Move& m, const Tensor& in, Tensor& out) {
 }
 
 Tensor moe_dispatch(const Tensor& x, const Tensor& token, std::optional<Tensor> weight, const Tensor& offsets,
-                    const Tensor& row, const Tensor& token_offsets) {
-  const Move m = check_move(x, "x", token, weight, offsets, row, token_offsets);
+                    const Tensor& row, const Tensor& slot_offsets) {
+  const Move m = check_move(x, "x", token, weight, offsets, row, slot_offsets);
   check_tensor(x, "x", m.dtype, {m.routes.tokens, -1});
   Tensor rows = fresh(x, {token.numel(), m.cols});
   const MoveRows job = moved(m, x, rows);
@@ -64,8 +64,8 @@ Tensor moe_dispatch(const Tensor& x, const Tensor& token, std::optional<Tensor> 
 }
 
 Tensor moe_combine(const Tensor& rows, const Tensor& token, std::optional<Tensor> weight, const Tensor& offsets,
-                   const Tensor& row, const Tensor& token_offsets) {
-  const Move m = check_move(rows, "rows", token, weight, offsets, row, token_offsets);
+                   const Tensor& row, const Tensor& slot_offsets) {
+  const Move m = check_move(rows, "rows", token, weight, offsets, row, slot_offsets);
   check_tensor(rows, "rows", m.dtype, {token.numel(), -1});
   Tensor y = fresh(rows, {m.routes.tokens, m.cols});
   const MoveRows job = moved(m, rows, y);
@@ -75,8 +75,8 @@ Tensor moe_combine(const Tensor& rows, const Tensor& token, std::optional<Tensor
 
 // <a[token[r]], rows[r]>, float32 (float64 for float64).
 Tensor moe_row_dots(const Tensor& a, const Tensor& rows, const Tensor& token, const Tensor& offsets, const Tensor& row,
-                    const Tensor& token_offsets) {
-  const Move m = check_move(a, "a", token, std::nullopt, offsets, row, token_offsets);
+                    const Tensor& slot_offsets) {
+  const Move m = check_move(a, "a", token, std::nullopt, offsets, row, slot_offsets);
   check_tensor(a, "a", m.dtype, {m.routes.tokens, -1});
   check_tensor(rows, "rows", m.dtype, {token.numel(), m.cols});
   Tensor out = fresh_arithmetic(m.dtype, {token.numel()});

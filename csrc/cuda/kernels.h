@@ -53,11 +53,11 @@ struct ColumnSum {
 
 // Tokens and their routed rows; rows from *kept on are neither read nor computed.
 struct Routes {
-  int64_t tokens = 0, rows = 0;            // T, R
-  const int64_t* kept = nullptr;           // &offsets[E]
-  const int64_t* token = nullptr;          // [R]
-  const int64_t* row = nullptr;            // [R], the rows of token t: row[token_offsets[t]] ..
-  const int64_t* token_offsets = nullptr;  // [T + 1]
+  int64_t tokens = 0, rows = 0;           // T, R
+  const int64_t* kept = nullptr;          // &offsets[E]
+  const int64_t* token = nullptr;         // [R]
+  const int64_t* row = nullptr;           // [R], the rows of token t: row[slot_offsets[t]] ..
+  const int64_t* slot_offsets = nullptr;  // [T + 1]
 };
 
 // dispatch: out[r] = weight[r] * in[token[r]], zero from *kept on. combine: out[t] = sum of weight[r] * in[r] over the
@@ -111,13 +111,13 @@ struct Sort {
   DType weight_dtype = DType::kFloat32;
   int64_t capacity = -1;  // < 0: none
   bool by_weight = false;
-  void* out_weight = nullptr;            // [R]
-  int64_t* out_token = nullptr;          // [R]
-  int64_t* out_offsets = nullptr;        // [E + 1]
-  int64_t* out_row = nullptr;            // [R]
-  int64_t* out_token_offsets = nullptr;  // [T + 1]
-  int64_t* out_counts = nullptr;         // [E]
-  int64_t* out_place = nullptr;          // [R] with `token`
+  void* out_weight = nullptr;           // [R]
+  int64_t* out_token = nullptr;         // [R]
+  int64_t* out_offsets = nullptr;       // [E + 1]
+  int64_t* out_row = nullptr;           // [R]
+  int64_t* out_slot_offsets = nullptr;  // [T + 1]
+  int64_t* out_counts = nullptr;        // [E]
+  int64_t* out_place = nullptr;         // [R] with `token`
   void* scratch = nullptr;
 };
 

@@ -17,7 +17,7 @@ struct Moe : MoeShape {
 };
 
 Moe describe(Call& call, const MoeShape& s, const MaybeTensor& token, const MaybeTensor& weight, const Tensor& offsets,
-             const MaybeTensor& row, const MaybeTensor& token_offsets) {
+             const MaybeTensor& row, const MaybeTensor& slot_offsets) {
   Moe c{s, {s.dtype, s.E, s.R, call.indices(offsets)}};
   Experts& e = c.experts;
   e.routed = s.routed;
@@ -26,7 +26,7 @@ Moe describe(Call& call, const MoeShape& s, const MaybeTensor& token, const Mayb
   e.routes.rows = s.R;
   e.routes.token = call.indices(token);
   e.routes.row = call.indices(row);
-  e.routes.token_offsets = call.indices(token_offsets);
+  e.routes.slot_offsets = call.indices(slot_offsets);
   e.weight = call.dense(weight);
   return c;
 }
@@ -52,14 +52,14 @@ void pre_activations(Call& call, const Moe& c, const Tensor& x, const Tensor& w_
 }
 
 std::tuple<Tensor, Tensor, Tensor> moe(const Tensor& x, MaybeTensor token, MaybeTensor weight, const Tensor& offsets,
-                                       MaybeTensor row, MaybeTensor token_offsets, const Tensor& w_in,
+                                       MaybeTensor row, MaybeTensor slot_offsets, const Tensor& w_in,
                                        const Tensor& w_down, MaybeTensor b_in, MaybeTensor b_down, bool gated,
                                        bool interleaved, std::string activation, double beta,
                                        std::optional<double> limit, double up_shift, bool save) {
   Call call(x, "x");
-  const MoeShape s = check_moe(x, token, weight, offsets, row, token_offsets, w_in, w_down, b_in, b_down, gated,
+  const MoeShape s = check_moe(x, token, weight, offsets, row, slot_offsets, w_in, w_down, b_in, b_down, gated,
                                interleaved, check_gate_form(activation, beta, limit, up_shift), call.place());
-  const Moe c = describe(call, s, token, weight, offsets, row, token_offsets);
+  const Moe c = describe(call, s, token, weight, offsets, row, slot_offsets);
   Tensor y = call.fresh({c.T, c.O});
   Tensor gate = save ? call.fresh({c.R, c.F}) : call.nothing();
   Tensor up = save && c.gated ? call.fresh({c.R, c.F}) : call.nothing();
@@ -148,16 +148,16 @@ Tensor weights_gradient(Call& call, const Moe& c, const Tensor& w, const Operand
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_backward(
     const Tensor& d_y, const Tensor& x, MaybeTensor token, MaybeTensor weight, const Tensor& offsets, MaybeTensor row,
-    MaybeTensor token_offsets, const Tensor& w_in, const Tensor& w_down, MaybeTensor b_in, MaybeTensor b_down,
+    MaybeTensor slot_offsets, const Tensor& w_in, const Tensor& w_down, MaybeTensor b_in, MaybeTensor b_down,
     const Tensor& gate, const Tensor& up, bool gated, bool interleaved, std::string activation, double beta,
     std::optional<double> limit, double up_shift, std::vector<bool> needs) {
   check_needs(needs, 6);
   Call call(x, "x");
-  const MoeShape s = check_moe(x, token, weight, offsets, row, token_offsets, w_in, w_down, b_in, b_down, gated,
+  const MoeShape s = check_moe(x, token, weight, offsets, row, slot_offsets, w_in, w_down, b_in, b_down, gated,
                                interleaved, check_gate_form(activation, beta, limit, up_shift), call.place());
   check_tensor(d_y, "d_y", s.dtype, {s.T, s.O}, call.place());
   const bool saved = check_saved("moe", gate, up, s.dtype, s.R, s.F, s.gated, call.place());
-  const Moe c = describe(call, s, token, weight, offsets, row, token_offsets);
+  const Moe c = describe(call, s, token, weight, offsets, row, slot_offsets);
   const bool need_x = needs[0], need_weight = needs[1] && c.routed, need_in = needs[2];
   const bool need_down = needs[3], need_b_in = needs[4], need_b_down = needs[5];
   const bool need_hidden = need_x || need_in || need_b_in || need_weight;

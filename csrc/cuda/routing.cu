@@ -101,19 +101,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_sort(cons
   job.by_weight = by_weight;
   Tensor out_weight = call.fresh({job.R}), out_token = call.fresh_indices({job.R});
   Tensor out_offsets = call.fresh_indices({job.E + 1}), out_row = call.fresh_indices({job.R});
-  Tensor out_token_offsets = call.fresh_indices({job.T + 1}), out_counts = call.fresh_indices({job.E});
+  Tensor out_slot_offsets = call.fresh_indices({job.T + 1}), out_counts = call.fresh_indices({job.E});
   Tensor out_place = call.fresh_indices({token ? job.R : 0});
   job.out_weight = out_weight.mutable_data_ptr();
   job.out_token = data(out_token);
   job.out_offsets = data(out_offsets);
   job.out_row = data(out_row);
-  job.out_token_offsets = data(out_token_offsets);
+  job.out_slot_offsets = data(out_slot_offsets);
   job.out_counts = data(out_counts);
   job.out_place = data(out_place);
   job.scratch = call.workspace(sort_plan(job).scratch_bytes);
   const SortPlan plan = sort_plan(job);
   run_sort(call, plan, SortEntries{job, plan.orders[2], plan.start, plan.flags}, [] {});
-  return {out_weight, out_token, out_offsets, out_row, out_token_offsets, out_counts, out_place};
+  return {out_weight, out_token, out_offsets, out_row, out_slot_offsets, out_counts, out_place};
 }
 
 // ---- token rounding -------------------------------------------------------------------------------------------------

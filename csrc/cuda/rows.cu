@@ -35,14 +35,14 @@ void launch_row_dots(const Call& call, const RowDots& job) {
 namespace {
 
 Routes describe(Call& call, const RoutesShape& s, const Tensor& token, const Tensor& offsets, const Tensor& row,
-                const Tensor& token_offsets) {
+                const Tensor& slot_offsets) {
   Routes routes;
   routes.tokens = s.T;
   routes.rows = s.R;
   routes.kept = call.indices(offsets) + s.E;
   routes.token = call.indices(token);
   routes.row = call.indices(row);
-  routes.token_offsets = call.indices(token_offsets);
+  routes.slot_offsets = call.indices(slot_offsets);
   return routes;
 }
 
@@ -61,40 +61,40 @@ MoveRows move_rows(Call& call, const Routes& routes, const Tensor& in, DType dty
 }
 
 Tensor moe_dispatch(const Tensor& x, const Tensor& token, MaybeTensor weight, const Tensor& offsets, const Tensor& row,
-                    const Tensor& token_offsets) {
+                    const Tensor& slot_offsets) {
   Call call(x, "x");
   const DType dtype = storage_dtype(x, "x");
-  const RoutesShape s = check_routes(token, weight, dtype, offsets, row, token_offsets, call.place());
+  const RoutesShape s = check_routes(token, weight, dtype, offsets, row, slot_offsets, call.place());
   check_tensor(x, "x", dtype, {s.T, -1}, call.place());
   Tensor rows = call.fresh({s.R, x.size(1)});
-  const Routes routes = describe(call, s, token, offsets, row, token_offsets);
+  const Routes routes = describe(call, s, token, offsets, row, slot_offsets);
   launch_dispatch_rows(call, move_rows(call, routes, x, dtype, weight, rows));
   return rows;
 }
 
 Tensor moe_combine(const Tensor& rows, const Tensor& token, MaybeTensor weight, const Tensor& offsets,
-                   const Tensor& row, const Tensor& token_offsets) {
+                   const Tensor& row, const Tensor& slot_offsets) {
   Call call(rows, "rows");
   const DType dtype = storage_dtype(rows, "rows");
-  const RoutesShape s = check_routes(token, weight, dtype, offsets, row, token_offsets, call.place());
+  const RoutesShape s = check_routes(token, weight, dtype, offsets, row, slot_offsets, call.place());
   check_tensor(rows, "rows", dtype, {s.R, -1}, call.place());
   Tensor y = call.fresh({s.T, rows.size(1)});
-  const Routes routes = describe(call, s, token, offsets, row, token_offsets);
+  const Routes routes = describe(call, s, token, offsets, row, slot_offsets);
   launch_combine_rows(call, move_rows(call, routes, rows, dtype, weight, y));
   return y;
 }
 
 // <a[token[r]], rows[r]>, float32 (float64 for float64).
 Tensor moe_row_dots(const Tensor& a, const Tensor& rows, const Tensor& token, const Tensor& offsets, const Tensor& row,
-                    const Tensor& token_offsets) {
+                    const Tensor& slot_offsets) {
   Call call(a, "a");
   RowDots job;
   job.dtype = storage_dtype(a, "a");
-  const RoutesShape s = check_routes(token, std::nullopt, job.dtype, offsets, row, token_offsets, call.place());
+  const RoutesShape s = check_routes(token, std::nullopt, job.dtype, offsets, row, slot_offsets, call.place());
   check_tensor(a, "a", job.dtype, {s.T, -1}, call.place());
   check_tensor(rows, "rows", job.dtype, {s.R, a.size(1)}, call.place());
   Tensor out = call.fresh(arithmetic_dtype(job.dtype), {s.R});
-  job.routes = describe(call, s, token, offsets, row, token_offsets);
+  job.routes = describe(call, s, token, offsets, row, slot_offsets);
   job.cols = a.size(1);
   job.a = matrix(a);
   job.b = matrix(rows);

@@ -53,8 +53,8 @@ __global__ void combine_rows_kernel(MoveRows m, PackGrid grid) {
 #pragma unroll
   for (const PackPlace& at : places) {
     if (at.n == 0) continue;
-    const int64_t begin = held(m.routes.token_offsets[at.row], 0, m.routes.rows);
-    const int64_t end = held(m.routes.token_offsets[at.row + 1], begin, m.routes.rows);
+    const int64_t begin = held(m.routes.slot_offsets[at.row], 0, m.routes.rows);
+    const int64_t end = held(m.routes.slot_offsets[at.row + 1], begin, m.routes.rows);
     Lane<T> sum[kPack];
 #pragma unroll
     for (int i = 0; i < kPack; ++i) sum[i] = Lane<T>::zero();

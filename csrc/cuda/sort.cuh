@@ -91,7 +91,7 @@ struct SortEntries {
   // What is left to write when all entries are finished, in pieces for each thread.
   FFN_FN void finish_rest(SortKey key, int64_t thread, int64_t threads) const {
     if (key != SortKey::kKept || s.token) return;
-    for (int64_t t = thread; t <= s.T; t += threads) s.out_token_offsets[t] = t * s.K;
+    for (int64_t t = thread; t <= s.T; t += threads) s.out_slot_offsets[t] = t * s.K;
   }
 };
 

@@ -144,12 +144,12 @@ inline SortPlan sort_plan(const Sort& s) {
   int64_t* const spare[2] = {plan.orders[0], plan.orders[1]};
 
   if (s.token) {
-    plan.clear[1] = {s.out_token_offsets, s.T * 8};
+    plan.clear[1] = {s.out_slot_offsets, s.T * 8};
     SortPass& first = plan.pass[plan.passes];
     add_passes(plan, SortKey::kToken, token_bits, s.R, nullptr, plan.orders[2], spare);
-    first.totals = s.out_token_offsets;
+    first.totals = s.out_slot_offsets;
     first.total_values = s.T;
-    add_scan(first, {s.out_token_offsets, s.out_token_offsets, s.T, INT64_MAX, true});
+    add_scan(first, {s.out_slot_offsets, s.out_slot_offsets, s.T, INT64_MAX, true});
   }
   int64_t* queued = nullptr;  // entries by weight
   if (by_weight) {

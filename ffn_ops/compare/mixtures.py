@@ -106,7 +106,7 @@ class LayerLoad(Load):
 def layer_load(chosen: Routing) -> LayerLoad:
     found = chosen.statistics()
     wanted = chosen.counts.double()
-    reached = torch.zeros(chosen.token_offsets.shape[0] - 1, dtype=torch.bool, device=wanted.device)
+    reached = torch.zeros(chosen.slot_offsets.shape[0] - 1, dtype=torch.bool, device=wanted.device)
     reached[chosen.token[: int(chosen.offsets[-1])]] = True
     shares = wanted / wanted.sum().clamp(min=1)
     return LayerLoad(

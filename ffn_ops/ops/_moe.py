@@ -67,11 +67,11 @@ def moe(
     check_routing(x, routing)
     form = gate_form(activation, beta, limit, up_shift, gated, interleaved, recompute)
     check_weights(x, routing.offsets, w_in, w_down, b_in, b_down, gated)
-    token, weight, offsets, row, token_offsets = routing[:5]
+    token, weight, offsets, row, slot_offsets = routing[:5]
     weight = weight.to(arithmetic(x))
     grad = needs_grad(x, weight, w_in, w_down, b_in, b_down)
     experts = (w_in, w_down, b_in, b_down, gated, interleaved, *form, grad and not recompute)
-    y = moe_op(fold(x), token, weight, offsets, row, token_offsets, *experts, grad=grad)[0]
+    y = moe_op(fold(x), token, weight, offsets, row, slot_offsets, *experts, grad=grad)[0]
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], w_down.shape[1])  # type: ignore[no-any-return]
 
 
@@ -172,7 +172,7 @@ def _(
     weight: Tensor | None,
     offsets: Tensor,
     row: Tensor | None,
-    token_offsets: Tensor | None,
+    slot_offsets: Tensor | None,
     w_in: Tensor,
     w_down: Tensor,
     b_in: Tensor | None,
@@ -202,7 +202,7 @@ def _(
     weight: Tensor | None,
     offsets: Tensor,
     row: Tensor | None,
-    token_offsets: Tensor | None,
+    slot_offsets: Tensor | None,
     w_in: Tensor,
     w_down: Tensor,
     b_in: Tensor | None,
@@ -277,10 +277,10 @@ def _moe_double_backward(ctx: Any, *grads: Tensor | None) -> Any:
     d_z = act'(s a, z), d_s = <a, h> + <g, b_down>, d_w_in = d_z^T x, d_w_down = s g^T h, d_b_down = s g and
     d_x = d_z w_in. ``v_t`` is the cotangent of v where v is one of these gradients.
     """
-    d_y, x, token, weight, offsets, row, token_offsets, w_in, w_down, b_in, b_down, gate, up = ctx.saved_tensors
+    d_y, x, token, weight, offsets, row, slot_offsets, w_in, w_down, b_in, b_down, gate, up = ctx.saved_tensors
     dd_x, dd_s, dd_w_in, dd_w_down, dd_b_in, dd_b_down = (given(g) for g in grads)
     act = ctx.form
-    route = (offsets, row, token_offsets)
+    route = (offsets, row, slot_offsets)
     transposed = w_down.transpose(1, 2)
 
     def gather(t: Tensor) -> Tensor:

@@ -171,7 +171,7 @@ def _(
 
 
 def _sort_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    _weight, _token, _offsets, row, _token_offsets, _counts, place = output
+    _weight, _token, _offsets, row, _slot_offsets, _counts, place = output
     ctx.mark_non_differentiable(*(t for i, t in enumerate(output) if i != 0))
     ctx.set_materialize_grads(False)
     ctx.shape = inputs[2].shape

@@ -1,7 +1,7 @@
 """Rows between tokens and experts: dispatch, combine, row products, and products per expert. Each is built from the
 others' gradients, so all can be differentiated to any order.
 
-The five index tensors of a routing come in the order token, weight, offsets, row, token_offsets everywhere.
+The five index tensors of a routing come in the order token, weight, offsets, row, slot_offsets everywhere.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def moe_dispatch(x: Tensor, routing: Routing) -> Tensor:
     check.tensor("x", x)
     (x,) = autocast(x)  # type: ignore[assignment]
     check_routing(x, routing)
-    return dispatch_op(fold(x), routing.token, None, routing.offsets, routing.row, routing.token_offsets)  # type: ignore[no-any-return]
+    return dispatch_op(fold(x), routing.token, None, routing.offsets, routing.row, routing.slot_offsets)  # type: ignore[no-any-return]
 
 
 def moe_combine(rows: Tensor, routing: Routing) -> Tensor:
@@ -62,14 +62,14 @@ def moe_combine(rows: Tensor, routing: Routing) -> Tensor:
     check.routing(routing, rows, "rows")
     check.tensor("rows", rows, (routing.token.shape[0], "D"))
     weight = routing.weight.to(arithmetic(rows))
-    return combine_op(rows, routing.token, weight, routing.offsets, routing.row, routing.token_offsets)  # type: ignore[no-any-return]
+    return combine_op(rows, routing.token, weight, routing.offsets, routing.row, routing.slot_offsets)  # type: ignore[no-any-return]
 
 
 def check_routing(x: Tensor, routing: Routing) -> None:
     check.routing(routing, x)
     if x.dim() < 1:
         raise ValueError(f"x: expected shape [..., D], got {list(x.shape)}")
-    tokens = routing.token_offsets.shape[0] - 1
+    tokens = routing.slot_offsets.shape[0] - 1
     if math.prod(x.shape[:-1]) != tokens:
         raise ValueError(f"x: expected shape [..., D] with {tokens} tokens as the routing has, got {list(x.shape)}")
 
@@ -88,20 +88,20 @@ def _check_rows(name: str, t: Tensor, token: Tensor, weight: Tensor | None, row:
 
 
 @fake("moe_dispatch")
-def _(x: Tensor, token: Tensor, weight: Any, offsets: Tensor, row: Tensor, token_offsets: Tensor) -> Tensor:
-    _check_rows("x", x, token, weight, row, token_offsets.shape[0] - 1)
+def _(x: Tensor, token: Tensor, weight: Any, offsets: Tensor, row: Tensor, slot_offsets: Tensor) -> Tensor:
+    _check_rows("x", x, token, weight, row, slot_offsets.shape[0] - 1)
     return dense(x, token.shape[0], x.shape[1])
 
 
 @fake("moe_combine")
-def _(rows: Tensor, token: Tensor, weight: Any, offsets: Tensor, row: Tensor, token_offsets: Tensor) -> Tensor:
+def _(rows: Tensor, token: Tensor, weight: Any, offsets: Tensor, row: Tensor, slot_offsets: Tensor) -> Tensor:
     _check_rows("rows", rows, token, weight, row, token.shape[0])
-    return dense(rows, token_offsets.shape[0] - 1, rows.shape[1])
+    return dense(rows, slot_offsets.shape[0] - 1, rows.shape[1])
 
 
 @fake("moe_row_dots")
-def _(a: Tensor, rows: Tensor, token: Tensor, offsets: Tensor, row: Tensor, token_offsets: Tensor) -> Tensor:
-    _check_rows("a", a, token, None, row, token_offsets.shape[0] - 1)
+def _(a: Tensor, rows: Tensor, token: Tensor, offsets: Tensor, row: Tensor, slot_offsets: Tensor) -> Tensor:
+    _check_rows("a", a, token, None, row, slot_offsets.shape[0] - 1)
     check.tensor("rows", rows, (token.shape[0], a.shape[1]), like=a)
     return a.new_empty((token.shape[0],), dtype=arithmetic(a))
 
@@ -117,23 +117,23 @@ def _routed_setup(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _dispatch_backward(ctx: Any, d_rows: Tensor) -> Any:
-    x, token, weight, offsets, row, token_offsets = ctx.saved_tensors
-    d_x = combine_op(d_rows, token, weight, offsets, row, token_offsets) if ctx.needs_input_grad[0] else None
-    d_weight = row_dots_op(x, d_rows, token, offsets, row, token_offsets) if ctx.needs_input_grad[2] else None
+    x, token, weight, offsets, row, slot_offsets = ctx.saved_tensors
+    d_x = combine_op(d_rows, token, weight, offsets, row, slot_offsets) if ctx.needs_input_grad[0] else None
+    d_weight = row_dots_op(x, d_rows, token, offsets, row, slot_offsets) if ctx.needs_input_grad[2] else None
     return d_x, None, d_weight, None, None, None
 
 
 def _combine_backward(ctx: Any, d_y: Tensor) -> Any:
-    rows, token, weight, offsets, row, token_offsets = ctx.saved_tensors
-    d_rows = dispatch_op(d_y, token, weight, offsets, row, token_offsets) if ctx.needs_input_grad[0] else None
-    d_weight = row_dots_op(d_y, rows, token, offsets, row, token_offsets) if ctx.needs_input_grad[2] else None
+    rows, token, weight, offsets, row, slot_offsets = ctx.saved_tensors
+    d_rows = dispatch_op(d_y, token, weight, offsets, row, slot_offsets) if ctx.needs_input_grad[0] else None
+    d_weight = row_dots_op(d_y, rows, token, offsets, row, slot_offsets) if ctx.needs_input_grad[2] else None
     return d_rows, None, d_weight, None, None, None
 
 
 def _row_dots_backward(ctx: Any, d: Tensor) -> Any:
-    a, rows, token, offsets, row, token_offsets = ctx.saved_tensors
-    d_a = combine_op(rows, token, d, offsets, row, token_offsets) if ctx.needs_input_grad[0] else None
-    d_rows = dispatch_op(a, token, d, offsets, row, token_offsets) if ctx.needs_input_grad[1] else None
+    a, rows, token, offsets, row, slot_offsets = ctx.saved_tensors
+    d_a = combine_op(rows, token, d, offsets, row, slot_offsets) if ctx.needs_input_grad[0] else None
+    d_rows = dispatch_op(a, token, d, offsets, row, slot_offsets) if ctx.needs_input_grad[1] else None
     return d_a, d_rows, None, None, None, None
 
 

@@ -31,7 +31,7 @@ def load_balancing_loss(
     z = wide(fold_logits(logits))
     check.routing(routing, z, "logits")
     check.choice("score", score, ("softmax", "sigmoid"))
-    check.tensor("logits", z, (routing.token_offsets.shape[0] - 1, routing.offsets.shape[0] - 1))
+    check.tensor("logits", z, (routing.slot_offsets.shape[0] - 1, routing.offsets.shape[0] - 1))
     p = torch.softmax(z, 1)
     if score == "sigmoid":
         p = torch.sigmoid(z)

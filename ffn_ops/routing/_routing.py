@@ -30,8 +30,8 @@ class Routing(NamedTuple):
     token: Tensor  # [R] int64, the source of each row
     weight: Tensor  # [R] float32 (float64 for float64 logits), differentiable
     offsets: Tensor  # [E + 1] int64: rows of expert e are offsets[e] .. offsets[e + 1], from offsets[E] on dropped
-    row: Tensor  # [R] int64: the rows of token t are row[token_offsets[t]] .. row[token_offsets[t + 1]]
-    token_offsets: Tensor  # [T + 1] int64
+    row: Tensor  # [R] int64: the rows of token t are row[slot_offsets[t]] .. row[slot_offsets[t + 1]]
+    slot_offsets: Tensor  # [T + 1] int64
     counts: Tensor  # [E] int64, rows that chose each expert, before dropping
 
     @classmethod

@@ -207,17 +207,17 @@ void test_elementwise(const char* isa, const KernelTable& table, DType dtype, in
 void test_rows(const char* isa, const KernelTable& table, DType dtype, int64_t T, int64_t cols) {
   const int64_t R = 2 * T, kept = R - 1;
   const DType wide = arithmetic_dtype(dtype);
-  std::vector<int64_t> token, row, token_offsets = {0};
+  std::vector<int64_t> token, row, slot_offsets = {0};
   for (int64_t r = 0; r < R; ++r) token.push_back((r * 5 + 3) % T);
   for (int64_t t = 0; t < T; ++t) {
     for (int64_t r = R - 1; r >= 0; --r)  // any order that the list gives
       if (token[static_cast<size_t>(r)] == t) row.push_back(r);
-    token_offsets.push_back(static_cast<int64_t>(row.size()));
+    slot_offsets.push_back(static_cast<int64_t>(row.size()));
   }
   Buffer x(dtype, T * cols), rows(dtype, R * cols), out(dtype, R * cols), y(dtype, T * cols);
   Buffer weight(wide, R), parts(wide, R * 3), dots(wide, R), sums(dtype, cols);
   MoveRows m;
-  m.routes = {T, kept, token.data(), row.data(), token_offsets.data()};
+  m.routes = {T, kept, token.data(), row.data(), slot_offsets.data()};
   m.cols = cols;
   m.weight = weight.data.get();
   m.out_stride = cols;

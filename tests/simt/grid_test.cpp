@@ -168,7 +168,7 @@ void test_sort_plans() {
         s.weight_dtype = options & 2 ? DType::kFloat64 : DType::kFloat32;
         s.capacity = options / 4 % 2 ? 3 : -1;
         s.by_weight = options / 8 == 2;
-        s.out_counts = s.out_offsets = s.out_token_offsets = out;
+        s.out_counts = s.out_offsets = s.out_slot_offsets = out;
         const int64_t bytes = sort_plan(s).scratch_bytes;
         s.scratch = base;
         const SortPlan plan = sort_plan(s);

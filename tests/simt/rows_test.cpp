@@ -19,10 +19,10 @@ using simt::Random;
 // Rows as a sort leaves them; `wild`: some indices are anything.
 struct Problem {
   int64_t T, R, E, cols;
-  Buffer<int64_t> token, row, token_offsets, offsets;
+  Buffer<int64_t> token, row, slot_offsets, offsets;
 
   Problem(int64_t T, int64_t K, int64_t E, int64_t cols, bool wild, Random& random)
-      : T(T), R(T * K), E(E), cols(cols), token(R), row(R), token_offsets(T + 1), offsets(E + 1) {
+      : T(T), R(T * K), E(E), cols(cols), token(R), row(R), slot_offsets(T + 1), offsets(E + 1) {
     const int64_t kept = R - R / 4;
     std::vector<int64_t> places(static_cast<size_t>(R));
     for (size_t i = 0; i < places.size(); ++i) places[i] = int64_t(i);
@@ -31,17 +31,17 @@ struct Problem {
       row[i] = places[size_t(i)];
       token[row[i]] = i / K;
     }
-    for (int64_t t = 0; t <= T; ++t) token_offsets[t] = t * K;
+    for (int64_t t = 0; t <= T; ++t) slot_offsets[t] = t * K;
     for (int64_t e = 0; e <= E; ++e) offsets[e] = e == E ? kept : kept * e / E / 3 * 3;  // several may be empty
     if (!wild) return;
-    for (auto* indices : {&token, &row, &token_offsets})
+    for (auto* indices : {&token, &row, &slot_offsets})
       for (int64_t& i : *indices)
         if (random.below(6) == 0)
           i = random.coin() ? int64_t(random.next()) : int64_t(random.below(2 * size_t(R) + 2)) - 3;
     if (random.coin()) offsets[E] = random.coin() ? int64_t(random.next()) : R + 5;
   }
   int64_t kept() const { return std::clamp<int64_t>(offsets[E], 0, R); }
-  Routes routes() const { return {T, R, &offsets[E], token.data(), row.data(), token_offsets.data()}; }
+  Routes routes() const { return {T, R, &offsets[E], token.data(), row.data(), slot_offsets.data()}; }
   bool real(int64_t t) const { return t >= 0 && t < T; }
 };
 
@@ -105,8 +105,8 @@ void test_combine(const Problem& p, bool weighted, bool columns_first, uint64_t 
   const PackGrid grid = move_rows_grid(m, p.T);
   if (grid.blocks > 0) simt::launch({grid.blocks, kPackThreads, 0, seed}, combine_rows_kernel<S>, m, grid);
   for (int64_t t = 0; t < p.T; ++t) {
-    const int64_t begin = std::clamp<int64_t>(p.token_offsets[t], 0, p.R);
-    const int64_t end = std::clamp<int64_t>(p.token_offsets[t + 1], begin, p.R);
+    const int64_t begin = std::clamp<int64_t>(p.slot_offsets[t], 0, p.R);
+    const int64_t end = std::clamp<int64_t>(p.slot_offsets[t + 1], begin, p.R);
     for (int64_t c = 0; c < p.cols + 8; ++c) {
       const S got = out[t * m.out_stride + c];
       if (c >= p.cols) {

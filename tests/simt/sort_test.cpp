@@ -46,7 +46,7 @@ struct Shape {
 template <class W>
 struct Sorted {
   std::vector<W> weight;
-  std::vector<int64_t> token, offsets, row, token_offsets, counts, place;
+  std::vector<int64_t> token, offsets, row, slot_offsets, counts, place;
 };
 
 // As csrc/cpu/routing.cpp has it, without its haste.
@@ -93,7 +93,7 @@ Sorted<W> sorted(const Sort& s) {
   for (int64_t t = 0; t <= s.T; ++t) {
     int64_t before = 0;
     for (int64_t i = 0; i < s.R; ++i) before += token_of(i) < t;
-    out.token_offsets.push_back(before);
+    out.slot_offsets.push_back(before);
   }
   return out;
 }
@@ -123,7 +123,7 @@ void test_sort(const Shape& shape, uint64_t seed) {
     weight[i] = random.below(4) == 0 ? specials[random.below(7)] : W(normal(random));
   }
   Buffer<W> out_weight(R);
-  Buffer<int64_t> out_token(R), offsets(shape.E + 1), row(R), token_offsets(shape.T + 1), counts(shape.E),
+  Buffer<int64_t> out_token(R), offsets(shape.E + 1), row(R), slot_offsets(shape.T + 1), counts(shape.E),
       place(shape.token ? R : 0);
   Sort s;
   s.R = R;
@@ -140,7 +140,7 @@ void test_sort(const Shape& shape, uint64_t seed) {
   s.out_token = out_token.data();
   s.out_offsets = offsets.data();
   s.out_row = row.data();
-  s.out_token_offsets = token_offsets.data();
+  s.out_slot_offsets = slot_offsets.data();
   s.out_counts = counts.data();
   s.out_place = place.data();
   Buffer<char> scratch(sort_plan(s).scratch_bytes);
@@ -154,7 +154,7 @@ void test_sort(const Shape& shape, uint64_t seed) {
   check_equal(out_token, expected.token, "token", shape, seed);
   check_equal(offsets, expected.offsets, "offsets", shape, seed);
   check_equal(row, expected.row, "row", shape, seed);
-  check_equal(token_offsets, expected.token_offsets, "token_offsets", shape, seed);
+  check_equal(slot_offsets, expected.slot_offsets, "slot_offsets", shape, seed);
   check_equal(counts, expected.counts, "counts", shape, seed);
   check_equal(place, expected.place, "place", shape, seed);
 }

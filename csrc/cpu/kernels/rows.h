@@ -33,7 +33,7 @@ void combine_rows_as(const MoveRows& m, int64_t token_begin, int64_t token_end) 
       using To = typename decltype(out)::Type;
       for (int64_t t = token_begin; t < token_end; ++t) {
         To* to = static_cast<To*>(m.out) + t * m.out_stride;
-        const int64_t begin = m.routes.token_offsets[t], end = m.routes.token_offsets[t + 1];
+        const int64_t begin = m.routes.slot_offsets[t], end = m.routes.slot_offsets[t + 1];
         for (int64_t c = 0; c < m.cols; c += kAtOnce * W) {
           V sum[kAtOnce];
           FFN_UNROLL
