@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from device import generator
 from seen import Seen
 from tolerance import assert_error_like_eagers
 from torch import Tensor, nn
@@ -29,20 +30,37 @@ def results(model: nn.Module, call: Callable[[nn.Module], Tensor]) -> dict[str, 
     return {"output": y.detach(), **named}
 
 
+# In one draw all gradients err along one direction, as a rounding early on goes into whatever follows. The ratio to
+# eager's error scatters by a third (24 draws of a Llama with adapters: .52 to 1.68, geometric mean .92).
+DRAWS = 8
+
+
 def assert_same_function(actual: nn.Module, plain: nn.Module, call: Callable[[nn.Module], Tensor]) -> None:
-    """Output and every gradient are as near to float64 as the untouched model's are; one weight for each tensor."""
-    exact = results(copy.deepcopy(plain).double(), lambda m: call(m))
-    ours, eager = results(actual, call), results(plain, call)
-    assert list(ours) == list(eager) == list(exact)
-    flat: list[list[Tensor]] = [[], [], []]
-    sizes = {name: value.square().mean().sqrt().item() for name, value in exact.items()}
-    least = 1e-4 * max(sizes.values())  # some gradients are zero but for rounding, such as those of a key's bias
-    for name, value in exact.items():
-        scale = 2.0 ** -round(math.log2(max(sizes[name], least)))  # a power of two: no rounding of its own
-        for into, tensor in zip(flat, (ours[name], eager[name], value), strict=True):
-            assert tensor.shape == value.shape, name
-            into.append((tensor * scale).flatten())
-    assert_error_like_eagers(*[torch.cat(tensors) for tensors in flat])
+    """Output and every gradient are as near to float64 as the untouched model's are, over several draws of the weights;
+    one weight for each tensor."""
+    pooled: list[list[Tensor]] = [[], [], []]
+    weights = [[p for p in model.parameters() if type(p) is nn.Parameter] for model in (actual, plain)]
+    drawn = [p.detach().clone() for p in weights[1]]
+    g = generator()
+    for draw in range(DRAWS if len(weights[0]) == len(drawn) else 1):
+        for here, there, start in zip(*weights, drawn, strict=True):
+            assert here.shape == there.shape
+            if draw and start.is_floating_point():
+                value = start * (1 + torch.randn(start.shape, generator=g, dtype=torch.float32).to(start) / 64)
+                here.data.copy_(value), there.data.copy_(value)
+        exact = results(copy.deepcopy(plain).double(), lambda m: call(m))
+        ours, eager = results(actual, call), results(plain, call)
+        assert list(ours) == list(eager) == list(exact)
+        sizes = {name: value.square().mean().sqrt().item() for name, value in exact.items()}
+        least = 1e-4 * max(sizes.values())  # some gradients are zero but for rounding, such as those of a key's bias
+        for name, value in exact.items():
+            scale = 2.0 ** -round(math.log2(max(sizes[name], least)))  # a power of two: no rounding of its own
+            for into, tensor in zip(pooled, (ours[name], eager[name], value), strict=True):
+                assert tensor.shape == value.shape, name
+                into.append((tensor * scale).flatten())
+    for here, there, start in zip(*weights, drawn, strict=True):
+        here.data.copy_(start), there.data.copy_(start)
+    assert_error_like_eagers(*[torch.cat(tensors) for tensors in pooled])
 
 
 def like_parameters(model: nn.Module, x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from device import generator
 from replacing import (
     FF,
     LAYERS,
@@ -28,7 +29,8 @@ from replacing import (
     results,
     seeded,
 )
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 import ffn_ops
 from ffn_ops import reference
@@ -320,3 +322,15 @@ def test_large_report_is_short() -> None:
     ffn_ops.replace(model)
     assert str(ffn_ops.replace_report(model)).startswith("replaced    12 x * (BertLike): ")
     assert len(str(ffn_ops.replace_report(model)).splitlines()) == 2
+
+
+def test_the_rule_rejects_a_careless_gate() -> None:
+    """A gate that is wrong by three roundings fails the rule: the comparisons above can fail."""
+    g = generator()
+
+    def careless(z: Tensor) -> Tensor:
+        return F.silu(z) * (1 + 3 * torch.finfo(z.dtype).eps * torch.randn(z.shape, generator=g, dtype=z.dtype))
+
+    layer, plain = seeded(lambda: LlamaLike(careless)), seeded(LlamaLike)
+    with pytest.raises(AssertionError, match="error"):
+        assert_same_function(layer, plain, on(torch.randn(30, D)))
