@@ -89,18 +89,18 @@ def test_gated_act_long_rows(length: int, isa: str) -> None:
 
 
 CUT = {
-    "forward: blocks of 32 MiB, at least 256 tokens; dX: sums of 32000": {
-        "T": 300,
-        "D": 24,
-        "F": 16000,
-        "O": 8,
-    },
-    "weight gradients sum over more tokens than fit a packed operand": {"T": 90_000, "D": 101, "F": 103, "O": 101},
+    "forward: blocks of 32 MiB, at least 256 tokens; dX: sums of 32000": (
+        "gated",
+        {"T": 300, "D": 24, "F": 16000, "O": 8},
+    ),
+    "weight gradients sum over more tokens than fit a packed operand": (
+        "plain",
+        {"T": 90_000, "D": 101, "F": 103, "O": 101},
+    ),
 }
 
 
-@pytest.mark.parametrize("size", CUT.values(), ids=CUT)
-@pytest.mark.parametrize("form", ["plain", "gated"])
+@pytest.mark.parametrize(("form", "size"), CUT.values(), ids=CUT)
 def test_products_cut_into_blocks(form: str, size: dict[str, Any]) -> None:
     assert_accurate(Problem(form, **size), torch.float32)
 

@@ -16,14 +16,15 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 SPREAD = {"T": 150, "D": 270, "F": 300, "O": 70}
 
 
-@every_dtype
+# Tasks and threads know the size of an element, not its kind.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
 @pytest.mark.parametrize("form", FORMS)
 def test_threads_and_runs(form: str, dtype: torch.dtype, isa: str, threads: None) -> None:
     problem = Problem(form, **SPREAD)
     tensors, d_y = problem.draw(dtype=dtype)
     torch.set_num_threads(1)
     expected = results(problem.ours, tensors, d_y)
-    for count in (2, 2, 3, 1):
+    for count in (2, 2, 3):
         torch.set_num_threads(count)
         assert_same_bits(results(problem.ours, tensors, d_y), expected, f"{count} threads:")
 

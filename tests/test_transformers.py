@@ -123,11 +123,11 @@ def test_float64(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_as_accurate_as_eager(name: str, dtype: torch.dtype) -> None:
     """One layer: its routers see the same numbers, so that no token goes elsewhere by rounding. Several draws: where a
-    gate rounds onto its limit, whether its gradient passes depends on torch's version."""
+    gate rounds onto its limit (DeepSeek-V4), whether its gradient passes is chance."""
     eager, ours = pair(name, dtype, layers=1)
     wide = copy.deepcopy(eager).double()
     logits, gradients = [], []
-    for seed in range(3):
+    for seed in range(8 if name == "deepseek_v4" else 3):
         exact, expected, actual = (step(model, tokens(seed)) for model in (wide, eager, ours))
         logits.append([r["logits"] for r in (actual, expected, exact)])
         scales = {
@@ -152,7 +152,8 @@ def test_greedy_generation(name: str) -> None:
 
 
 @pytest.mark.skipif(torch.__version__ < "2.12", reason="dynamo of torch 2.11 takes no module for a constant")
-@every_model
+# Softmax, transposed with limits, sigmoid with groups: the others' experts are traced as Mixtral's.
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "deepseek_v4"])
 def test_compiled_in_one_graph(name: str, dynamo: None) -> None:
     _eager, ours = pair(name, torch.float32, layers=1)
     expected = step(ours, tokens())
