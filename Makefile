@@ -8,13 +8,22 @@ KERNEL_FLAGS := -std=c++20 -ffp-contract=off -fno-math-errno -fno-trapping-math 
 SANITIZERS := -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined
 TMP := build/kernels
 
-.PHONY: build test lint bench sanitize aarch64 simt simt-operators cuda products kernels format
+.PHONY: build test isas lint bench sanitize aarch64 simt simt-operators cuda products kernels format
 
 build:
 	$(PYTHON) -m pip install -e ".[compare,test,lint]"
 
 test:
 	$(PYTHON) -m pytest
+
+# The test suite on each instruction set of this machine, with torch's own kernels, MKL's and oneDNN's held to it.
+isas:
+	for isa in $$($(PYTHON) -c "import torch, ffn_ops; print(torch.ops.ffn_ops._isas())"); do \
+	  case $$isa in baseline) torch=default;; avx512*) torch=avx512;; *) torch=$$isa;; esac; \
+	  case $$isa in baseline) mkl=SSE4_2; onednn=SSE41;; avx2) mkl=AVX2; onednn=AVX2;; *) mkl=AVX512; onednn=ALL;; esac; \
+	  echo "== $$isa"; FFN_OPS_ISA=$$isa ATEN_CPU_CAPABILITY=$$torch MKL_ENABLE_INSTRUCTIONS=$$mkl \
+	  ONEDNN_MAX_CPU_ISA=$$onednn $(PYTHON) -m pytest || exit 1; \
+	done
 
 lint:
 	$(PYTHON) -m ruff check .

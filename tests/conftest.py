@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 import ffn_ops
 
-ISAS = torch.ops.ffn_ops._isas().split()
+ISAS = os.environ.get("FFN_OPS_ISA", torch.ops.ffn_ops._isas()).split()  # all of this machine, or the one asked for
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -76,7 +77,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 @pytest.fixture
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test once with every instruction set of this machine."""
+    """Runs the test once with every instruction set of this machine, or with that of ``FFN_OPS_ISA``."""
     if request.param == "cuda":
         yield request.param
         return
