@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -14,11 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from . import _checks as check
 from . import expert_parallel, ops
-from .modules import FeedForward, PlainFFN, is_plain_linear, reset
+from .modules import PLAIN_TENSORS, FeedForward, PlainFFN, is_plain_linear, reset
 from .ops._shared import arithmetic
 from .routing import Routing, base, expert_choice, jitter
 from .routing import top_k as _top_k
@@ -54,7 +54,10 @@ class MoEFFN(nn.Module):
     rows first), ``b_in``, ``w_down [E, D, F]``, ``b_down``. The study guide's keys ``experts.{e}.0.*`` and
     ``experts.{e}.2.*`` load with ``strict=True``; :meth:`document_state_dict` gives them.
 
-    The router computes in float32 (float64 for float64), also under autocast.
+    The router computes in float32 (float64 for float64), also under autocast and in a 16-bit layer. A plain
+    ``nn.Linear``, with or without a bias, by :func:`ffn_ops.route_linear`, whose bits do not depend on the batch; any
+    other module from x ``[..., D]`` to logits ``[..., E]`` is called, hooks and adapters included, with x and its
+    16-bit parameters in float32.
 
     Raises: TypeError, ValueError for sizes, names and inputs that do not fit.
 
@@ -176,15 +179,21 @@ class MoEFFN(nn.Module):
         if x.dim() < 1 or x.shape[-1] != self.d_model:
             raise ValueError(f"x: expected shape [..., {self.d_model}], got {list(x.shape)}")
         if self.training and self.router_jitter:
-            x = jitter(x, self.router_jitter)
-        if not is_plain_linear(self.router):
-            z: Tensor = self.router(x)
-            return z.to(arithmetic(z))
-        wide = arithmetic(x)
-        meta = x.device.type == "meta"  # which has no autocast to leave
-        with nullcontext() if meta else torch.autocast(x.device.type, enabled=False):
-            bias = self.router.bias
-            return F.linear(x.to(wide), self.router.weight.to(wide), None if bias is None else bias.to(wide))
+            x = jitter(x.to(arithmetic(x)), self.router_jitter)
+        if is_plain_linear(self.router):
+            w: Any = self.router.weight
+            b: Any = self.router.bias
+            if w.dtype not in (x.dtype, arithmetic(x)) or (b is not None and b.dtype is not w.dtype):
+                w, b = (t if t is None else t.to(arithmetic(x)) for t in (w, b))
+            z = ops.route_linear(x, w, b)
+        else:
+            z = _called(self.router, x)
+        shape, kind = (*x.shape[:-1], self.num_experts), type(self.router).__name__
+        if not isinstance(z, Tensor):
+            raise TypeError(f"router: expected logits, a torch.Tensor, from {kind}, got {type(z).__name__}")
+        if z.shape != shape:
+            raise ValueError(f"router: expected logits {list(shape)} from {kind}, got {list(z.shape)}")
+        return z
 
     def route(self, logits: Tensor, **options: Any) -> Routing:
         """The routing of logits; ``options`` (``mask``, ``token_ids``, ...) go to the router."""
@@ -242,6 +251,34 @@ class MoEFFN(nn.Module):
             f" gated={self.gated}, activation={self.activation!r}"
             + (f", expert_mesh={self.expert_mesh}" if self.expert_mesh is not None else "")
         )
+
+
+_SWAPPING = threading.RLock()  # of the parameters of one module, while other threads may call it
+
+
+def _called(router: nn.Module, x: Tensor) -> Any:
+    """Logits of a router that is more than a plain linear layer: hooks and all, in float32, also where its parameters
+    are not. Those that are no plain tensors (sharded, quantised) act on their own: x then comes in its own dtype."""
+    wide = arithmetic(x)
+    buffers = dict(router.named_buffers())
+    low = {
+        name: t for name, t in {**dict(router.named_parameters()), **buffers}.items()
+        if t.dtype in (torch.float16, torch.bfloat16)
+    }  # fmt: skip
+    meta = x.device.type == "meta"  # which has no autocast to leave
+    with nullcontext() if meta else torch.autocast(x.device.type, enabled=False):
+        if not low:
+            z = router(x.to(wide))
+        elif isinstance(router, torch.jit.ScriptModule) or not all(type(t) in PLAIN_TENSORS for t in low.values()):
+            z = router(x)
+        else:
+            state = {name: t.to(wide) for name, t in low.items()}
+            with nullcontext() if torch.compiler.is_compiling() else _SWAPPING:
+                z = torch.func.functional_call(router, state, (x.to(wide),))
+            with torch.no_grad():
+                for name in low.keys() & buffers.keys():  # such as running means, which the call may have moved
+                    buffers[name].copy_(state[name])
+    return z.to(arithmetic(z)) if isinstance(z, Tensor) else z
 
 
 def _takes(router: Callable[..., Any], name: str) -> bool:
