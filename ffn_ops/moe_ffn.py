@@ -259,25 +259,24 @@ _SWAPPING = threading.RLock()  # of the parameters of one module, while other th
 def _called(router: nn.Module, x: Tensor) -> Any:
     """Logits of a router that is more than a plain linear layer: hooks and all, in float32, also where its parameters
     are not. Those that are no plain tensors (sharded, quantised) act on their own: x then comes in its own dtype."""
-    wide = arithmetic(x)
-    buffers = dict(router.named_buffers())
-    low = {
-        name: t for name, t in {**dict(router.named_parameters()), **buffers}.items()
-        if t.dtype in (torch.float16, torch.bfloat16)
-    }  # fmt: skip
+    wide = x.to(arithmetic(x))
     meta = x.device.type == "meta"  # which has no autocast to leave
     with nullcontext() if meta else torch.autocast(x.device.type, enabled=False):
-        if not low:
-            z = router(x.to(wide))
-        elif isinstance(router, torch.jit.ScriptModule) or not all(type(t) in PLAIN_TENSORS for t in low.values()):
-            z = router(x)
-        else:
-            state = {name: t.to(wide) for name, t in low.items()}
-            with nullcontext() if torch.compiler.is_compiling() else _SWAPPING:
-                z = torch.func.functional_call(router, state, (x.to(wide),))
-            with torch.no_grad():
-                for name in low.keys() & buffers.keys():  # such as running means, which the call may have moved
-                    buffers[name].copy_(state[name])
+        with nullcontext() if torch.compiler.is_compiling() else _SWAPPING:
+            buffers = dict(router.named_buffers())
+            named = {**dict(router.named_parameters()), **buffers}
+            low = {name: t for name, t in named.items() if t.dtype in (torch.float16, torch.bfloat16)}
+            alone = isinstance(router, torch.jit.ScriptModule) or any(
+                type(t) not in PLAIN_TENSORS for t in low.values()
+            )
+            if low and not alone:
+                state = {name: t.to(wide.dtype) for name, t in low.items()}
+                z = torch.func.functional_call(router, state, (wide,))
+                with torch.no_grad():
+                    for name in low.keys() & buffers.keys():  # such as running means, which the call may have moved
+                        buffers[name].copy_(state[name])
+        if not low or alone:
+            z = router(x if low else wide)
     return z.to(arithmetic(z)) if isinstance(z, Tensor) else z
 
 

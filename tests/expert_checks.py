@@ -202,7 +202,7 @@ def second_order(rank: int, ranks: int) -> None:
 def layer(rank: int, ranks: int) -> None:
     """MoEFFN: two optimiser steps as in one process, its options, its checkpoints, its copies."""
     mesh, tokens = mesh_of(ranks), TOKENS[ranks]
-    options: dict[str, Any] = {"gated": True, "num_shared": 1, "activation": "silu"}
+    options: dict[str, Any] = {"gated": True, "num_shared": 1, "activation": "silu", "bias": ranks != 2}
     torch.manual_seed(3)
     one = ffn_ops.MoEFFN(D, F, 6, 2, **options)
     torch.manual_seed(3)
