@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import ffn_ops
+from ffn_ops import reference
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 E = 6
@@ -48,7 +49,7 @@ def test_values_and_gradients(dtype: torch.dtype, weights: str, bias: bool, isa:
         x, w, b, d = drawn(T, D, dtype, wide(dtype) if weights == "wide" else None)
         actual = run(x, w, b if bias else None, d)
         exact = [t.double() for t in (x, w, b, d)]
-        z = exact[0] @ exact[1].t() + (exact[2] if bias else 0)
+        z = reference.route_linear(exact[0], exact[1], exact[2] if bias else None)
         expected = [z, exact[3] @ exact[1], exact[3].t() @ exact[0]] + ([exact[3].sum(0)] if bias else [])
         sizes = [D + 1, E, T, T]
         eps = torch.finfo(wide(dtype)).eps
@@ -116,6 +117,16 @@ def test_first_and_second_order() -> None:
     for a, e in zip(second, expected, strict=True):
         assert a.dtype is torch.bfloat16
         torch.testing.assert_close(a.double(), e, rtol=0.05, atol=0.05 * e.abs().max().item())
+
+
+@every_dtype
+def test_saves_what_it_was_given(dtype: torch.dtype) -> None:
+    """No float32 copy of x waits for backward."""
+    x, w, b, _ = (t.requires_grad_() for t in drawn(9, 20, dtype))
+    saved: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
+        ffn_ops.route_linear(x, w, b)
+    assert saved == [x.data_ptr(), w.data_ptr()]
 
 
 def test_strides_and_leading_dimensions() -> None:
@@ -261,7 +272,7 @@ def test_a_hook_changes_no_logits(dtype: torch.dtype) -> None:
 
 def test_called_routers_compile(dynamo: None) -> None:
     layer = ffn_ops.MoEFFN(64, 10, 8)
-    layer.router = Subclass(64, 8)
+    layer.router = hooked(Subclass(64, 8))
     layer = layer.bfloat16()
     x = torch.randn(9, 64).bfloat16()
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
