@@ -55,6 +55,12 @@ STABLE_TORCH_LIBRARY(ffn_ops, m) {
   m.def("moe_linear(Tensor rows, Tensor w, Tensor offsets) -> Tensor");
   m.def("moe_outer(Tensor a, Tensor b, Tensor offsets) -> Tensor");
 
+  // Logits [T, E] of the arithmetic's dtype; weight and bias of x's dtype, or of the arithmetic's.
+  m.def("route_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  m.def(
+      "route_linear_backward(Tensor d_logits, Tensor x, Tensor weight, bool[3] needs)"
+      " -> (Tensor d_x, Tensor d_weight, Tensor d_bias)");
+
   // Routing. Indices >= num_experts (or num_tokens) are skipped; capacity < 0: none.
   m.def(
       "route_top_k(Tensor logits, Tensor? bias, SymInt k, str score, bool renormalize, bool softmax_after,"

@@ -9,7 +9,7 @@ from ._info import info
 from ._replace import ReplaceEntry, ReplaceReport, replace, replace_report, restore
 from .modules import GELUFFN, GLU, FeedForward, GatedFFN, PlainFFN, ReLUFFN, SwishFFN
 from .moe_ffn import MoEFFN, upcycle
-from .ops import activations, ffn, gated_act, gated_linear, moe, moe_combine, moe_dispatch, moe_experts
+from .ops import activations, ffn, gated_act, gated_linear, moe, moe_combine, moe_dispatch, moe_experts, route_linear
 from .routing import Routing
 
 __version__ = "0.1.0"
@@ -39,6 +39,7 @@ __all__ = [
     "replace",
     "replace_report",
     "restore",
+    "route_linear",
     "routing",
     "upcycle",
 ]

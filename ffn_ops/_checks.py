@@ -33,6 +33,15 @@ def tensor(name: str, value: Any, shape: Sequence[int | str] | None = None, like
         _shape(name, value, shape)
 
 
+def wide(name: str, value: Any) -> None:
+    """A float32 or float64 tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    _strided(name, value)
+    if value.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{name}: expected dtype float32 or float64, got {_dtype(value)}")
+
+
 def _strided(name: str, value: Tensor) -> None:
     if type(value) is not Tensor and is_dtensor(value):
         placements = list(value.placements)  # type: ignore[attr-defined]

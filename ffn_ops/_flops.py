@@ -97,3 +97,15 @@ def moe_linear_flops(rows: Any, w: Any, *_: Any, out_shape: Any = None, **__: An
 @register_flop_formula(_OPS.moe_outer)  # type: ignore[untyped-decorator]
 def moe_outer_flops(a: Any, b: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
     return 2 * a[0] * a[1] * b[1]  # type: ignore[no-any-return]
+
+
+@register_flop_formula(_OPS.route_linear)  # type: ignore[untyped-decorator]
+def route_linear_flops(x: Any, weight: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    return 2 * x[0] * x[1] * weight[0]  # type: ignore[no-any-return]
+
+
+@register_flop_formula(_OPS.route_linear_backward)  # type: ignore[untyped-decorator]
+def route_linear_backward_flops(
+    d_logits: Any, x: Any, weight: Any, needs: Any, *_: Any, out_shape: Any = None, **__: Any
+) -> int:
+    return 2 * x[0] * x[1] * weight[0] * (bool(needs[0]) + bool(needs[1]))  # type: ignore[no-any-return]

@@ -48,13 +48,32 @@ def _alike(layers: list[nn.Linear]) -> bool:
     return len({layer.bias is None for layer in layers}) == 1
 
 
+def reset(module: nn.Module) -> None:
+    """Fresh values for all of ``module``: by its own ``reset_parameters``, else child by child."""
+    own = getattr(module, "reset_parameters", None)
+    if callable(own):
+        own()
+    else:
+        for child in module.children():
+            reset(child)
+
+
+class _OfLinears(nn.Module):
+    """A layer whose parameters are its children's."""
+
+    def reset_parameters(self) -> None:
+        """Fresh values, drawn in the constructor's order, as after ``to_empty``."""
+        for child in self.children():
+            reset(child)
+
+
 def _check_dropout(value: object) -> None:
     check.number("dropout", value)
     if not 0.0 <= float(value) <= 1.0:  # type: ignore[arg-type]
         raise ValueError(f"dropout: expected a probability between 0 and 1, got {value}")
 
 
-class FeedForward(nn.Module):
+class FeedForward(_OfLinears):
     """``dropout(w2(act(w1 x) * w3 x))``: SwiGLU by default; ``activation=`` gives GeGLU, GLU and the others.
 
     Args:
@@ -116,8 +135,8 @@ class FeedForward(nn.Module):
         return y if is_idle(dropout) else dropout(y)  # type: ignore[no-any-return]
 
 
-class PlainFFN(nn.Module):
-    """``linear2(act(linear1 x))``.
+class PlainFFN(_OfLinears):
+    """``linear2(act(linear1 x))``; ``bias`` says whether the two layers have biases.
 
     Shapes: x ``[..., d_model]`` to ``[..., d_model]``, width F = ``d_ff`` between. State: ``linear1``, ``linear2``.
 
@@ -127,16 +146,24 @@ class PlainFFN(nn.Module):
     """
 
     def __init__(
-        self, d_model: int, d_ff: int, *, activation: str = "gelu", beta: float = 1.0, recompute: bool = False
+        self,
+        d_model: int,
+        d_ff: int,
+        *,
+        activation: str = "gelu",
+        beta: float = 1.0,
+        bias: bool = True,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         check.positive("d_model", d_model)
         check.positive("d_ff", d_ff)
         check.activation(activation, ops.activations())
         check.number("beta", beta)
-        check.flag("recompute", recompute)
-        self.linear1 = nn.Linear(d_model, d_ff)
-        self.linear2 = nn.Linear(d_ff, d_model)
+        for name, flag in (("bias", bias), ("recompute", recompute)):
+            check.flag(name, flag)
+        self.linear1 = nn.Linear(d_model, d_ff, bias=bias)
+        self.linear2 = nn.Linear(d_ff, d_model, bias=bias)
         self.activation, self.beta, self.recompute = activation, beta, recompute
 
     def forward(self, x: Tensor) -> Tensor:
@@ -172,7 +199,7 @@ class SwishFFN(PlainFFN):
         super().__init__(d_model, d_ff, activation="swish", beta=beta, recompute=recompute)
 
 
-class GLU(nn.Module):
+class GLU(_OfLinears):
     """``linear_value(x) * sigmoid(linear_gate(x))``; ``activation=`` replaces the sigmoid.
 
     Shapes: x ``[..., d_in]`` to ``[..., d_out]``. State: ``linear_value``, ``linear_gate``.
@@ -204,7 +231,7 @@ class GLU(nn.Module):
         return ops.gated_act(gate(x), value(x), activation=self.activation, beta=self.beta)
 
 
-class GatedFFN(nn.Module):
+class GatedFFN(_OfLinears):
     """``sum over g of value_g(x) * sigmoid(gate_g(x))``, of width ``d_ff``; ``out_proj=True`` projects back.
 
     Shapes: x ``[..., d_model]`` to ``[..., d_ff]``, or ``[..., d_model]`` with the projection. State:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -14,11 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from . import _checks as check
 from . import expert_parallel, ops
-from .modules import FeedForward, PlainFFN, is_plain_linear
+from .modules import PLAIN_TENSORS, FeedForward, PlainFFN, is_plain_linear, reset
 from .ops._shared import arithmetic
 from .routing import Routing, base, expert_choice, jitter
 from .routing import top_k as _top_k
@@ -40,7 +40,7 @@ class MoEFFN(nn.Module):
             ``training`` is passed where it takes one. An ``nn.Module`` becomes a child, ``choose``.
         gated: experts are ``(act(gate) * up) w_down^T``.
         activation, beta: see :func:`ffn_ops.gated_act`.
-        bias: whether experts have biases.
+        bias: whether the router, the experts and the shared ones have biases.
         num_shared: this many experts' width of a dense FFN, ``shared``, that sees every token.
         router_jitter: epsilon of :func:`ffn_ops.routing.jitter` on the router's input, in training.
         recompute: save x and the routing alone for backward, see :func:`ffn_ops.moe`.
@@ -54,7 +54,10 @@ class MoEFFN(nn.Module):
     rows first), ``b_in``, ``w_down [E, D, F]``, ``b_down``. The study guide's keys ``experts.{e}.0.*`` and
     ``experts.{e}.2.*`` load with ``strict=True``; :meth:`document_state_dict` gives them.
 
-    The router computes in float32 (float64 for float64), also under autocast.
+    The router computes in float32 (float64 for float64), also under autocast and in a 16-bit layer. A plain
+    ``nn.Linear``, with or without a bias, by :func:`ffn_ops.route_linear`, whose bits do not depend on the batch; any
+    other module from x ``[..., D]`` to logits ``[..., E]`` is called, hooks and adapters included, with x and its
+    16-bit parameters in float32.
 
     Raises: TypeError, ValueError for sizes, names and inputs that do not fit.
 
@@ -103,23 +106,21 @@ class MoEFFN(nn.Module):
             facts |= {"bias": bias, "activation": activation, "beta": beta, "num_shared": num_shared}
             expert_parallel.check_alike(expert_mesh, facts)
             begin, end = expert_parallel.experts_of(num_experts, expert_mesh.size(), expert_mesh.get_local_rank())
-        self.router = nn.Linear(d_model, num_experts)
+        self.router = nn.Linear(d_model, num_experts, bias=bias)
         self.choose = router
         self._takes_training = router is not None and _takes(router, "training")
-        # Drawn layer by layer in the order in which the study guide's module draws them: a seed gives its parameters.
-        parts: dict[str, list[Tensor]] = {"w_in": [], "b_in": [], "w_down": [], "b_down": []}
-        for e in range(num_experts):
-            for name, sizes in (("in", (d_model, 2 * d_ff if gated else d_ff)), ("down", (d_ff, d_model))):
-                layer = nn.Linear(*sizes, bias=bias)
-                for kind, t in (("w", layer.weight), ("b", layer.bias)):
-                    if t is not None:  # another rank's experts leave their shape alone
-                        parts[f"{kind}_{name}"].append(t.detach()[None] if begin <= e < end else t.detach()[None][:0])
-        stacked = {name: torch.cat(each) for name, each in parts.items() if each}
-        if expert_mesh is not None:
-            stacked = {name: expert_parallel.shard(t, num_experts, expert_mesh) for name, t in stacked.items()}
-        self.w_in, self.w_down = nn.Parameter(stacked["w_in"]), nn.Parameter(stacked["w_down"])
-        self.b_in = nn.Parameter(stacked["b_in"]) if bias else None
-        self.b_down = nn.Parameter(stacked["b_down"]) if bias else None
+
+        def stacked(*shape: int) -> nn.Parameter:
+            local = torch.empty(end - begin, *shape)
+            return nn.Parameter(
+                local if expert_mesh is None else expert_parallel.shard(local, num_experts, expert_mesh)
+            )
+
+        width = 2 * d_ff if gated else d_ff
+        self.w_in, self.w_down = stacked(width, d_model), stacked(d_model, d_ff)
+        self.b_in = stacked(width) if bias else None
+        self.b_down = stacked(d_model) if bias else None
+        self._draw_experts()
         self.shared: nn.Module | None = None
         if num_shared and gated:
             width = num_shared * d_ff  # two thirds of (3 width + 1) / 2, rounded down, are the width
@@ -127,11 +128,50 @@ class MoEFFN(nn.Module):
                 d_model, (3 * width + 1) // 2, 1, 0.0, activation=activation, beta=beta, bias=bias, recompute=recompute
             )
         elif num_shared:
-            self.shared = PlainFFN(d_model, num_shared * d_ff, activation=activation, beta=beta, recompute=recompute)
+            self.shared = PlainFFN(
+                d_model, num_shared * d_ff, activation=activation, beta=beta, bias=bias, recompute=recompute
+            )
         self.register_load_state_dict_pre_hook(_stack_experts)
-        if expert_mesh is not None:
+        self._equalize()
+
+    def reset_parameters(self) -> None:
+        """Fresh values for the router, the experts and the shared ones, drawn in the constructor's order, as after
+        ``to_empty``; with ``expert_mesh`` a collective."""
+        reset(self.router)
+        self._draw_experts()
+        for child in (self.shared, self.choose):
+            if isinstance(child, nn.Module):
+                reset(child)
+        self._equalize()
+
+    @torch.no_grad()
+    def _draw_experts(self) -> None:
+        """Layer by layer in the order in which the study guide's module draws them: a seed gives its parameters."""
+        pairs: list[list[Any]] = [[self.w_in, self.b_in], [self.w_down, self.b_down]]
+        first = 0
+        if check.is_dtensor(self.w_in):
+            mesh: Any = self.expert_mesh
+            if mesh is None or pairs[0][0].device_mesh != mesh:  # sharded by others: torch draws for all ranks
+                for w, b in pairs:
+                    for t in (w, b):
+                        if t is not None:
+                            nn.init.uniform_(t, -(w.shape[2] ** -0.5), w.shape[2] ** -0.5)
+                return
+            first = expert_parallel.experts_of(self.num_experts, mesh.size(), mesh.get_local_rank())[0]
+            pairs = [[None if t is None else t.to_local() for t in pair] for pair in pairs]
+        for e in range(self.num_experts):
+            for w, b in pairs:
+                fresh = nn.Linear(w.shape[2], w.shape[1], b is not None, device=w.device, dtype=w.dtype)
+                if first <= e < first + w.shape[0]:  # another rank's experts are drawn for the sake of those behind
+                    w[e - first] = fresh.weight
+                    if b is not None:
+                        b[e - first] = fresh.bias
+
+    def _equalize(self) -> None:
+        """The first rank's router and shared experts on all."""
+        if self.expert_mesh is not None:
             whole = [t for t in (*self.parameters(), *self.buffers()) if not check.is_dtensor(t)]
-            expert_parallel.equalize(expert_mesh, whole)
+            expert_parallel.equalize(self.expert_mesh, whole)
 
     def logits(self, x: Tensor) -> Tensor:
         """``[..., E]`` in float32 (float64 for float64): what the router chooses by, and what losses take."""
@@ -139,14 +179,21 @@ class MoEFFN(nn.Module):
         if x.dim() < 1 or x.shape[-1] != self.d_model:
             raise ValueError(f"x: expected shape [..., {self.d_model}], got {list(x.shape)}")
         if self.training and self.router_jitter:
-            x = jitter(x, self.router_jitter)
-        if not is_plain_linear(self.router):
-            z: Tensor = self.router(x)
-            return z.to(arithmetic(z))
-        wide = arithmetic(x)
-        meta = x.device.type == "meta"  # which has no autocast to leave
-        with nullcontext() if meta else torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.to(wide), self.router.weight.to(wide), self.router.bias.to(wide))
+            x = jitter(x.to(arithmetic(x)), self.router_jitter)
+        if is_plain_linear(self.router):
+            w: Any = self.router.weight
+            b: Any = self.router.bias
+            if w.dtype not in (x.dtype, arithmetic(x)) or (b is not None and b.dtype is not w.dtype):
+                w, b = (t if t is None else t.to(arithmetic(x)) for t in (w, b))
+            z = ops.route_linear(x, w, b)
+        else:
+            z = _called(self.router, x)
+        shape, kind = (*x.shape[:-1], self.num_experts), type(self.router).__name__
+        if not isinstance(z, Tensor):
+            raise TypeError(f"router: expected logits, a torch.Tensor, from {kind}, got {type(z).__name__}")
+        if z.shape != shape:
+            raise ValueError(f"router: expected logits {list(shape)} from {kind}, got {list(z.shape)}")
+        return z
 
     def route(self, logits: Tensor, **options: Any) -> Routing:
         """The routing of logits; ``options`` (``mask``, ``token_ids``, ...) go to the router."""
@@ -188,6 +235,8 @@ class MoEFFN(nn.Module):
         if self.gated or self.shared is not None or self.b_in is None or self.b_down is None:
             raise ValueError("document_state_dict: expected plain experts with biases and no shared ones")
         state = {f"router.{name}": value for name, value in self.router.state_dict().items()}
+        if "router.weight" in state:  # the study guide's router has a bias
+            state.setdefault("router.bias", state["router.weight"].new_zeros(self.num_experts))
         stacked: list[Any] = [self.w_in, self.b_in, self.w_down, self.b_down]
         stacked = [t.full_tensor() if check.is_dtensor(t) else t for t in stacked]
         for e in range(self.num_experts):
@@ -202,6 +251,33 @@ class MoEFFN(nn.Module):
             f" gated={self.gated}, activation={self.activation!r}"
             + (f", expert_mesh={self.expert_mesh}" if self.expert_mesh is not None else "")
         )
+
+
+_SWAPPING = threading.RLock()  # of the parameters of one module, while other threads may call it
+
+
+def _called(router: nn.Module, x: Tensor) -> Any:
+    """Logits of a router that is more than a plain linear layer: hooks and all, in float32, also where its parameters
+    are not. Those that are no plain tensors (sharded, quantised) act on their own: x then comes in its own dtype."""
+    wide = x.to(arithmetic(x))
+    meta = x.device.type == "meta"  # which has no autocast to leave
+    with nullcontext() if meta else torch.autocast(x.device.type, enabled=False):
+        with nullcontext() if torch.compiler.is_compiling() else _SWAPPING:
+            buffers = dict(router.named_buffers())
+            named = {**dict(router.named_parameters()), **buffers}
+            low = {name: t for name, t in named.items() if t.dtype in (torch.float16, torch.bfloat16)}
+            alone = isinstance(router, torch.jit.ScriptModule) or any(
+                type(t) not in PLAIN_TENSORS for t in low.values()
+            )
+            if low and not alone:
+                state = {name: t.to(wide.dtype) for name, t in low.items()}
+                z = torch.func.functional_call(router, state, (wide,))
+                with torch.no_grad():
+                    for name in low.keys() & buffers.keys():  # such as running means, which the call may have moved
+                        buffers[name].copy_(state[name])
+        if not low or alone:
+            z = router(x if low else wide)
+    return z.to(arithmetic(z)) if isinstance(z, Tensor) else z
 
 
 def _takes(router: Callable[..., Any], name: str) -> bool:
@@ -284,13 +360,16 @@ def upcycle(
     down = layers[-1]
     moe = MoEFFN(
         down.out_features, down.in_features, num_experts, top_k, router=router, gated=gated,
-        activation=ffn.activation, beta=ffn.beta, bias=down.bias is not None, recompute=ffn.recompute,
+        activation=ffn.activation, beta=ffn.beta, bias=any(layer.bias is not None for layer in layers),
+        recompute=ffn.recompute,
     ).to(down.weight)  # fmt: skip
     moe.train(ffn.training)
     with torch.no_grad():
         moe.w_in.copy_(torch.cat([layer.weight for layer in layers[:-1]]))
         moe.w_down.copy_(down.weight)
         if moe.b_in is not None and moe.b_down is not None:
-            moe.b_in.copy_(torch.cat([layer.bias for layer in layers[:-1]]))
-            moe.b_down.copy_(down.bias)
+            zeros = [layer.weight.new_zeros(layer.out_features) for layer in layers]
+            biases = [zero if layer.bias is None else layer.bias for layer, zero in zip(layers, zeros, strict=True)]
+            moe.b_in.copy_(torch.cat(biases[:-1]))
+            moe.b_down.copy_(biases[-1])
     return moe

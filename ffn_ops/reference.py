@@ -56,6 +56,12 @@ def gated_linear(
     return gated_act(F.linear(x, w_gate, b_gate), F.linear(x, w_up, b_up), activation=activation, beta=beta)
 
 
+def route_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x weight^T + bias`` in float32, or in float64 where x is float64."""
+    wide = torch.float64 if x.dtype is torch.float64 else torch.float32
+    return F.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
+
+
 def ffn(
     x: Tensor,
     w_in: Tensor,

@@ -202,7 +202,7 @@ def second_order(rank: int, ranks: int) -> None:
 def layer(rank: int, ranks: int) -> None:
     """MoEFFN: two optimiser steps as in one process, its options, its checkpoints, its copies."""
     mesh, tokens = mesh_of(ranks), TOKENS[ranks]
-    options: dict[str, Any] = {"gated": True, "num_shared": 1, "activation": "silu"}
+    options: dict[str, Any] = {"gated": True, "num_shared": 1, "activation": "silu", "bias": ranks != 2}
     torch.manual_seed(3)
     one = ffn_ops.MoEFFN(D, F, 6, 2, **options)
     torch.manual_seed(3)
@@ -253,6 +253,13 @@ def layer(rank: int, ranks: int) -> None:
         empty = ffn_ops.MoEFFN(D, F, 6, 2, expert_mesh=mesh)
     empty.to_empty(device="cpu").load_state_dict(sharded.state_dict())
     assert torch.equal(empty(own), sharded(own))
+    torch.manual_seed(3 + rank)
+    empty.to_empty(device="cpu").reset_parameters()
+    fresh = [ffn_ops.MoEFFN(D, F, 6, 2).state_dict() for seed in (3, 3 + rank) if torch.manual_seed(seed)]
+    begin, end = expert_parallel.experts_of(6, ranks, rank)
+    for name, value in empty.state_dict().items():  # its own experts, and the first rank's router
+        expected = fresh[1][name][begin:end] if name in WEIGHTS else fresh[0][name]
+        assert torch.equal(value.to_local() if name in WEIGHTS else value, expected), name
 
 
 def routers(rank: int, ranks: int) -> None:

@@ -60,6 +60,20 @@ def fsdp(rank: int) -> None:
     for (name, p), q in zip(ours.named_parameters(), one.parameters(), strict=True):
         torch.testing.assert_close(full(p), q, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
 
+    one.apply(lambda m: getattr(m, "reset_parameters", int)())
+    with torch.device("meta"):
+        ours = model()
+    for layer in ours:
+        fully_shard(layer)
+    ours.to_empty(device="cpu")
+    with torch.no_grad():
+        for p in ours.parameters():
+            p.fill_(torch.nan)
+    ours.apply(lambda m: getattr(m, "reset_parameters", int)())
+    for (name, p), q in zip(ours.named_parameters(), one.parameters(), strict=True):
+        assert isinstance(p, DTensor) and full(p).abs().max() < 2 * q.abs().max(), name
+        assert p.numel() < 99 or full(p).std() > q.std() / 2, name
+
 
 def fsdp_mixed(rank: int) -> None:
     """bfloat16 parameters and activations, float32 gradients: output and gradients of the bfloat16 layer to the bit."""

@@ -105,6 +105,10 @@ def operator_calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     calls["moe_row_dots"] = (OPS.moe_row_dots, (t(T, D), t(R, D), *index))
     calls["moe_linear"] = (OPS.moe_linear, (t(R, D), t(E, F, D), offsets))
     calls["moe_outer"] = (OPS.moe_outer, (t(R, D), t(R, F), offsets))
+    for bias in (None, t(E)):
+        calls[f"route_linear {bias is None}"] = (OPS.route_linear, (t(T, D), t(E, D), bias))
+    for chosen in ([True] * 3, [False, True, False]):
+        calls[f"route_linear_backward {chosen}"] = (OPS.route_linear_backward, (t(T, E), t(T, D), t(E, D), chosen))
     softmax = [("softmax", *flags) for flags in ((False, False), (True, False), (False, True))]
     for options in (*softmax, ("sigmoid", True, False)):
         bias = t(E).detach()

@@ -261,6 +261,36 @@ inline DType check_sort(const Tensor& expert, const MaybeTensor& token, const Te
   return dtype;
 }
 
+struct RouteLinearShape {
+  DType dtype, weight_dtype;
+  int64_t T, D, E;
+
+  DType arithmetic() const { return arithmetic_dtype(dtype); }
+};
+
+// weight and bias of x's dtype, or of its arithmetic's.
+inline RouteLinearShape check_route_linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias,
+                                           Place place = {}) {
+  RouteLinearShape s;
+  s.dtype = storage_dtype(x, "x");
+  check_tensor(x, "x", s.dtype, {-1, -1}, place);
+  s.T = x.size(0);
+  s.D = x.size(1);
+  s.weight_dtype = storage_dtype(weight, "weight") == s.arithmetic() ? s.arithmetic() : s.dtype;
+  check_tensor(weight, "weight", s.weight_dtype, {-1, s.D}, place);
+  s.E = weight.size(0);
+  if (bias) check_tensor(*bias, "bias", s.weight_dtype, {s.E}, place);
+  return s;
+}
+
+inline RouteLinearShape check_route_linear_gradient(const Tensor& d_logits, const Tensor& x, const Tensor& weight,
+                                                    const std::vector<bool>& needs, Place place = {}) {
+  const RouteLinearShape s = check_route_linear(x, weight, {}, place);
+  check_needs(needs, 3);
+  check_tensor(d_logits, "d_logits", s.arithmetic(), {s.T, s.E}, place);
+  return s;
+}
+
 struct ScoresShape {
   DType dtype;
   int64_t T, E;

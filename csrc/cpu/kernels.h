@@ -68,7 +68,7 @@ struct Epilogue : GateForm {
   DType out_dtype() const { return out_unrounded ? arithmetic() : dtype; }
 };
 
-// out[M, N] = epilogue(sum over k of A(m, k) * B(n, k)). Operands and epilogue are of one storage dtype.
+// out[M, N] = epilogue(sum over k of A(m, k) * B(n, k)). Operands and epilogue are of one storage dtype, or `mixed`.
 struct Gemm {
   int64_t M = 0, N = 0, K = 0;
   Operand a;
@@ -77,6 +77,7 @@ struct Gemm {
   const Operand* b = nullptr;
   int64_t num_b = 1;
   bool gated = false;
+  bool mixed = false;  // storage dtypes differ, of one arithmetic: bfloat16 is then not multiplied in pairs
   Epilogue epilogue;
 
   // Schedule, filled by plan_product(); it never changes a bit of the result.
@@ -102,8 +103,9 @@ struct Gemm {
   int64_t share = 0;          // kDots, kTokens: a task takes one of so many parts of the B panels that are left
   void* packed_a = nullptr;   // [K chunk][panel][step of k][panel_rows]
 
-  bool wide() const { return epilogue.dtype == DType::kFloat64; }  // float64 arithmetic
-  int64_t element() const { return wide() ? 8 : 4; }               // bytes of it
+  bool wide() const { return epilogue.dtype == DType::kFloat64; }               // float64 arithmetic
+  bool narrow() const { return epilogue.dtype == DType::kBFloat16 && !mixed; }  // operands may stay bfloat16
+  int64_t element() const { return wide() ? 8 : 4; }                            // bytes of it
   int64_t branches() const { return gated ? num_b / 2 : 1; }
   int64_t stretch() const { return gated ? K : K / num_b; }  // length of one B operand along k
   int64_t chunks() const {                                   // pieces of k that are packed at once, of one branch

@@ -93,7 +93,7 @@ void fill_schedule(Gemm& g, const KernelTable& table, int64_t workers, int64_t t
 
 void add_parts(const Gemm& wanted, const KernelTable& table, int64_t workers, int64_t tasks, std::vector<Gemm>& parts) {
   Gemm g = small_operand_first(wanted);
-  if (g.epilogue.dtype == DType::kBFloat16) g.terms = table.bfloat16_terms;
+  if (g.narrow()) g.terms = table.bfloat16_terms;
   const int64_t fit_rows = kPackedBytes / std::max<int64_t>(1, g.packed_length() * g.element());
   const int64_t fit = std::max<int64_t>(1, fit_rows / table.tile_rows) * table.tile_rows;
   const int64_t rows = divide_up(divide_up(g.M, divide_up(g.M, fit)), table.tile_rows) * table.tile_rows;

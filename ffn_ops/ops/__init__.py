@@ -7,6 +7,7 @@ from ._ffn import ffn
 from ._gated_act import gated_act
 from ._gated_linear import gated_linear
 from ._moe import moe, moe_experts
+from ._route_linear import route_linear
 from ._rows import moe_combine, moe_dispatch
 from ._shared import activations
 
@@ -19,4 +20,5 @@ __all__ = [
     "moe_combine",
     "moe_dispatch",
     "moe_experts",
+    "route_linear",
 ]

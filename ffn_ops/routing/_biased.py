@@ -14,11 +14,12 @@ from ._top_k import top_k
 
 @torch.no_grad()
 def update_bias(bias: Tensor, routing: Routing, rate: float = 1e-3) -> None:
-    """In place ``bias += rate * sign(mean load - load)``, with the load before dropping. ``bias`` [E] has no gradient.
+    """In place ``bias += rate * sign(mean load - load)``, with the load before dropping. ``bias`` [E], float32 or
+    float64 (such steps vanish in 16 bits), has no gradient.
 
     Source: DeepSeek-V3 (2024), section 2.1.2; Wang et al., Auxiliary-Loss-Free Load Balancing (2024), algorithm 1.
     """
-    check.tensor("bias", bias)
+    check.wide("bias", bias)
     check.routing(routing, bias, "bias")
     check.tensor("bias", bias, (routing.counts.shape[0],))
     check.number("rate", rate)
@@ -34,7 +35,7 @@ class BiasedTopK(nn.Module):
         k: experts per token.
         options: further options of :func:`top_k`; the defaults are DeepSeek-V3's, sigmoid scores renormalised.
 
-    State: ``bias`` ``[E]``, float32 whatever the model's dtype.
+    State: ``bias`` ``[E]``, float32 whatever the model's dtype or the checkpoint's: casts leave its values alone.
     """
 
     bias: Tensor
@@ -52,8 +53,18 @@ class BiasedTopK(nn.Module):
     def update(self, routing: Routing, rate: float = 1e-3) -> None:
         update_bias(self.bias, routing, rate)
 
+    def reset_parameters(self) -> None:
+        """``bias = 0``."""
+        nn.init.zeros_(self.bias)
+
+    # The steps of update() would vanish in 16 bits, and a rounded bias sends tokens to other experts.
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        bias = self.bias
         super()._apply(fn, recurse)
-        if self.bias.dtype is not torch.float32:  # model.bfloat16() must not lower it: its steps would vanish
-            self.bias = self.bias.float()
+        if self.bias.dtype is not torch.float32:
+            self.bias = bias.to(self.bias.device, torch.float32)
         return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)  # type: ignore[no-untyped-call]
+        self.bias = self.bias.float()  # load_state_dict(assign=True) takes what comes

@@ -12,12 +12,11 @@ FFN_FN void dispatch_storage(DType dtype, const F& f) {
   });
 }
 
-// Only those whose products take their operands in V.
+// Only those whose products take their operands in V: pairs are of bfloat16 alone.
 template <class V, class F>
 FFN_FN void dispatch_operand(DType dtype, const F& f) {
   dispatch_storage<typename V::Scalar>(dtype, [&](auto storage) {
-    constexpr bool kNarrow = __is_same(typename decltype(storage)::Type, BFloat16);
-    if constexpr (kNarrow ? __is_same(V, BFloat16Operands) : V::kTerms == 1) f(storage);
+    if constexpr (V::kTerms == 1 || __is_same(typename decltype(storage)::Type, BFloat16)) f(storage);
   });
 }
 

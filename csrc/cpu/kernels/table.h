@@ -27,7 +27,7 @@ constexpr int kSumRows = kTileRows * kTileVectors * 2 / 3;  // accumulators, whe
 
 void pack_a(const Gemm& g, int64_t chunk, int64_t panel_begin, int64_t panel_end) {
   if (g.wide()) pack_a_as<Vec<double>>(g, chunk, panel_begin, panel_end);
-  else if (g.epilogue.dtype == DType::kBFloat16) pack_a_as<BFloat16Operands>(g, chunk, panel_begin, panel_end);
+  else if (g.narrow()) pack_a_as<BFloat16Operands>(g, chunk, panel_begin, panel_end);
   else pack_a_as<Vec<float>>(g, chunk, panel_begin, panel_end);
 }
 
@@ -47,7 +47,7 @@ void gemm_as(const Gemm& g, int64_t task, void* scratch) {
 
 void gemm(const Gemm& g, int64_t task, void* scratch) {
   if (g.wide()) gemm_as<Vec<double>>(g, task, scratch);
-  else if (g.epilogue.dtype == DType::kBFloat16) gemm_as<BFloat16Operands>(g, task, scratch);
+  else if (g.narrow()) gemm_as<BFloat16Operands>(g, task, scratch);
   else gemm_as<Vec<float>>(g, task, scratch);
 }
 

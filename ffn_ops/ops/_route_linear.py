@@ -1,0 +1,116 @@
+"""route_linear: a router's logits. Public function, fakes, autograd to second order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _checks as check
+from .._library import differentiable, fake, vmap_by_loop
+from ._shared import arithmetic, fold, given, linear_cotangent, needs_grad
+
+
+def route_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x weight^T + bias``, the logits of a router, in float32 from tensors of any dtype (float64 for float64).
+
+    A token's logits have the same bits alone and in every batch, so that its experts do not depend on its neighbours.
+    Autocast changes nothing.
+
+    Args:
+        x: ``[..., D]``; float64, float32, float16 or bfloat16. It is read as it is: no float32 copy is made on a CPU.
+        weight: ``[E, D]``, of x's dtype or float32 (float64 where x is float64).
+        bias: ``[E]``, of weight's dtype, or None.
+
+    Returns:
+        ``[..., E]``, not rounded to x's dtype. Gradients come in the dtypes of x, weight and bias.
+
+    Raises:
+        TypeError, ValueError: name of the argument, what was expected and what came.
+
+    Source:
+        Shazeer et al., Outrageously Large Neural Networks (2017), section 2.1; in float32: Fedus, Zoph, Shazeer,
+        Switch Transformers (2021), section 2.4.
+
+    Example:
+        >>> x = torch.randn(5, 8, dtype=torch.bfloat16)
+        >>> ffn_ops.route_linear(x, torch.ones(4, 8, dtype=torch.bfloat16)).dtype
+        torch.float32
+    """
+    check.tensor("x", x)
+    if x.dim() < 1:
+        raise ValueError(f"x: expected shape [..., D], got {list(x.shape)}")
+    _check_route_linear(x, weight, bias)
+    z = _route_linear(fold(x), weight, bias, grad=needs_grad(x, weight, bias))
+    return z if x.dim() == 2 else z.reshape(*x.shape[:-1], z.shape[-1])  # type: ignore[no-any-return]
+
+
+def _check_route_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    check.tensor("weight", weight, ("E", x.shape[-1]))
+    if weight.dtype not in (x.dtype, arithmetic(x)):
+        wanted = " or ".join(sorted({str(dtype).removeprefix("torch.") for dtype in (x.dtype, arithmetic(x))}))
+        raise TypeError(f"weight: expected dtype {wanted}, got {str(weight.dtype).removeprefix('torch.')}")
+    check.device("weight", weight, x)
+    if bias is not None:
+        check.tensor("bias", bias, (weight.shape[0],))
+        if bias.dtype is not weight.dtype:
+            wanted, got = (str(t.dtype).removeprefix("torch.") for t in (weight, bias))
+            raise TypeError(f"bias: expected dtype {wanted} as weight has, got {got}")
+        check.device("bias", bias, x)
+
+
+@fake("route_linear")
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    check.tensor("x", x, ("T", "D"))
+    _check_route_linear(x, weight, bias)
+    return x.new_empty((x.shape[0], weight.shape[0]), dtype=arithmetic(x))
+
+
+@fake("route_linear_backward")
+def _(d_logits: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> Any:
+    check.tensor("x", x, ("T", "D"))
+    _check_route_linear(x, weight, None)
+    check.tensor("d_logits", d_logits, (x.shape[0], weight.shape[0]))
+    check.device("d_logits", d_logits, x)
+    likes = ((x, x.shape), (weight, weight.shape), (weight, weight.shape[:1]))
+    return tuple(like.new_empty(shape if need else (0,)) for (like, shape), need in zip(likes, needs, strict=True))
+
+
+def _setup(ctx: Any, inputs: Any, output: Any) -> None:
+    x, weight, bias = inputs
+    ctx.has_bias = bias is not None
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight)
+
+
+def _backward_formula(ctx: Any, d_logits: Tensor | None) -> Any:
+    if d_logits is None:
+        return None, None, None
+    needs = [bool(need) for need in ctx.needs_input_grad[:3]]
+    grads = _route_linear_backward(d_logits, *ctx.saved_tensors, needs)
+    return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
+
+
+def _backward_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    d_logits, x, weight, _needs = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(d_logits, x, weight)
+
+
+def _double_backward(ctx: Any, *grads: Tensor | None) -> Any:
+    """The three gradients are linear in d_logits, and in weight or x."""
+    d, x, weight = ctx.saved_tensors
+    wide = d.dtype
+    dd_x, dd_w, dd_b = (None if given(grad) is None else grad.to(wide) for grad in grads)  # type: ignore[union-attr]
+    by_d = linear_cotangent(x.to(wide), weight.to(wide), dd_x, dd_w, dd_b)
+    by_x = torch.zeros_like(x) if dd_w is None else (d @ dd_w).to(x.dtype)
+    by_w = torch.zeros_like(weight) if dd_x is None else (d.t() @ dd_x).to(weight.dtype)
+    return by_d, by_x, by_w, None
+
+
+_route_linear_backward = differentiable("route_linear_backward", _backward_setup, _double_backward)
+_route_linear = differentiable("route_linear", _setup, _backward_formula)
+
+for _name in ("route_linear", "route_linear_backward"):
+    vmap_by_loop(_name)
