@@ -19,9 +19,11 @@ from torch.nn import functional as F
 from . import _checks as check
 from . import expert_parallel, ops
 from .modules import FeedForward, PlainFFN, is_plain_linear
-from .ops._shared import arithmetic
+from .ops._rows import check_routing
+from .ops._shared import arithmetic, fold
 from .routing import Routing, base, expert_choice, jitter
 from .routing import top_k as _top_k
+from .routing._routing import check_mask, mask_of
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -135,9 +137,7 @@ class MoEFFN(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """``[..., E]`` in float32 (float64 for float64): what the router chooses by, and what losses take."""
-        check.tensor("x", x)
-        if x.dim() < 1 or x.shape[-1] != self.d_model:
-            raise ValueError(f"x: expected shape [..., {self.d_model}], got {list(x.shape)}")
+        self._check(x)
         if self.training and self.router_jitter:
             x = jitter(x, self.router_jitter)
         if not is_plain_linear(self.router):
@@ -148,6 +148,11 @@ class MoEFFN(nn.Module):
         with nullcontext() if meta else torch.autocast(x.device.type, enabled=False):
             return F.linear(x.to(wide), self.router.weight.to(wide), self.router.bias.to(wide))
 
+    def _check(self, x: Tensor) -> None:
+        check.tensor("x", x)
+        if x.dim() < 1 or x.shape[-1] != self.d_model:
+            raise ValueError(f"x: expected shape [..., {self.d_model}], got {list(x.shape)}")
+
     def route(self, logits: Tensor, **options: Any) -> Routing:
         """The routing of logits; ``options`` (``mask``, ``token_ids``, ...) go to the router."""
         logits = logits.reshape(-1, self.num_experts)
@@ -157,14 +162,32 @@ class MoEFFN(nn.Module):
             options = {"training": self.training, **options}
         return self.choose(logits, **options)
 
+    def _real_tokens(self, x: Tensor, routing: Routing | None, mask: Tensor | None) -> Tensor | None:
+        """``[..., 1]``, or None where there is no mask."""
+        if routing is None and mask is None:
+            return None
+        self._check(x)
+        tokens = fold(x)
+        if routing is not None:
+            check_routing(x, routing)
+            mask = mask_of(routing, mask, tokens)
+        elif mask is not None:
+            mask = check_mask(mask, tokens)
+        return None if mask is None else mask.reshape(x.shape[:-1]).unsqueeze(-1)
+
     def forward(
         self, x: Tensor, *, routing: Routing | None = None, return_routing: bool = False, **options: Any
     ) -> Any:
         """y, or with ``return_routing=True`` ``(y, routing, logits)`` for losses and statistics.
 
-        ``routing`` replaces the router's choice (logits are then None); other keywords go to the router.
+        ``routing`` replaces the router's choice (logits are then None); other keywords go to the router. ``mask``
+        (bool, one for each token, False for padding; with ``routing`` its own) leaves padding out of the shared
+        experts too: whatever stands in x there, its y and every gradient from it are exactly 0.
         """
         logits = None
+        real = self._real_tokens(x, routing, options.get("mask"))
+        if real is not None:
+            x = torch.where(real, x, 0)
         if routing is None:
             logits = self.logits(x)
             routing = self.route(logits, **options)
@@ -177,7 +200,8 @@ class MoEFFN(nn.Module):
         else:
             y = expert_parallel.moe(x, routing, self.w_in, self.w_down, mesh=self.expert_mesh, **experts)
         if self.shared is not None:
-            y = y + self.shared(x)
+            shared = self.shared(x)
+            y = y + (shared if real is None else torch.where(real, shared, 0))
         return (y, routing, logits) if return_routing else y
 
     def document_state_dict(self) -> dict[str, Tensor]:
