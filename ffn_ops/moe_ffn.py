@@ -243,17 +243,37 @@ def _check_local(router: Callable[..., Any] | None) -> None:
         )
 
 
-def _stack_experts(module: MoEFFN, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """The study guide's keys become the stacked ones, where all of a kind are there; a sharded parameter takes its
-    part of a whole one."""
+def _stack_experts(
+    module: MoEFFN, state: dict[str, Tensor], prefix: str, _metadata: Any, _strict: bool, missing: list[str],
+    _unexpected: Any, errors: list[str],
+) -> None:  # fmt: skip
+    """The study guide's keys become the stacked ones; where one of them is missing or does not fit, it alone is named.
+    A sharded parameter takes its part of a whole one."""
     for stacked, name in (("w_in", "0.weight"), ("b_in", "0.bias"), ("w_down", "2.weight"), ("b_down", "2.bias")):
+        parameter = getattr(module, stacked)
         keys = [f"{prefix}experts.{e}.{name}" for e in range(module.num_experts)]
-        parts = [state[key] for key in keys if key in state]
-        if len(parts) == len(keys) and len({part.shape for part in parts}) == 1:
-            for key in keys:
+        found = {key: state[key] for key in keys if key in state}
+        if found and parameter is not None:
+            for key in found:
                 del state[key]
-            state[prefix + stacked] = torch.stack(parts)
-        whole, parameter = state.get(prefix + stacked), getattr(module, stacked)
+            absent = [key for key in keys if key not in found]
+            shapes = {part.shape for part in found.values()}
+            missing += absent
+            if len(shapes) > 1:
+                errors += [
+                    f"size mismatch for {key}: copying a param with shape {part.shape} from checkpoint, the shape of an"
+                    f" expert in current model is {parameter.shape[1:]}."
+                    for key, part in found.items()
+                    if part.shape != parameter.shape[1:]
+                ]
+                state[prefix + stacked] = parameter.detach()
+                continue
+            if not absent:
+                state[prefix + stacked] = torch.stack(list(found.values()))
+            elif not check.is_dtensor(parameter) and not parameter.is_meta:  # the experts that are there
+                kept = parameter.detach().to(next(iter(found.values())))
+                state[prefix + stacked] = torch.stack([found.get(key, kept[e]) for e, key in enumerate(keys)])
+        whole = state.get(prefix + stacked)
         if (
             check.is_dtensor(parameter)
             and whole is not None
