@@ -141,4 +141,6 @@ def routing(value: Any, like: Tensor | None = None, of: str = "x") -> None:
             raise ValueError(f"routing.{name}: expected at least one element, got none")
     if like is not None:
         for name in value._fields:
-            device(f"routing.{name}", getattr(value, name), like, of)
+            field = getattr(value, name)
+            if field is not None:  # a mask may be
+                device(f"routing.{name}", field, like, of)

@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from . import _checks as check
 from . import expert_parallel, ops
 from .modules import PLAIN_TENSORS, FeedForward, PlainFFN, is_plain_linear, reset
-from .ops._shared import arithmetic
+from .ops._rows import check_routing
+from .ops._shared import arithmetic, fold
 from .routing import Routing, base, expert_choice, jitter
 from .routing import top_k as _top_k
+from .routing._routing import check_mask, mask_of
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -175,9 +177,7 @@ class MoEFFN(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """``[..., E]`` in float32 (float64 for float64): what the router chooses by, and what losses take."""
-        check.tensor("x", x)
-        if x.dim() < 1 or x.shape[-1] != self.d_model:
-            raise ValueError(f"x: expected shape [..., {self.d_model}], got {list(x.shape)}")
+        self._check(x)
         if self.training and self.router_jitter:
             x = jitter(x.to(arithmetic(x)), self.router_jitter)
         if is_plain_linear(self.router):
@@ -195,6 +195,11 @@ class MoEFFN(nn.Module):
             raise ValueError(f"router: expected logits {list(shape)} from {kind}, got {list(z.shape)}")
         return z
 
+    def _check(self, x: Tensor) -> None:
+        check.tensor("x", x)
+        if x.dim() < 1 or x.shape[-1] != self.d_model:
+            raise ValueError(f"x: expected shape [..., {self.d_model}], got {list(x.shape)}")
+
     def route(self, logits: Tensor, **options: Any) -> Routing:
         """The routing of logits; ``options`` (``mask``, ``token_ids``, ...) go to the router."""
         logits = logits.reshape(-1, self.num_experts)
@@ -204,14 +209,32 @@ class MoEFFN(nn.Module):
             options = {"training": self.training, **options}
         return self.choose(logits, **options)
 
+    def _real_tokens(self, x: Tensor, routing: Routing | None, mask: Tensor | None) -> Tensor | None:
+        """``[..., 1]``, or None where there is no mask."""
+        if routing is None and mask is None:
+            return None
+        self._check(x)
+        tokens = fold(x)
+        if routing is not None:
+            check_routing(x, routing)
+            mask = mask_of(routing, mask, tokens)
+        elif mask is not None:
+            mask = check_mask(mask, tokens)
+        return None if mask is None else mask.reshape(x.shape[:-1]).unsqueeze(-1)
+
     def forward(
         self, x: Tensor, *, routing: Routing | None = None, return_routing: bool = False, **options: Any
     ) -> Any:
         """y, or with ``return_routing=True`` ``(y, routing, logits)`` for losses and statistics.
 
-        ``routing`` replaces the router's choice (logits are then None); other keywords go to the router.
+        ``routing`` replaces the router's choice (logits are then None); other keywords go to the router. ``mask``
+        (bool, one for each token, False for padding; with ``routing`` its own) leaves padding out of the shared
+        experts too: whatever stands in x there, its y and every gradient from it are exactly 0.
         """
         logits = None
+        real = self._real_tokens(x, routing, options.get("mask"))
+        if real is not None:
+            x = torch.where(real, x, 0)
         if routing is None:
             logits = self.logits(x)
             routing = self.route(logits, **options)
@@ -224,7 +247,8 @@ class MoEFFN(nn.Module):
         else:
             y = expert_parallel.moe(x, routing, self.w_in, self.w_down, mesh=self.expert_mesh, **experts)
         if self.shared is not None:
-            y = y + self.shared(x)
+            shared = self.shared(x)
+            y = y + (shared if real is None else torch.where(real, shared, 0))
         return (y, routing, logits) if return_routing else y
 
     def document_state_dict(self) -> dict[str, Tensor]:
@@ -295,17 +319,37 @@ def _check_local(router: Callable[..., Any] | None) -> None:
         )
 
 
-def _stack_experts(module: MoEFFN, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """The study guide's keys become the stacked ones, where all of a kind are there; a sharded parameter takes its
-    part of a whole one."""
+def _stack_experts(
+    module: MoEFFN, state: dict[str, Tensor], prefix: str, _metadata: Any, _strict: bool, missing: list[str],
+    _unexpected: Any, errors: list[str],
+) -> None:  # fmt: skip
+    """The study guide's keys become the stacked ones; where one of them is missing or does not fit, it alone is named.
+    A sharded parameter takes its part of a whole one."""
     for stacked, name in (("w_in", "0.weight"), ("b_in", "0.bias"), ("w_down", "2.weight"), ("b_down", "2.bias")):
+        parameter = getattr(module, stacked)
         keys = [f"{prefix}experts.{e}.{name}" for e in range(module.num_experts)]
-        parts = [state[key] for key in keys if key in state]
-        if len(parts) == len(keys) and len({part.shape for part in parts}) == 1:
-            for key in keys:
+        found = {key: state[key] for key in keys if key in state}
+        if found and parameter is not None:
+            for key in found:
                 del state[key]
-            state[prefix + stacked] = torch.stack(parts)
-        whole, parameter = state.get(prefix + stacked), getattr(module, stacked)
+            absent = [key for key in keys if key not in found]
+            shapes = {part.shape for part in found.values()}
+            missing += absent
+            if len(shapes) > 1:
+                errors += [
+                    f"size mismatch for {key}: copying a param with shape {part.shape} from checkpoint, the shape of an"
+                    f" expert in current model is {parameter.shape[1:]}."
+                    for key, part in found.items()
+                    if part.shape != parameter.shape[1:]
+                ]
+                state[prefix + stacked] = parameter.detach()
+                continue
+            if not absent:
+                state[prefix + stacked] = torch.stack(list(found.values()))
+            elif not check.is_dtensor(parameter) and not parameter.is_meta:  # the experts that are there
+                kept = parameter.detach().to(next(iter(found.values())))
+                state[prefix + stacked] = torch.stack([found.get(key, kept[e]) for e, key in enumerate(keys)])
+        whole = state.get(prefix + stacked)
         if (
             check.is_dtensor(parameter)
             and whole is not None

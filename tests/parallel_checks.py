@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from ranks import raised
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -18,6 +19,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import ffn_ops
+from ffn_ops import routing
 
 D, F = 12, 20
 LAYERS: dict[str, Callable[[], nn.Module]] = {
@@ -191,6 +193,48 @@ def expert_and_fsdp(rank: int) -> None:
         whole = full(p)
         assert isinstance(p, DTensor) and p.to_local().numel() == p.numel() // 4, name
         torch.testing.assert_close(whole, q, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def balance(rank: int, ranks: int) -> None:
+    """Loads of all ranks move the bias and weigh the loss: what one process computes of all of their tokens."""
+    whole = torch.randn(ranks, 9, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    whole += 2 * torch.eye(6, dtype=torch.float64)[:ranks, None]  # each rank likes an expert of its own
+    mask = torch.rand(ranks, 9, generator=torch.Generator().manual_seed(2)).argsort(1) > 2
+    mesh = init_device_mesh("cpu", (ranks // 2, 2), mesh_dim_names=("dp", "ep"))
+    pair = slice(rank // 2 * 2, rank // 2 * 2 + 2)
+    everyone, two = whole.flatten(0, 1), whole[pair].flatten(0, 1)
+    groups = ((dist.group.WORLD, everyone), (mesh, everyone), (mesh["ep"], two), (mesh["ep"].get_group(), two))
+    for group, tokens in groups:
+        one, ours = routing.BiasedTopK(6, 2), routing.BiasedTopK(6, 2)
+        for _ in range(5):
+            one.update(one(tokens), 0.5)
+            ours.update(ours(whole[rank]), 0.5, group=group)
+        assert one.bias.any() and torch.equal(ours.bias, one.bias)
+    alone = routing.BiasedTopK(6, 2)
+    alone.update(alone(whole[rank]))
+    biases = [torch.empty(6) for _ in range(ranks)]
+    dist.all_gather(biases, alone.bias)
+    assert not all(torch.equal(bias, alone.bias) for bias in biases)  # without a group they drift apart
+    empty = routing.BiasedTopK(6, 2)
+    empty.update(empty(whole[rank][: 9 * (rank == 0)]), group=mesh)
+    alone.bias.zero_()
+    alone.update(alone(whole[0]))
+    assert torch.equal(empty.bias, alone.bias)
+
+    for masks in (None, mask):
+        mine, all_of_them = whole[rank].clone().requires_grad_(), everyone.clone().requires_grad_()
+        r = routing.top_k(mine, 2, capacity_factor=0.5, mask=None if masks is None else masks[rank])
+        loss = routing.load_balancing_loss(mine, r, group=mesh)
+        chosen = routing.top_k(all_of_them, 2, mask=None if masks is None else masks.flatten())
+        expected = routing.load_balancing_loss(all_of_them, chosen)
+        assert abs(loss - routing.load_balancing_loss(mine, r)) > 0.01  # the rank's own, which is another
+        (grad,), (right,) = torch.autograd.grad(loss, mine), torch.autograd.grad(expected, all_of_them)
+        torch.testing.assert_close(grad / ranks, right.view_as(whole)[rank])
+        mean = loss.detach() / ranks
+        dist.all_reduce(mean)
+        torch.testing.assert_close(mean, expected.detach())
+    for call in (lambda: alone.update(r, group="dp"), lambda: routing.load_balancing_loss(mine, r, group=2)):
+        assert raised(call).startswith("TypeError: group: expected a ProcessGroup or a DeviceMesh, got")
 
 
 def benchmark(rank: int) -> dict[str, Any]:

@@ -21,6 +21,11 @@ def test_expert_parallel_under_fsdp() -> None:
     ranks.run(parallel_checks.expert_and_fsdp, 4)
 
 
+@pytest.mark.parametrize("count", [2, 4])
+def test_balance_of_all_ranks(count: int) -> None:
+    ranks.run(parallel_checks.balance, count, count)
+
+
 def test_lines_of_readme() -> None:
     text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     section = text.split("### Distributed, by PyTorch's own means")[1].split("\n## ")[0].split("\n### ")[0]

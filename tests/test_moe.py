@@ -299,7 +299,7 @@ def refused_by_moe(cases: Callable[[Routing, Tensor], Iterable[tuple[str, Any, s
     """Each changes one argument of a call that passes."""
     r = routing.top_k(torch.randn(6, 3), 2)
     x = torch.randn(6, 5)
-    good = {"x": x, **{n: t for n, t in r._asdict().items() if n != "counts"}}
+    good = {"x": x, **dict(zip(r._fields[:5], r[:5], strict=True))}
     end = (*experts(3, dtype=torch.float32).values(), False, False, "gelu", 1.0, None, 0.0, False)
     torch.ops.ffn_ops.moe(*good.values(), *end)
     for name, wrong, message in cases(r, x):
@@ -325,7 +325,7 @@ def test_raw_operators_refuse() -> None:
     with pytest.raises(RuntimeError, match="weight: expected shape"):
         ops.moe_sort(torch.ones(2, 3).long(), None, torch.ones(2), 3, 2, -1, False)
     with pytest.raises(RuntimeError, match="rows: expected shape"):
-        ops.moe_combine(torch.randn(6, 5), *(t for n, t in r._asdict().items() if n != "counts"))
+        ops.moe_combine(torch.randn(6, 5), *r[:5])
 
 
 NOT_LOOKED_AT = "a GPU's indices are not read by the host: kernels drop what steps outside (tests/test_cuda.py)"

@@ -69,14 +69,47 @@ def test_state_dict() -> None:
     assert torch.equal(model[1].w_down, other.w_down)
     assert f"1.{next(iter(plain.state_dict()))}" in state  # the caller's dict is whole
     other.load_state_dict(ours.state_dict(), strict=True)
-    missing = dict(plain.state_dict())
-    del missing["experts.3.0.bias"]
-    with pytest.raises(RuntimeError, match=r"b_in|experts.3"):
-        other.load_state_dict(missing, strict=True)
     with pytest.raises(RuntimeError, match="size mismatch"):
         other.load_state_dict(reference.MoEFFN(12, 21, 6).state_dict())
     with pytest.raises(ValueError, match="document_state_dict"):
         ffn_ops.MoEFFN(4, 6, gated=True).document_state_dict()
+
+
+@pytest.mark.parametrize("key", ["experts.3.0.weight", "experts.0.0.bias", "experts.5.2.weight", "experts.2.2.bias"])
+def test_checkpoint_with_one_faulty_expert(key: str) -> None:
+    """The error names that expert's key and its shape, and nothing else; without ``strict`` all others load."""
+    ours, plain = pair()
+    model = nn.Sequential(ours)
+    good = {f"0.{n}": t + 1 for n, t in plain.state_dict().items()}
+    stacked = {"0weight": "w_in", "0bias": "b_in", "2weight": "w_down", "2bias": "b_down"}[key[10:].replace(".", "")]
+    e, before = int(key[8]), getattr(ours, stacked).detach().clone()
+
+    def names(error: pytest.ExceptionInfo[RuntimeError]) -> set[str]:
+        return {word.strip('".,:') for word in str(error.value).split() if word.startswith(("0.", '"0.'))}
+
+    absent = {n: t for n, t in good.items() if n != f"0.{key}"}
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "0\.experts') as error:
+        model.load_state_dict(absent)
+    assert names(error) == {f"0.{key}"}
+    ours.load_state_dict(plain.state_dict())
+    found = model.load_state_dict(absent, strict=False)
+    assert found.missing_keys == [f"0.{key}"] and not found.unexpected_keys
+    expected = before + 1
+    expected[e] = before[e]
+    assert torch.equal(getattr(ours, stacked), expected)
+
+    shape = [s + 1 for s in good[f"0.{key}"].shape]
+    wrong = {**good, f"0.{key}": torch.zeros(shape)}
+    for strict in (True, False):
+        message = f"size mismatch for 0.{key}: .* shape torch.Size.*{shape}.*{list(before.shape[1:])}"
+        with pytest.raises(RuntimeError, match=message.replace("[", r"\[").replace("]", r"\]")) as error:
+            model.load_state_dict(wrong, strict=strict)
+        assert names(error) == {f"0.{key}"}
+    with pytest.raises(RuntimeError, match="Unexpected") as error:
+        model.load_state_dict({**good, "0.experts.6.0.weight": good["0.experts.5.0.weight"]})
+    assert names(error) == {"0.experts.6.0.weight"}
+    unbiased = nn.Sequential(ffn_ops.MoEFFN(12, 20, 6, bias=False))
+    assert all(".bias" in name for name in unbiased.load_state_dict(good, strict=False).unexpected_keys)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from ..ops._route import balanced_assignment_op
-from ._routing import Routing, check_mask, fold_logits, wide
+from ._routing import Routing, fold_logits, wide
 from ._top_k import softmax_top_k
 
 
@@ -26,11 +26,11 @@ def base(logits: Tensor, *, training: bool = True, mask: Tensor | None = None) -
     Source: Lewis et al., BASE Layers (2021), equations 1 and 2.
     """
     check.flag("training", training)
-    z = wide(fold_logits(logits))
-    real = None if mask is None else check_mask(mask, z)
+    z, mask = fold_logits(logits, mask)
+    z = wide(z)
     if training:
-        ids = balanced_assignment_op(z.detach(), real).unsqueeze(1)
+        ids = balanced_assignment_op(z.detach(), mask).unsqueeze(1)
         inside = ids.clamp(max=z.shape[1] - 1)
     else:
         inside = ids = softmax_top_k(z.detach(), 1)[0]
-    return Routing.from_topk(ids, torch.sigmoid(z.gather(1, inside)), z.shape[1], mask=real)
+    return Routing.from_topk(ids, torch.sigmoid(z.gather(1, inside)), z.shape[1], mask=mask)

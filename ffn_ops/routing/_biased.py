@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import _checks as check
+from ._group import sum_over
 from ._routing import Routing
 from ._top_k import top_k
 
+if TYPE_CHECKING:
+    from ._group import Group
+
 
 @torch.no_grad()
-def update_bias(bias: Tensor, routing: Routing, rate: float = 1e-3) -> None:
+def update_bias(bias: Tensor, routing: Routing, rate: float = 1e-3, *, group: Group | None = None) -> None:
     """In place ``bias += rate * sign(mean load - load)``, with the load before dropping. ``bias`` [E], float32 or
     float64 (such steps vanish in 16 bits), has no gradient.
+
+    Args:
+        bias: ``[E]``.
+        routing: of this step; of several, one call for each, or one with their counts added up.
+        rate: how far a step goes.
+        group: a ``ProcessGroup`` or a ``DeviceMesh`` (all of its dimensions) whose ranks train one model, each with
+            tokens of its own: their loads are added up, so that every rank makes the same step. **Without it each rank
+            follows its own load, and the ranks' biases drift apart.** The call is then a collective, which every rank
+            joins, also without tokens.
+
+    Raises:
+        TypeError, ValueError: name of the argument, what was expected and what came.
 
     Source: DeepSeek-V3 (2024), section 2.1.2; Wang et al., Auxiliary-Loss-Free Load Balancing (2024), algorithm 1.
     """
@@ -23,12 +39,14 @@ def update_bias(bias: Tensor, routing: Routing, rate: float = 1e-3) -> None:
     check.routing(routing, bias, "bias")
     check.tensor("bias", bias, (routing.counts.shape[0],))
     check.number("rate", rate)
-    load = routing.counts.to(bias.dtype)
-    bias += rate * torch.sign(load.mean() - load)
+    load = sum_over(routing.counts, group)
+    below = load.sum() - load * load.shape[0]  # E times the mean less the load: exact, in integers
+    bias += rate * torch.sign(below).to(bias.dtype)
 
 
 class BiasedTopK(nn.Module):
-    """:func:`top_k` with a bias as a buffer: DeepSeek-V3's router. ``update(routing)`` after each step moves it.
+    """:func:`top_k` with a bias as a buffer: DeepSeek-V3's router. ``update(routing)`` after each step moves it,
+    ``update(routing, group=group)`` where several ranks train the model.
 
     Args:
         num_experts: E.
@@ -50,8 +68,9 @@ class BiasedTopK(nn.Module):
     def forward(self, logits: Tensor, **options: Any) -> Routing:
         return top_k(logits, self.k, bias=self.bias, **{**self.options, **options})
 
-    def update(self, routing: Routing, rate: float = 1e-3) -> None:
-        update_bias(self.bias, routing, rate)
+    def update(self, routing: Routing, rate: float = 1e-3, *, group: Group | None = None) -> None:
+        """See :func:`update_bias`. Under data or expert parallelism a collective of ``group``, which it needs there."""
+        update_bias(self.bias, routing, rate, group=group)
 
     def reset_parameters(self) -> None:
         """``bias = 0``."""

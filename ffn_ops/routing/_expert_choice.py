@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from ..ops._route import top_k_op
-from ._routing import Routing, check_mask, expert_capacity, fold_logits, sorted_rows, wide
+from ._routing import Routing, expert_capacity, fold_logits, sorted_rows, wide
 
 
 def expert_choice(
@@ -30,7 +30,7 @@ def expert_choice(
     Source: Zhou et al., Mixture-of-Experts with Expert Choice Routing (2022), equation 2.
     """
     check.flag("causal", causal)
-    z = fold_logits(logits)
+    z, mask = fold_logits(logits, mask)
     if causal and not torch.compiler.is_compiling():
         warnings.warn(
             "expert_choice: a token's experts depend on later tokens, which leaks the future in causal models;"
@@ -44,12 +44,12 @@ def expert_choice(
     expert = torch.arange(experts, device=z.device).unsqueeze(1).expand(experts, count)
     if isinstance(count, int) and count == 0:
         empty = expert.reshape(-1)
-        return sorted_rows(empty, empty, p.new_empty(0), experts, tokens)
+        return sorted_rows(empty, empty, p.new_empty(0), experts, tokens, mask=mask)
     choice = p.detach()
     if mask is not None:
-        mask = check_mask(mask, z)
         choice = torch.where(mask, choice, -1.0)
     _, token = top_k_op(choice.contiguous(), None, count, "softmax", False, True, 1, 1, 1.0)
     if mask is not None:
         expert = torch.where(mask[token], expert, experts)
-    return sorted_rows(expert.reshape(-1), token.reshape(-1), p.gather(1, token).reshape(-1), experts, tokens)
+    weight = p.gather(1, token).reshape(-1)
+    return sorted_rows(expert.reshape(-1), token.reshape(-1), weight, experts, tokens, mask=mask)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from ._routing import Routing, check_mask, expert_capacity, fold_logits, sorted_rows
+from ._routing import Routing, expert_capacity, fold_logits, sorted_rows
 from ._top_k import softmax_top_k
 
 
@@ -36,23 +36,23 @@ def glam_top2(
     """
     check.choice("renormalize", renormalize, ("none", "before_drop", "after_drop"))
     check.flag("random_second", random_second)
-    z = fold_logits(logits)
+    z, mask = fold_logits(logits, mask)
     tokens, experts = z.shape
     ids, p = softmax_top_k(z, 2)
     share = p / p.sum(1, keepdim=True)
     if mask is not None:
-        ids = torch.where(check_mask(mask, z).unsqueeze(1), ids, experts)
+        ids = torch.where(mask.unsqueeze(1), ids, experts)
     if random_second:
         draw = torch.rand(tokens, generator=generator, dtype=p.dtype, device=p.device)
         kept = torch.stack((torch.ones_like(draw, dtype=torch.bool), draw < share[:, 1].detach() / 0.2), 1)
         ids = torch.where(kept, ids, experts)
     capacity = expert_capacity(tokens, 2, experts, capacity_factor, min_capacity)
     weights = share if renormalize == "before_drop" else p
-    routing = sorted_rows(ids, None, weights, experts, tokens, capacity, drop)
+    routing = sorted_rows(ids, None, weights, experts, tokens, capacity, drop, mask)
     if renormalize != "after_drop":
         return routing
     stays = (routing.row < routing.offsets[-1]).view(tokens, 2)
     weights = torch.where(stays, p, 0)
     weights = weights / torch.where(stays.any(1, keepdim=True), weights.sum(1, keepdim=True), 1)
     again = sorted_rows(torch.where(stays, ids, experts), None, weights, experts, tokens)
-    return Routing(*again[:5], routing.counts)
+    return Routing(*again[:5], *routing[5:])

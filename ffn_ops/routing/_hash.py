@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from ._routing import Routing, fold_logits, wide
+from ._routing import Routing, check_mask, fold_logits, has_values, wide
 
 
 def hash_table(vocabulary: int, num_experts: int, *, seed: int = 0) -> Tensor:
@@ -25,11 +25,15 @@ def hash(
     """The expert that ``table`` gives for each token id, with weight 1, or p of ``logits`` for a learned score.
 
     Args:
-        token_ids: integers ``[...]``, T of them.
+        token_ids: integers ``[...]``, T of them, from 0 to ``vocabulary - 1``; those of padding may be anything.
         table: ``[vocabulary]`` integers below ``num_experts``, such as :func:`hash_table` gives.
         num_experts: E.
         logits: ``[..., E]`` for the same tokens, or None.
         mask: see :func:`top_k`.
+
+    Raises:
+        TypeError, ValueError: name of the argument, what was expected and what came. Of ids outside the table on a GPU
+            or in a compiled graph an assertion says so, as nothing waits for values there.
 
     Source: Roller et al., Hash Layers (2021), section 3.
     """
@@ -41,10 +45,25 @@ def hash(
     if table.dim() != 1:
         raise ValueError(f"table: expected shape [vocabulary], got {list(table.shape)}")
     check.device("table", table, token_ids, "token_ids")
-    ids = table.long()[token_ids.reshape(-1).long()].unsqueeze(1)
+    tokens = token_ids.reshape(-1).long()
+    if mask is not None:
+        mask = check_mask(mask, tokens)
+        tokens = torch.where(mask, tokens, 0)
+    _check_inside(tokens, table.shape[0])
+    ids = table.long().index_select(0, tokens).unsqueeze(1)
     if logits is None:
         return Routing.from_topk(ids, torch.ones_like(ids, dtype=torch.float32), num_experts, mask=mask)
-    z = wide(fold_logits(logits))
+    z = wide(fold_logits(logits, mask)[0])
     check.tensor("logits", z, (ids.shape[0], num_experts))
     check.device("logits", z, token_ids, "token_ids")
     return Routing.from_topk(ids, torch.softmax(z, 1).gather(1, ids.clamp(0, num_experts - 1)), num_experts, mask=mask)
+
+
+def _check_inside(tokens: Tensor, vocabulary: int) -> None:
+    """An id below 0 would count from the table's end."""
+    inside = (tokens >= 0) & (tokens < vocabulary)
+    wrong = f"token_ids: expected ids of 0 to {vocabulary - 1} where the mask is not False"
+    if tokens.is_cuda or not has_values(tokens):
+        torch._assert_async(inside.all(), wrong)
+    elif not torch._C._functorch.is_batchedtensor(inside) and not inside.all():  # else index_select says it
+        raise ValueError(f"{wrong}, got {int(tokens[~inside][0])}")

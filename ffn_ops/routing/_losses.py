@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from .. import _checks as check
-from ._routing import Routing, check_mask, fold_logits, wide
+from ._group import sum_over
+from ._routing import Routing, fold_logits, mask_of, wide
+
+if TYPE_CHECKING:
+    from ._group import Group
 
 
 def load_balancing_loss(
-    logits: Tensor, routing: Routing, *, score: str = "softmax", mask: Tensor | None = None
+    logits: Tensor,
+    routing: Routing,
+    *,
+    score: str = "softmax",
+    mask: Tensor | None = None,
+    group: Group | None = None,
 ) -> Tensor:
     """``E * sum over i of f_i * P_i``: 1 for uniform routing, up to E for a collapsed one.
 
@@ -21,38 +32,52 @@ def load_balancing_loss(
         logits: ``[..., E]`` for T tokens; in float32 (float64 for float64).
         routing: what the router made of them.
         score: ``"softmax"``, or ``"sigmoid"`` for sigmoid scores divided by their sum.
-        mask: bool, one for each token, False for padding.
+        mask: the routing's own mask, which is taken in any case, or None. Another one is refused, as f does not leave
+            out what P would; comparing the two waits for a GPU.
+        group: a ``ProcessGroup`` or a ``DeviceMesh`` (all of its dimensions): f is then of the tokens of all of its
+            ranks, which balances the whole batch and not each rank's part of it. The call is a collective. P, and with
+            it the gradient, stays this rank's: the mean over ranks, which DDP and FSDP take of gradients, is the
+            whole batch's loss and gradient where every rank has as many real tokens.
 
     Returns:
         A scalar; 0 for T = 0.
 
-    Source: Fedus, Zoph, Shazeer, Switch Transformers (2021), equations 4 to 6.
+    Raises:
+        TypeError, ValueError: name of the argument, what was expected and what came.
+
+    Source: Fedus, Zoph, Shazeer, Switch Transformers (2021), equations 4 to 6; f over a group: Qiu et al., Demons in
+        the Detail (2025).
     """
-    z = wide(fold_logits(logits))
+    z, _ = fold_logits(logits)
     check.routing(routing, z, "logits")
     check.choice("score", score, ("softmax", "sigmoid"))
     check.tensor("logits", z, (routing.slot_offsets.shape[0] - 1, routing.offsets.shape[0] - 1))
+    z, real = fold_logits(z, mask_of(routing, mask, z))
+    z = wide(z)
     p = torch.softmax(z, 1)
     if score == "sigmoid":
         p = torch.sigmoid(z)
         p = p / p.sum(1, keepdim=True)
-    f = routing.counts.to(p.dtype)
+    f = sum_over(routing.counts, group).to(p.dtype)
     f = f / f.sum().clamp(min=1)
-    return z.shape[1] * (f * _mean(p, mask)).sum()
+    return z.shape[1] * (f * _mean(p, real)).sum()
 
 
 def z_loss(logits: Tensor, *, mask: Tensor | None = None) -> Tensor:
-    """The mean over tokens of ``logsumexp(z)**2``; 0 for T = 0. Arguments as in :func:`load_balancing_loss`.
+    """The mean over tokens of ``logsumexp(z)**2``; 0 for T = 0.
+
+    Args:
+        logits: ``[..., E]`` for T tokens; in float32 (float64 for float64).
+        mask: bool, one for each token, False for padding.
 
     Source: Zoph et al., ST-MoE (2022), equation 5.
     """
-    z = wide(fold_logits(logits))
-    return _mean(torch.logsumexp(z, 1).square().unsqueeze(1), mask).sum()
+    z, real = fold_logits(logits, mask)
+    return _mean(torch.logsumexp(wide(z), 1).square().unsqueeze(1), real).sum()
 
 
-def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
+def _mean(values: Tensor, real: Tensor | None) -> Tensor:
     """Over tokens ``[T, n]``."""
-    if mask is None:
+    if real is None:
         return values.sum(0) / max(1, values.shape[0])
-    real = check_mask(mask, values)
     return torch.where(real.unsqueeze(1), values, 0).sum(0) / real.sum().clamp(min=1)

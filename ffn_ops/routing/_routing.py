@@ -33,6 +33,7 @@ class Routing(NamedTuple):
     row: Tensor  # [R] int64: the rows of token t are row[slot_offsets[t]] .. row[slot_offsets[t + 1]]
     slot_offsets: Tensor  # [T + 1] int64
     counts: Tensor  # [E] int64, rows that chose each expert, before dropping
+    mask: Tensor | None = None  # [T] bool, False for the tokens that were left out; [0] or None: there is no mask
 
     @classmethod
     def from_topk(
@@ -54,7 +55,7 @@ class Routing(NamedTuple):
             capacity: the most rows an expert takes; the others are dropped. None for no limit.
             drop: who is dropped: ``"position"`` keeps earlier tokens, all first slots before any second;
                 ``"weight"`` the largest weights, ties in that order.
-            mask: ``[T]`` bool, False for tokens to leave out.
+            mask: ``[T]`` bool, False for tokens to leave out, whatever their ids and weights are.
 
         Raises:
             TypeError, ValueError: name of the argument, what was expected and what came.
@@ -70,8 +71,10 @@ class Routing(NamedTuple):
         check.at_least("num_experts", num_experts, 1)
         ids = ids.long()
         if mask is not None:
-            ids = torch.where(check_mask(mask, ids).unsqueeze(1), ids, num_experts)
-        return sorted_rows(ids, None, weights, num_experts, ids.shape[0], capacity, drop)
+            mask = check_mask(mask, ids)
+            ids = torch.where(mask.unsqueeze(1), ids, num_experts)
+            weights = torch.where(mask.unsqueeze(1), weights, 0)
+        return sorted_rows(ids, None, weights, num_experts, ids.shape[0], capacity, drop, mask)
 
     def statistics(self) -> Statistics:
         """Counts of this routing, without a synchronisation."""
@@ -95,6 +98,7 @@ def sorted_rows(
     num_tokens: Any,
     capacity: Any = None,
     drop: str = "position",
+    mask: Tensor | None = None,
 ) -> Routing:
     """Of entries: ``expert`` [T, K], or ``expert`` and ``token`` [R]. Experts and tokens out of range are skipped."""
     if capacity is not None:
@@ -103,28 +107,61 @@ def sorted_rows(
     if weight.dtype not in (torch.float32, torch.float64):
         weight = weight.float()
     limit = -1 if capacity is None else capacity
-    out = sort_op(expert, token, weight, num_experts, num_tokens, limit, drop == "weight")
-    return Routing(out[1], out[0], *out[2:6])
+    weight, token, offsets, row, slot_offsets, counts, _ = sort_op(
+        expert, token, weight, num_experts, num_tokens, limit, drop == "weight"
+    )
+    if mask is None:
+        mask = weight.new_empty((0,), dtype=torch.bool)
+    return Routing(token, weight, offsets, row, slot_offsets, counts, mask)
 
 
-def fold_logits(logits: Any) -> Tensor:
-    """``[T, E]``."""
+def fold_logits(logits: Any, mask: Any = None) -> tuple[Tensor, Tensor | None]:
+    """``[T, E]`` and ``[T]``. Padding gets zeros and a gradient of exactly 0: NaN there must not meet a product."""
     check.tensor("logits", logits)
     if logits.dim() < 2 or logits.shape[-1] < 1:
         raise ValueError(f"logits: expected shape [..., T, E] with E >= 1, got {list(logits.shape)}")
-    return logits if logits.dim() == 2 else logits.flatten(0, -2)
+    z = logits if logits.dim() == 2 else logits.flatten(0, -2)
+    if mask is None:
+        return z, None
+    mask = check_mask(mask, z)
+    return torch.where(mask.unsqueeze(1), z, 0), mask
 
 
-def check_mask(mask: Any, tokens: Tensor) -> Tensor:
+def check_mask(mask: Any, tokens: Tensor, name: str = "mask") -> Tensor:
     """``[T]``, for ``tokens`` [T, ...]."""
     if not isinstance(mask, Tensor):
-        raise TypeError(f"mask: expected a torch.Tensor, got {type(mask).__name__}")
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(mask).__name__}")
     if mask.dtype is not torch.bool:
-        raise TypeError(f"mask: expected dtype bool, got {str(mask.dtype).removeprefix('torch.')}")
+        raise TypeError(f"{name}: expected dtype bool, got {str(mask.dtype).removeprefix('torch.')}")
     if mask.numel() != tokens.shape[0]:
-        raise ValueError(f"mask: expected one element for each of {tokens.shape[0]} tokens, got {list(mask.shape)}")
-    check.device("mask", mask, tokens, "logits")
+        raise ValueError(f"{name}: expected one element for each of {tokens.shape[0]} tokens, got {list(mask.shape)}")
+    check.device(name, mask, tokens, "logits")
     return mask.reshape(-1)
+
+
+def has_values(t: Tensor) -> bool:
+    """Whether Python may look at them: not while a graph is made of the call."""
+    return type(t) is Tensor and not t.is_meta and not torch.compiler.is_compiling()
+
+
+def mask_of(routing: Routing, mask: Any, tokens: Tensor) -> Tensor | None:
+    """The mask that ``routing`` was made with, or None; ``mask``, where it is given, must be the same."""
+    own = routing.mask if routing.mask is not None and routing.mask.dim() == 1 and routing.mask.shape[0] else None
+    if own is not None:
+        own = check_mask(own, tokens, "routing.mask")
+    if mask is None:
+        return own
+    mask = check_mask(mask, tokens)
+    wrong = "mask: expected the routing's own, which is what counts for it, or None; got another"
+    if tokens.shape[0] and own is None:
+        raise ValueError(f"{wrong}: the routing was made without one")
+    if own is None:
+        return own
+    if not has_values(mask):
+        torch._assert_async((mask == own).all(), wrong)
+    elif mask.data_ptr() != own.data_ptr() and not torch.equal(mask, own):
+        raise ValueError(wrong)
+    return own
 
 
 def wide(logits: Tensor) -> Tensor:

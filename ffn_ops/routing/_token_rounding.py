@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from ..ops._route import round_tokens_op
-from ._routing import Routing, check_mask, fold_logits, sorted_rows, wide
+from ._routing import Routing, fold_logits, sorted_rows, wide
 from ._top_k import softmax_top_k
 
 
@@ -33,15 +33,14 @@ def token_rounding(
     """
     check.at_least("tile", tile, 1)
     check.flag("renormalize", renormalize)
-    z = fold_logits(logits)
+    z, mask = fold_logits(logits, mask)
     tokens, experts = z.shape
     ids, highest = softmax_top_k(z, k)
     if isinstance(tokens, int) and tokens == 0:  # rows that would fill tiles have no token to name
-        return sorted_rows(ids, None, highest, experts, tokens)
+        return sorted_rows(ids, None, highest, experts, tokens, mask=mask)
     p = torch.softmax(wide(z), 1)
     choice = p.detach()
     if mask is not None:
-        mask = check_mask(mask, z)
         ids = torch.where(mask.unsqueeze(1), ids, experts)
         choice = torch.where(mask.unsqueeze(1), choice, -1.0)
     expert, token = round_tokens_op(choice, ids, tile)
@@ -50,4 +49,4 @@ def token_rounding(
     if renormalize:
         p = p / highest.sum(1, keepdim=True)
     weight = p[token, expert.clamp(max=experts - 1)]
-    return sorted_rows(expert, token, weight, experts, tokens)
+    return sorted_rows(expert, token, weight, experts, tokens, mask=mask)

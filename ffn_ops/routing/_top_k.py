@@ -53,7 +53,7 @@ def top_k(
         Shazeer et al., Outrageously Large Neural Networks (2017); Jiang et al., Mixtral of Experts (2024), section 2.1;
         DeepSeek-V3 (2024), equations 13 to 16.
     """
-    z = fold_logits(logits)
+    z, mask = fold_logits(logits, mask)
     tokens, experts = z.shape
     check_top_k(z, k, score, renormalize, softmax_after, num_groups, top_groups)
     check.number("scale", scale)
