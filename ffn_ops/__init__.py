@@ -6,6 +6,7 @@ R routed rows (T * K), G gate branches.
 
 from . import _flops, expert_parallel, routing  # noqa: F401  (_flops registers the formulas)
 from ._info import info
+from ._memory import empty_cache, set_cache_limit
 from ._replace import ReplaceEntry, ReplaceReport, replace, replace_report, restore
 from .modules import GELUFFN, GLU, FeedForward, GatedFFN, PlainFFN, ReLUFFN, SwishFFN
 from .moe_ffn import MoEFFN, upcycle
@@ -27,6 +28,7 @@ __all__ = [
     "Routing",
     "SwishFFN",
     "activations",
+    "empty_cache",
     "expert_parallel",
     "ffn",
     "gated_act",
@@ -41,5 +43,6 @@ __all__ = [
     "restore",
     "route_linear",
     "routing",
+    "set_cache_limit",
     "upcycle",
 ]

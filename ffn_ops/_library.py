@@ -26,9 +26,11 @@ def _load() -> None:
             f" (platform {sysconfig.get_platform()})."
         )
     torch.ops.load_library(str(LIBRARY))
-    # A wrong FFN_OPS_ISA must fail at import, not in the middle of a model.
+    # What is wrong in the environment must fail at import, not in the middle of a model.
     if "FFN_OPS_ISA" in os.environ:
         torch.ops.ffn_ops._isa()
+    if "FFN_OPS_CACHE_LIMIT" in os.environ:
+        torch.ops.ffn_ops._cache_limit()
 
 
 def _load_cuda() -> str | None:

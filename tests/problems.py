@@ -47,6 +47,7 @@ class Problem:
     bias: bool = True
     E: int = 5
     K: int = 2
+    scale: float = 1.0  # of the routing weights
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -93,7 +94,7 @@ class Problem:
         if self.form in MOE_FORMS:
             logits = tensors.pop("logits")
             x = tensors.pop("x")
-            routing = ffn_ops.routing.top_k(logits, self.K)
+            routing = ffn_ops.routing.top_k(logits, self.K, scale=self.scale)
             return ffn_ops.moe(x, routing, **tensors, **self._experts(), **keywords)
         return self._call(ffn_ops.gated_act, ffn_ops.gated_linear, ffn_ops.ffn, tensors, keywords)
 
@@ -110,7 +111,7 @@ class Problem:
         if self.form in MOE_FORMS:
             logits = tensors.pop("logits")
             x = tensors.pop("x")
-            ids, weights = reference.top_k(logits, self.K)
+            ids, weights = reference.top_k(logits, self.K, scale=self.scale)
             return reference.moe(x, ids, weights, **tensors, **self._experts())
         return self._call(reference.gated_act, gated_linear, reference.ffn, tensors, {})
 

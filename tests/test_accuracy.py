@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from device import generator
-from problems import ACTIVATIONS, DTYPES, FORMS, Problem, assert_same_numbers, dtype_name, results
+from problems import ACTIVATIONS, DTYPES, FORMS, MOE_FORMS, Problem, assert_same_numbers, dtype_name, results
 from tolerance import assert_accurate
 from torch import Tensor
 
@@ -86,6 +87,39 @@ def test_without_biases(form: str, dtype: torch.dtype) -> None:
 def test_gated_act_long_rows(length: int, isa: str) -> None:
     """40000 is more than one task's stretch of a row."""
     assert_accurate(Problem("gated_act", T=3, F=length), torch.float32)
+
+
+MAGNITUDES = (1e-4, 1e-3, 1e1, 1e3)
+
+
+@dataclass(frozen=True)
+class Scaled(Problem):
+    """Pre-activations of order ``hidden``, a gradient of the output of order ``gradient``."""
+
+    hidden: float = 1.0
+    gradient: float = 1.0
+
+    def draw(self, seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[dict[str, Tensor], Tensor]:
+        factors = dict.fromkeys(("x", "b_in", "b_gate", "b_up", "gate", "up"), self.hidden)
+        tensors, d_y = super().draw(seed)
+        scaled = {name: t * factors.get(name.rstrip("012"), 1.0) for name, t in tensors.items()}
+        return {name: t.to(dtype) for name, t in scaled.items()}, (d_y * self.gradient).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=dtype_name)
+@pytest.mark.parametrize("form", FORMS)
+def test_every_magnitude(form: str, dtype: torch.dtype) -> None:
+    """Between the smallest and the largest numbers of 16 bits, as far as eager's results are finite: what is stored on
+    the way must not fall out of the dtype's range where eager's does not."""
+    finite = 0
+    sizes = [(m, 1.0, 1.0) for m in MAGNITUDES] + [(1.0, m, 1.0) for m in MAGNITUDES]
+    sizes += [(m, 1.0, 1e-3) for m in (1e-3, 1.0)] if form in MOE_FORMS else []
+    for hidden, gradient, weight in sizes:
+        problem = Scaled(form, T=37, D=101, F=101, O=101, scale=weight, hidden=hidden, gradient=gradient)
+        if all(t.isfinite().all() for t in results(problem.plain, *problem.draw(0, dtype)).values()):
+            finite += 1
+            assert_accurate(problem, dtype)
+    assert finite >= 6
 
 
 CUT = {

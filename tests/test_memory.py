@@ -1,14 +1,19 @@
-"""Memory: what is saved for backward, and that no operator writes outside its outputs."""
+"""Memory: what is saved for backward, what is kept between calls, that outputs are tensors like any other, and that no
+operator writes outside them."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
+import pickle
 import platform
+import resource
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -105,6 +110,193 @@ def test_large_gradients_do_not_share_memory() -> None:
         assert all(torch.equal(a, b) for a, b in zip(again, copies, strict=True))
     again[0].add_(1)  # in place, as optimisers do
     assert torch.equal(first[0], copies[0])
+
+
+LARGE = {  # gradients and saved tensors of a megabyte and more
+    "gated_linear": Problem("gated_linear", T=600, D=520, F=530),
+    "gated": Problem("gated", T=600, D=520, F=530, O=510),
+    "moe_gated": Problem("moe_gated", T=600, D=260, F=270, O=250, E=3),
+}
+
+
+@pytest.mark.parametrize("problem", LARGE.values(), ids=LARGE)
+def test_storage_is_like_any_other(problem: Problem) -> None:
+    """Gradients and what is saved for backward can be freed and resized in place, shared and pickled."""
+    tensors, d_y = problem.draw(dtype=torch.float32)
+    leaves = {name: t.requires_grad_() for name, t in tensors.items()}
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.detach()) or t, lambda t: t):  # type: ignore[func-returns-value]
+        y = problem.ours(**leaves)
+    expected = torch.autograd.grad(y, list(leaves.values()), d_y, retain_graph=True)
+    grads = torch.autograd.grad(y, list(leaves.values()), d_y)
+    del y
+    own = {t.untyped_storage().data_ptr() for t in tensors.values()}
+    assert max(t.untyped_storage().nbytes() for t in saved if t.untyped_storage().data_ptr() not in own) >= 1 << 20
+    for t in {t.untyped_storage().data_ptr(): t for t in (*grads, *saved)}.values():
+        storage = t.untyped_storage()
+        if storage.data_ptr() in own or t.numel() == 0:
+            continue
+        before, size = t.clone(), storage.nbytes()
+        storage.resize_(0)
+        assert storage.nbytes() == 0
+        storage.resize_(size)
+        t.copy_(before)
+        t.resize_(2, *before.shape)
+        assert torch.equal(t[0], before)
+        if not t.is_cuda:
+            t.share_memory_()
+        assert torch.equal(pickle.loads(pickle.dumps(t))[0], before)
+    assert all(torch.equal(t[0], e) for t, e in zip(grads, expected, strict=True))
+
+
+@pytest.mark.cpu_only("asks the host's allocator")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc_usable_size is glibc's")
+def test_held_gradients_take_their_own_size() -> None:
+    """Small gradients that live long do not hold the memory of larger ones that came before."""
+    usable = ctypes.CDLL(None).malloc_usable_size
+    usable.restype, usable.argtypes = ctypes.c_size_t, [ctypes.c_void_p]
+
+    def gradient(columns: int) -> Tensor:
+        w = torch.ones(1024, columns, requires_grad=True)
+        return torch.autograd.grad(ffn_ops.ffn(torch.ones(1, columns), w, torch.ones(1, 1024)), w)[0]
+
+    held = []
+    for _ in range(3):
+        gradient(1024)
+        held.append(gradient(520))
+    for t in held:
+        assert t.untyped_storage().nbytes() == 4 * 1024 * 520
+        assert t.untyped_storage().nbytes() <= usable(t.data_ptr()) <= 4 * 1024 * 520 + 8192
+
+
+@pytest.fixture
+def empty_cache() -> Iterator[None]:
+    ffn_ops.empty_cache()
+    yield
+    ffn_ops.set_cache_limit(None)
+    ffn_ops.empty_cache()
+
+
+def step(T: int = 4, F: int = 96) -> list[Tensor]:
+    """A forward and a backward pass whose workspace grows with T and F."""
+    g = generator(T)
+    leaves = [torch.randn(s, generator=g).requires_grad_() for s in ((T, 8), (F, 8), (9, F))]
+    y = ffn_ops.ffn(*leaves)
+    return [y.detach(), *torch.autograd.grad(y, leaves, torch.ones(y.shape))]
+
+
+def cached() -> int:
+    return int(torch.ops.ffn_ops._cached_bytes())
+
+
+kept_on_the_cpu = pytest.mark.cpu_only("on a GPU all memory is torch's")
+
+
+@kept_on_the_cpu
+def test_one_block_is_kept(empty_cache: None) -> None:
+    """Of the size of the largest call, however many came and in whatever order; it changes no result."""
+    assert cached() == 0
+    first = step()
+    small = cached()
+    assert 0 < small <= 8 << 20
+    for _ in range(2):
+        step(500, 2000)
+    large = cached()
+    assert 8 << 20 < large < 32 << 20  # h and d_hidden are of 4 MB each
+    for T, F in ((4, 96), (200, 1000), (500, 2000)):
+        step(T, F)
+    assert cached() == large
+    assert all(torch.equal(a, b) for a, b in zip(step(), first, strict=True))
+
+
+@kept_on_the_cpu
+def test_cache_limit(empty_cache: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing above it is kept; None goes back to what the environment says."""
+    step(500, 2000)
+    ffn_ops.set_cache_limit(5 << 20)
+    assert cached() == 0
+    first = step(500, 2000)
+    assert cached() == 0
+    step()
+    assert cached() > 0
+    ffn_ops.empty_cache()
+    assert cached() == 0
+    ffn_ops.set_cache_limit(0)
+    assert all(torch.equal(a, b) for a, b in zip(step(500, 2000), first, strict=True))
+    assert cached() == 0
+    monkeypatch.setenv("FFN_OPS_CACHE_LIMIT", "5000000")
+    ffn_ops.set_cache_limit(None)
+    assert torch.ops.ffn_ops._cache_limit() == 5000000
+    monkeypatch.setenv("FFN_OPS_CACHE_LIMIT", "5 MB")
+    with pytest.raises(ValueError, match="FFN_OPS_CACHE_LIMIT: expected a number of bytes, got '5 MB'"):
+        ffn_ops.set_cache_limit(None)
+    monkeypatch.delenv("FFN_OPS_CACHE_LIMIT")
+    for wrong, error in (("1", TypeError), (True, TypeError), (-1, ValueError)):
+        with pytest.raises(error, match="limit: expected"):
+            ffn_ops.set_cache_limit(wrong)  # type: ignore[arg-type]
+
+
+def wide(rows: int, columns: int) -> Tensor:
+    return torch.ones(1, 1).expand(rows, columns)
+
+
+def recomputing_backward(x: Tensor, w_in: Tensor, w_down: Tensor) -> Tensor:
+    gate, form = x.new_empty(0), ("relu", 1.0, None, 0.0)
+    return torch.ops.ffn_ops.ffn_backward(x, x, w_in, None, w_down, None, None, gate, gate, False, *form, [True] * 7)  # type: ignore[no-any-return]
+
+
+TOO_LARGE = {
+    "an output": (lambda n: ffn_ops.gated_act(wide(n, n)), r"a tensor of shape \[1048576, 1048576\]"),
+    "the workspace": (lambda n: recomputing_backward(wide(n, 1), wide(n, 1), wide(1, n)), "the workspace: gate"),
+}
+
+
+@kept_on_the_cpu
+@pytest.mark.parametrize(("call", "message"), TOO_LARGE.values(), ids=TOO_LARGE)
+def test_out_of_memory(call: Callable[[int], Tensor], message: str, empty_cache: None) -> None:
+    """The error says how many bytes and what for; what is kept was given back before, and all goes on."""
+    first = step()
+    assert cached() > 0
+    expected = f"not enough memory on the CPU: tried to allocate 4398046511104 bytes for {message}"
+    with no_overcommit(), pytest.raises(RuntimeError, match=expected):
+        call(1 << 20)
+    assert cached() == 0
+    assert all(torch.equal(a, b) for a, b in zip(step(), first, strict=True))
+
+
+@contextlib.contextmanager
+def no_overcommit(more: int = 1 << 30) -> Iterator[None]:
+    """No more than so many bytes of addresses beyond those in use."""
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    in_use = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    resource.setrlimit(resource.RLIMIT_AS, (in_use + more, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+@kept_on_the_cpu
+def test_kept_memory_is_given_back_before_failing(empty_cache: None) -> None:
+    """A tensor that fits without what is kept."""
+    x = torch.ones(3000, 1, requires_grad=True)
+    y = ffn_ops.ffn(x, wide(3000, 1), wide(1, 3000), activation="relu", recompute=True)
+    torch.autograd.grad(y.sum(), x)  # gate and d_hidden are of 36 MB each
+    kept = cached()
+    assert kept > 72_000_000
+    with no_overcommit(kept // 2):
+        assert ffn_ops.gated_act(wide(4000, 5750), activation="relu").sum() == 4000 * 5750
+    assert cached() == 0
+
+
+@kept_on_the_cpu
+def test_forks_while_threads_run() -> None:
+    """200 children, forked at any moment of two threads' steps, run a step themselves: none waits for a lock."""
+    paths = [str(Path(ffn_ops.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    command = [sys.executable, str(TESTS / "forked_run.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout.split() == ["200"], f"{done.returncode}\n{done.stdout}{done.stderr}"
 
 
 @pytest.mark.parametrize("form", FFN_FORMS)

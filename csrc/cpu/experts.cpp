@@ -57,7 +57,8 @@ void add_combined_product(Steps& steps, Workspace& workspace, Experts& c, const 
   int64_t most = N;
   if (c.routed) most = kSlabBytes / std::max<int64_t>(1, c.routes.kept * size) / kColumns * kColumns;
   const int64_t cols = std::min(N, std::max(kColumns, most));
-  void* slab = c.routed ? workspace.take(static_cast<size_t>(c.routes.kept * cols * size)) : out;
+  void* slab =
+      c.routed ? workspace.take(static_cast<size_t>(c.routes.kept * cols * size), "what the experts give") : out;
   for (int64_t col = 0; col < N; col += cols) {
     const int64_t width = std::min(cols, N - col);
     std::vector<Gemm> products;
@@ -91,7 +92,7 @@ void add_combined_product(Steps& steps, Workspace& workspace, Experts& c, const 
 }
 
 void add_hidden_gradient(Steps& steps, Experts& c, const Tensor& d_y, const Tensor& w_down, const void* gate,
-                         const void* up, void* d_hidden, void* h, void* parts, int64_t num_parts) {
+                         const void* up, void* d_hidden, void* h, DType h_dtype, void* parts, int64_t num_parts) {
   const RowsOf tokens = token_rows(c, d_y);
   std::vector<Gemm> products;
   for (const Segment& s : c.segments) {
@@ -108,7 +109,8 @@ void add_hidden_gradient(Steps& steps, Experts& c, const Tensor& d_y, const Tens
     e.out_up = c.gated && !c.interleaved ? advance(e.out, c.F, c.dtype) : nullptr;
     e.interleaved = c.interleaved;
     e.out_stride = c.hidden();
-    e.h = advance(h, s.begin * c.F, c.dtype);
+    e.h = advance(h, s.begin * c.F, h_dtype);
+    e.h_unrounded = h_dtype != c.dtype;
     e.gate = advance(const_cast<void*>(gate), s.begin * c.F, c.dtype);
     e.up = advance(const_cast<void*>(up), s.begin * c.F, c.dtype);
     e.pre_stride = c.F;

@@ -53,8 +53,8 @@ inline RowsOf token_rows(const Experts& c, const Tensor& t) {
 }
 
 // In dense rows of the workspace.
-inline RowsOf dense_rows(const Experts& c, const void* data, int64_t width) {
-  return [&c, data, width](const Segment& s) { return dense(advance(data, s.begin * width, c.dtype), width, c.dtype); };
+inline RowsOf dense_rows(const void* data, int64_t width, DType dtype) {
+  return [=](const Segment& s) { return dense(advance(data, s.begin * width, dtype), width, dtype); };
 }
 
 // The weights of an expert from an output column on.
@@ -72,7 +72,7 @@ void add_combined_product(Steps& steps, Workspace& workspace, Experts& c, const 
 // d_hidden [R, 2F] (d_gate, then d_up, or in turns) and h, times the row's weight where there is one; parts of the
 // gradient of the weight (null: not routed).
 void add_hidden_gradient(Steps& steps, Experts& c, const Tensor& d_y, const Tensor& w_down, const void* gate,
-                         const void* up, void* d_hidden, void* h, void* parts, int64_t num_parts);
+                         const void* up, void* d_hidden, void* h, DType h_dtype, void* parts, int64_t num_parts);
 
 // Of each row: the sum of its parts, and d_y of its token times its expert's bias.
 void add_weight_gradient(Steps& steps, const Experts& c, const Tensor& d_y, const void* bias, const void* parts,

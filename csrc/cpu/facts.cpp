@@ -1,4 +1,4 @@
-// The instruction set in use, and what `info` reports of this build and machine.
+// The instruction set in use, what `info` reports of this build and machine, and the memory that is kept.
 #include <atomic>
 #include <string>
 
@@ -51,4 +51,8 @@ STABLE_TORCH_LIBRARY_IMPL(ffn_ops, CompositeExplicitAutograd, m) {
   m.impl("_isas", TORCH_BOX(&ffn_ops::isas));
   m.impl("_use_isa", TORCH_BOX(&ffn_ops::use_isa));
   m.impl("_has_amx", TORCH_BOX(&ffn_ops::has_amx));
+  m.impl("_empty_cache", TORCH_BOX(&ffn_ops::empty_cache));
+  m.impl("_cached_bytes", TORCH_BOX(&ffn_ops::cached_bytes));
+  m.impl("_cache_limit", TORCH_BOX(&ffn_ops::cache_limit));
+  m.impl("_set_cache_limit", TORCH_BOX(&ffn_ops::set_cache_limit));
 }

@@ -66,8 +66,8 @@ std::tuple<Tensor, Tensor, Tensor> ffn(const Tensor& x, const Tensor& w_in, std:
   if (b_down) check_tensor(*b_down, "b_down", c.dtype, {c.O});
   const void* bias_down = dense_data(b_down, c.keep);
   Tensor y = fresh(x, {c.T, c.O});
-  Tensor gate = save ? recycled(x, {c.T, c.F}) : nothing(x);
-  Tensor up = save && c.gated ? recycled(x, {c.T, c.F}) : nothing(x);
+  Tensor gate = save ? fresh(x, {c.T, c.F}) : nothing(x);
+  Tensor up = save && c.gated ? fresh(x, {c.T, c.F}) : nothing(x);
   const Operand down = lanes_are_rows(matrix(w_down, c.dtype));
 
   // Blocks of tokens, so that h and the packed operands of a block stay in the last-level cache.
@@ -79,7 +79,7 @@ std::tuple<Tensor, Tensor, Tensor> ffn(const Tensor& x, const Tensor& w_in, std:
 
   Workspace workspace;
   Steps steps(kernels(), workspace, threads());
-  void* h = workspace.take(static_cast<size_t>(rows * c.F * storage_size(c.dtype)));
+  void* h = workspace.take(static_cast<size_t>(rows * c.F * storage_size(c.dtype)), "h");
   for (int64_t begin = 0; begin < c.T; begin += rows) {
     const int64_t end = std::min(c.T, begin + rows);
     steps.product(pre_activations(c, x, begin, end, save ? gate.mutable_data_ptr() : nullptr,
@@ -119,8 +119,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_backward(
   void* gate_data = const_cast<void*>(gate.const_data_ptr());
   void* up_data = c.gated ? const_cast<void*>(up.const_data_ptr()) : nullptr;
   if (recompute && (need_hidden || need_down)) {
-    gate_data = workspace.take(static_cast<size_t>(c.T * c.F * element));
-    if (c.gated) up_data = workspace.take(static_cast<size_t>(c.T * c.F * element));
+    gate_data = workspace.take(static_cast<size_t>(c.T * c.F * element), "gate");
+    if (c.gated) up_data = workspace.take(static_cast<size_t>(c.T * c.F * element), "up");
     steps.product(pre_activations(c, x, 0, c.T, gate_data, up_data, nullptr));
   }
 
@@ -130,9 +130,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_backward(
   // d_hidden [T, 2F]: d_gate, then d_up.
   const Operand down_by_k = lanes_are_columns(matrix(w_down, c.dtype));
   void* d_hidden = nullptr;
-  void* h = need_down ? workspace.take(static_cast<size_t>(c.T * c.F * element)) : nullptr;
+  void* h = need_down ? workspace.take(static_cast<size_t>(c.T * c.F * element), "h") : nullptr;
   if (need_hidden) {
-    d_hidden = workspace.take(static_cast<size_t>(c.T * c.hidden() * element));
+    d_hidden = workspace.take(static_cast<size_t>(c.T * c.hidden() * element), "d_hidden");
     Gemm d = g;
     d.M = c.T;
     d.N = c.F;
@@ -162,7 +162,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_backward(
     add_gated_act_backward(steps, a);
   }
 
-  Tensor d_w_down = need_down ? recycled(x, {c.O, c.F}) : nothing(x);
+  Tensor d_w_down = need_down ? fresh(x, {c.O, c.F}) : nothing(x);
   const Operand h_by_token = lanes_are_columns(dense(h, c.F, c.dtype));
   if (need_down) {
     g.M = c.O;
@@ -198,7 +198,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_backward(
   for (int i = 0; i < 2; ++i) {
     const Matrix part = dense(advance(d_hidden, i * in_rows, c.dtype), c.hidden(), c.dtype);
     if (need_w[i]) {
-      d_w[i] = recycled(x, {in_rows, c.D});
+      d_w[i] = fresh(x, {in_rows, c.D});
       g.M = in_rows;
       g.K = c.T;
       g.a = lanes_are_columns(part);

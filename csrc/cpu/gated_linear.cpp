@@ -36,8 +36,8 @@ std::tuple<Tensor, Tensor, Tensor> gated_linear(const Tensor& x, std::vector<Ten
   for (size_t i = 0; i < b_gate.size(); ++i) bias[2 * i] = dense_data(b_gate[i], keep);
   for (size_t i = 0; i < b_up.size(); ++i) bias[2 * i + 1] = dense_data(b_up[i], keep);
   Tensor y = fresh(x, {c.T, c.F});
-  Tensor gate = save ? recycled(x, {c.G, c.T, c.F}) : nothing(x);
-  Tensor up = save ? recycled(x, {c.G, c.T, c.F}) : nothing(x);
+  Tensor gate = save ? fresh(x, {c.G, c.T, c.F}) : nothing(x);
+  Tensor up = save ? fresh(x, {c.G, c.T, c.F}) : nothing(x);
 
   Gemm g;
   g.M = c.T;
@@ -79,7 +79,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_linear_backward(
   Steps steps(kernels(), workspace, threads());
 
   // d_hidden [T, 2 G F]: all d_gate, then all d_up.
-  void* d_hidden = workspace.take(static_cast<size_t>(c.T * 2 * half * storage_size(c.dtype)));
+  void* d_hidden = workspace.take(static_cast<size_t>(c.T * 2 * half * storage_size(c.dtype)), "d_hidden");
   const Matrix d_hidden_matrix = dense(d_hidden, 2 * half, c.dtype);
   for (int64_t i = 0; i < c.G; ++i) {
     GatedAct a;
@@ -115,7 +115,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_linear_backward(
   for (int i = 0; i < 2; ++i) {
     const Matrix part = dense(advance(d_hidden, i * half, c.dtype), 2 * half, c.dtype);
     if (needs.at(static_cast<size_t>(1 + i))) {
-      d_w[i] = recycled(x, {c.G, c.F, c.D});
+      d_w[i] = fresh(x, {c.G, c.F, c.D});
       g.M = half;
       g.K = c.T;
       g.a = lanes_are_columns(part);

@@ -50,8 +50,9 @@ struct Epilogue : GateForm {
   void* out = nullptr;            // [M, N]
   void* out_up = nullptr;         // kActivateGrad, gated
   int64_t out_stride = 0;
-  void* h = nullptr;     // kActivateGrad, where asked for: strides of the pre-activations
-  void* gate = nullptr;  // pre-activations [branches, M, N]; written by kActivate, read by kActivateGrad
+  void* h = nullptr;         // kActivateGrad, where asked for: strides of the pre-activations
+  bool h_unrounded = false;  // h is of the arithmetic's dtype
+  void* gate = nullptr;      // pre-activations [branches, M, N]; written by kActivate, read by kActivateGrad
   void* up = nullptr;
   int64_t pre_stride = 0;             // between rows
   int64_t pre_branch_stride = 0;      // between branches
@@ -66,6 +67,7 @@ struct Epilogue : GateForm {
 
   DType arithmetic() const { return arithmetic_dtype(dtype); }
   DType out_dtype() const { return out_unrounded ? arithmetic() : dtype; }
+  DType h_dtype() const { return h_unrounded ? arithmetic() : dtype; }
 };
 
 // out[M, N] = epilogue(sum over k of A(m, k) * B(n, k)). Operands and epilogue are of one storage dtype, or `mixed`.
@@ -140,6 +142,7 @@ struct GatedAct : GateForm {
   void* out[3] = {};       // forward: out. backward: d_gate, d_up, h. double: d_d_out, d_gate, d_up (null: skip)
   int64_t out_stride = 0;
   const void* row_weight = nullptr;  // of h, of the arithmetic's dtype; null: 1
+  bool h_unrounded = false;          // h is of the arithmetic's dtype
 };
 
 struct Range {

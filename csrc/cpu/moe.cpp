@@ -36,11 +36,11 @@ Experts with_routes(const MoeShape& s, const std::optional<Tensor>& token, const
 Tensor add_weights_gradient(Steps& steps, Experts& c, const Tensor& w, const RowsOf& d_out, const RowsOf& in) {
   const int64_t N = w.size(1), K = w.size(2);
   if (!is_transposed(w)) {
-    Tensor d_w = recycled(w, {c.E, N, K});
+    Tensor d_w = fresh(w, {c.E, N, K});
     add_outer_products(steps, c, N, K, d_out, in, d_w.mutable_data_ptr());
     return d_w;
   }
-  Tensor d_w = recycled(w, {c.E, K, N});
+  Tensor d_w = fresh(w, {c.E, K, N});
   add_outer_products(steps, c, K, N, in, d_out, d_w.mutable_data_ptr());
   return torch::stable::transpose(d_w, 1, 2);
 }
@@ -55,18 +55,18 @@ std::tuple<Tensor, Tensor, Tensor> moe(const Tensor& x, std::optional<Tensor> to
                                interleaved, check_gate_form(activation, beta, limit, up_shift));
   Experts c = with_routes(s, token, weight, offsets, row, slot_offsets);
   Tensor y = fresh(x, {c.T, c.O});
-  Tensor gate = save ? recycled(x, {c.R, c.F}) : nothing(x);
-  Tensor up = save && c.gated ? recycled(x, {c.R, c.F}) : nothing(x);
+  Tensor gate = save ? fresh(x, {c.R, c.F}) : nothing(x);
+  Tensor up = save && c.gated ? fresh(x, {c.R, c.F}) : nothing(x);
 
   Workspace workspace;
   Steps steps(kernels(), workspace, threads());
   const int64_t row_bytes = c.F * storage_size(c.dtype);
-  void* h = workspace.take(static_cast<size_t>(c.routes.kept * row_bytes));
+  void* h = workspace.take(static_cast<size_t>(c.routes.kept * row_bytes), "h");
   add_pre_activations(steps, c, x, w_in, b_in, save ? gate.mutable_data_ptr() : nullptr,
                       save && c.gated ? up.mutable_data_ptr() : nullptr, h);
   const auto down = [&](int64_t e, int64_t col) { return lanes_are_rows(expert_matrix(w_down, c.dtype, e, col)); };
-  add_combined_product(steps, workspace, c, dense_rows(c, h, c.F), c.F, c.O, down, dense_data(b_down, c.keep), c.weight,
-                       y.mutable_data_ptr());
+  add_combined_product(steps, workspace, c, dense_rows(h, c.F, c.dtype), c.F, c.O, down, dense_data(b_down, c.keep),
+                       c.weight, y.mutable_data_ptr());
   if (save) zero_rows(steps, gate.mutable_data_ptr(), c.routes.kept, c.R, row_bytes);
   if (save && c.gated) zero_rows(steps, up.mutable_data_ptr(), c.routes.kept, c.R, row_bytes);
   steps.run();
@@ -90,6 +90,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_backward(
   const bool need_hidden = need_x || need_in || need_b_in || need_weight;
   const int64_t element = storage_size(c.dtype);
   const DType arithmetic = arithmetic_dtype(c.dtype);
+  // The row's weight times h can be too small for float16, which dY alone and h alone are not.
+  const DType h_dtype = c.weight && c.dtype == DType::kFloat16 ? arithmetic : c.dtype;
 
   Workspace workspace;
   Steps steps(kernels(), workspace, threads());
@@ -97,8 +99,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_backward(
   const void* gate_data = gate.const_data_ptr();
   const void* up_data = c.gated ? up.const_data_ptr() : nullptr;
   if (recompute && (need_hidden || need_down)) {
-    void* fresh_gate = workspace.take(rows_bytes(c.F));
-    void* fresh_up = c.gated ? workspace.take(rows_bytes(c.F)) : nullptr;
+    void* fresh_gate = workspace.take(rows_bytes(c.F), "gate");
+    void* fresh_up = c.gated ? workspace.take(rows_bytes(c.F), "up") : nullptr;
     add_pre_activations(steps, c, x, w_in, b_in, fresh_gate, fresh_up, nullptr);
     gate_data = fresh_gate;
     up_data = fresh_up;
@@ -107,11 +109,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_backward(
   void *d_hidden = nullptr, *h = nullptr, *parts = nullptr;
   const KernelTable& table = kernels();
   const int64_t num_parts = divide_up(c.F, table.tile_vectors * table.lanes * 4 / storage_size(arithmetic));
-  if (need_down) h = workspace.take(rows_bytes(c.F));
+  if (need_down) h = workspace.take(static_cast<size_t>(c.routes.kept * c.F * storage_size(h_dtype)), "h");
   if (need_hidden) {
-    d_hidden = workspace.take(rows_bytes(c.hidden()));
-    if (c.routed) parts = workspace.take(static_cast<size_t>(c.routes.kept * num_parts * storage_size(arithmetic)));
-    add_hidden_gradient(steps, c, d_y, w_down, gate_data, up_data, d_hidden, h, parts, num_parts);
+    d_hidden = workspace.take(rows_bytes(c.hidden()), "d_hidden");
+    if (c.routed)
+      parts = workspace.take(static_cast<size_t>(c.routes.kept * num_parts * storage_size(arithmetic)), "d_weight");
+    add_hidden_gradient(steps, c, d_y, w_down, gate_data, up_data, d_hidden, h, h_dtype, parts, num_parts);
   } else if (need_down) {
     // The same kernel as in the epilogue, so that the bits do not depend on which gradients are asked for.
     GatedAct a;
@@ -121,6 +124,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_backward(
     a.gate = a.d_out = dense(gate_data, c.F, c.dtype);
     if (c.gated) a.up = dense(up_data, c.F, c.dtype);
     a.out[2] = h;
+    a.h_unrounded = h_dtype != c.dtype;
     a.row_weight = c.weight;
     add_gated_act_backward(steps, a);
   }
@@ -132,9 +136,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_backward(
   }
 
   Tensor d_w_down = nothing(x);
-  if (need_down) d_w_down = add_weights_gradient(steps, c, w_down, token_rows(c, d_y), dense_rows(c, h, c.F));
+  if (need_down) d_w_down = add_weights_gradient(steps, c, w_down, token_rows(c, d_y), dense_rows(h, c.F, h_dtype));
 
-  const RowsOf hidden_rows = dense_rows(c, d_hidden, c.hidden());
+  const RowsOf hidden_rows = dense_rows(d_hidden, c.hidden(), c.dtype);
   Tensor d_x = need_x ? fresh(x, {c.T, c.D}) : nothing(x);
   if (need_x) {
     const auto in = [&](int64_t e, int64_t col) { return lanes_are_columns(expert_matrix(w_in, c.dtype, e, 0, col)); };

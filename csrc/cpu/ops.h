@@ -65,37 +65,28 @@ inline int32_t dtype_code(const Tensor& t) {
   return dtype;
 }
 
-// A dense tensor on the CPU. Straight from the C interface: torch::stable's own functions look their operator up by
-// name at each call, which a call on a few tokens would feel.
+// A dense tensor on the CPU, in torch's own memory, as any other tensor: it can be resized and shared. Straight from
+// the C interface: torch::stable's own functions look their operator up by name at each call, which a call on a few
+// tokens would feel.
 inline Tensor fresh(int32_t dtype, std::initializer_list<int64_t> sizes) {
+  size_t bytes = aoti_torch_dtype_element_size(dtype);
+  for (const int64_t size : sizes) bytes *= static_cast<size_t>(size);
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(),
-                                                  dense_strides(sizes).data(), dtype, aoti_torch_device_type_cpu(), 0,
-                                                  &handle));
+  const auto what = [&] {
+    std::string shape;
+    for (const int64_t size : sizes) shape += (shape.empty() ? "" : ", ") + std::to_string(size);
+    return "a tensor of shape [" + shape + "]";
+  };
+  allocate_or_fail(bytes, what, [&] {
+    return !aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), dense_strides(sizes).data(),
+                                     dtype, aoti_torch_device_type_cpu(), 0, &handle);
+  });
   Tensor t(handle);
-  advise_huge_pages(t.mutable_data_ptr(), static_cast<size_t>(t.numel()) * t.element_size());
+  advise_huge_pages(t.mutable_data_ptr(), bytes);
   return t;
 }
 
 inline Tensor fresh(const Tensor& like, std::initializer_list<int64_t> sizes) { return fresh(dtype_code(like), sizes); }
-
-// As fresh, for weight gradients and what is saved for backward: large ones live in blocks that are used again.
-inline Tensor recycled(const Tensor& like, std::initializer_list<int64_t> sizes) {
-  constexpr size_t kLarge = size_t{1} << 20;
-  size_t bytes = like.element_size();
-  for (const int64_t size : sizes) bytes *= static_cast<size_t>(size);
-  if (bytes < kLarge) return fresh(like, sizes);
-  const Block block = take_block(bytes);
-  AtenTensorHandle handle = nullptr;
-  const auto error = torch_from_blob(
-      block.data, static_cast<int64_t>(sizes.size()), sizes.begin(), dense_strides(sizes).data(), 0, dtype_code(like),
-      aoti_torch_device_type_cpu(), -1, &handle, aoti_torch_layout_strided(), nullptr, 0,
-      [](void* data, void* size) { give_back({data, reinterpret_cast<size_t>(size)}); },
-      reinterpret_cast<void*>(block.bytes));
-  if (error) give_back(block);
-  TORCH_ERROR_CODE_CHECK(error);
-  return Tensor(handle);
-}
 
 inline Tensor fresh_arithmetic(DType storage, std::initializer_list<int64_t> sizes) {
   return fresh(storage == DType::kFloat64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32(), sizes);

@@ -30,15 +30,15 @@ Gemm slice_rows(const Gemm& g, int64_t begin, int64_t end) {
   part.M = end - begin;
   part.first_row = begin;
   Epilogue& e = part.epilogue;
-  const auto advance = [&](void* p, int64_t stride) -> void* {
-    return p ? static_cast<char*>(p) + begin * stride * storage_size(e.dtype) : nullptr;
+  const auto advance = [&](void* p, int64_t stride, DType dtype) -> void* {
+    return p ? static_cast<char*>(p) + begin * stride * storage_size(dtype) : nullptr;
   };
   const int64_t out_rows = begin * (g.swapped ? 1 : e.out_stride);
   e.out = static_cast<char*>(e.out) + (e.out ? out_rows * storage_size(e.out_dtype()) : 0);
-  e.out_up = advance(e.out_up, e.out_stride);
-  e.gate = advance(e.gate, e.pre_stride);
-  e.up = advance(e.up, e.pre_stride);
-  e.h = advance(e.h, e.pre_stride);
+  e.out_up = advance(e.out_up, e.out_stride, e.dtype);
+  e.gate = advance(e.gate, e.pre_stride, e.dtype);
+  e.up = advance(e.up, e.pre_stride, e.dtype);
+  e.h = advance(e.h, e.pre_stride, e.h_dtype());
   if (e.row_weight) {
     e.row_weight = static_cast<const char*>(e.row_weight) + begin * g.element();
     e.row_dots = static_cast<char*>(e.row_dots) + begin * e.row_dots_stride * g.element();

@@ -19,7 +19,7 @@ void run_top_k(const TopK& job, void (*kernel)(const TopK&, int64_t, int64_t, vo
   const int64_t workers = job.T * job.E < 1 << 14 ? 1 : threads();
   Workspace workspace;
   const int64_t bytes = divide_up(top_k_scratch_bytes(job), 128) * 128;
-  char* scratch = static_cast<char*>(workspace.take(static_cast<size_t>(bytes * workers)));
+  char* scratch = static_cast<char*>(workspace.take(static_cast<size_t>(bytes * workers), "scratch of each thread"));
   Phases phases;
   phases.add(divide_up(job.T, kRows), [&](int64_t task, int64_t worker) {
     kernel(job, task * kRows, std::min(job.T, (task + 1) * kRows), scratch + worker * bytes);

@@ -1,35 +1,14 @@
-// See schedule.h. The only file that owns threads and memory; kernels get pointers and ranges.
+// See schedule.h. The only file that owns threads; kernels get pointers and ranges.
 #include "schedule.h"
-
-#include <sys/mman.h>
 
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
-#include <mutex>
-#include <new>
 #include <thread>
 
 #include <torch/csrc/stable/ops.h>
 
 namespace ffn_ops {
 namespace {
-
-constexpr size_t kHugePage = size_t{2} << 20;
-constexpr size_t kWorthwhile = size_t{4} << 20;  // of huge pages
-constexpr size_t kSmallStep = size_t{64} << 10;  // of sizes below
-constexpr size_t kKeepBytes = size_t{384} << 20;
-
-// Blocks that were given back, the longest kept first. Never destroyed: tensors may be freed after everything else of
-// the process.
-struct Kept {
-  std::mutex mutex;
-  std::vector<Block> blocks;
-};
-Kept& kept() {
-  static auto* const kept = new Kept;
-  return *kept;
-}
 
 size_t round_up(size_t value, size_t step) { return (value + step - 1) / step * step; }
 
@@ -53,69 +32,6 @@ void* packed_row(const Gemm& g) {
 }
 
 }  // namespace
-
-void advise_huge_pages(void* data, size_t bytes) {
-  if (bytes < kWorthwhile) return;
-  const auto begin = round_up(reinterpret_cast<uintptr_t>(data), kHugePage);
-  const auto end = (reinterpret_cast<uintptr_t>(data) + bytes) / kHugePage * kHugePage;
-#ifdef MADV_HUGEPAGE
-  if (begin < end) (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
-
-Block take_block(size_t bytes) {
-  const bool huge = bytes >= kWorthwhile;
-  bytes = round_up(bytes, huge ? kHugePage : kSmallStep);
-  {
-    const std::lock_guard<std::mutex> lock(kept().mutex);
-    std::vector<Block>& blocks = kept().blocks;
-    auto best = blocks.end();  // the smallest that fits and is not much too large
-    for (auto block = blocks.begin(); block != blocks.end(); ++block)
-      if (block->bytes >= bytes && block->bytes <= 2 * bytes && (best == blocks.end() || block->bytes < best->bytes))
-        best = block;
-    if (best != blocks.end()) {
-      const Block block = *best;
-      blocks.erase(best);
-      return block;
-    }
-  }
-  void* data = std::aligned_alloc(huge ? kHugePage : kSmallStep, bytes);
-  if (!data) throw std::bad_alloc();
-  advise_huge_pages(data, bytes);
-  return {data, bytes};
-}
-
-void give_back(const Block& block) {
-  std::vector<Block> unwanted;
-  {
-    const std::lock_guard<std::mutex> lock(kept().mutex);
-    std::vector<Block>& blocks = kept().blocks;
-    (block.bytes > kKeepBytes ? unwanted : blocks).push_back(block);
-    size_t total = 0;
-    for (const Block& each : blocks) total += each.bytes;
-    while (total > kKeepBytes) {
-      total -= blocks.front().bytes;
-      unwanted.push_back(blocks.front());
-      blocks.erase(blocks.begin());
-    }
-  }
-  for (const Block& each : unwanted) std::free(each.data);
-}
-
-void* Workspace::take(size_t bytes) {
-  bytes = round_up(std::max<size_t>(bytes, 1), 128);
-  if (blocks_.empty() || used_ + bytes > blocks_.back().bytes) {
-    blocks_.push_back(take_block(std::max(bytes, kWorthwhile)));
-    used_ = 0;
-  }
-  void* data = static_cast<char*>(blocks_.back().data) + used_;
-  used_ += bytes;
-  return data;
-}
-
-Workspace::~Workspace() {
-  for (const Block& block : blocks_) give_back(block);
-}
 
 void Phases::add(int64_t tasks, Task run) {
   const int64_t begin = phases_.empty() ? 0 : phases_.back().end;
@@ -210,8 +126,9 @@ void Steps::run() {
   }
   constexpr double kParallelWork = 1 << 17;  // weights read once that are worth waking a second thread for
   const int64_t workers = work < kParallelWork ? 1 : workers_;
-  char* packed = static_cast<char*>(workspace_.take(most_packed));
-  char* scratch = static_cast<char*>(workspace_.take(scratch_bytes * static_cast<size_t>(workers)));
+  char* packed = static_cast<char*>(workspace_.take(most_packed, "packed operands"));
+  char* scratch =
+      static_cast<char*>(workspace_.take(scratch_bytes * static_cast<size_t>(workers), "scratch of each thread"));
 
   Phases phases;
   for (Step& step : steps_) {

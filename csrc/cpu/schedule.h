@@ -1,5 +1,4 @@
-// Threads and memory of one operator call: phases of tasks in a single parallel region, and the cached workspace.
-// Nothing here changes a bit of a result.
+// Threads of one operator call: phases of tasks in a single parallel region. Nothing here changes a bit of a result.
 #pragma once
 
 #include <cstddef>
@@ -7,35 +6,10 @@
 #include <functional>
 #include <vector>
 
+#include "memory.h"
 #include "plan.h"
 
 namespace ffn_ops {
-
-// A large piece of memory. Touching fresh pages costs more than computing what goes into them, so up to kKeepBytes of
-// blocks that were given back are kept for whoever asks next.
-struct Block {
-  void* data = nullptr;
-  size_t bytes = 0;
-};
-Block take_block(size_t bytes);  // at least so many
-void give_back(const Block& block);
-
-// Memory for one call, handed out piece by piece and given back together.
-class Workspace {
- public:
-  Workspace() = default;
-  Workspace(const Workspace&) = delete;
-  Workspace& operator=(const Workspace&) = delete;
-  ~Workspace();
-  void* take(size_t bytes);
-
- private:
-  std::vector<Block> blocks_;
-  size_t used_ = 0;  // of the last block
-};
-
-// Asks for huge pages behind a large fresh output: one fault for 2 MiB in place of 512.
-void advise_huge_pages(void* data, size_t bytes);
 
 // Tasks of a phase start when every task of the phases before it has ended. One parallel region; workers take the next
 // task as they become free. Which worker runs a task never matters to its result.

@@ -43,7 +43,10 @@ void gated_act_range(const GatedAct& g, void (*ActKernels<V>::*pick)(const ActVe
         const V weight(static_cast<const typename V::Scalar*>(g.row_weight)[r]);
         for (int64_t i = 0; i < n; i += V::kLanes) store(out[2].values + i, weight * load<V>(out[2].values + i));
       }
-      for (int i = 0; i < 3; ++i) out[i].write(g.gate.dtype, g.out[i], r * g.out_stride + c, n);
+      for (int i = 0; i < 3; ++i) {
+        const DType dtype = i == 2 && g.h_unrounded ? arithmetic_dtype(g.gate.dtype) : g.gate.dtype;
+        out[i].write(dtype, g.out[i], r * g.out_stride + c, n);
+      }
     }
   }
 }

@@ -207,7 +207,7 @@ void finish_activate_grad(const Epilogue& e, typename V::Scalar* tile, const Til
     tile_to_storage<V>(t, e.dtype, gate, e.out, e.out_stride);
     if (e.up) tile_to_storage<V>(t, e.dtype, up, e.out_up, e.out_stride);
   }
-  if (e.h) tile_to_storage<V>(t, e.dtype, d, e.h, e.pre_stride);
+  if (e.h) tile_to_storage<V>(t, e.h_dtype(), d, e.h, e.pre_stride);
 }
 
 // What finish_tile will read.

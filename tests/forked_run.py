@@ -1,0 +1,74 @@
+"""For test_memory.py: forks children while two threads run steps, as loaders of data do. Each child runs a step itself,
+which must end, with the right gradient. Prints how many did."""
+
+from __future__ import annotations
+
+import copy
+import os
+import signal
+import sys
+import threading
+import time
+
+import torch
+
+import ffn_ops
+
+FORKS, AT_ONCE, SECONDS = 200, 4, 10.0
+
+
+def ended_well(child: int) -> bool:
+    """Waits for a child, which is killed where it does not end in time."""
+    end = time.monotonic() + SECONDS
+    while True:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid != 0:
+            return status == 0
+        if time.monotonic() > end:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            return False
+        time.sleep(0.001)
+
+
+def main() -> int:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    layer = ffn_ops.FeedForward(64, 128, 32, 0.0)
+    x = torch.randn(4, 64)
+
+    def gradient(layer: ffn_ops.FeedForward) -> torch.Tensor:
+        return torch.autograd.grad(layer(x).sum(), layer.w2.weight)[0]
+
+    expected = gradient(layer)
+    stop = threading.Event()
+
+    def run() -> None:
+        own = copy.deepcopy(layer)
+        while not stop.is_set():
+            gradient(own)
+
+    threads = [threading.Thread(target=run, daemon=True) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    children: list[int] = []
+    done = 0
+    for fork in range(FORKS + AT_ONCE):
+        if fork < FORKS:
+            child = os.fork()
+            if child == 0:
+                os._exit(0 if torch.equal(gradient(layer), expected) else 3)
+            children.append(child)
+        if len(children) > AT_ONCE or fork >= FORKS:
+            done += ended_well(children.pop(0))
+    for child in children:
+        done += ended_well(child)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    print(done)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
