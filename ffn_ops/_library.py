@@ -7,10 +7,12 @@ import os
 import sysconfig
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
@@ -98,29 +100,70 @@ def _unflatten(flat: Sequence[Any], lengths: Sequence[int | None] | None) -> tup
     return tuple(args)
 
 
-class _WithLists:
-    """A context whose ``needs_input_grad`` has lists where the operator has them. The context itself is not touched:
-    other threads may be running backward through it."""
+class ContextWith:
+    """A context some of whose attributes are others: ``needs_input_grad``, ``saved_tensors``. The context itself is not
+    touched: other threads may be running backward through it."""
 
-    def __init__(self, ctx: Any, needs_input_grad: tuple[Any, ...]) -> None:
-        self._ctx, self.needs_input_grad = ctx, needs_input_grad
+    def __init__(self, ctx: Any, **attributes: Any) -> None:
+        self._ctx = ctx
+        self.__dict__.update(attributes)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._ctx, name)
 
 
-def differentiable(name: str, setup_context: Callable[..., None], formula: Callable[..., Any]) -> Callable[..., Any]:
+# Below this many numbers in gradients the engine's answers cost more than computing what nobody asked for.
+_WORTH_ASKING = 1 << 16
+
+
+def _asked_for(ctx: Any, grads: Sequence[Any]) -> tuple[bool, ...]:
+    """Which inputs' gradients this backward pass uses: ``autograd.grad(y, x)`` of trainable weights asks for x alone.
+
+    ``needs_input_grad`` says what requires a gradient. The engine knows which functions it will run next: a python
+    Function's next functions are those of its tensors, None where one requires no gradient. About a leaf that
+    ``autograd.grad`` asks for the engine raises, at 20 microseconds each, so small layers stop at the first one.
+    """
+    needs: tuple[bool, ...] = ctx.needs_input_grad
+    if _will_run is None or torch.compiler.is_compiling():
+        return needs
+    functions = [function for function, _ in ctx.next_functions if function is not None]
+    if len(functions) != sum(needs):
+        return needs
+    places = [place for place, need in enumerate(needs) if need]
+    asked = list(needs)
+    for i, (place, function) in enumerate(zip(places, functions, strict=True)):
+        try:
+            asked[place] = _will_run(function)
+        except RuntimeError:  # a leaf that is asked for, or no engine runs: needed
+            if i == 0 or all(asked[p] is True for p in places[:i]):
+                leaves = sum(f.variable.numel() for f in functions if hasattr(f, "variable"))
+                if leaves + sum(g.numel() for g in grads if g is not None) < _WORTH_ASKING:
+                    break
+    return tuple(asked)
+
+
+_will_run = getattr(torch._C, "_will_engine_execute_node", None)
+_GRADS_BATCHED: Any = torch._C._parse_dispatch_key("VmapMode")  # active in the vmap of is_grads_batched=True
+_IMPLEMENTATIONS = torch.library.Library("ffn_ops", "IMPL")
+
+
+def differentiable(
+    name: str,
+    setup_context: Callable[..., None],
+    formula: Callable[..., Any],
+    tangent: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
     """Registers ``formula`` as the operator's backward and returns the function that calls it.
 
-    ``torch.library.register_autograd`` serves compile, export and raw calls of the operator. In eager mode it spends
-    longer on a small layer than the layer takes, so an autograd.Function with the same pair of functions stands in for
-    it. torch.func needs one with a ``setup_context`` of its own; so does forward mode, where the operator itself would
-    silently drop the tangent and the Function raises.
+    ``tangent(ctx, *tangents)`` is its forward mode: from the inputs' tangents, None where there is none, those of the
+    outputs; ``ctx`` is as in backward. The operator's kernel for autograd serves raw calls, torch.func, forward mode,
+    compile and export; the function returned steps over the dispatcher in eager mode, as its way through python takes
+    longer than a small layer. (torch.library.register_autograd has neither torch.func nor forward mode.)
     """
     op = overload(name)
     takes_lists = any(str(each.type) == "List[Tensor]" for each in op._schema.arguments)
 
-    def backward(ctx: Any, *grads: Any) -> Any:
+    def without_autocast(ctx: Any, *grads: Any) -> Any:
         """In the dtypes that were saved, also where autocast is on around it, as for second derivatives it may be."""
         if not torch._C._is_any_autocast_enabled():
             return formula(ctx, *grads)
@@ -128,55 +171,88 @@ def differentiable(name: str, setup_context: Callable[..., None], formula: Calla
         with torch.autocast(device, enabled=False):
             return formula(ctx, *grads)
 
-    torch.library.register_autograd(f"ffn_ops::{name}", backward, setup_context=setup_context)
+    def run(flat: Sequence[Any]) -> tuple[tuple[Any, ...], Any]:
+        args = _unflatten(flat[:-1], flat[-1])
+        with torch._C._AutoDispatchBelowAutograd():
+            return args, op(*args)
+
+    def set_up(ctx: Any, lengths: Any, args: tuple[Any, ...], output: Any) -> None:
+        ctx.arg_lengths = lengths
+        setup_context(ctx, args, output)
+        if forward_ad._current_level >= 0:
+            ctx.save_for_forward(*(ctx.to_save or ()))
 
     def flat_backward(ctx: Any, *grads: Any) -> Any:
-        lengths = ctx.arg_lengths
+        lengths, needs = ctx.arg_lengths, _asked_for(ctx, grads)
         if lengths is None:
-            return *backward(ctx, *grads), None
-        result = backward(_WithLists(ctx, _unflatten(ctx.needs_input_grad[:-1], lengths)), *grads)
+            asked = ctx if needs == ctx.needs_input_grad else ContextWith(ctx, needs_input_grad=needs)
+            return *without_autocast(asked, *grads), None
+        result = without_autocast(ContextWith(ctx, needs_input_grad=_unflatten(needs[:-1], lengths)), *grads)
         flat: list[Any] = []
         for grad, length in zip(result, lengths, strict=True):
             flat.extend([grad] if length is None else grad if isinstance(grad, (list, tuple)) else [grad] * length)
         return *flat, None
 
+    def flat_tangent(ctx: Any, *flat: Any) -> Any:
+        if tangent is None:
+            raise NotImplementedError(f"ffn_ops::{name}: no forward-mode derivative (jvp) of this operator")
+        with forward_ad._set_fwd_grad_enabled(True):  # torch turns it off: the levels below would lose their tangents
+            saved = tuple(None if t is None else forward_ad.unpack_dual(t).primal for t in ctx.saved_tensors)
+            return tangent(ContextWith(ctx, saved_tensors=saved), *_unflatten(flat[:-1], ctx.arg_lengths))
+
     class Eager(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *flat: Any) -> Any:
-            lengths = flat[-1]
-            args = _unflatten(flat[:-1], lengths)
-            with torch._C._AutoDispatchBelowAutograd():
-                output = op(*args)
-            ctx.arg_lengths = lengths
-            setup_context(ctx, args, output)
+            args, output = run(flat)
+            set_up(ctx, flat[-1], args, output)
             return output
 
         backward = staticmethod(flat_backward)
+        jvp = staticmethod(flat_tangent)
 
-    class Transformed(torch.autograd.Function):
-        generate_vmap_rule = True
+    class OneLevel(torch.autograd.function._SingleLevelFunction):
+        """Of torch.func's transformations the one that the dispatcher has come to. Those below need what a Function
+        turns off."""
 
         @staticmethod
         def forward(*flat: Any) -> Any:
-            return op(*_unflatten(flat[:-1], flat[-1]))
+            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+                return run(flat)[1]
 
         @staticmethod
         def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-            ctx.arg_lengths = inputs[-1]
-            setup_context(ctx, _unflatten(inputs[:-1], inputs[-1]), output)
+            set_up(ctx, inputs[-1], _unflatten(inputs[:-1], inputs[-1]), output)
 
         backward = staticmethod(flat_backward)
+        jvp = staticmethod(flat_tangent)
+
+    def autograd_kernel(*args: Any) -> Any:
+        in_func = torch._C._are_functorch_transforms_active()
+        flat, lengths = _flatten(args) if takes_lists else (args, None)
+        if in_func:
+            with enable_single_level_autograd_function():
+                return OneLevel.apply(*flat, lengths)  # type: ignore[attr-defined]
+        if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and torch._C._any_requires_grad(*flat)):
+            return Eager.apply(*flat, lengths)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    _IMPLEMENTATIONS.impl(name, autograd_kernel, "Autograd")
 
     def call(*args: Any, grad: bool = True) -> Any:
         """``grad=False`` says that nothing needs a gradient: autograd is then stepped over."""
-        if torch.compiler.is_compiling():
+        if (
+            torch.compiler.is_compiling()
+            or torch._C._are_functorch_transforms_active()
+            or forward_ad._current_level >= 0
+            or torch._C._dispatch_tls_is_dispatch_key_included(_GRADS_BATCHED)
+        ):
             return op(*args)
-        transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-        if not transformed and not (grad and torch.is_grad_enabled()):
+        if not (grad and torch.is_grad_enabled()):
             with torch._C._AutoDispatchBelowAutograd():
                 return op(*args)
         flat, lengths = _flatten(args) if takes_lists else (args, None)
-        return (Transformed if transformed else Eager).apply(*flat, lengths)
+        return Eager.apply(*flat, lengths)
 
     return call
 
@@ -205,3 +281,31 @@ def vmap_by_loop(name: str) -> None:
         return tuple(torch.stack(column) for column in zip(*results, strict=True)), (0,) * len(results[0])
 
     torch.library.register_vmap(f"ffn_ops::{name}", rule)
+
+    def gradients_batched(*args: Any) -> Any:
+        """For ``is_grads_batched=True``, which has a vmap of its own; torch's fallback there takes no lists."""
+        level = torch._C._vmapmode_increment_nesting() - 1
+        torch._C._vmapmode_decrement_nesting()
+        size = 0
+
+        def batched(t: Any) -> bool:
+            return isinstance(t, Tensor) and torch._C._functorch.is_legacy_batchedtensor(t)
+
+        def outside(t: Any) -> Any:
+            nonlocal size
+            if not batched(t):
+                return t
+            t = torch._remove_batch_dim(t, level, 1, 0)
+            size = t.shape[0]
+            return t
+
+        def each(function: Callable[[Any], Any]) -> list[Any]:
+            return [[function(t) for t in arg] if isinstance(arg, list) else function(arg) for arg in args]
+
+        dims, plain = each(lambda t: 0 if batched(t) else None), each(outside)
+        result, _ = rule(SimpleNamespace(batch_size=size), dims, *plain)
+        if isinstance(result, Tensor):
+            return torch._add_batch_dim(result, 0, level)
+        return tuple(torch._add_batch_dim(t, 0, level) for t in result)
+
+    _IMPLEMENTATIONS.impl(name, gradients_batched, "Batched")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from device import DEVICE, gradcheck, gradgradcheck
+from device import DEVICE, generator, gradcheck, gradgradcheck
 from problems import ACTIVATIONS, DTYPES, FORMS, RECOMPUTING, Problem, assert_same_bits, dtype_name, results
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -97,6 +97,78 @@ def test_subsets(form: str) -> None:
             kinds = {name.rstrip("0123456789") for name in chosen}  # branches of one list are asked for together
             assert sum(needs) == len(kinds)
             assert [size > 0 for size in sizes] == needs
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_only_what_this_backward_asks_for(form: str) -> None:
+    """Every tensor requires grad, and each way of backward asks for one of them or for some: the operator is asked for
+    no other, and the bits are those of the full backward. (A regression: it computed everything.)"""
+    problem = Problem(form, T=5, D=4, F=9, O=6, bias=form != "branches")
+    tensors, d_y = problem.draw(dtype=torch.float32)
+    expected = results(problem.ours, tensors, d_y)
+    names = list(tensors)
+    leaves = {n: t.detach().requires_grad_() for n, t in tensors.items()}
+    given = {n: t * 1 for n, t in leaves.items()}  # not leaves: autograd.grad asks the engine another way
+    y = problem.ours(**given)
+    direct = problem.ours(**leaves)
+    for chosen in {*((n,) for n in names), tuple(names[1:]) or ("gate",), tuple(names)}:
+        with Asked() as asked:
+            of_inputs = torch.autograd.grad(y, [given[n] for n in chosen], d_y, retain_graph=True)
+            before = torch.autograd.grad(y, [leaves[n] for n in chosen], d_y, retain_graph=True, create_graph=True)
+            torch.autograd.backward(direct, d_y, retain_graph=True, inputs=[leaves[n] for n in chosen])
+        kinds = {name.rstrip("0123456789") for name in chosen}
+        assert [sum(needs) for _, needs, _ in asked.calls] == [len(kinds)] * 3, chosen
+        for i, name in enumerate(chosen):
+            wanted = expected[f"d_{name}"]
+            assert torch.equal(of_inputs[i], wanted) and torch.equal(before[i], wanted), name
+            assert torch.equal(leaves[name].grad, wanted), name
+            leaves[name].grad = None
+        assert all(t.grad is None for t in leaves.values())
+
+
+def test_large_leaves_are_asked_for_one_by_one() -> None:
+    """``autograd.grad`` of one large leaf computes no other; second derivatives of it compute what they ask for."""
+    shapes = {"x": (64, 256), "w_in": (384, 256), "w_up": (384, 256), "w_down": (256, 384)}
+    leaves = {
+        n: torch.randn(s, generator=generator(i)).mul_(0.05).requires_grad_() for i, (n, s) in enumerate(shapes.items())
+    }
+    y = ffn_ops.ffn(**leaves)
+    everything = torch.autograd.grad(y.sum(), list(leaves.values()), retain_graph=True)
+    for (name, leaf), wanted in zip(leaves.items(), everything, strict=True):
+        with Asked() as asked:
+            (grad,) = torch.autograd.grad(y.sum(), leaf, retain_graph=True, create_graph=True)
+        assert [sum(needs) for _, needs, _ in asked.calls] == [1], name
+        assert torch.equal(grad, wanted)
+
+
+def test_everything_reaches_hooks() -> None:
+    """backward() under hooks of tensors, of parameters after accumulation, and through a nested backward."""
+    x, w, down = (torch.randn(s, generator=generator(1)).requires_grad_() for s in ((5, 4), (6, 4), (3, 6)))
+    expected = torch.autograd.grad(ffn_ops.ffn(x, w, down).sum(), (x, w, down))
+    seen: dict[str, Tensor] = {}
+    inner = x * 1
+    inner.register_hook(lambda g: seen.update(x=g.clone()))
+    handle = w.register_post_accumulate_grad_hook(lambda p: seen.update(w=p.grad.clone()))
+    inner.retain_grad()
+
+    class Nested(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, y: Tensor) -> Tensor:
+            return y.clone()
+
+        @staticmethod
+        def backward(ctx: Any, d: Tensor) -> Tensor:
+            with torch.enable_grad():  # as reentrant checkpointing does
+                again = [t.detach().requires_grad_() for t in (x, w, down)]
+                torch.autograd.backward(ffn_ops.ffn(*again).sum())
+            assert all(torch.equal(t.grad, g) for t, g in zip(again, expected, strict=True))
+            return d
+
+    Nested.apply(ffn_ops.ffn(inner, w, down)).sum().backward()
+    handle.remove()
+    for name, grad in zip(("x", "w"), expected[:2], strict=True):
+        assert torch.equal(seen[name], grad)
+    assert torch.equal(inner.grad, expected[0]) and torch.equal(down.grad, expected[2])
 
 
 @pytest.mark.parametrize("form", FORMS)

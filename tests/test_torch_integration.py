@@ -12,7 +12,6 @@ import torch
 from device import DEVICE, generator
 from problems import FFN_FORMS, FORMS, Problem, assert_same_bits, results
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -293,21 +292,6 @@ def test_func_jacobian_and_hessian(form: str) -> None:
         actual = call(lambda given: problem.ours(**given).sum(0))(tensors)
         expected = call(lambda given: problem.plain(**given).sum(0))(tensors)
         torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_forward_mode_is_refused(form: str) -> None:
-    """There is no forward-mode derivative: an error, not a tangent that gets lost on the way. (A regression.)"""
-    problem = Problem(form, **SMALL)
-    tensors, _ = problem.draw(dtype=torch.float32)
-    with pytest.raises(NotImplementedError, match="jvp"):
-        torch.func.jvp(lambda given: problem.ours(**given), (tensors,), (tensors,))
-    with forward_ad.dual_level():
-        name, value = next(iter(tensors.items()))
-        with pytest.raises(NotImplementedError, match="jvp"):
-            problem.ours(**{**tensors, name: forward_ad.make_dual(value, torch.ones_like(value))})
-        inside = problem.ours(**tensors)  # nothing dual: as ever
-    assert torch.equal(inside, problem.ours(**tensors))
 
 
 def flops(call: Any) -> int:

@@ -10,8 +10,20 @@ from torch.nn import functional as F
 
 from .. import _checks as check
 from .._library import differentiable, fake, vmap_by_loop
-from ._gated_act import gated_act, gated_act_backward, gated_act_double_backward, gated_act_op
-from ._shared import NAMES, autocast, dense, fold, given, linear_cotangent, needs_grad, prefers_torch, split
+from ._gated_act import act_tangent, gated_act, gated_act_backward, gated_act_double_backward, gated_act_op
+from ._shared import (
+    NAMES,
+    autocast,
+    backward_tangents,
+    dense,
+    fold,
+    given,
+    linear_cotangent,
+    needs_grad,
+    not_asked_for,
+    prefers_torch,
+    split,
+)
 
 
 def ffn(
@@ -225,7 +237,8 @@ def _ffn_backward_formula(ctx: Any, d_y: Tensor | None, _gate: Any, _up: Any) ->
 
 
 def _ffn_backward_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    d_y, x, w_in, w_up, w_down, b_in, b_up, gate, up, ctx.gated, *ctx.form, _needs = inputs
+    d_y, x, w_in, w_up, w_down, b_in, b_up, gate, up, ctx.gated, *ctx.form, ctx.needs = inputs
+    not_asked_for(ctx, output)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(d_y, x, w_in, w_up, w_down, b_in, b_up, gate, up)
 
@@ -290,8 +303,33 @@ def _ffn_double_backward(ctx: Any, *grads: Tensor | None) -> Any:
     )
 
 
-_ffn_backward = differentiable("ffn_backward", _ffn_backward_setup, _ffn_double_backward)
-_ffn = differentiable("ffn", _ffn_setup, _ffn_backward_formula)
+def _ffn_backward_tangent(ctx: Any, *tangents: Any) -> Any:
+    def again(d: Tensor) -> Any:
+        return _ffn_backward(d, *ctx.saved_tensors[1:], ctx.gated, *ctx.form, ctx.needs)
+
+    return backward_tangents(ctx, tangents, again, _ffn_double_backward, (1, 2, 3, 4, 5, 6, None))
+
+
+def _ffn_tangent(ctx: Any, *tangents: Any) -> Any:
+    x, w_in, w_up, w_down, b_in, b_up, _gate, _up = ctx.saved_tensors
+    x_t, w_in_t, w_up_t, w_down_t, b_in_t, b_up_t, b_down_t = tangents[:7]
+    fused = ctx.gated and w_up is None
+    features = w_down.shape[1]
+    w_g, w_u = split(w_in, features) if fused else (w_in, w_up)
+    b_g, b_u = split(b_in, features) if fused else (b_in, b_up)
+    gate = F.linear(x, w_g, b_g)  # the saved one is a constant to other levels
+    up = None if w_u is None else F.linear(x, w_u, b_u)
+    if fused:
+        (w_in_t, w_up_t), (b_in_t, b_up_t) = split(w_in_t, features), split(b_in_t, features)
+    gate_t = linear_cotangent(x, w_g, x_t, w_in_t, b_in_t)
+    up_t = None if w_u is None else linear_cotangent(x, w_u, x_t, w_up_t, b_up_t)
+    h_t = act_tangent(gate, up, ctx.form, gate_t, up_t)
+    h = h_t if w_down_t is None else gated_act_op(gate, up, *ctx.form)
+    return linear_cotangent(h, w_down, h_t, w_down_t, b_down_t), None, None
+
+
+_ffn_backward = differentiable("ffn_backward", _ffn_backward_setup, _ffn_double_backward, _ffn_backward_tangent)
+_ffn = differentiable("ffn", _ffn_setup, _ffn_backward_formula, _ffn_tangent)
 
 
 for _name in ("ffn", "ffn_backward"):

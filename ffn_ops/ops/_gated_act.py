@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from .._library import differentiable, fake, vmap_by_loop
-from ._shared import NAMES, dense, fold, third_order, third_setup
+from ._shared import NAMES, backward_tangents, dense, fold, not_asked_for, plus, third_order, third_setup
 
 
 def gated_act(
@@ -153,7 +153,8 @@ def _gated_act_backward_formula(ctx: Any, d_out: Tensor) -> Any:
 
 
 def _gated_act_backward_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    d_out, gate, up, *ctx.form, _needs = inputs
+    d_out, gate, up, *ctx.form, ctx.needs = inputs
+    not_asked_for(ctx, output)
     ctx.save_for_backward(d_out, gate, up)
     ctx.set_materialize_grads(False)
 
@@ -170,9 +171,36 @@ def _gated_act_double_backward_formula(ctx: Any, dd_gate: Tensor | None, dd_up: 
     return by_d, by_gate, None if up is None else by_up, *(None,) * 5
 
 
-gated_act_double_backward = differentiable("gated_act_double_backward", third_setup, third_order)
-gated_act_backward = differentiable("gated_act_backward", _gated_act_backward_setup, _gated_act_double_backward_formula)
-gated_act_op = differentiable("gated_act", _gated_act_setup, _gated_act_backward_formula)
+def _gated_act_backward_tangent(ctx: Any, *tangents: Any) -> Any:
+    def again(d: Tensor) -> Any:
+        return gated_act_backward(d, *ctx.saved_tensors[1:], *ctx.form, ctx.needs)
+
+    return backward_tangents(ctx, tangents, again, _gated_act_double_backward_formula, (1, 2))
+
+
+def act_tangent(gate: Tensor, up: Tensor | None, form: Any, gate_t: Tensor | None, up_t: Tensor | None) -> Any:
+    """``act'(gate) * up * gate_t + act(gate) * up_t``, None where both tangents are."""
+    by_gate = by_up = None
+    if gate_t is not None:
+        by_gate = gated_act_backward(gate_t, gate, up, *form, [True, False])[0]
+    if up_t is not None:
+        by_up = gated_act_backward(up_t, gate, up, *form, [False, True])[1]
+    return plus(by_gate, by_up)
+
+
+def _gated_act_tangent(ctx: Any, gate_t: Tensor | None, up_t: Tensor | None, *_: Any) -> Any:
+    gate, up = ctx.saved_tensors
+    return act_tangent(gate, up, ctx.form, gate_t, up_t)
+
+
+gated_act_double_backward = differentiable("gated_act_double_backward", third_setup, third_order, third_order)
+gated_act_backward = differentiable(
+    "gated_act_backward",
+    _gated_act_backward_setup,
+    _gated_act_double_backward_formula,
+    _gated_act_backward_tangent,
+)
+gated_act_op = differentiable("gated_act", _gated_act_setup, _gated_act_backward_formula, _gated_act_tangent)
 
 for _name in ("gated_act", "gated_act_backward", "gated_act_double_backward"):
     vmap_by_loop(_name)

@@ -12,8 +12,20 @@ from torch.nn import functional as F
 
 from .. import _checks as check
 from .._library import differentiable, fake, vmap_by_loop
-from ._gated_act import gated_act, gated_act_backward, gated_act_double_backward
-from ._shared import NAMES, autocast, dense, fold, given, linear_cotangent, needs_grad, prefers_torch
+from ._gated_act import act_tangent, gated_act, gated_act_backward, gated_act_double_backward
+from ._shared import (
+    NAMES,
+    autocast,
+    backward_tangents,
+    dense,
+    fold,
+    given,
+    linear_cotangent,
+    needs_grad,
+    not_asked_for,
+    plus,
+    prefers_torch,
+)
 
 
 def gated_linear(
@@ -173,17 +185,18 @@ def _gated_linear_backward_formula(ctx: Any, d_y: Tensor | None, _gate: Any, _up
 
 
 def _gated_linear_backward_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    d_y, x, w_gate, w_up, b_gate, b_up, gate, up, ctx.activation, ctx.beta, _needs = inputs
+    d_y, x, w_gate, w_up, b_gate, b_up, gate, up, ctx.activation, ctx.beta, ctx.needs = inputs
+    not_asked_for(ctx, output)
     ctx.lengths = [len(each) for each in (w_gate, w_up, b_gate, b_up)]
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(d_y, x, gate, up, *w_gate, *w_up)
+    ctx.save_for_backward(d_y, x, gate, up, *w_gate, *w_up, *b_gate, *b_up)
 
 
 def _gated_linear_double_backward(ctx: Any, *grads: Tensor | None) -> Any:
     """Differentiates the backward, with gate and up as functions of x, weights and biases."""
     d_y, x, gate, up, *weights = ctx.saved_tensors
     G, _G, gate_biases, up_biases = ctx.lengths
-    w_gate, w_up = _lists(weights, (G, G))
+    w_gate, w_up, *_ = _lists(weights, ctx.lengths)
     dd_x, dd_w_gate, dd_w_up, dd_b_gate, dd_b_up = (given(g) for g in grads)
     by_d_y, by_x = torch.zeros_like(d_y), torch.zeros_like(x)
     by_w_gate, by_w_up, by_b_gate, by_b_up = [], [], [], []
@@ -207,10 +220,50 @@ def _gated_linear_double_backward(ctx: Any, *grads: Tensor | None) -> Any:
     return by_d_y, by_x, by_w_gate, by_w_up, by_b_gate[:gate_biases], by_b_up[:up_biases], *(None,) * 5
 
 
+def _gated_linear_backward_tangent(ctx: Any, d_t: Tensor | None, *tangents: Any) -> Any:
+    _d_y, x, gate, up, *weights = ctx.saved_tensors
+    lists = _lists(weights, ctx.lengths)
+
+    def again(d: Tensor) -> Any:
+        return _gated_linear_backward(d, x, *lists, gate, up, ctx.activation, ctx.beta, ctx.needs)
+
+    def second(ctx: Any, *stacked: Any) -> Any:
+        by = _gated_linear_double_backward(ctx, *stacked)[:6]
+        return [torch.stack(each) if isinstance(each, list) and each else each for each in by]
+
+    stacked = [_stacked(t, like) for t, like in zip(tangents[1:5], lists, strict=True)]
+    return backward_tangents(ctx, (d_t, tangents[0], *stacked), again, second, (1, 2, 3, 4, 5))
+
+
+def _stacked(tangents: Sequence[Tensor | None], like: Sequence[Tensor]) -> Tensor | None:
+    if all(t is None for t in tangents):
+        return None
+    return torch.stack([torch.zeros_like(w) if t is None else t for t, w in zip(tangents, like, strict=True)])
+
+
+def _gated_linear_tangent(ctx: Any, x_t: Tensor | None, *lists_t: Any) -> Any:
+    x, _gate, _up, *others = ctx.saved_tensors
+    w_gate, w_up, b_gate, b_up = _lists(others, ctx.lengths)
+    w_gate_t, w_up_t, b_gate_t, b_up_t = lists_t[:4]
+    y_t = None
+    for i in range(len(w_gate)):
+        gate = F.linear(x, w_gate[i], b_gate[i] if b_gate else None)  # the saved one is a constant to other levels
+        up = F.linear(x, w_up[i], b_up[i] if b_up else None)
+        gate_t = linear_cotangent(x, w_gate[i], x_t, w_gate_t[i], b_gate_t[i] if b_gate else None)
+        up_t = linear_cotangent(x, w_up[i], x_t, w_up_t[i], b_up_t[i] if b_up else None)
+        y_t = plus(y_t, act_tangent(gate, up, (ctx.activation, ctx.beta, None, 0.0), gate_t, up_t))
+    return y_t, None, None
+
+
 _gated_linear_backward = differentiable(
-    "gated_linear_backward", _gated_linear_backward_setup, _gated_linear_double_backward
+    "gated_linear_backward",
+    _gated_linear_backward_setup,
+    _gated_linear_double_backward,
+    _gated_linear_backward_tangent,
 )
-_gated_linear = differentiable("gated_linear", _gated_linear_setup, _gated_linear_backward_formula)
+_gated_linear = differentiable(
+    "gated_linear", _gated_linear_setup, _gated_linear_backward_formula, _gated_linear_tangent
+)
 
 for _name in ("gated_linear", "gated_linear_backward"):
     vmap_by_loop(_name)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from .. import _checks as check
 from .._library import differentiable, fake, vmap_by_loop
-from ._gated_act import gated_act_backward, gated_act_double_backward, gated_act_op
-from ._rows import check_routing, combine_op, dispatch_op, linear_op, outer_op
-from ._shared import NAMES, arithmetic, autocast, dense, fold, given, needs_grad
+from ._moe_derivatives import moe_double_backward, moe_tangent
+from ._rows import check_routing
+from ._shared import NAMES, arithmetic, autocast, backward_tangents, dense, fold, needs_grad, not_asked_for
 
 if TYPE_CHECKING:
     from ..routing import Routing
@@ -264,115 +263,22 @@ def _moe_backward_formula(ctx: Any, d_y: Tensor | None, _gate: Any, _up: Any) ->
 
 
 def _moe_backward_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    *tensors, ctx.gated, ctx.interleaved, activation, beta, limit, up_shift, _needs = inputs
+    *tensors, ctx.gated, ctx.interleaved, activation, beta, limit, up_shift, ctx.needs = inputs
+    not_asked_for(ctx, output)
     ctx.form = (activation, beta, limit, up_shift)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors)
 
 
-def _moe_double_backward(ctx: Any, *grads: Tensor | None) -> Any:
-    """Differentiates the backward, with the pre-activations as functions of x, weights and biases.
+def _moe_backward_tangent(ctx: Any, *tangents: Any) -> Any:
+    def again(d: Tensor) -> Any:
+        return moe_backward_op(d, *ctx.saved_tensors[1:], ctx.gated, ctx.interleaved, *ctx.form, ctx.needs)
 
-    Row by row, with g the gradient of the output, a = g w_down, z the pre-activations, h = act(z), s the weight:
-    d_z = act'(s a, z), d_s = <a, h> + <g, b_down>, d_w_in = d_z^T x, d_w_down = s g^T h, d_b_down = s g and
-    d_x = d_z w_in. ``v_t`` is the cotangent of v where v is one of these gradients.
-    """
-    d_y, x, token, weight, offsets, row, slot_offsets, w_in, w_down, b_in, b_down, gate, up = ctx.saved_tensors
-    dd_x, dd_s, dd_w_in, dd_w_down, dd_b_in, dd_b_down = (given(g) for g in grads)
-    act = ctx.form
-    route = (offsets, row, slot_offsets)
-    transposed = w_down.transpose(1, 2)
-
-    def gather(t: Tensor) -> Tensor:
-        return t if token is None else dispatch_op(t, token, None, *route)  # type: ignore[no-any-return]
-
-    def scatter(rows: Tensor) -> Tensor:
-        return rows if token is None else combine_op(rows, token, None, *route)  # type: ignore[no-any-return]
-
-    def spread(per_expert: Tensor) -> Tensor:
-        return linear_op(ones, per_expert.unsqueeze(2), offsets)  # type: ignore[no-any-return]
-
-    def total(rows: Tensor) -> Tensor:
-        return outer_op(rows, ones, offsets).squeeze(2)  # type: ignore[no-any-return]
-
-    def halves(z: Tensor) -> tuple[Tensor, Tensor | None]:
-        if not ctx.gated:
-            return z, None
-        return (z[:, ::2], z[:, 1::2]) if ctx.interleaved else tuple(z.chunk(2, 1))  # type: ignore[return-value]
-
-    def joined(by_gate: Tensor, by_up: Tensor | None) -> Tensor:
-        if by_up is None or not ctx.gated:
-            return by_gate
-        return torch.stack((by_gate, by_up), 2).flatten(1) if ctx.interleaved else torch.cat((by_gate, by_up), 1)
-
-    def dots(a: Tensor, b: Tensor) -> Tensor:
-        return (a * b).sum(1, keepdim=True)
-
-    ones = x.new_ones(_num_rows(x, token), 1)
-    s = ones if weight is None else weight.unsqueeze(1).to(x.dtype)
-    g, x_rows = gather(d_y), gather(x)
-    if gate.dim() == 1:  # not saved
-        z = linear_op(x_rows, w_in, offsets)
-        gate, up_ = halves(z if b_in is None else z + spread(b_in))
-    else:
-        up_ = up if ctx.gated else None
-    h = gated_act_op(gate, up_, *act)
-    a = linear_op(g, transposed, offsets)
-    d_z = joined(*gated_act_backward(s * a, gate, up_, *act, [True, True]))
-
-    z_t = torch.zeros_like(d_z)  # the cotangent of d_z
-    x_t = None if dd_x is None else gather(dd_x)
-    if x_t is not None:
-        z_t = z_t + linear_op(x_t, w_in, offsets)
-    if dd_w_in is not None:
-        z_t = z_t + linear_op(x_rows, dd_w_in, offsets)
-    if dd_b_in is not None:
-        z_t = z_t + spread(dd_b_in)
-    by_d, by_gate, by_up = gated_act_double_backward(*halves(z_t), s * a, gate, up_, *act)
-    by_z = joined(by_gate, by_up)
-    by_a, by_s, by_g = s * by_d, dots(by_d, a), torch.zeros_like(g)
-    d_h = torch.zeros_like(h)  # what reaches h from d_s and d_w_down
-    by_b_down = None
-    if dd_s is not None:
-        s_t = dd_s.unsqueeze(1).to(x.dtype)
-        by_a = by_a + s_t * h
-        d_h = d_h + s_t * a
-        if b_down is not None:
-            by_g = by_g + s_t * spread(b_down)
-            by_b_down = total(s_t * g)
-    if dd_w_down is not None:
-        a_t = linear_op(g, dd_w_down.transpose(1, 2), offsets)
-        by_s = by_s + dots(a_t, h)
-        d_h = d_h + s * a_t
-        by_g = by_g + s * linear_op(h, dd_w_down, offsets)
-    if dd_b_down is not None:
-        b_t = spread(dd_b_down)
-        by_s = by_s + dots(g, b_t)
-        by_g = by_g + s * b_t
-    by_z = by_z + joined(*gated_act_backward(d_h, gate, up_, *act, [True, True]))
-    by_g = by_g + linear_op(by_a, w_down, offsets)
-    by_w_in = outer_op(by_z, x_rows, offsets)
-    by_x = linear_op(by_z, w_in.transpose(1, 2), offsets)
-    if x_t is not None:
-        by_w_in = by_w_in + outer_op(d_z, x_t, offsets)
-    if dd_w_in is not None:
-        by_x = by_x + linear_op(d_z, dd_w_in.transpose(1, 2), offsets)
-    return (
-        scatter(by_g),
-        scatter(by_x),
-        None,
-        None if weight is None else by_s.squeeze(1).to(weight.dtype),
-        *(None,) * 3,
-        by_w_in,
-        outer_op(g, by_a, offsets),
-        total(by_z) if b_in is not None else None,
-        by_b_down,
-        *(None,) * 9,
-    )
+    return backward_tangents(ctx, tangents, again, moe_double_backward, [1 + place for place in _PLACES])
 
 
-moe_backward_op = differentiable("moe_backward", _moe_backward_setup, _moe_double_backward)
-moe_op = differentiable("moe", _moe_setup, _moe_backward_formula)
+moe_backward_op = differentiable("moe_backward", _moe_backward_setup, moe_double_backward, _moe_backward_tangent)
+moe_op = differentiable("moe", _moe_setup, _moe_backward_formula, moe_tangent)
 
 for _name in ("moe", "moe_backward"):
     vmap_by_loop(_name)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from .._library import differentiable, fake, overload, vmap_by_loop
-from ._shared import arithmetic
+from .._library import ContextWith, differentiable, fake, overload, vmap_by_loop
+from ._shared import arithmetic, backward_tangents
 
 NORM_EPSILON = 1e-20  # as the kernel's
 
@@ -135,8 +135,25 @@ def _top_k_double_backward(ctx: Any, dd: Tensor) -> Any:
     return w_t, by_z.to(logits.dtype), *(None,) * 5
 
 
-top_k_backward_op = differentiable("route_top_k_backward", _top_k_backward_setup, _top_k_double_backward)
-top_k_op = differentiable("route_top_k", _top_k_setup, _top_k_backward_formula)
+def _top_k_backward_tangent(ctx: Any, *tangents: Any) -> Any:
+    def again(d: Tensor) -> Any:
+        return (top_k_backward_op(d, *ctx.saved_tensors[1:], ctx.score, ctx.renormalize, ctx.softmax_after, ctx.scale),)
+
+    ctx.needs = [True]
+    return backward_tangents(ctx, tangents, again, _top_k_double_backward, (1,))[0]
+
+
+def _top_k_tangent(ctx: Any, logits_t: Tensor, *_: Any) -> Any:
+    """w_t of the double backward, which does not depend on the weights' gradient."""
+    logits, ids = ctx.saved_tensors
+    none = logits.new_zeros(ids.shape, dtype=arithmetic(logits))
+    return _top_k_double_backward(ContextWith(ctx, saved_tensors=(none, logits, ids)), logits_t)[0], None
+
+
+top_k_backward_op = differentiable(
+    "route_top_k_backward", _top_k_backward_setup, _top_k_double_backward, _top_k_backward_tangent
+)
+top_k_op = differentiable("route_top_k", _top_k_setup, _top_k_backward_formula, _top_k_tangent)
 
 
 # ---- sort -----------------------------------------------------------------------------------------------------------
@@ -185,7 +202,12 @@ def _sort_backward(ctx: Any, d_weight: Tensor | None, *_: Any) -> Any:
     return None, None, d_weight.index_select(0, place).view(ctx.shape), *(None,) * 4
 
 
-sort_op = differentiable("moe_sort", _sort_setup, _sort_backward)
+def _sort_tangent(ctx: Any, _expert: Any, _token: Any, weight_t: Tensor, *_: Any) -> Any:
+    (place,) = ctx.saved_tensors
+    return weight_t.new_zeros(place.shape).index_copy(0, place, weight_t.reshape(-1)), *(None,) * 6
+
+
+sort_op = differentiable("moe_sort", _sort_setup, _sort_backward, _sort_tangent)
 
 
 # ---- assignments ----------------------------------------------------------------------------------------------------

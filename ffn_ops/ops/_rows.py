@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from .._library import differentiable, fake, vmap_by_loop
-from ._shared import arithmetic, autocast, dense, fold
+from ._shared import arithmetic, autocast, dense, fold, plus
 
 if TYPE_CHECKING:
     from ..routing import Routing
@@ -137,9 +137,33 @@ def _row_dots_backward(ctx: Any, d: Tensor) -> Any:
     return d_a, d_rows, None, None, None, None
 
 
-dispatch_op = differentiable("moe_dispatch", _routed_setup, _dispatch_backward)
-combine_op = differentiable("moe_combine", _routed_setup, _combine_backward)
-row_dots_op = differentiable("moe_row_dots", _move_setup, _row_dots_backward)
+def _dispatch_tangent(ctx: Any, *tangents: Any) -> Any:
+    return _routed_tangent(dispatch_op, ctx.saved_tensors, *tangents)
+
+
+def _combine_tangent(ctx: Any, *tangents: Any) -> Any:
+    return _routed_tangent(combine_op, ctx.saved_tensors, *tangents)
+
+
+def _routed_tangent(op: Any, saved: Any, values_t: Tensor | None, _token: Any, weight_t: Tensor | None, *_: Any) -> Any:
+    """Both are linear in values and in weights."""
+    values, token, weight, *rest = saved
+    by_values = None if values_t is None else op(values_t, token, weight, *rest)
+    return plus(by_values, None if weight_t is None else op(values, token, weight_t, *rest))
+
+
+def _product_tangent(op: Any, saved: Any, a_t: Tensor | None, b_t: Tensor | None) -> Any:
+    a, b, *rest = saved
+    return plus(None if a_t is None else op(a_t, b, *rest), None if b_t is None else op(a, b_t, *rest))
+
+
+def _row_dots_tangent(ctx: Any, *tangents: Any) -> Any:
+    return _product_tangent(row_dots_op, ctx.saved_tensors, *tangents[:2])
+
+
+dispatch_op = differentiable("moe_dispatch", _routed_setup, _dispatch_backward, _dispatch_tangent)
+combine_op = differentiable("moe_combine", _routed_setup, _combine_backward, _combine_tangent)
+row_dots_op = differentiable("moe_row_dots", _move_setup, _row_dots_backward, _row_dots_tangent)
 
 
 # ---- products per expert --------------------------------------------------------------------------------------------
@@ -171,8 +195,16 @@ def _outer_backward(ctx: Any, d: Tensor) -> Any:
     return d_a, linear_op(a, d.transpose(1, 2), offsets) if ctx.needs_input_grad[1] else None, None
 
 
-linear_op = differentiable("moe_linear", _move_setup, _linear_backward)
-outer_op = differentiable("moe_outer", _move_setup, _outer_backward)
+def _linear_tangent(ctx: Any, *tangents: Any) -> Any:
+    return _product_tangent(linear_op, ctx.saved_tensors, *tangents[:2])
+
+
+def _outer_tangent(ctx: Any, *tangents: Any) -> Any:
+    return _product_tangent(outer_op, ctx.saved_tensors, *tangents[:2])
+
+
+linear_op = differentiable("moe_linear", _move_setup, _linear_backward, _linear_tangent)
+outer_op = differentiable("moe_outer", _move_setup, _outer_backward, _outer_tangent)
 
 for _name in ("moe_dispatch", "moe_combine", "moe_row_dots", "moe_linear", "moe_outer"):
     vmap_by_loop(_name)

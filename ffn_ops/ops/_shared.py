@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -47,10 +48,12 @@ def arithmetic(t: Tensor) -> torch.dtype:
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
+    """Also where another level of torch.func may ask."""
     if torch.is_grad_enabled():
         for t in tensors:
             if t is not None and t.requires_grad:
                 return True
+        return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
     return False
 
 
@@ -74,13 +77,52 @@ def given(grad: Tensor | None) -> Tensor | None:
 def linear_cotangent(
     x: Tensor, weight: Tensor, dd_x: Tensor | None, dd_w: Tensor | None, dd_b: Tensor | None
 ) -> Tensor:
-    """Of d_z, where d_x = d_z w, d_w = d_z^T x and d_b = sum over tokens of d_z."""
+    """Of d_z, where d_x = d_z w, d_w = d_z^T x and d_b = sum over tokens of d_z; the same is the tangent of
+    z = x w^T + b, from those of x, w and b."""
     total = x.new_zeros(x.shape[0], weight.shape[0])
     if dd_x is not None:
         total = total + dd_x @ weight.t()
     if dd_w is not None:
         total = total + x @ dd_w.t()
     return total if dd_b is None else total + dd_b
+
+
+def plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
+
+
+def backward_tangents(
+    ctx: Any,
+    tangents: Sequence[Any],
+    again: Callable[[Tensor], Sequence[Tensor]],
+    second: Callable[..., Any],
+    places: Sequence[int | None],
+) -> tuple[Tensor | None, ...]:
+    """Forward mode of a backward operator, whose first input is the gradient d and whose gradients are those of the
+    inputs at ``places``.
+
+    They are the gradient of <d, f>: linear in d, so that ``again`` computes them of d's tangent; and the Hessian of
+    <d, f> is symmetric, so that its product with the tangents is what ``second``, the backward's backward, gives them.
+    """
+    given = [None if place is None else tangents[place] for place in places]
+    of_d: Sequence[Tensor | None] = [None] * len(places) if tangents[0] is None else again(tangents[0])
+    by: Sequence[Any] = ()
+    if any(t is not None for t in given):
+        by = second(ctx, *given)
+    result: list[Tensor | None] = []
+    zeros: Sequence[Tensor] = ()
+    for i, (place, need) in enumerate(zip(places, ctx.needs, strict=True)):
+        t = plus(of_d[i], by[place] if by and place is not None else None) if need else None
+        if need and t is None:  # torch wants zeros there
+            zeros = zeros or again(torch.zeros_like(ctx.saved_tensors[0]))
+            t = zeros[i]
+        result.append(t)
+    return tuple(result)
+
+
+def not_asked_for(ctx: Any, output: Sequence[Tensor]) -> None:
+    """The empty gradients of a backward operator have no derivative."""
+    ctx.mark_non_differentiable(*(t for t, need in zip(output, ctx.needs, strict=True) if not need))
 
 
 def third_setup(ctx: Any, inputs: Any, output: Any) -> None:
