@@ -123,9 +123,9 @@ def routing(value: Any, like: Tensor | None = None, of: str = "x") -> None:
         indices(f"routing.{name}", getattr(value, name))
     rows = value.token.shape[0]
     indices("routing.row", value.row, (rows,))
-    if not isinstance(value.weight, Tensor) or value.weight.dtype not in (torch.float32, torch.float64):
+    if not isinstance(value.weight, Tensor) or value.weight.dtype not in DTYPES:
         got = _dtype(value.weight) if isinstance(value.weight, Tensor) else type(value.weight).__name__
-        raise TypeError(f"routing.weight: expected a float32 or float64 tensor, got {got}")
+        raise TypeError(f"routing.weight: expected a tensor of float32 or float64 (or 16 bits, widened), got {got}")
     _shape("routing.weight", value.weight, (rows,))
     for name in ("offsets", "slot_offsets"):
         if getattr(value, name).shape[0] < 1:
