@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -90,6 +91,8 @@ def flag(name: str, value: Any) -> None:
 
 
 def at_least(name: str, value: Any, least: int, most: Any = None) -> None:
+    if isinstance(value, Tensor) and torch.jit.is_tracing():  # a size: torch.jit.trace makes tensors of them
+        return
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
     if value < least or (most is not None and value > most):
@@ -133,3 +136,20 @@ def routing(value: Any, like: Tensor | None = None, of: str = "x") -> None:
     if like is not None:
         for name in value._fields:
             device(f"routing.{name}", getattr(value, name), like, of)
+
+
+def refuse_script(module: Any) -> Any:
+    """As ``__prepare_scriptable__``: what torch.jit.script asks of a module before it compiles its source."""
+    raise NotImplementedError(
+        f"{type(module).__name__}: torch.jit.script cannot compile it. Use torch.export or torch.jit.trace, or"
+        " ffn_ops.restore(model) first where ffn_ops.replace has changed it"
+    )
+
+
+def leaf(module: Any, proxy: Proxy) -> Any:
+    """For torch.fx's symbolic_trace: a function that calls ``module``, which looks at its input, as one node."""
+    tracer = proxy.tracer
+    path = tracer.path_of_module(module)
+    if not path:
+        raise TypeError(f"{type(module).__name__}: symbolic_trace takes it as a part of a model, not alone")
+    return lambda *args, **kwargs: tracer.create_proxy("call_module", path, args, kwargs)

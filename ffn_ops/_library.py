@@ -173,6 +173,8 @@ def differentiable(name: str, setup_context: Callable[..., None], formula: Calla
         if not transformed and not (grad and torch.is_grad_enabled()):
             with torch._C._AutoDispatchBelowAutograd():
                 return op(*args)
+        if torch._C._is_tracing():  # torch.jit.trace keeps operators, not autograd.Functions
+            return op(*args)
         flat, lengths = _flatten(args) if takes_lists else (args, None)
         return (Transformed if transformed else Eager).apply(*flat, lengths)
 

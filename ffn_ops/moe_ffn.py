@@ -133,6 +133,8 @@ class MoEFFN(nn.Module):
             whole = [t for t in (*self.parameters(), *self.buffers()) if not check.is_dtensor(t)]
             expert_parallel.equalize(expert_mesh, whole)
 
+    __prepare_scriptable__ = check.refuse_script
+
     def logits(self, x: Tensor) -> Tensor:
         """``[..., E]`` in float32 (float64 for float64): what the router chooses by, and what losses take."""
         check.tensor("x", x)
@@ -164,6 +166,8 @@ class MoEFFN(nn.Module):
 
         ``routing`` replaces the router's choice (logits are then None); other keywords go to the router.
         """
+        if isinstance(x, check.Proxy):
+            return check.leaf(self, x)(x, routing=routing, return_routing=return_routing, **options)
         logits = None
         if routing is None:
             logits = self.logits(x)

@@ -47,7 +47,8 @@ def arithmetic(t: Tensor) -> torch.dtype:
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
-    if torch.is_grad_enabled():
+    # torch.jit.trace checks its graph without gradients: it must come out the same.
+    if torch.is_grad_enabled() or torch._C._is_tracing():
         for t in tensors:
             if t is not None and t.requires_grad:
                 return True
