@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Proxy
+from torch.fx import Proxy as Proxy
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -91,7 +91,7 @@ def flag(name: str, value: Any) -> None:
 
 
 def at_least(name: str, value: Any, least: int, most: Any = None) -> None:
-    if isinstance(value, Tensor) and torch.jit.is_tracing():  # a size: torch.jit.trace makes tensors of them
+    if isinstance(value, Tensor) and torch._C._is_tracing():  # a size: torch.jit.trace makes tensors of them
         return
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
@@ -148,7 +148,7 @@ def refuse_script(module: Any) -> Any:
 
 def leaf(module: Any, proxy: Proxy) -> Any:
     """For torch.fx's symbolic_trace: a function that calls ``module``, which looks at its input, as one node."""
-    tracer = proxy.tracer
+    tracer: Any = proxy.tracer
     path = tracer.path_of_module(module)
     if not path:
         raise TypeError(f"{type(module).__name__}: symbolic_trace takes it as a part of a model, not alone")
