@@ -171,10 +171,14 @@ class BuildLibraries(BuildExtension):
     def run(self):
         super().run()
         folder = Path(self.get_ext_fullpath(CPU_LIBRARY)).parent
-        (folder / "cuda_build.json").write_text(json.dumps(CUDA_BUILD, indent=1) + "\n")
         if "reason" in CUDA_BUILD:
             (folder / "libffn_ops_cuda.so").unlink(missing_ok=True)  # of an earlier build
             print(f"\nffn_ops: built WITHOUT CUDA kernels: {CUDA_BUILD['reason']}\n", file=sys.stderr)
+        # Sizes, as a library that was cut short on its way dies inside the loader.
+        sizes = {library.name: library.stat().st_size for library in sorted(folder.glob("libffn_ops_*.so"))}
+        fresh = folder / "cuda_build.new"
+        fresh.write_text(json.dumps({**CUDA_BUILD, "bytes": sizes}, indent=1) + "\n")
+        os.replace(fresh, folder / "cuda_build.json")
 
 
 def sources(folder: str, pattern: str = "**/*.cpp") -> list[str]:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 import ffn_ops
+from ffn_ops._files import file_name, whole
 
 from . import gpu, gpu_report, peak, report
 from .harness import QUICK, Budget, Cpu, Harness, Machine
@@ -97,8 +98,8 @@ def default_file(suite: Suite, options: argparse.Namespace, facts: Record) -> Pa
 
 
 def save(file: Path, results: dict[str, Any]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    with whole(file) as fresh:
+        fresh.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _shown(file: Path) -> str:
@@ -157,7 +158,7 @@ def main(suite: Suite, arguments: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1, help="of every row (default 1, and some rows with 2)")
     parser.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="rows whose name has every TEXT")
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
-    parser.add_argument("--out", type=Path, help="the JSON file; the plot stands beside it")
+    parser.add_argument("--out", type=file_name, help="the JSON file; the plot stands beside it")
     options = parser.parse_args(arguments)
     if options.threads < 1:
         parser.error(f"--threads: expected at least 1, got {options.threads}")

@@ -14,13 +14,13 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ffn_ops import Routing, expert_parallel, reference
+from ffn_ops._files import file_name
 
 from .command import ROOT, machine, save
 from .harness import Timed
@@ -266,7 +266,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.expert_parallel")
     parser.add_argument("--quick", action="store_true", help="one small row")
     parser.add_argument("--ranks", type=int, nargs="+", default=list(RANKS), help="numbers of processes")
-    parser.add_argument("--out", type=Path, help="the JSON file")
+    parser.add_argument("--out", type=file_name, help="the JSON file")
     options = parser.parse_args(arguments)
     rows, samples = (QUICK, 3) if options.quick else (ROWS, SAMPLES)
     facts = {**machine({1}), "backend": "gloo", "threads_per_rank": 1}

@@ -10,7 +10,6 @@ import argparse
 import copy
 import datetime
 import gc
-import json
 import multiprocessing
 import os
 import statistics
@@ -26,8 +25,10 @@ import torch._dynamo
 from torch import Tensor
 
 import ffn_ops
+from ffn_ops._files import file_name
 from ffn_ops.integrations.transformers import register
 
+from .command import save
 from .harness import threads
 from .report import table, time_text
 from .verify import WrongResultError, limit, worst
@@ -270,7 +271,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
     parser.add_argument("--no-memory", action="store_true", help="without the processes that measure peak memory")
-    parser.add_argument("--out", type=Path, help="the JSON file")
+    parser.add_argument("--out", type=file_name, help="the JSON file")
     options = parser.parse_args(arguments)
     T, rounds = (128, 3) if options.quick else (1024, options.rounds)
     rows = [
@@ -301,8 +302,7 @@ def main(arguments: list[str] | None = None) -> int:
         records.append({**asdict(row), "name": row.name, "providers": {t.provider: t.record() for t in found}})
         refused = refused or any(t.note.startswith("refused") for t in found)
         if options.out:
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps({"machine": facts, "rows": records}, indent=1) + "\n", encoding="utf-8")
+            save(options.out, {"machine": facts, "rows": records})
     return 1 if refused else 0
 
 

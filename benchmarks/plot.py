@@ -10,6 +10,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from ffn_ops._files import whole
+
 from .providers import (
     COMPILE,
     EAGER,
@@ -144,5 +146,6 @@ def plot(results: dict[str, Any], file: Path) -> None:
     }
     named = [name for name in COLOURS if name in handles]
     figure.legend([handles[n] for n in named], named, fontsize=8, ncols=6, loc="outside lower center")
-    figure.savefig(file, dpi=130)
+    with whole(file) as fresh:
+        figure.savefig(fresh, dpi=130)
     plt.close(figure)

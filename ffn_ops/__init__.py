@@ -4,7 +4,9 @@ Letters in names and docstrings: T tokens, D model width (d_model), F FFN width 
 R routed rows (T * K), G gate branches.
 """
 
-from . import _flops, expert_parallel, routing  # noqa: F401  (_flops registers the formulas)
+import torch.fx
+
+from . import _flops, expert_parallel, ops, routing  # noqa: F401  (_flops registers the formulas)
 from ._info import info
 from ._memory import empty_cache, set_cache_limit
 from ._replace import ReplaceEntry, ReplaceReport, replace, replace_report, restore
@@ -46,3 +48,6 @@ __all__ = [
     "set_cache_limit",
     "upcycle",
 ]
+
+for _name in ops.__all__:
+    torch.fx.wrap(_name)

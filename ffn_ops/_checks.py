@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy as Proxy
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -99,6 +100,8 @@ def flag(name: str, value: Any) -> None:
 
 
 def at_least(name: str, value: Any, least: int, most: Any = None) -> None:
+    if isinstance(value, Tensor) and torch._C._is_tracing():  # a size: torch.jit.trace makes tensors of them
+        return
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
     if value < least or (most is not None and value > most):
@@ -132,9 +135,9 @@ def routing(value: Any, like: Tensor | None = None, of: str = "x") -> None:
         indices(f"routing.{name}", getattr(value, name))
     rows = value.token.shape[0]
     indices("routing.row", value.row, (rows,))
-    if not isinstance(value.weight, Tensor) or value.weight.dtype not in (torch.float32, torch.float64):
+    if not isinstance(value.weight, Tensor) or value.weight.dtype not in DTYPES:
         got = _dtype(value.weight) if isinstance(value.weight, Tensor) else type(value.weight).__name__
-        raise TypeError(f"routing.weight: expected a float32 or float64 tensor, got {got}")
+        raise TypeError(f"routing.weight: expected a tensor of float32 or float64 (or 16 bits, widened), got {got}")
     _shape("routing.weight", value.weight, (rows,))
     for name in ("offsets", "slot_offsets"):
         if getattr(value, name).shape[0] < 1:
@@ -144,3 +147,20 @@ def routing(value: Any, like: Tensor | None = None, of: str = "x") -> None:
             field = getattr(value, name)
             if field is not None:  # a mask may be
                 device(f"routing.{name}", field, like, of)
+
+
+def refuse_script(module: Any) -> Any:
+    """As ``__prepare_scriptable__``: what torch.jit.script asks of a module before it compiles its source."""
+    raise NotImplementedError(
+        f"{type(module).__name__}: torch.jit.script cannot compile it. Use torch.export or torch.jit.trace, or"
+        " ffn_ops.restore(model) first where ffn_ops.replace has changed it"
+    )
+
+
+def leaf(module: Any, proxy: Proxy) -> Any:
+    """For torch.fx's symbolic_trace: a function that calls ``module``, which looks at its input, as one node."""
+    tracer: Any = proxy.tracer
+    path = tracer.path_of_module(module)
+    if not path:
+        raise TypeError(f"{type(module).__name__}: symbolic_trace takes it as a part of a model, not alone")
+    return lambda *args, **kwargs: tracer.create_proxy("call_module", path, args, kwargs)

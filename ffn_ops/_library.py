@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 LIBRARY = Path(__file__).with_name("libffn_ops_cpu.so")
 CUDA_LIBRARY = Path(__file__).with_name("libffn_ops_cuda.so")
-CUDA_BUILD = Path(__file__).with_name("cuda_build.json")  # what setup.py built, or why not
+CUDA_BUILD = Path(__file__).with_name("cuda_build.json")  # what setup.py built, or why not, and how large
 
 
 def _load() -> None:
@@ -27,7 +27,13 @@ def _load() -> None:
             f"ffn_ops: {LIBRARY.name} is not built for this installation. Run `pip install -e .` in the source folder"
             f" (platform {sysconfig.get_platform()})."
         )
-    torch.ops.load_library(str(LIBRARY))
+    wrong = _wrong_size(LIBRARY)
+    if wrong is not None:
+        raise ImportError(f"ffn_ops: {wrong}. Run `pip install -e .` in the source folder, or install it again.")
+    try:
+        torch.ops.load_library(str(LIBRARY))
+    except OSError as error:
+        raise ImportError(f"ffn_ops: {LIBRARY.name} does not load on torch {torch.__version__}: {error}") from error
     # What is wrong in the environment must fail at import, not in the middle of a model.
     if "FFN_OPS_ISA" in os.environ:
         torch.ops.ffn_ops._isa()
@@ -39,6 +45,9 @@ def _load_cuda() -> str | None:
     """Adds the CUDA kernels, for which neither a GPU nor its driver is needed. Returns why there are none, or None."""
     if not CUDA_LIBRARY.exists():
         return f"not built: {cuda_build().get('reason', 'nothing is known about the build')}"
+    wrong = _wrong_size(CUDA_LIBRARY)
+    if wrong is not None:
+        return f"does not load: {wrong}"
     try:
         torch.ops.load_library(str(CUDA_LIBRARY))
     except OSError as error:  # such as a torch without CUDA, or of another CUDA: the CPU does not care
@@ -46,12 +55,21 @@ def _load_cuda() -> str | None:
     return None
 
 
-def cuda_build() -> dict[str, str]:
+def cuda_build() -> dict[str, Any]:
+    """What the build wrote down; nothing where that cannot be read, which is no reason not to work."""
     try:
-        record: dict[str, str] = json.loads(CUDA_BUILD.read_text())
-    except (OSError, ValueError):
-        record = {}
-    return record
+        record = json.loads(CUDA_BUILD.read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _wrong_size(library: Path) -> str | None:
+    """A library that was cut short in a copy would end the process inside the loader."""
+    sizes = cuda_build().get("bytes")
+    built = sizes.get(library.name) if isinstance(sizes, dict) else None
+    size = library.stat().st_size
+    return None if built in (None, size) else f"{library.name} has {size} bytes, the build wrote {built}"
 
 
 def _refuse_cuda(reason: str) -> torch.library.Library:
@@ -251,6 +269,8 @@ def differentiable(
         if not (grad and torch.is_grad_enabled()):
             with torch._C._AutoDispatchBelowAutograd():
                 return op(*args)
+        if torch._C._is_tracing():  # torch.jit.trace keeps operators, not autograd.Functions
+            return op(*args)
         flat, lengths = _flatten(args) if takes_lists else (args, None)
         return Eager.apply(*flat, lengths)
 

@@ -121,6 +121,8 @@ class FeedForward(_OfLinears):
         self.dropout = nn.Dropout(dropout)
         self.activation, self.beta, self.recompute = activation, beta, recompute
 
+    __prepare_scriptable__ = check.refuse_script
+
     def forward(self, x: Tensor) -> Tensor:
         children: dict[str, Any] = self._modules
         w1, w2, w3, dropout = children["w1"], children["w2"], children["w3"], children["dropout"]
@@ -132,7 +134,8 @@ class FeedForward(_OfLinears):
             )  # fmt: skip
         else:
             y = w2(ops.gated_act(w1(x), w3(x), activation=self.activation, beta=self.beta))
-        return y if is_idle(dropout) else dropout(y)  # type: ignore[no-any-return]
+        # torch.fx's symbolic_trace, whose y is no tensor, keeps the call: the mode may change after it.
+        return y if is_idle(dropout) and isinstance(y, Tensor) else dropout(y)  # type: ignore[no-any-return]
 
 
 class PlainFFN(_OfLinears):
@@ -165,6 +168,8 @@ class PlainFFN(_OfLinears):
         self.linear1 = nn.Linear(d_model, d_ff, bias=bias)
         self.linear2 = nn.Linear(d_ff, d_model, bias=bias)
         self.activation, self.beta, self.recompute = activation, beta, recompute
+
+    __prepare_scriptable__ = check.refuse_script
 
     def forward(self, x: Tensor) -> Tensor:
         children: dict[str, Any] = self._modules
@@ -219,6 +224,8 @@ class GLU(_OfLinears):
         self.linear_gate = nn.Linear(d_in, d_out)
         self.activation, self.beta = activation, beta
 
+    __prepare_scriptable__ = check.refuse_script
+
     def forward(self, x: Tensor) -> Tensor:
         children: dict[str, Any] = self._modules
         value, gate = children["linear_value"], children["linear_gate"]
@@ -256,6 +263,8 @@ class GatedFFN(_OfLinears):
         self.gate_layers = nn.ModuleList([nn.Linear(d_model, d_ff) for _ in range(num_gates)])
         self.out_proj = nn.Linear(d_ff, d_model) if out_proj else None
         self.activation, self.beta = activation, beta
+
+    __prepare_scriptable__ = check.refuse_script
 
     def forward(self, x: Tensor) -> Tensor:
         values: list[Any] = list(self.value_layers)

@@ -175,6 +175,8 @@ class MoEFFN(nn.Module):
             whole = [t for t in (*self.parameters(), *self.buffers()) if not check.is_dtensor(t)]
             expert_parallel.equalize(self.expert_mesh, whole)
 
+    __prepare_scriptable__ = check.refuse_script
+
     def logits(self, x: Tensor) -> Tensor:
         """``[..., E]`` in float32 (float64 for float64): what the router chooses by, and what losses take."""
         self._check(x)
@@ -231,6 +233,8 @@ class MoEFFN(nn.Module):
         (bool, one for each token, False for padding; with ``routing`` its own) leaves padding out of the shared
         experts too: whatever stands in x there, its y and every gradient from it are exactly 0.
         """
+        if isinstance(x, check.Proxy):
+            return check.leaf(self, x)(x, routing=routing, return_routing=return_routing, **options)
         logits = None
         real = self._real_tokens(x, routing, options.get("mask"))
         if real is not None:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from . import _verify_steps as steps
+from ._files import file_name, whole
 from ._info import info
 from ._verify_steps import Place, Record, Say, Step
 from .ops import gated_act
@@ -53,7 +54,7 @@ STEPS = (
         4.0,
         steps.tests_of(
             "test_torch_integration.py", "test_compile.py", "test_modules.py", "test_errors.py", "test_properties.py",
-            "test_module_state.py",
+            "test_module_state.py", "test_export.py", "test_tracing.py",
         ),
     ),
     Step(
@@ -75,7 +76,7 @@ ENDED = ("passed", "failed", "skipped")  # not again, unless named
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
-    parser.add_argument("--out", type=Path, default=Path("report.json"), help="goes on where the report there ended")
+    parser.add_argument("--out", type=file_name, default=Path("report.json"), help="goes on where that ended")
     parser.add_argument("--minutes", type=float, default=30.0, help="for all steps together (default 30)")
     parser.add_argument("--steps", nargs="+", metavar="NAME", help="these, even if the report has them")
     parser.add_argument("--list", action="store_true", help="print the steps")
@@ -97,7 +98,7 @@ def run(options: argparse.Namespace) -> int:
         try:
             report = json.loads(options.out.read_text(encoding="utf-8"))
             report["steps"].items()
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             print(f"verify: --out {options.out}: there is a file that is no report of verify", file=sys.stderr)
             return 2
     try:
@@ -186,10 +187,8 @@ def _run_step(step: Step, place: Place, seconds: float, say: Say, report: dict[s
 
 
 def _save(report: dict[str, Any], out: Path) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    fresh = out.with_name(out.name + ".new")
-    fresh.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    fresh.replace(out)
+    with whole(out) as fresh:
+        fresh.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 # ---- printing -------------------------------------------------------------------------------------------------------

@@ -100,6 +100,50 @@ def fsdp_mixed(rank: int) -> None:
             torch.testing.assert_close(full(p.grad), (first + second) / 2, rtol=1e-6, atol=1e-6)
 
 
+class Choose(nn.Module):
+    """A router as a module of its own, which FSDP2 wraps: its result is a Routing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(D, 4)
+
+    def forward(self, x: Tensor) -> ffn_ops.Routing:
+        return ffn_ops.routing.top_k(self.linear(x), k=2)
+
+
+def rounded(routing: ffn_ops.Routing, dtype: torch.dtype) -> ffn_ops.Routing:
+    return routing._replace(weight=routing.weight.to(dtype))
+
+
+def fsdp_routing(rank: int) -> None:
+    """A Routing that FSDP2's casts of arguments and results have rounded: output and gradients of those weights."""
+    half = torch.bfloat16
+    for output_dtype, cast in ((None, True), (None, False), (half, False), (torch.float32, True)):
+        policy = MixedPrecisionPolicy(half, torch.float32, output_dtype=output_dtype, cast_forward_inputs=cast)
+        layers = [seeded(Choose), seeded(lambda: ffn_ops.MoEFFN(D, F, 4, 2))]
+        low = [copy.deepcopy(layer).to(half) for layer in layers]
+        for layer in layers:
+            fully_shard(layer, mp_policy=policy)
+        both = torch.randn(2, 5, D, generator=torch.Generator().manual_seed(1)).to(half)
+        y, routing, _ = layers[1](both[rank], routing=layers[0](both[rank]), return_routing=True)
+        last = torch.float32 if output_dtype is None and not cast else output_dtype or half
+        assert routing.weight.dtype is last and routing.token.dtype is torch.int64
+        y.float().square().sum().backward()
+        grads = []
+        for i in range(2):
+            chosen = low[0](both[i])
+            if output_dtype is half or cast:
+                chosen = rounded(chosen, half)
+            expected = low[1](both[i], routing=rounded(chosen, torch.float32))  # exact: what is asked of 16 bits
+            assert i != rank or torch.equal(y, expected.to(y.dtype)), (output_dtype, cast)
+            total = expected.float().square().sum()
+            parameters = [p for layer in low for n, p in layer.named_parameters() if not n.startswith("router")]
+            grads.append([g.float() for g in torch.autograd.grad(total, parameters)])
+        parameters = [p for layer in layers for n, p in layer.named_parameters() if not n.startswith("router")]
+        for p, first, second in zip(parameters, *grads, strict=True):
+            torch.testing.assert_close(full(p.grad), (first + second) / 2, rtol=1e-6, atol=1e-6)
+
+
 COLUMNS, ROWS = {"local": ColwiseParallel, "dtensor": lambda: ColwiseParallel(use_local_output=False)}, RowwiseParallel
 
 

@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 import ffn_ops
+from ffn_ops import _info, _library
 from ffn_ops._library import CUDA_ABSENT, CUDA_LIBRARY, cuda_build
 
 OPERATORS = sorted(
@@ -126,6 +127,64 @@ assert "does not load on torch" in ffn_ops.info()["cuda"], ffn_ops.info()
 assert ffn_ops.gated_act(torch.ones(3)).shape == (3,)
 """
     python(code, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        "3",
+        "null",
+        '"text"',
+        "{",
+        "\xff",
+        "[" * 100_000,
+        '{"reason": [1]}',
+        '{"bytes": [1]}',
+        '{"bytes": {"x": 1}}',
+    ],
+)
+def test_a_record_of_another_shape_is_no_reason_not_to_work(
+    text: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "cuda_build.json").write_text(text, encoding="latin-1")
+    monkeypatch.setattr(_library, "CUDA_BUILD", tmp_path / "cuda_build.json")
+    monkeypatch.setattr(_library, "CUDA_LIBRARY", tmp_path / "libffn_ops_cuda.so")
+    known = "[1]" if "reason" in text else "nothing is known about the build"
+    assert _library._load_cuda() == f"not built: {known}"
+    assert _library._wrong_size(_library.LIBRARY) is None
+    monkeypatch.setattr(_info, "CUDA_ABSENT", None)
+    assert ffn_ops.info()["cuda"].startswith("built for ?")
+
+
+def test_a_library_that_was_cut_short_is_not_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The loader itself would end the process. Without the CUDA library the CPU works."""
+    size = _library.LIBRARY.stat().st_size
+    for kind in ("LIBRARY", "CUDA_LIBRARY"):
+        name = getattr(_library, kind).name
+        (tmp_path / name).write_bytes(_library.LIBRARY.read_bytes()[: size // 2])
+        (tmp_path / "cuda_build.json").write_text(json.dumps({"bytes": {name: size}}))
+        monkeypatch.setattr(_library, "CUDA_BUILD", tmp_path / "cuda_build.json")
+        monkeypatch.setattr(_library, kind, tmp_path / name)
+        message = f"{name} has {size // 2} bytes, the build wrote {size}"
+        if kind == "LIBRARY":
+            with pytest.raises(ImportError, match=message):
+                _library._load()
+        else:
+            assert _library._load_cuda() == f"does not load: {message}"
+
+
+def test_what_is_no_library_is_an_import_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / _library.LIBRARY.name).write_bytes(b"no library")
+    monkeypatch.setattr(_library, "LIBRARY", tmp_path / _library.LIBRARY.name)
+    monkeypatch.setattr(_library, "CUDA_BUILD", tmp_path / "none")
+    with pytest.raises(ImportError, match="does not load on torch"):
+        _library._load()
+
+
+def test_the_build_wrote_sizes_down() -> None:
+    sizes = cuda_build().get("bytes", {})
+    assert sizes[_library.LIBRARY.name] == _library.LIBRARY.stat().st_size
 
 
 @needs_library

@@ -12,7 +12,7 @@ import ranks
 pytestmark = pytest.mark.cpu_only("of gloo between processes; a GPU would need one device for each")
 
 
-@pytest.mark.parametrize("check", ["fsdp", "fsdp_mixed", "tensor_parallel", "dtensors"])
+@pytest.mark.parametrize("check", ["fsdp", "fsdp_mixed", "fsdp_routing", "tensor_parallel", "dtensors"])
 def test_equals_one_process(check: str) -> None:
     ranks.run(getattr(parallel_checks, check), 2)
 

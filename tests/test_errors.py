@@ -324,6 +324,20 @@ def test_raw_operators(kind: str) -> None:
         raw_calls()[kind]()
 
 
+@pytest.mark.cpu_only("the text names the CPU")
+def test_raw_operators_name_dtypes() -> None:
+    """As Python does, not by torch's numbers."""
+    for dtype in (torch.int32, torch.bool, torch.complex64, torch.uint16):
+        name = str(dtype).removeprefix("torch.")
+        with pytest.raises(RuntimeError, match=f"expected dtype float64, float32, float16 or bfloat16, got {name}"):
+            OPS.gated_act(torch.ones(2, 3).to(dtype), None, "silu", 1.0, None, 0.0)
+        ids, scores = torch.zeros(2, 1).to(dtype), torch.ones(2, 3)
+        with pytest.raises(RuntimeError, match=rf"expected int64 of shape \[.*, got {name} of shape \[2, 1\]"):
+            OPS.round_tokens(scores, ids, 4)
+    with pytest.raises(RuntimeError, match=r"mask: expected bool of shape \[2\].*, got int32 of shape \[2\]"):
+        OPS.balanced_assignment(scores, torch.ones(2, dtype=torch.int32))
+
+
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, check=False

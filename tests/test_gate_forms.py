@@ -46,7 +46,7 @@ def run(call: Any, gate: Tensor, up: Tensor, d: Tensor, act: dict[str, Any]) -> 
 
 def test_at_the_limit_and_beyond(isa: str) -> None:
     """Nothing reaches what lies at the bounds or beyond (as torch.clamp's gradient from 2.15 on, before they passed at
-    the bounds), infinities are held, NaN stays visible."""
+    the bounds), infinities are held, NaN stays visible in the value."""
     inf, nan = torch.inf, torch.nan
     act: dict[str, Any] = {"activation": "identity", "limit": 2.0, "up_shift": 1.0}
     gate = torch.tensor([-inf, -3.0, 2.0, 1.9999999, inf, -2.0, nan])
@@ -54,11 +54,29 @@ def test_at_the_limit_and_beyond(isa: str) -> None:
     y, d_gate, d_up = run(ffn_ops.gated_act, gate.clone(), up.clone(), torch.ones(7), act)
     expected = run(reference.gated_act, gate.clone(), up.clone(), torch.ones(7), act)
     assert torch.equal(y[:6], expected[0][:6]) and y[6].isnan()
-    assert torch.equal(d_gate, torch.tensor([2.0, -1.0, 0.0, 3.0, 0.0, float(up[5]) + 1, 1.5]))
+    assert torch.equal(d_gate, torch.tensor([2.0, -1.0, 0.0, 3.0, 0.0, float(up[5]) + 1, 0.0]))
     assert torch.equal(d_up[:6], torch.tensor([-inf, 0.0, 0.0, 0.0, 0.0, -2.0])) and d_up[6].isnan()
     act["limit"] = None  # then an infinity is a number like others
     y, d_gate, d_up = run(ffn_ops.gated_act, gate.clone(), up.clone(), torch.ones(7), act)
     assert torch.equal(d_gate[:6], up[:6] + 1) and torch.equal(d_up[:6], gate[:6])
+
+
+@pytest.mark.parametrize("activation", ffn_ops.activations())
+def test_nan_at_a_limit(isa: str, activation: str) -> None:
+    """NaN and infinities in gate and up, in every pair: value and gradients where the plain formula has them, and 0
+    where it lets nothing pass. (Ours are NaN in one more place: where relu multiplies a NaN by its slope of 0.)"""
+    some = torch.tensor([torch.nan, torch.inf, -1e4, 0.0, 1.5, -1.5, 2.5, -2.5, 9.0])
+    gate, up = (t.flatten() for t in torch.meshgrid(some, some, indexing="ij"))
+    dead = (gate <= 0) & up.isnan() if "relu" in activation else torch.zeros_like(gate, dtype=torch.bool)
+    for shift in (0.0, 1.0):
+        act = {"activation": activation, "beta": 1.5, "limit": 2.5, "up_shift": shift}
+        d = torch.full_like(gate, 2.0)
+        actual = run(ffn_ops.gated_act, gate.clone(), up.clone(), d, act)
+        expected = run(reference.gated_act, gate.clone(), up.clone(), d, act)
+        assert torch.equal(actual[0].isnan(), expected[0].isnan())
+        for mine, theirs, t in zip(actual[1:], expected[1:], (gate, up), strict=True):
+            assert torch.equal(mine[~dead].isnan(), theirs[~dead].isnan())
+            assert (mine[t.isnan() | (t.abs() >= 2.5) & ((t is up) | (t > 0))] == 0).all()
 
 
 def test_derivatives_of_gated_act_and_ffn() -> None:

@@ -242,6 +242,20 @@ def test_routing_weights_stay_wide(dtype: torch.dtype) -> None:
     torch.testing.assert_close(grad, expected, rtol=0.05, atol=0.05 if dtype is torch.bfloat16 else 0.01)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_name)
+def test_rounded_routing_weights_are_widened(dtype: torch.dtype) -> None:
+    """As a cast of arguments leaves them: the bits of the same numbers in float32, in moe and in combine."""
+    x, e = torch.randn(20, 8), experts(4, 8, dtype=torch.float32)
+    r = routing.top_k(torch.randn(20, 4), 2)
+    low = r._replace(weight=r.weight.to(dtype).requires_grad_())
+    wide = r._replace(weight=low.weight.detach().float().requires_grad_())
+    for call in (lambda r: ffn_ops.moe(x, r, **e), lambda r: ffn_ops.moe_combine(x.repeat(2, 1), r)):
+        y, expected = call(low), call(wide)
+        assert torch.equal(y, expected) and not torch.equal(y, call(r))
+        (grad,), (wanted,) = (torch.autograd.grad(t.sum(), s.weight) for t, s in ((y, low), (expected, wide)))
+        assert grad.dtype is dtype and torch.equal(grad, wanted.to(dtype))
+
+
 def test_subsets_with_dropped_rows() -> None:
     """Every subset of the gradients, in both forms of the operator: the bits of the full backward."""
     r = routing.top_k(torch.randn(12, 4), 2, capacity_factor=0.7)
@@ -313,7 +327,7 @@ def test_raw_operators_refuse() -> None:
         lambda r, x: (
             ("token", r.token[:-1], "row: expected shape"),
             ("offsets", r.offsets[:-1], "offsets: expected shape"),
-            ("offsets", r.offsets.int(), "offsets: expected an int64"),
+            ("offsets", r.offsets.int(), "offsets: expected an int64 .*, got one of dtype int32"),
             ("weight", r.weight.double(), "weight: expected dtype float32"),
             ("weight", None, "routing: expected token, weight, row"),
             ("x", x[:, :4], "w_in: expected shape"),
@@ -361,7 +375,7 @@ def test_public_errors() -> None:
         (lambda: ffn_ops.moe(x[:5], r, **e), ValueError, r"x: expected shape \[..., D\] with 6 tokens"),
         (lambda: ffn_ops.moe(x, r._replace(token=r.token.int()), **e), TypeError, "routing.token: expected dtype"),
         (lambda: ffn_ops.moe(x, r._replace(row=r.row[1:]), **e), ValueError, r"routing.row: expected shape \[12\]"),
-        (lambda: ffn_ops.moe(x, r._replace(weight=r.weight.half()), **e), TypeError, "routing.weight: expected"),
+        (lambda: ffn_ops.moe(x, r._replace(weight=r.weight.int()), **e), TypeError, "routing.weight: expected.* int32"),
         (lambda: ffn_ops.moe(x, r._replace(weight=[1.0]), **e), TypeError, "routing.weight: .* list"),
         (lambda: ffn_ops.moe(x, routing.top_k(torch.randn(6, 4), 2), **e), ValueError, r"w_in: .*\[4, F, 5\]"),
         (lambda: ffn_ops.moe(x, r, **e, gated=1), TypeError, "gated: expected True or False"),

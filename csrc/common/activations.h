@@ -219,8 +219,9 @@ struct Identity {
 };
 
 // The limits of a gate, see gate_form.h, where they are `on`: gate = min(g, limit), up = clamp(u, -limit, limit) +
-// shift. Gradients pass where g and u lie within, the bounds excluded, as torch.clamp's do from 2.15 on; those of NaN
-// pass and stay visible. No limit is NaN: nothing is beyond it, and min and max give their second argument.
+// shift. Gradients pass where g and u lie within, the bounds excluded, as torch.clamp's do from 2.15 on, and are 0
+// elsewhere and for NaN, whatever they are: the caller has multiplied everything. No limit is NaN: all lies within, and
+// min and max give their second argument.
 template <class V>
 struct GateLimit {
   bool on;
@@ -228,8 +229,9 @@ struct GateLimit {
 
   FFN_FN V gate(V g) const { return on ? min(limit, g) : g; }
   FFN_FN V up(V u) const { return on ? max(-limit, min(limit, u)) + shift : u; }
-  FFN_FN V gate_grad(V g, V d) const { return on ? select(g >= limit, V(0), d) : d; }
-  FFN_FN V up_grad(V u, V d) const { return on ? select(abs(u) >= limit, V(0), d) : d; }
+  FFN_FN V gate_grad(V g, V d) const { return on ? select(g < limit, d, outside(d)) : d; }
+  FFN_FN V up_grad(V u, V d) const { return on ? select(abs(u) < limit, d, outside(d)) : d; }
+  FFN_FN V outside(V d) const { return select(limit <= limit, V(0), d); }
 };
 
 using Activations = TypeList<Relu, ReluSquared, Sigmoid, Tanh, Gelu, GeluTanh, Silu, Swish, Identity>;

@@ -23,6 +23,45 @@ inline std::string shape_text(const Tensor& t) {
   return text + "]";
 }
 
+// As torch's Python names it.
+inline const char* scalar_type_text(torch::headeronly::ScalarType type) {
+  using torch::headeronly::ScalarType;
+  switch (type) {
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Short:
+      return "int16";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::ComplexFloat:
+      return "complex64";
+    case ScalarType::ComplexDouble:
+      return "complex128";
+    case ScalarType::Bool:
+      return "bool";
+    case ScalarType::UInt16:
+      return "uint16";
+    case ScalarType::UInt32:
+      return "uint32";
+    case ScalarType::UInt64:
+      return "uint64";
+    default:  // ComplexHalf, Float8_e4m3fn and others
+      return torch::headeronly::toString(type);
+  }
+}
+
 inline DType storage_dtype(const Tensor& t, const char* name) {
   using torch::headeronly::ScalarType;
   switch (t.scalar_type()) {
@@ -35,8 +74,8 @@ inline DType storage_dtype(const Tensor& t, const char* name) {
     case ScalarType::BFloat16:
       return DType::kBFloat16;
     default:
-      STD_TORCH_CHECK(false, name, ": expected dtype float64, float32, float16 or bfloat16, got scalar type ",
-                      static_cast<int>(t.scalar_type()));
+      STD_TORCH_CHECK(false, name, ": expected dtype float64, float32, float16 or bfloat16, got ",
+                      scalar_type_text(t.scalar_type()));
   }
 }
 
@@ -79,8 +118,8 @@ inline void check_tensor(const Tensor& t, const char* name, DType dtype, const s
 inline void check_index_vector(const Tensor& t, const char* name, int64_t size, Place place = {}) {
   STD_TORCH_CHECK(
       t.defined() && place.holds(t) && t.scalar_type() == torch::headeronly::ScalarType::Long && t.dim() == 1, name,
-      ": expected an int64 vector on ", place.text(), ", got scalar type ", static_cast<int>(t.scalar_type()),
-      " of shape ", shape_text(t), " on ", place_text(t));
+      ": expected an int64 vector on ", place.text(), ", got one of dtype ", scalar_type_text(t.scalar_type()),
+      " and shape ", shape_text(t), " on ", place_text(t));
   STD_TORCH_CHECK(size < 0 || t.size(0) == size, name, ": expected shape [", size, "], got ", shape_text(t));
 }
 

@@ -219,8 +219,8 @@ inline void check_integers(const Tensor& t, const char* name, const std::vector<
     expected += (i ? ", " : "") + (sizes[i] < 0 ? std::string("*") : std::to_string(sizes[i]));
     fits = fits && (sizes[i] < 0 || t.size(static_cast<int64_t>(i)) == sizes[i]);
   }
-  STD_TORCH_CHECK(fits, name, ": expected int64 of shape ", expected, "] on ", place.text(), ", got ", shape_text(t),
-                  " on ", place_text(t));
+  STD_TORCH_CHECK(fits, name, ": expected int64 of shape ", expected, "] on ", place.text(), ", got ",
+                  scalar_type_text(t.scalar_type()), " of shape ", shape_text(t), " on ", place_text(t));
 }
 
 // Fills what descriptions of a choice of experts have on every device.
@@ -306,7 +306,8 @@ inline ScoresShape check_scores(const Tensor& scores, Place place = {}) {
 inline void check_mask(const Tensor& mask, int64_t T, Place place = {}) {
   STD_TORCH_CHECK(mask.scalar_type() == torch::headeronly::ScalarType::Bool && place.holds(mask) && mask.dim() == 1 &&
                       mask.size(0) == T,
-                  "mask: expected bool of shape [", T, "] on ", place.text(), ", got ", shape_text(mask));
+                  "mask: expected bool of shape [", T, "] on ", place.text(), ", got ",
+                  scalar_type_text(mask.scalar_type()), " of shape ", shape_text(mask));
 }
 
 }  // namespace ffn_ops

@@ -37,7 +37,7 @@ std::tuple<Tensor, Tensor, Tensor> route_linear_backward(const Tensor& d_logits,
                                                          std::vector<bool> needs) {
   const RouteLinearShape s = check_route_linear_gradient(d_logits, x, weight, needs);
   Tensor d_x = needs[0] ? fresh(x, {s.T, s.D}) : nothing(x);
-  Tensor d_weight = needs[1] ? recycled(weight, {s.E, s.D}) : nothing(weight);
+  Tensor d_weight = needs[1] ? fresh(weight, {s.E, s.D}) : nothing(weight);
   Tensor d_bias = needs[2] ? fresh(d_logits, {s.E}) : nothing(weight);
   const Matrix d = matrix(d_logits, s.arithmetic());
   const Operand experts = lanes_are_columns(matrix(weight, s.weight_dtype));

@@ -55,7 +55,7 @@ struct GatedActBackward {
   FFN_FN static void compute(const GatedActPoint<V>& p, V (&out)[3]) {
     const auto act = Act::grad(p.limit.gate(p.gate), p.beta);
     const V up = p.limit.up(p.up);
-    out[0] = p.limit.gate_grad(p.gate, p.d * act.slope) * up;
+    out[0] = p.limit.gate_grad(p.gate, p.d * act.slope * up);
     out[1] = p.limit.up_grad(p.up, p.d * act.value);
     out[2] = act.value * up;
   }

@@ -214,7 +214,7 @@ FFN_FN ComputeOf<S> finish_activate_grad_quad(const GroupedGemm& g, const Finish
       const LaneOf<S> gate(value[i]);
       const auto act = decltype(tag)::Type::grad(limit.gate(gate), beta);
       value[i] = act.value.value;
-      slope[i] = limit.gate_grad(gate, act.slope).value;
+      slope[i] = act.slope.value;
     }
   });
   const T weight = e.row_weight ? static_cast<const T*>(e.row_weight)[q.row] : T(1);
@@ -228,6 +228,7 @@ FFN_FN ComputeOf<S> finish_activate_grad_quad(const GroupedGemm& g, const Finish
     const T scaled = e.row_weight ? weight * d[i] : d[i];
     d_gate[i] = scaled * slope[i];
     if (e.up) d_gate[i] = d_gate[i] * up[i];
+    d_gate[i] = limit.gate_grad(LaneOf<S>(decode(gate_quad.elements[i])), LaneOf<S>(d_gate[i])).value;
     d_up[i] = limit.up_grad(raw_up, LaneOf<S>(scaled * value[i])).value;
     d[i] = e.row_weight ? weight * h : h;
   }

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from .. import _checks as check
 from .layer import PLAN, fused
 from .probe import ORIGINAL
 from .recognise import recognise
@@ -51,7 +52,7 @@ def fused_class(original: Any, method: str) -> Any:
     members = {
         ORIGINAL: original, PLAN: None, method: forward, "__setattr__": setattr_, "__reduce_ex__": reduce,
         "extra_repr": extra_repr, "__module__": original.__module__, "__qualname__": original.__qualname__,
-        "__doc__": original.__doc__,
+        "__doc__": original.__doc__, "__prepare_scriptable__": check.refuse_script,
     }  # fmt: skip
     return type(original)(original.__name__, (original,), members)
 

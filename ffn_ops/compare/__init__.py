@@ -7,32 +7,47 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from .._files import file_name
 from .settings import CompareError, Settings
+
+if TYPE_CHECKING:
+    from .results import Results
 
 LOG_WIDTH = 140  # of the tables where the output is a file or a pipe
 COMPILE_CHOICES = ("some", "all", "none")
 
 
-def _positive(text: str) -> int:
-    value = int(text) if text.strip().isdecimal() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return value
+# Far above what anyone waits for: a run of so many steps takes days.
+MOST_STEPS, MOST_SEEDS, MOST_REPEATS = 100_000, 1000, 10_000
+
+
+def _up_to(most: int) -> Callable[[str], int]:
+    def whole_number(text: str) -> int:
+        value = int(text) if text.strip().isdecimal() and len(text.strip()) <= len(str(most)) else 0
+        if not 1 <= value <= most:
+            raise argparse.ArgumentTypeError(f"expected a whole number of at least 1 and at most {most}, got {text!r}")
+        return value
+
+    return whole_number
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", type=Path, metavar="FILE", help="text to train on (default: one shipped with Python)")
-    parser.add_argument("--out", type=Path, default=Path("ffn_compare"), metavar="DIR", help="where the report goes")
-    parser.add_argument("--steps", type=_positive, default=Settings.steps, help="training steps per run (%(default)s)")
-    parser.add_argument("--seeds", type=_positive, default=Settings.seeds, help="paired seeds (%(default)s)")
-    parser.add_argument("--repeats", type=_positive, default=Settings.repeats, help="timing rounds (%(default)s)")
+    parser.add_argument("--out", type=file_name, default=Path("ffn_compare"), metavar="DIR", help="for the report")
+    parser.add_argument("--steps", type=_up_to(MOST_STEPS), default=Settings.steps, help="of training (%(default)s)")
+    parser.add_argument("--seeds", type=_up_to(MOST_SEEDS), default=Settings.seeds, help="paired seeds (%(default)s)")
+    parser.add_argument(
+        "--repeats", type=_up_to(MOST_REPEATS), default=Settings.repeats, help="of timing (%(default)s)"
+    )
     parser.add_argument(
         "--compile",
         choices=COMPILE_CHOICES,
@@ -61,6 +76,9 @@ def run(args: argparse.Namespace) -> int:
     except CompareError as error:
         print(f"ffn_ops compare: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nffn_ops compare: interrupted, nothing is written", file=sys.stderr)
+        return 1
 
 
 def _require_extras() -> None:
@@ -79,16 +97,31 @@ def _prepare_folder(path: Path) -> None:
         raise CompareError(f"--out {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
+def write(results: Results, out: Path) -> None:
+    """Plots, report and results. Each file is moved to its place when all are written."""
+    from . import plots, report
+    from .results import write_json
+
+    with tempfile.TemporaryDirectory(prefix=".", dir=out) as folder:
+        fresh, began = Path(folder), time.perf_counter()
+        written = plots.write(results, fresh)
+        results.seconds["writing"] = round(time.perf_counter() - began, 1)
+        report.write(results, written, fresh / "report.md")
+        write_json(results, fresh / "results.json")
+        for file in sorted(fresh.iterdir()):
+            os.replace(file, out / file.name)
+
+
 def compare(settings: Settings) -> int:
     """Check the text and the folder, run every stage, write the report."""
     from rich.console import Console
 
-    from . import activations, counts, layers, plots, report, tables, terminal, text, train
+    from . import activations, counts, layers, tables, terminal, text, train
     from .advice import choice, limits
     from .architectures import ARCHITECTURES, LAYERS
     from .machine import facts
     from .mixtures import MIXTURES
-    from .results import Results, TextFacts, write_json
+    from .results import Results, TextFacts
 
     data = text.load(settings.text, settings.model.context)
     _prepare_folder(settings.out)
@@ -150,10 +183,7 @@ def compare(settings: Settings) -> int:
     terminal.show_list(console, "From this run's figures", choice(results))
     terminal.show_list(console, "What this run does not support", limits(results))
 
-    with stage("writing"):
-        written = plots.write(results, settings.out)
-    report.write(results, written, settings.out / "report.md")
-    write_json(results, settings.out / "results.json")
+    write(results, settings.out)
     console.print(f"Report: {settings.out / 'report.md'}", markup=False, soft_wrap=True)
     refused = [r.architecture for r in results.layers if r.refused]
     if refused:

@@ -3,6 +3,8 @@
 The kernels see two-dimensional tensors; leading dimensions are folded here, as views where strides allow.
 """
 
+import torch.fx
+
 from ._ffn import ffn
 from ._gated_act import gated_act
 from ._gated_linear import gated_linear
@@ -22,3 +24,6 @@ __all__ = [
     "moe_experts",
     "route_linear",
 ]
+
+for _name in __all__:
+    torch.fx.wrap(_name)  # symbolic_trace keeps the call as one node of its graph

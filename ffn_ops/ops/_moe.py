@@ -40,7 +40,7 @@ def moe(
     Args:
         x: ``[..., D]`` with T tokens; float64, float32, float16 or bfloat16.
         routing: who computes what, see :mod:`ffn_ops.routing`. Its weights get a gradient; they are float32 (float64
-            for float64), also under autocast.
+            for float64), also under autocast; 16-bit ones, as casts of arguments leave them, are widened.
         w_in: ``[E, F, D]``; gated ``[E, 2F, D]``, gate rows first.
         w_down: ``[E, D_out, F]``. Weights may have any strides; the gradient of one that is the transpose of a dense
             tensor is stored in its order.

@@ -5,6 +5,8 @@ z are the logits in float32 (float64 for float64), p = softmax(z). Ties go to th
 show in the weight. ``mask`` (bool, one for each token, False for padding) leaves tokens out of everything.
 """
 
+import torch.fx
+
 from ._base import base
 from ._biased import BiasedTopK, update_bias
 from ._expert_choice import expert_choice
@@ -33,3 +35,7 @@ __all__ = [
     "update_bias",
     "z_loss",
 ]
+
+for _name in __all__:
+    if _name not in ("BiasedTopK", "Routing", "Statistics"):
+        torch.fx.wrap(_name)  # symbolic_trace keeps the call as one node of its graph

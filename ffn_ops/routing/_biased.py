@@ -65,7 +65,11 @@ class BiasedTopK(nn.Module):
         self.options = {"score": "sigmoid", "renormalize": True, **options}
         self.register_buffer("bias", torch.zeros(num_experts))
 
+    __prepare_scriptable__ = check.refuse_script
+
     def forward(self, logits: Tensor, **options: Any) -> Routing:
+        if isinstance(logits, check.Proxy):
+            return check.leaf(self, logits)(logits, **options)  # type: ignore[no-any-return]
         return top_k(logits, self.k, bias=self.bias, **{**self.options, **options})
 
     def update(self, routing: Routing, rate: float = 1e-3, *, group: Group | None = None) -> None:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from .. import _checks as check
 from ..ops._route import sort_op
@@ -28,7 +29,7 @@ class Routing(NamedTuple):
     do not depend on data; R = T * K for top-k."""
 
     token: Tensor  # [R] int64, the source of each row
-    weight: Tensor  # [R] float32 (float64 for float64 logits), differentiable
+    weight: Tensor  # [R] float32 (float64 for float64 logits), differentiable; 16 bits, as casts leave it, are widened
     offsets: Tensor  # [E + 1] int64: rows of expert e are offsets[e] .. offsets[e + 1], from offsets[E] on dropped
     row: Tensor  # [R] int64: the rows of token t are row[slot_offsets[t]] .. row[slot_offsets[t + 1]]
     slot_offsets: Tensor  # [T + 1] int64
@@ -88,6 +89,12 @@ class Routing(NamedTuple):
             load_entropy=entropy / math.log(experts) if experts > 1 else torch.ones_like(entropy),
             max_over_mean=load.max() * experts / kept.clamp(min=1),
         )
+
+
+# So that torch.export.save writes programs that take or return them, and torch.load(weights_only=True) reads them.
+for _kind in (Routing, Statistics):
+    pytree._register_namedtuple(_kind, serialized_type_name=f"ffn_ops.{_kind.__name__}")
+torch.serialization.add_safe_globals([Routing, Statistics])
 
 
 def sorted_rows(
@@ -178,6 +185,8 @@ def expert_capacity(tokens: Any, k: int, num_experts: int, capacity_factor: floa
     if capacity_factor < 0:
         raise ValueError(f"capacity_factor: expected 0 or more, got {capacity_factor}")
     # In integers: exact for the decimal fraction that was meant, and a graph with symbolic T can be stored.
+    if torch._C._is_tracing():  # sizes are tensors there, and what its graph holds are numbers
+        tokens, num_experts = int(tokens), int(num_experts)
     factor = Fraction(capacity_factor).limit_denominator(10**6)
     wanted = -(-factor.numerator * tokens * k // (factor.denominator * num_experts))
     return torch.sym_min(tokens, torch.sym_max(min_capacity, wanted))

@@ -40,10 +40,10 @@ void act_backward(const ActVectors<V>& a) {
   for (int64_t i = 0; i < a.count * a.stride; i += a.stride) {
     const V gate = load<V>(a.gate + i), d = load<V>(a.d + i);
     const auto act = Act::grad(limit.gate(gate), beta);
-    const V d_gate = limit.gate_grad(gate, d * act.slope);
+    const V d_gate = d * act.slope;
     const V raw_up = a.up ? load<V>(a.up + i) : V(1);
     const V up = limit.up(raw_up);
-    store(a.out[0] + i, a.up ? d_gate * up : d_gate);
+    store(a.out[0] + i, limit.gate_grad(gate, a.up ? d_gate * up : d_gate));
     if (a.up) store(a.out[1] + i, limit.up_grad(raw_up, d * act.value));
     if (a.out[2]) store(a.out[2] + i, a.up ? act.value * up : act.value);
   }
