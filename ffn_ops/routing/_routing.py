@@ -188,5 +188,6 @@ def expert_capacity(tokens: Any, k: int, num_experts: int, capacity_factor: floa
     if torch._C._is_tracing():  # sizes are tensors there, and what its graph holds are numbers
         tokens, num_experts = int(tokens), int(num_experts)
     factor = Fraction(capacity_factor).limit_denominator(10**6)
-    wanted = -(-factor.numerator * tokens * k // (factor.denominator * num_experts))
+    divisor = factor.denominator * num_experts
+    wanted = (factor.numerator * tokens * k + divisor - 1) // divisor  # of what is below 0 ONNX's quotients round up
     return torch.sym_min(tokens, torch.sym_max(min_capacity, wanted))
