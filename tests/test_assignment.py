@@ -131,12 +131,17 @@ def test_hash() -> None:
 
 
 @pytest.mark.parametrize(
-    ("T", "E", "k", "tile"), [(40, 4, 2, 8), (40, 4, 2, 7), (10, 3, 1, 16), (30, 5, 5, 4), (9, 4, 2, 1)]
-)
+    ("T", "E", "k", "tile"),
+    [
+        (40, 4, 2, 8), (40, 4, 2, 7), (10, 3, 1, 16), (30, 5, 5, 4), (9, 4, 2, 1),
+        (9, 4, 2, 2**62), (9, 2, 1, 2**70),  # more than there are tokens, and than fits into 64 bits
+    ],
+)  # fmt: skip
 def test_token_rounding(T: int, E: int, k: int, tile: int) -> None:
     logits = torch.randn(T, E, dtype=torch.float64)
     p, (ids, _) = logits.softmax(1), reference.top_k(logits, k)
     r = routing.token_rounding(logits, k, tile=tile)
+    assert len(r.token) == T * k + E * min(tile // 2, T)
     rows: list[tuple[int, int]] = []
     for e in range(E):
         mine = [t for t in range(T) if e in ids[t].tolist()]

@@ -356,8 +356,17 @@ def test_raw_operators_refuse_indices() -> None:
             ("offsets", r.offsets + 1, "offsets: expected"),
             ("offsets", r.offsets.flip(0), "offsets: expected"),
             ("slot_offsets", r.slot_offsets * 2, "slot_offsets: expected"),
+            ("row", r.row.flip(0), "routing that lists each of its 12 rows once"),
+            ("row", r.row * 0, "routing that lists each of its 12 rows once"),
+            ("token", r.token * 0, "routing that lists each of its 12 rows once"),
+            ("slot_offsets", r.slot_offsets * 0, "routing that lists each of its 12 rows once"),
         )
     )
+    r, rows = routing.top_k(torch.randn(1, 4), 2), torch.randn(2, 5)
+    for wrong in (r._replace(row=r.row * 0), r._replace(slot_offsets=r.slot_offsets // 2)):  # one token: twice, and one
+        for call in (lambda r=wrong: ffn_ops.moe_dispatch(rows[:1], r), lambda r=wrong: ffn_ops.moe_combine(rows, r)):
+            with pytest.raises(RuntimeError, match="lists each of its 2 rows once"):
+                call()
     high = torch.full((6, 1), 3)
     with pytest.raises(RuntimeError, match="ids: expected indices below 3"):
         torch.ops.ffn_ops.route_top_k_backward(torch.ones(6, 1), torch.ones(6, 3), high, "softmax", False, False, 1.0)

@@ -179,7 +179,8 @@ std::tuple<Tensor, Tensor> round_tokens(const Tensor& scores, const Tensor& ids,
   check_integers(ids, "ids", {T, -1});
   const Tensor dense = torch::stable::contiguous(ids);
   const auto* chosen = static_cast<const int64_t*>(dense.const_data_ptr());
-  const int64_t K = ids.size(1), R = T * K + E * (tile / 2);
+  tile = std::min(tile, 2 * T + 2);  // a larger one rounds every count to 0 as well, and its sums may not fit
+  const int64_t K = ids.size(1), R = T * K + E * std::min(tile / 2, T);
   std::vector<char> chose(static_cast<size_t>(T * E));
   std::vector<int64_t> counts(static_cast<size_t>(E));
   for (int64_t i = 0; i < T * K; ++i) {

@@ -28,6 +28,7 @@ Experts with_routes(const MoeShape& s, const std::optional<Tensor>& token, const
   c.routes.token = check_indices(*token, "token", c.R, c.T - 1, c.keep);
   c.routes.row = check_indices(*row, "row", c.R, c.R - 1, c.keep);
   c.routes.slot_offsets = check_offsets(*slot_offsets, "slot_offsets", c.T, c.R, c.keep);
+  check_agreement(c.routes);
   c.weight = dense_data(weight, c.keep);
   return c;
 }

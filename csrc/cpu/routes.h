@@ -36,6 +36,26 @@ inline const int64_t* check_offsets(const Tensor& t, const char* name, int64_t c
   return data;
 }
 
+// Each row that is kept stands once in `row`, among those of its own token: else forward and backward would follow
+// different routings, and none of them the one that was meant.
+inline void check_agreement(const Routes& routes) {
+  std::vector<char> seen(static_cast<size_t>(routes.kept));
+  int64_t found = 0;
+  bool agree = true;
+  for (int64_t t = 0; t < routes.tokens; ++t) {
+    for (int64_t p = routes.slot_offsets[t]; p < routes.slot_offsets[t + 1]; ++p) {
+      const int64_t r = routes.row[p];
+      if (r >= routes.kept) continue;
+      char& before = seen[static_cast<size_t>(r)];
+      agree = agree && routes.token[r] == t && !before;
+      before = 1;
+      ++found;
+    }
+  }
+  STD_TORCH_CHECK(agree && found == routes.kept, "token, row: expected a routing that lists each of its ", routes.kept,
+                  " rows once, in row and under the token that stands in token, got one that contradicts itself");
+}
+
 // The experts that have rows.
 inline std::vector<Segment> segments(const int64_t* offsets, int64_t E) {
   std::vector<Segment> result;

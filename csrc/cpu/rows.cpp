@@ -29,6 +29,7 @@ Move check_move(const Tensor& in, const char* name, const Tensor& token, const s
   m.routes.token = check_indices(token, "token", s.R, s.T - 1, m.keep);
   m.routes.row = check_indices(row, "row", s.R, s.R - 1, m.keep);
   m.routes.slot_offsets = check_offsets(slot_offsets, "slot_offsets", s.T, s.R, m.keep);
+  check_agreement(m.routes);
   m.weight = dense_data(weight, m.keep);
   return m;
 }

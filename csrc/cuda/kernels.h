@@ -133,7 +133,7 @@ struct RoundTokens {
   void* scratch = nullptr;
 };
 
-constexpr int64_t rounded_rows(const RoundTokens& r) { return r.T * r.K + r.E * (r.tile / 2); }
+constexpr int64_t rounded_rows(const RoundTokens& r) { return r.T * r.K + r.E * (r.tile / 2 < r.T ? r.tile / 2 : r.T); }
 
 // ---- products over experts ------------------------------------------------------------------------------------------
 

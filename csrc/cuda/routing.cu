@@ -1,4 +1,5 @@
 // Routing on a GPU: the choice of experts, the sort of routed rows and the rounding of tokens to tiles.
+#include <algorithm>
 #include <tuple>
 
 #include <torch/csrc/stable/library.h>
@@ -127,7 +128,7 @@ std::tuple<Tensor, Tensor> round_tokens(const Tensor& scores, const Tensor& ids,
   job.T = s.T;
   job.E = s.E;
   job.K = ids.size(1);
-  job.tile = tile;
+  job.tile = std::min(tile, 2 * s.T + 2);  // a larger one rounds every count to 0 as well, and its sums may not fit
   job.scores = call.dense(scores);
   job.dtype = s.dtype;
   job.ids = call.indices(ids);

@@ -220,7 +220,7 @@ def _(scores: Tensor, mask: Tensor | None) -> Tensor:
 
 @fake("round_tokens")
 def _(scores: Tensor, ids: Tensor, tile: int) -> Any:
-    rows = ids.shape[0] * ids.shape[1] + scores.shape[1] * (tile // 2)
+    rows = ids.shape[0] * ids.shape[1] + scores.shape[1] * torch.sym_min(tile // 2, scores.shape[0])
     return tuple(scores.new_empty((rows,), dtype=torch.int64) for _ in range(2))
 
 

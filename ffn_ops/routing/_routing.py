@@ -26,7 +26,8 @@ class Statistics(NamedTuple):
 
 class Routing(NamedTuple):
     """Rows: pairs of a token and an expert, sorted by expert and, within it, by token. A pytree of tensors whose shapes
-    do not depend on data; R = T * K for top-k."""
+    do not depend on data; R = T * K for top-k. One whose fields contradict each other is an error on the CPU:
+    each kept row stands in ``row`` once, under its token."""
 
     token: Tensor  # [R] int64, the source of each row
     weight: Tensor  # [R] float32 (float64 for float64 logits), differentiable; 16 bits, as casts leave it, are widened
@@ -50,7 +51,7 @@ class Routing(NamedTuple):
         """A routing from any router's choice.
 
         Args:
-            ids: ``[T, K]`` integers; ids >= ``num_experts`` mean "not on this rank" and are skipped.
+            ids: ``[T, K]`` integers; those below 0 or >= ``num_experts`` mean "not on this rank" and are skipped.
             weights: ``[T, K]``; float32 or float64 are kept, others become float32.
             num_experts: E.
             capacity: the most rows an expert takes; the others are dropped. None for no limit.

@@ -27,7 +27,7 @@ def token_rounding(
         mask: see :func:`top_k`; padded tokens join no expert, so a count may then be lower.
 
     Returns:
-        A :class:`Routing` with R = T * k + E * (tile // 2), without tokens R = 0.
+        A :class:`Routing` with R = T * k + E * min(tile // 2, T).
 
     Source: SonicMoE (2025), token rounding.
     """
@@ -43,7 +43,7 @@ def token_rounding(
     if mask is not None:
         ids = torch.where(mask.unsqueeze(1), ids, experts)
         choice = torch.where(mask.unsqueeze(1), choice, -1.0)
-    expert, token = round_tokens_op(choice, ids, tile)
+    expert, token = round_tokens_op(choice, ids, min(tile, 2**62))
     if mask is not None:
         expert = torch.where(mask[token], expert, experts)
     if renormalize:
