@@ -167,7 +167,8 @@ def test_export(strict: bool, tmp_path: Path) -> None:
     assert [t for t in targets if t.startswith("ffn_ops")] == [
         "ffn_ops.gated_act.default", "ffn_ops.gated_linear.default", "ffn_ops.gated_linear.default",
         "ffn_ops.ffn.default", "ffn_ops.ffn.default",
-        "ffn_ops.route_top_k.default", "ffn_ops.moe_sort.default", "ffn_ops.moe.default",
+        "ffn_ops.route_linear.default", "ffn_ops.route_top_k.default", "ffn_ops.moe_sort.default",
+        "ffn_ops.moe.default",
     ]  # fmt: skip
     torch.export.save(program, tmp_path / "stack.pt2")
     loaded = torch.export.load(tmp_path / "stack.pt2")
