@@ -16,6 +16,8 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
+from . import _checks as check
+
 LIBRARY = Path(__file__).with_name("libffn_ops_cpu.so")
 CUDA_LIBRARY = Path(__file__).with_name("libffn_ops_cuda.so")
 CUDA_BUILD = Path(__file__).with_name("cuda_build.json")  # what setup.py built, or why not, and how large
@@ -96,8 +98,24 @@ def overload(name: str) -> Any:
 
 
 def fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    decorator: Callable[[Callable[..., Any]], Callable[..., Any]] = torch.library.register_fake(f"ffn_ops::{name}")
-    return decorator
+    """Registers what gives shapes without data. All tensors must share a device: with one on meta among those of the
+    CPU the call comes here, and its results would be memory that nobody wrote."""
+    names = [argument.name for argument in overload(name)._schema.arguments]
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        def on_one_device(*args: Any) -> Any:
+            first: tuple[str, Tensor] | None = None
+            for each, arg in zip(names, args, strict=True):
+                for t in arg if isinstance(arg, (list, tuple)) else (arg,):
+                    if isinstance(t, Tensor):
+                        first = first or (each, t)
+                        check.device(each, t, first[1], first[0])
+            return function(*args)
+
+        registered: Callable[..., Any] = torch.library.register_fake(f"ffn_ops::{name}", on_one_device)
+        return registered
+
+    return register
 
 
 def _flatten(args: Sequence[Any]) -> tuple[list[Any], tuple[int | None, ...]]:
@@ -131,7 +149,7 @@ class ContextWith:
 
 
 # Below this many numbers in gradients the engine's answers cost more than computing what nobody asked for.
-_WORTH_ASKING = 1 << 16
+_WORTH_ASKING = 1 << 18
 
 
 def _asked_for(ctx: Any, grads: Sequence[Any]) -> tuple[bool, ...]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -34,6 +35,16 @@ def is_unhooked(module: nn.Module) -> bool:
 def is_plain_linear(layer: nn.Module) -> bool:
     """True where calling ``layer`` computes ``F.linear(x, layer.weight, layer.bias)`` and nothing else."""
     return type(layer) is nn.Linear and type(layer._parameters.get("weight")) in PLAIN_TENSORS and is_unhooked(layer)
+
+
+def called(name: str, child: Any, x: Tensor) -> Tensor:
+    """``child(x)``. From a weight on meta torch would make memory that nobody wrote; hooks may bring weights first."""
+    if not torch.compiler.is_compiling() and not x.is_meta and is_unhooked(child):
+        for path, part in child.named_modules(prefix=name):
+            for each, p in part._parameters.items():
+                if p is not None and p.is_meta and is_unhooked(part):
+                    raise ValueError(f"{path}.{each}: expected device {x.device} as x has, got meta")
+    return child(x)  # type: ignore[no-any-return]
 
 
 def is_idle(dropout: nn.Module) -> bool:
@@ -133,7 +144,8 @@ class FeedForward(_OfLinears):
                 recompute=self.recompute, activation=self.activation, beta=self.beta,
             )  # fmt: skip
         else:
-            y = w2(ops.gated_act(w1(x), w3(x), activation=self.activation, beta=self.beta))
+            h = ops.gated_act(called("w1", w1, x), called("w3", w3, x), activation=self.activation, beta=self.beta)
+            y = called("w2", w2, h)
         # torch.fx's symbolic_trace, whose y is no tensor, keeps the call: the mode may change after it.
         return y if is_idle(dropout) and isinstance(y, Tensor) else dropout(y)  # type: ignore[no-any-return]
 
@@ -180,7 +192,8 @@ class PlainFFN(_OfLinears):
                 x, p1["weight"], p2["weight"], b_in=p1["bias"], b_down=p2["bias"],
                 recompute=self.recompute, activation=self.activation, beta=self.beta,
             )  # fmt: skip
-        return second(ops.gated_act(first(x), activation=self.activation, beta=self.beta))  # type: ignore[no-any-return]
+        h = ops.gated_act(called("linear1", first, x), activation=self.activation, beta=self.beta)
+        return called("linear2", second, h)
 
 
 class ReLUFFN(PlainFFN):
@@ -235,7 +248,8 @@ class GLU(_OfLinears):
                 x, p1["weight"], p2["weight"], b_gate=p1["bias"], b_up=p2["bias"],
                 activation=self.activation, beta=self.beta,
             )  # fmt: skip
-        return ops.gated_act(gate(x), value(x), activation=self.activation, beta=self.beta)
+        parts = called("linear_gate", gate, x), called("linear_value", value, x)
+        return ops.gated_act(*parts, activation=self.activation, beta=self.beta)
 
 
 class GatedFFN(_OfLinears):
@@ -280,7 +294,8 @@ class GatedFFN(_OfLinears):
                 beta=self.beta,
             )
         else:
-            y = ops.gated_act(gates[0](x), values[0](x), activation=self.activation, beta=self.beta)
-            for gate, value in zip(gates[1:], values[1:], strict=True):
-                y = y + ops.gated_act(gate(x), value(x), activation=self.activation, beta=self.beta)
-        return y if self.out_proj is None else self.out_proj(y)  # type: ignore[no-any-return]
+            for g in range(len(gates)):
+                parts = called(f"gate_layers.{g}", gates[g], x), called(f"value_layers.{g}", values[g], x)
+                h = ops.gated_act(*parts, activation=self.activation, beta=self.beta)
+                y = y + h if g else h
+        return y if self.out_proj is None else called("out_proj", self.out_proj, y)

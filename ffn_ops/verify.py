@@ -53,8 +53,8 @@ STEPS = (
         "opcheck, compile, export, autocast, torch.func, modules, errors, whatever hypothesis finds",
         4.0,
         steps.tests_of(
-            "test_torch_integration.py", "test_compile.py", "test_modules.py", "test_errors.py", "test_properties.py",
-            "test_module_state.py", "test_export.py", "test_tracing.py",
+            "test_torch_integration.py", "test_transforms.py", "test_compile.py", "test_modules.py", "test_errors.py",
+            "test_properties.py", "test_module_state.py", "test_export.py", "test_tracing.py",
         ),
     ),
     Step(

@@ -154,6 +154,60 @@ def test_meta_tensors() -> None:
         assert y.shape == (2, 3, width) and y.device.type == "meta" and y.dtype is torch.float32
 
 
+@pytest.mark.parametrize("name", CALLS)
+def test_one_tensor_on_meta(name: str) -> None:
+    """Each tensor in turn: an error, where the fake kernel would return memory that nobody wrote. (A regression.)"""
+    op, args = CALLS[name]
+    for place, arg in enumerate(args):
+        for at in range(len(arg)) if isinstance(arg, list) else (None,):
+            t = arg if at is None else arg[at]
+            if not isinstance(t, Tensor) or sum(isinstance(a, (Tensor, list)) for a in args) < 2:
+                continue
+            meta = t.detach().to("meta")
+            other = meta if at is None else [meta if i == at else each for i, each in enumerate(arg)]
+            with pytest.raises(ValueError, match="expected device"):
+                op(*args[:place], other, *args[place + 1 :])
+
+
+def called_on_meta() -> dict[str, tuple[torch.nn.Module, str]]:
+    """Layers with a child that is called, as it is no plain nn.Linear, and the name of a weight of it."""
+    Child = type("Child", (torch.nn.Linear,), {})
+    layers = {
+        "FeedForward": (ffn_ops.FeedForward(4, 9, 2, 0.0), "w1"),
+        "GELUFFN": (ffn_ops.GELUFFN(4, 6), "linear2"),
+        "GLU": (ffn_ops.GLU(4, 6), "linear_value"),
+    }
+    for layer, name in layers.values():
+        child = layer.get_submodule(name)
+        setattr(layer, name, Child(child.in_features, child.out_features, device="meta"))
+    gated = ffn_ops.GatedFFN(4, 6, 2, out_proj=True)
+    gated.value_layers[1] = Child(4, 6, device="meta")
+    plain = ffn_ops.GatedFFN(4, 6, 2, out_proj=True)
+    plain.out_proj = torch.nn.Linear(6, 4, device="meta")
+    return layers | {"GatedFFN": (gated, "value_layers.1"), "GatedFFN out_proj": (plain, "out_proj")}
+
+
+@pytest.mark.parametrize("case", ["FeedForward", "GELUFFN", "GLU", "GatedFFN", "GatedFFN out_proj"])
+def test_called_child_on_meta(case: str) -> None:
+    """Refused as a plain child is, unless a hook brings its weights, as offloading does. (A regression.)"""
+    layer, name = called_on_meta()[case]
+    x = torch.randn(3, 4)
+    with pytest.raises(ValueError, match=rf"{name}\.weight: expected device {x.device} as x has, got meta"):
+        layer(x)
+    child = layer.get_submodule(name)
+    torch.manual_seed(0)
+    weights = {n: torch.randn(p.shape) for n, p in child.named_parameters()}
+
+    def bring(module: torch.nn.Module, args: Any) -> None:
+        for n, t in weights.items():
+            setattr(module, n, torch.nn.Parameter(t))
+
+    handle = child.register_forward_pre_hook(bring)
+    y = layer(x)
+    handle.remove()
+    assert torch.equal(y, layer(x))
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_inference_mode(form: str) -> None:
     problem = Problem(form, **SMALL)

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from device import gradcheck
+from device import generator, gradcheck
 from problems import FORMS, Problem
+from routes import ROUTERS
 from torch import Tensor, nn
 from torch.autograd import forward_ad, functional
 
@@ -182,3 +183,27 @@ def test_grads_batched_of_layers(name: str) -> None:
         for layer in (ours, plain)
     )
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
+
+
+def test_backward_of_a_call_that_saved_nothing() -> None:
+    """gated_linear computes its pre-activations again, to the same bits. (A regression: an error.)"""
+    x, w, up = (torch.randn(s).requires_grad_() for s in ((3, 4), (5, 4), (5, 4)))
+    grads = [
+        torch.autograd.grad(
+            torch.ops.ffn_ops.gated_linear(x, [w], [up], [], [], "silu", 1.0, save)[0].sin().sum(), (x, w, up)
+        )
+        for save in (True, False)
+    ]
+    assert all(torch.equal(saved, again) for saved, again in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_jvp_of_routing_weights(name: str) -> None:
+    """Of every router, against backward: <d, J t> is <J^T d, t>."""
+    g = generator(3)
+    logits, t = (torch.randn(8, 4, generator=g, dtype=torch.float64) for _ in range(2))
+    weights, tangent = torch.func.jvp(lambda z: ROUTERS[name](z).weight, (logits,), (t,))
+    d = torch.randn(weights.shape, generator=g, dtype=torch.float64)
+    (by,) = torch.func.vjp(lambda z: ROUTERS[name](z).weight, logits)[1](d)
+    assert float(tangent.abs().max()) > 0
+    torch.testing.assert_close((d * tangent).sum(), (by * t).sum(), rtol=1e-9, atol=1e-11)

@@ -174,11 +174,11 @@ def _gated_linear_backward_formula(ctx: Any, d_y: Tensor | None, _gate: Any, _up
     none = [[None] * length for length in ctx.lengths]  # torch wants a list for a list, asked for or not
     if d_y is None:
         return None, *none, None, None, None
-    if not ctx.save:
-        raise RuntimeError("gated_linear: backward needs the pre-activations; call the operator with save=True")
     x, gate, up, *others = ctx.saved_tensors
     needs = [_any(each) for each in ctx.needs_input_grad[:5]]
     lists = _lists(others, ctx.lengths)
+    if not ctx.save:  # as where a graph cannot know that another level of torch.func asks
+        _, gate, up = _gated_linear(x, *lists, ctx.activation, ctx.beta, True)
     grads = _gated_linear_backward(d_y, x, *lists, gate, up, ctx.activation, ctx.beta, needs)
     lists = [list(g.unbind(0)) if need else n for g, need, n in zip(grads[1:], needs[1:], none, strict=True)]
     return (grads[0] if needs[0] else None, *lists, None, None, None)
