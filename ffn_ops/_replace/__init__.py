@@ -16,10 +16,12 @@ from torch import nn
 
 from .layer import PLAN, Plan, state
 from .probe import ORIGINAL, original_class
-from .recognise import METHODS, OURS, Finding, bottleneck, plausible, recognise, stacked_experts
+from .recognise import METHODS, OURS, Finding, bottleneck, plausible, recognise
+from .refused import has_stacked_experts, is_feed_forward
 from .swap import fused_class
 
 _log = logging.getLogger("ffn_ops.replace")
+EXPERTS = "ffn_ops"  # the name under which integrations/transformers.py registers
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -27,7 +29,8 @@ Model = TypeVar("Model", bound=nn.Module)
 class ReplaceEntry:
     """One feed-forward layer of a model.
 
-    ``status`` is "replaced", "partly" (replaced; ``why`` says what is not fused at present), "replaceable" or "left".
+    ``status`` is "replaced", "partly" (replaced; ``why`` says what is not fused at present), "replaceable", "left", or
+    "fused": it uses the operators by itself, as this package's modules do.
     """
 
     path: str
@@ -67,6 +70,7 @@ class _Site:
     layer: nn.Module
     method: str
     finding: Finding
+    by_itself: bool = False  # uses the operators without replace()
 
 
 def replace(model: Model) -> Model:
@@ -93,7 +97,7 @@ def replace(model: Model) -> Model:
     _check(model)
     replaced = False
     for site in list(_sites(model)):
-        replaced |= _is_replaced(site.layer) or isinstance(site.layer, OURS)
+        replaced |= _is_replaced(site.layer) or site.by_itself
         if site.finding.plan is not None and not _is_replaced(site.layer):
             replaced |= _swap(site)
     if not replaced:
@@ -162,27 +166,39 @@ def _sites(model: nn.Module) -> Iterator[_Site]:
 def _site(path: str, module: nn.Module) -> _Site | None:
     known = getattr(module, PLAN, None)
     if isinstance(module, OURS):
-        return _Site(path, module, "forward", Finding(None, "one of this package's modules, which fuses itself"))
+        return _Site(path, module, "forward", Finding(None, "one of this package's modules, which fuses itself"), True)
     if known:
         return _Site(path, module, "", Finding(known))
-    reason = ""
-    if plausible(module):
-        finding = recognise(module, "forward")
-        if finding.plan is not None or known is False:
-            return _Site(path, module, "forward", finding)
-        reason = finding.reason
-    for method in METHODS[1:]:
-        if callable(getattr(type(module), method, None)):
+    refused: list[tuple[str, Finding]] = []
+    for method in METHODS:
+        if plausible(module) if method == "forward" else callable(getattr(type(module), method, None)):
             finding = recognise(module, method)
-            return _Site(path, module, method, Finding(finding.plan, f"{method}: {finding.reason}"))
-    if bottleneck(module) is not None:
-        reason = (
-            reason or f"{' and '.join(bottleneck(module) or ())} are children of a layer that does more than an FFN"
-        )
+            if finding.plan is not None or (known is False and method == "forward"):
+                return _Site(path, module, method, finding)
+            refused.append((method, finding))
+    methods = [(m, f) for m, f in refused if m != "forward" and not f.lacks_child]
+    if methods:
+        method, finding = methods[0]
+        return _Site(path, module, method, Finding(None, f"{method}: {finding.reason}"))
+    if is_feed_forward(module):
+        names = " and ".join(bottleneck(module) or ())
+        reason = next((f.reason for m, f in refused if m == "forward"), "")
+        reason = reason or f"{names} are children of a layer that does more than an FFN"
         return _Site(path, module, "forward", Finding(None, reason))
-    if stacked_experts(module):
-        return _Site(path, module, "forward", Finding(None, "experts, whose router replace() does not look at"))
+    if has_stacked_experts(module):
+        return _experts(path, module)
     return None
+
+
+def _experts(path: str, module: nn.Module) -> _Site:
+    """Those of transformers say in their configuration who computes them."""
+    chosen = getattr(getattr(module, "config", None), "_experts_implementation", None)
+    if not hasattr(module, "is_concatenated"):  # not exchangeable, whatever the configuration says
+        return _Site(path, module, "", Finding(None, "stacked experts: replace() takes no mixtures"))
+    if chosen == EXPERTS:
+        return _Site(path, module, "", Finding(None, f'experts computed by experts_implementation="{EXPERTS}"'), True)
+    why = f'stacked experts: replace() takes no mixtures, experts_implementation="{EXPERTS}" does'
+    return _Site(path, module, "", Finding(None, why))
 
 
 def _swap(site: _Site) -> bool:
@@ -201,7 +217,7 @@ def _entry(site: _Site) -> ReplaceEntry:
     name = original_class(site.layer).__name__
     plan: Plan | None = site.finding.plan
     if plan is None:
-        return ReplaceEntry(site.path, name, "left", "", site.finding.reason)
+        return ReplaceEntry(site.path, name, "fused" if site.by_itself else "left", "", site.finding.reason)
     whole, why = state(site.layer, plan)
     if not _is_replaced(site.layer):
         return ReplaceEntry(site.path, name, "replaceable", str(plan.form), why)
