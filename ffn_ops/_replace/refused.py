@@ -65,11 +65,12 @@ def _seen(layer: nn.Module, width: int, narrowest: int, down: str | None) -> boo
         if mixing is not None:
             return False if down in (None, mixing.path) else None  # else what mixes is beside the pair
         raw = [first[0].input, *[event.output for event in first]]
-        behind = first[linears[0] + 1 :]
+        begin, end = first[linears[0]], first[linears[-1]]
+        behind = first[linears[0] + 1 :] if whole and begin.input.shape == end.output.shape else []  # a head is none
         for event in (first[i] for i in linears[1:]):
             if down is None or event.path == down:
                 computed = not any(_same(event.input, each) for each in raw)
-                by_child = whole and any(e.kind != "linear" and _same(event.input, e.output) for e in behind)
+                by_child = any(e.kind != "linear" and _same(event.input, e.output) for e in behind)
                 if computed or by_child:
                     return True
     return None
