@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from .layer import PLAN, Plan, state
+from .layer import CALLS, PLAN, Calls, Plan, state
 from .probe import ORIGINAL, original_class
 from .recognise import METHODS, OURS, Finding, bottleneck, plausible, recognise
 from .refused import has_stacked_experts, is_feed_forward
@@ -38,6 +38,8 @@ class ReplaceEntry:
     status: str
     computes: str
     why: str = ""
+    fused_calls: int = 0  # since it was replaced, but for those of compiled code
+    own_calls: int = 0  # the layer's own forward ran
 
 
 @dataclass(frozen=True)
@@ -51,16 +53,19 @@ class ReplaceReport:
         return [entry.path for entry in self.entries if entry.status in statuses]
 
     def __str__(self) -> str:
-        groups: dict[tuple[str, ...], list[str]] = {}
+        groups: dict[tuple[str, ...], list[ReplaceEntry]] = {}
         for e in self.entries:
             key = (re.sub(r"\b\d+\b", "*", e.path), e.layer, e.status, e.computes, e.why)
-            groups.setdefault(key, []).append(e.path)
+            groups.setdefault(key, []).append(e)
         lines = []
-        for (pattern, layer, status, computes, why), paths in groups.items():
-            where = paths[0] or "the model itself" if len(paths) == 1 else f"{len(paths)} x {pattern}"
+        for (pattern, layer, status, computes, why), alike in groups.items():
+            where = alike[0].path or "the model itself" if len(alike) == 1 else f"{len(alike)} x {pattern}"
+            fused, own = sum(e.fused_calls for e in alike), sum(e.own_calls for e in alike)
             lines.append(f"{status:11} {where} ({layer}){': ' if computes else ''}{computes}")
             if why:
                 lines.append(f"{'':11}   {why}")
+            if fused + own:
+                lines.append(f"{'':11}   fused in {fused} of {fused + own} calls")
         return "\n".join(lines) or "no feed-forward layer found"
 
 
@@ -119,8 +124,8 @@ def restore(model: Model) -> Model:
     """
     _check(model)
     for module in model.modules():
-        if PLAN in vars(module):
-            del vars(module)[PLAN]
+        for name in (PLAN, CALLS):
+            vars(module).pop(name, None)
         if ORIGINAL in vars(type(module)):
             module.__class__ = original_class(module)
     return model
@@ -129,7 +134,8 @@ def restore(model: Model) -> Model:
 def replace_report(model: nn.Module) -> ReplaceReport:
     """Every feed-forward layer of ``model``: replaced, partly fused at present, replaceable, or left, and why.
 
-    It looks at the model as it is now: adapters and hooks added since, training or eval. Nothing is changed.
+    It looks at the model as it is now: adapters and hooks added since, training or eval. Nothing is changed. Entries
+    of replaced layers count the calls since then, fused and not; the calls of compiled code are not counted.
 
     Raises:
         TypeError: for what is no ``nn.Module``.
@@ -210,6 +216,7 @@ def _swap(site: _Site) -> bool:
         _log.warning("%s is left alone: its class cannot be replaced: %s", site.path, error)
         return False
     vars(site.layer)[PLAN] = site.finding.plan
+    vars(site.layer)[CALLS] = Calls()
     return True
 
 
@@ -221,4 +228,8 @@ def _entry(site: _Site) -> ReplaceEntry:
     whole, why = state(site.layer, plan)
     if not _is_replaced(site.layer):
         return ReplaceEntry(site.path, name, "replaceable", str(plan.form), why)
-    return ReplaceEntry(site.path, name, "replaced" if whole else "partly", str(plan.form), why)
+    calls: Calls = vars(site.layer)[CALLS]
+    if calls.own and calls.arguments:
+        why = "; ".join(filter(None, [why, f"its own forward runs where it is given {calls.arguments}"]))
+    status = "replaced" if whole else "partly"
+    return ReplaceEntry(site.path, name, status, str(plan.form), why, calls.fused, calls.own)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 # Kinks, clips and tails of activations lie between these; two forms of one activation differ between 1 and 4.
 _SIZES = (0.0, 1e-3, 0.3, 0.7, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 6.5, 7.5, 11.0, 25.0, 90.0, 600.0, 3e4)
@@ -63,6 +64,15 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     if type(getattr(module, "nf", None)) is int and isinstance(weight, Tensor) and weight.dim() == 2:
         return weight.shape[0], weight.shape[1]
     return None
+
+
+class WithoutDropout(TorchFunctionMode):
+    """``F.dropout`` in a forward's own code returns its input."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(function, "__name__", "") == "dropout":
+            return args[0] if args else kwargs["input"]
+        return function(*args, **(kwargs or {}))
 
 
 class _Stub(nn.Module):
@@ -188,8 +198,11 @@ def trace(
     dtype: torch.dtype,
     training: bool,
     seed: int,
+    given: dict[str, Any],
 ) -> Trace:
     """What ``method`` of the layer does with one tensor of so many dimensions and ``width`` columns.
+
+    ``given``: further arguments, by name.
 
     Raises: ProbeError, or whatever the layer's own code raises.
     """
@@ -199,9 +212,9 @@ def trace(
         probe.trace.x = x.clone()
         hollow = probe.hollow_of(layer, "")
         if method == "forward":
-            probe.trace.y = hollow(x)
+            probe.trace.y = hollow(x, **given)
         else:
-            probe.trace.y = getattr(hollow, method)(x)
+            probe.trace.y = getattr(hollow, method)(x, **given)
         if not torch.equal(x, probe.trace.x):
             raise ProbeError("it writes into its input")
     if not isinstance(probe.trace.y, Tensor):

@@ -13,7 +13,7 @@ from .. import _checks as check
 from ..modules import GLU, FeedForward, GatedFFN, PlainFFN
 from .form import Form, explain
 from .layer import Plan, child, plan
-from .probe import ProbeError, linear_shape, original_class, trace
+from .probe import ProbeError, WithoutDropout, linear_shape, original_class, trace
 
 # Where a feed-forward has a method of its own: transformers' encoders, torch's nn.TransformerEncoderLayer.
 METHODS = ("forward", "feed_forward_chunk", "feed_forward_chunk_query", "ff_chunk", "_ff_block")
@@ -102,14 +102,18 @@ def widths(layer: nn.Module, method: str) -> list[tuple[int, int]]:
 
 
 def _recognise(layer: nn.Module, cls: type[nn.Module], method: str, width: int, narrowest: int) -> Finding:
-    def form(rank: int, training: bool, dtype: torch.dtype, known: Any = None, seed: int = 0) -> Form:
-        seen = trace(layer, method, width, narrowest, rank=rank, dtype=dtype, training=training, seed=seed)
+    def form(
+        rank: int, training: bool, dtype: torch.dtype, known: Any = None, seed: int = 0, given: Any = None
+    ) -> Form:
+        seen = trace(
+            layer, method, width, narrowest, rank=rank, dtype=dtype, training=training, seed=seed, given=given or {}
+        )
         return explain(seen, known)
 
-    def holds(base: Form, rank: int, training: bool, dtype: torch.dtype) -> bool:
+    def holds(base: Form, rank: int, training: bool, dtype: torch.dtype, given: Any = None) -> bool:
         known = (base.activation, base.beta)
         try:
-            return form(rank, training, dtype, known, seed=1 + rank) == base
+            return form(rank, training, dtype, known, seed=1 + rank, given=given) == base
         except Exception:
             return False
 
@@ -131,9 +135,19 @@ def _recognise(layer: nn.Module, cls: type[nn.Module], method: str, width: int, 
     ranks = tuple([rank for rank in (1, 2, 3, 4) if holds(base, rank, False, torch.float32)])
     if first not in ranks:
         return Finding(None, "it does not compute the same twice")
-    eval_only = not all(holds(base, rank, True, torch.float32) for rank in ranks)
-    argument = list(inspect.signature(getattr(cls, method)).parameters)[1]
-    return Finding(plan(layer, base, argument, ranks, dtypes, eval_only))
+    eval_only = ""
+    if not all(holds(base, rank, True, torch.float32) for rank in ranks):
+        with WithoutDropout():
+            dropout = all(holds(base, rank, True, torch.float32) for rank in ranks)
+        eval_only = "it calls dropout, with p > 0, which is no child" if dropout else "it computes something else"
+    first_name, *names = list(inspect.signature(getattr(cls, method)).parameters.values())[1:]
+    named = [p for p in names if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    # Given as they are without being given they do nothing, unless forward asks whether they are given.
+    idle = {p.name: p.default for p in named if isinstance(p.default, (bool, int, float, str, type(None)))}
+    if idle and not holds(base, first, False, torch.float32, idle):
+        idle = {}
+    by_place = [p.name for p in named if p.kind is not p.KEYWORD_ONLY]
+    return Finding(plan(layer, base, (first_name.name, *by_place), idle, ranks, dtypes, eval_only))
 
 
 def _why_failed(layer: nn.Module, method: str, error: Exception) -> str:
