@@ -44,12 +44,15 @@ def test_children_that_change_behind_its_back() -> None:
     assert operators(ffn_ops.replace(layer), x) == ["ffn"]
 
 
-def test_dropout_between() -> None:
-    """p > 0 in training: called, the gate fused before it, with the untouched layer's masks; else stepped over."""
-    layer, plain = (seeded(lambda: Plain(nn.GELU(), 0.5)) for _ in range(2))
+@pytest.mark.parametrize(("act", "alone"), ((nn.GELU("tanh"), ["gated_act"]), (nn.GELU(), []), (nn.ReLU(), [])))
+def test_dropout_between(act: nn.Module, alone: list[str]) -> None:
+    """p > 0 in training: called, with the untouched layer's masks, and the activation before it by whichever operator
+    is faster; else stepped over."""
+    layer, plain = (seeded(lambda: Plain(act, 0.5)) for _ in range(2))
     ffn_ops.replace(layer)
     x = torch.randn(5, D)
-    assert operators(layer, x) == ["gated_act"] and ffn_ops.replace_report(layer).paths("partly") == [""]
+    assert operators(layer, x) == alone and ffn_ops.replace_report(layer).paths("partly") == [""]
+    assert ("its own forward runs, with torch's" in str(ffn_ops.replace_report(layer))) == (not alone)
     torch.manual_seed(1)
     y = layer(x)
     torch.manual_seed(1)
@@ -58,6 +61,20 @@ def test_dropout_between() -> None:
     assert operators(layer, x) == ["ffn"]
     layer.drop.p = 0.5
     assert operators(layer.eval(), x) == ["ffn"] and ffn_ops.replace_report(layer).paths("replaced") == [""]
+
+
+def test_a_linear_of_ones_own() -> None:
+    """A subclass that casts its weights, as whisper's: it is called, and nothing slower than torch's gelu between."""
+
+    class Linear(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+    layer = ffn_ops.replace(nn.Sequential(Linear(D, 20), nn.GELU(), Linear(20, D)))
+    x = torch.randn(5, D)
+    assert operators(layer, x) == [] and torch.equal(layer(x), ffn_ops.restore(copy.deepcopy(layer))(x))
+    why = "its own forward runs, with torch's gelu: 0 is called ("
+    assert ffn_ops.replace_report(layer).entries[0].why.startswith(why)
 
 
 @pytest.mark.parametrize("name", ("llama", "phi", "sequential", "in a method"))

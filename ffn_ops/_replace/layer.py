@@ -24,6 +24,7 @@ from .form import Form
 PLAN = "_ffn_ops_plan"  # of an instance; None: restored; False: changed into something that is not recognised
 CALLS = "_ffn_ops_calls"  # of an instance: its Calls since it was replaced
 Path = tuple[str, ...]
+_BY_TORCH = ("relu", "sigmoid", "tanh", "gelu", "silu", "identity")  # not gelu_tanh: ours is twice as fast
 _DEVICES = ("cpu", "meta") if CUDA_ABSENT else ("cpu", "meta", "cuda")
 _SCALARS = (bool, int, float, str, type(None), types.FunctionType, types.BuiltinFunctionType)
 
@@ -190,6 +191,11 @@ def _fits(layer: nn.Module, plan: Plan, x: Any) -> bool:
     )
 
 
+def _is_torchs(form: Form) -> bool:
+    """Without a gate, and an activation that torch has as one operator: alone ours is slower than that."""
+    return not form.ups and form.halves is None and form.activation in _BY_TORCH
+
+
 def _of_dtype(layers: list[Any], dtype: torch.dtype) -> bool:
     """Where weights are of another dtype, a forward may cast between its children, so its own must run."""
     for layer in layers:
@@ -256,13 +262,16 @@ def _by_parts(layer: nn.Module, plan: Plan, x: Tensor, cast: bool) -> Tensor | N
         return None
     if plain and not cast and not _of_dtype(linears, x.dtype):
         return None
-    value = x
-    for path in plan.head:
-        value = child(layer, path)(value)
     dropout = None if plan.dropout is None else child(layer, plan.dropout)
     if dropout is not None and is_idle(dropout):
         dropout = None
-    if down is not None and dropout is None and len(gates) == 1 and plain:
+    whole = down is not None and dropout is None and len(gates) == 1 and plain
+    if not whole and _is_torchs(plan.form):
+        return None
+    value = x
+    for path in plan.head:
+        value = child(layer, path)(value)
+    if whole:
         value = _whole(plan.form, value, gates[0], ups[0] if ups else None, down)
     else:
         value = _hidden(plan.form, value, gates, ups)
@@ -346,6 +355,8 @@ def state(layer: nn.Module, plan: Plan) -> tuple[bool, str]:
     if plan.dropout and not is_idle(child(layer, plan.dropout)):
         called.append(f"{'.'.join(plan.dropout)} is called (p > 0 in training)")
     notes = "; ".join(called)
+    if called and _is_torchs(plan.form):
+        return False, f"its own forward runs, with torch's {plan.form.activation}: {notes}"
     if plan.eval_only:
         notes = "; ".join(filter(None, [notes, f"in training its own forward runs: {plan.eval_only}"]))
     return not called, notes
