@@ -318,6 +318,7 @@ def _noise(m: Any, x: Tensor) -> Tensor:
 
 
 NO_ACTIVATION = "no activation"
+BETWEEN = "(act|1), a norm or an activation that learns, is between its linear children"
 OTHERS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "misplaced parenthesis": (Misplaced, ""),
     "clipped at 7": (lambda: LlamaLike(lambda z: F.silu(z.clamp(max=7.0))), NO_ACTIVATION),
@@ -326,7 +327,7 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "hardswish": (lambda: Plain(nn.Hardswish()), NO_ACTIVATION),
     "leaky": (lambda: Plain(nn.LeakyReLU()), NO_ACTIVATION),
     "nearly gelu": (lambda: Plain(lambda z: F.gelu(z) * (1 + 2e-5)), NO_ACTIVATION),
-    "learned slope": (lambda: Plain(nn.PReLU()), "second one|no activation"),
+    "learned slope": (lambda: Plain(nn.PReLU()), BETWEEN),
     "buffer": (Scaled, "scale|returns"),
     "learned beta": (Learned, "tensor of its own, beta"),
     "a child twice": (lambda: Forward(_twice), "twice|no activation"),
@@ -335,7 +336,7 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "noise": (lambda: Forward(_noise), NO_ACTIVATION),
     "two results": (lambda: Forward(lambda m, x: (LlamaLike.forward(m, x), x)), "not one tensor"),
     "norm between": (
-        lambda: nn.Sequential(nn.Linear(D, FF), nn.LayerNorm(FF), nn.GELU(), nn.Linear(FF, D)), "second one|no activ"
+        lambda: nn.Sequential(nn.Linear(D, FF), nn.LayerNorm(FF), nn.GELU(), nn.Linear(FF, D)), BETWEEN
     ),
     "pooled": (lambda: Forward(lambda m, x: LlamaLike.forward(m, x).mean(-2)), "returns"),
     "output scaled": (lambda: Forward(lambda m, x: 0.5 * LlamaLike.forward(m, x)), "returns"),

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import pickle
+from typing import Any
+
 import pytest
 import torch
 from replacing import LAYERS, D, LlamaLike, Plain, on, operators, pair, results, seeded, sequential
@@ -39,12 +44,15 @@ def test_children_that_change_behind_its_back() -> None:
     assert operators(ffn_ops.replace(layer), x) == ["ffn"]
 
 
-def test_dropout_between() -> None:
-    """p > 0 in training: called, the gate fused before it, with the untouched layer's masks; else stepped over."""
-    layer, plain = (seeded(lambda: Plain(nn.GELU(), 0.5)) for _ in range(2))
+@pytest.mark.parametrize(("act", "alone"), ((nn.GELU("tanh"), ["gated_act"]), (nn.GELU(), []), (nn.ReLU(), [])))
+def test_dropout_between(act: nn.Module, alone: list[str]) -> None:
+    """p > 0 in training: called, with the untouched layer's masks, and the activation before it by whichever operator
+    is faster; else stepped over."""
+    layer, plain = (seeded(lambda: Plain(act, 0.5)) for _ in range(2))
     ffn_ops.replace(layer)
     x = torch.randn(5, D)
-    assert operators(layer, x) == ["gated_act"] and ffn_ops.replace_report(layer).paths("partly") == [""]
+    assert operators(layer, x) == alone and ffn_ops.replace_report(layer).paths("partly") == [""]
+    assert ("its own forward runs, with torch's" in str(ffn_ops.replace_report(layer))) == (not alone)
     torch.manual_seed(1)
     y = layer(x)
     torch.manual_seed(1)
@@ -53,6 +61,20 @@ def test_dropout_between() -> None:
     assert operators(layer, x) == ["ffn"]
     layer.drop.p = 0.5
     assert operators(layer.eval(), x) == ["ffn"] and ffn_ops.replace_report(layer).paths("replaced") == [""]
+
+
+def test_a_linear_of_ones_own() -> None:
+    """A subclass that casts its weights, as whisper's: it is called, and nothing slower than torch's gelu between."""
+
+    class Linear(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+    layer = ffn_ops.replace(nn.Sequential(Linear(D, 20), nn.GELU(), Linear(20, D)))
+    x = torch.randn(5, D)
+    assert operators(layer, x) == [] and torch.equal(layer(x), ffn_ops.restore(copy.deepcopy(layer))(x))
+    why = "its own forward runs, with torch's gelu: 0 is called ("
+    assert ffn_ops.replace_report(layer).entries[0].why.startswith(why)
 
 
 @pytest.mark.parametrize("name", ("llama", "phi", "sequential", "in a method"))
@@ -101,20 +123,100 @@ def test_mixed_dtypes() -> None:
 
 
 def test_arguments_of_forward() -> None:
-    """By name as before; with more than one tensor its own forward."""
+    """One tensor by name or place, others where they are what they are without being given; else its own forward."""
 
     class Optional(LlamaLike):
-        def forward(self, hidden: torch.Tensor, scale: float = 1.0) -> torch.Tensor:  # type: ignore[override]
-            return super().forward(hidden) if scale == 1.0 else scale * super().forward(hidden)
+        def forward(self, hidden: torch.Tensor, deep: Any = None, *, scale: float = 1.0) -> torch.Tensor:  # type: ignore[override]
+            y = super().forward(hidden) if deep is None else super().forward(hidden) * deep
+            return y if scale == 1.0 else scale * y
 
     layer = ffn_ops.replace(Optional())
+    x, deep = torch.randn(5, D), torch.randn(5, D)
+    y = layer(x)
+    assert operators(layer, x) == ["ffn"]
+    for args, kwargs in (((x, None), {}), ((x,), {"deep": None}), ((), {"hidden": x, "deep": None, "scale": 1.0})):
+        assert operators(lambda _, a=args, k=kwargs: layer(*a, **k), x) == ["ffn"]
+        assert torch.equal(layer(*args, **kwargs), y)
+    assert "is given" not in str(ffn_ops.replace_report(layer))
+    torch.testing.assert_close(layer(x, scale=2.0), 2 * y)
+    torch.testing.assert_close(layer(x, deep), y * deep)
+    assert "its own forward runs where it is given deep\n" in str(ffn_ops.replace_report(layer))
+    for args, kwargs in (((), {"x": x}), ((x, None, 1.0), {}), ((x,), {"hidden": x}), ((), {"deep": None})):
+        with pytest.raises(TypeError, match=r"unexpected keyword|positional argument|multiple values"):
+            layer(*args, **kwargs)
+
+
+def test_a_forward_that_asks_what_it_is_given() -> None:
+    """The default that is given is not the same as none: not fused with it."""
+
+    def negated(function: Any) -> Any:
+        @functools.wraps(function)
+        def forward(self: Any, x: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+            return -function(self, x) if "flag" in kwargs else function(self, x)
+
+        return forward
+
+    class Asking(LlamaLike):
+        @negated
+        def forward(self, x: torch.Tensor, flag: Any = None) -> torch.Tensor:  # type: ignore[override]
+            return super().forward(x)
+
+    layer = ffn_ops.replace(Asking())
     x = torch.randn(5, D)
     assert operators(layer, x) == ["ffn"]
-    assert torch.equal(layer(hidden=x), layer(x))
-    torch.testing.assert_close(layer(x, 2.0), 2 * layer(x))
-    torch.testing.assert_close(layer(x, scale=2.0), 2 * layer(x))
-    with pytest.raises(TypeError, match="unexpected keyword"):
-        layer(x=x)
+    torch.testing.assert_close(layer(x, flag=None), -layer(x))
+
+
+def test_dropout_that_is_no_child() -> None:
+    """In training with p = 0 fused; with p > 0, whenever it is set, its own forward runs and the report says so."""
+
+    class Functional(Plain):
+        p = 0.0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.dropout(super().forward(x), self.p, self.training)
+
+    layer = ffn_ops.replace(Functional(nn.GELU()))
+    x = torch.randn(5, D)
+    assert operators(layer, x) == ["ffn"] and ffn_ops.replace_report(layer).paths("replaced") == [""]
+    layer.p = 0.5
+    assert operators(layer, x) == []
+    why = "its own forward runs: in training it calls dropout, with p > 0, which is no child"
+    assert [(e.status, e.why) for e in ffn_ops.replace_report(layer).entries] == [("partly", why)]
+    assert operators(layer.eval(), x) == ["ffn"]
+    (entry,) = ffn_ops.replace_report(layer).entries
+    assert entry.why == "in training its own forward runs: it calls dropout, with p > 0, which is no child"
+    layer.p = 0.0
+    assert operators(layer.train(), x) == ["ffn"]
+
+
+def test_counted_calls(dynamo: None) -> None:
+    """Since the replacement, also in copies; what compiled code calls is not counted, and makes no graph of its own."""
+    layer = ffn_ops.replace(LlamaLike())
+    x = torch.randn(5, D)
+
+    def counted(model: nn.Module) -> tuple[int, int]:
+        (entry,) = ffn_ops.replace_report(model).entries
+        return entry.fused_calls, entry.own_calls
+
+    assert counted(layer) == (0, 0) and "calls" not in str(ffn_ops.replace_report(layer))
+    for _ in range(3):
+        layer(x)
+    handle = layer.act_fn.register_forward_hook(lambda *_: None)
+    layer(x)
+    handle.remove()
+    assert counted(layer) == (3, 1) and "fused in 3 of 4 calls" in str(ffn_ops.replace_report(layer))
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        other(x)
+        assert counted(other) == (4, 1)
+    graphs: list[Any] = []
+    compiled = torch.compile(layer, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph)
+    for _ in range(3):
+        compiled(x)
+        layer(x)
+    assert len(graphs) == 1 and counted(layer) == (6, 1)
+    ffn_ops.replace(ffn_ops.restore(layer))
+    assert counted(layer) == (0, 0)
 
 
 def test_a_dtype_in_which_it_differs() -> None:

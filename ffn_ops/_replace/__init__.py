@@ -14,12 +14,14 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from .layer import PLAN, Plan, state
+from .layer import CALLS, PLAN, Calls, Plan, state
 from .probe import ORIGINAL, original_class
-from .recognise import METHODS, OURS, Finding, bottleneck, plausible, recognise, stacked_experts
+from .recognise import METHODS, OURS, Finding, bottleneck, plausible, recognise
+from .refused import has_stacked_experts, is_feed_forward
 from .swap import fused_class
 
 _log = logging.getLogger("ffn_ops.replace")
+EXPERTS = "ffn_ops"  # the name under which integrations/transformers.py registers
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -27,7 +29,8 @@ Model = TypeVar("Model", bound=nn.Module)
 class ReplaceEntry:
     """One feed-forward layer of a model.
 
-    ``status`` is "replaced", "partly" (replaced; ``why`` says what is not fused at present), "replaceable" or "left".
+    ``status`` is "replaced", "partly" (replaced; ``why`` says what is not fused at present), "replaceable", "left", or
+    "fused": it uses the operators by itself, as this package's modules do.
     """
 
     path: str
@@ -35,6 +38,8 @@ class ReplaceEntry:
     status: str
     computes: str
     why: str = ""
+    fused_calls: int = 0  # since it was replaced, but for those of compiled code
+    own_calls: int = 0  # the layer's own forward ran
 
 
 @dataclass(frozen=True)
@@ -48,16 +53,19 @@ class ReplaceReport:
         return [entry.path for entry in self.entries if entry.status in statuses]
 
     def __str__(self) -> str:
-        groups: dict[tuple[str, ...], list[str]] = {}
+        groups: dict[tuple[str, ...], list[ReplaceEntry]] = {}
         for e in self.entries:
             key = (re.sub(r"\b\d+\b", "*", e.path), e.layer, e.status, e.computes, e.why)
-            groups.setdefault(key, []).append(e.path)
+            groups.setdefault(key, []).append(e)
         lines = []
-        for (pattern, layer, status, computes, why), paths in groups.items():
-            where = paths[0] or "the model itself" if len(paths) == 1 else f"{len(paths)} x {pattern}"
+        for (pattern, layer, status, computes, why), alike in groups.items():
+            where = alike[0].path or "the model itself" if len(alike) == 1 else f"{len(alike)} x {pattern}"
+            fused, own = sum(e.fused_calls for e in alike), sum(e.own_calls for e in alike)
             lines.append(f"{status:11} {where} ({layer}){': ' if computes else ''}{computes}")
             if why:
                 lines.append(f"{'':11}   {why}")
+            if fused + own:
+                lines.append(f"{'':11}   fused in {fused} of {fused + own} calls")
         return "\n".join(lines) or "no feed-forward layer found"
 
 
@@ -67,6 +75,7 @@ class _Site:
     layer: nn.Module
     method: str
     finding: Finding
+    by_itself: bool = False  # uses the operators without replace()
 
 
 def replace(model: Model) -> Model:
@@ -93,7 +102,7 @@ def replace(model: Model) -> Model:
     _check(model)
     replaced = False
     for site in list(_sites(model)):
-        replaced |= _is_replaced(site.layer) or isinstance(site.layer, OURS)
+        replaced |= _is_replaced(site.layer) or site.by_itself
         if site.finding.plan is not None and not _is_replaced(site.layer):
             replaced |= _swap(site)
     if not replaced:
@@ -115,8 +124,8 @@ def restore(model: Model) -> Model:
     """
     _check(model)
     for module in model.modules():
-        if PLAN in vars(module):
-            del vars(module)[PLAN]
+        for name in (PLAN, CALLS):
+            vars(module).pop(name, None)
         if ORIGINAL in vars(type(module)):
             module.__class__ = original_class(module)
     return model
@@ -125,7 +134,8 @@ def restore(model: Model) -> Model:
 def replace_report(model: nn.Module) -> ReplaceReport:
     """Every feed-forward layer of ``model``: replaced, partly fused at present, replaceable, or left, and why.
 
-    It looks at the model as it is now: adapters and hooks added since, training or eval. Nothing is changed.
+    It looks at the model as it is now: adapters and hooks added since, training or eval. Nothing is changed. Entries
+    of replaced layers count the calls since then, fused and not; the calls of compiled code are not counted.
 
     Raises:
         TypeError: for what is no ``nn.Module``.
@@ -162,27 +172,39 @@ def _sites(model: nn.Module) -> Iterator[_Site]:
 def _site(path: str, module: nn.Module) -> _Site | None:
     known = getattr(module, PLAN, None)
     if isinstance(module, OURS):
-        return _Site(path, module, "forward", Finding(None, "one of this package's modules, which fuses itself"))
+        return _Site(path, module, "forward", Finding(None, "one of this package's modules, which fuses itself"), True)
     if known:
         return _Site(path, module, "", Finding(known))
-    reason = ""
-    if plausible(module):
-        finding = recognise(module, "forward")
-        if finding.plan is not None or known is False:
-            return _Site(path, module, "forward", finding)
-        reason = finding.reason
-    for method in METHODS[1:]:
-        if callable(getattr(type(module), method, None)):
+    refused: list[tuple[str, Finding]] = []
+    for method in METHODS:
+        if plausible(module) if method == "forward" else callable(getattr(type(module), method, None)):
             finding = recognise(module, method)
-            return _Site(path, module, method, Finding(finding.plan, f"{method}: {finding.reason}"))
-    if bottleneck(module) is not None:
-        reason = (
-            reason or f"{' and '.join(bottleneck(module) or ())} are children of a layer that does more than an FFN"
-        )
+            if finding.plan is not None or (known is False and method == "forward"):
+                return _Site(path, module, method, finding)
+            refused.append((method, finding))
+    methods = [(m, f) for m, f in refused if m != "forward" and not f.lacks_child]
+    if methods:
+        method, finding = methods[0]
+        return _Site(path, module, method, Finding(None, f"{method}: {finding.reason}"))
+    if is_feed_forward(module):
+        names = " and ".join(bottleneck(module) or ())
+        reason = next((f.reason for m, f in refused if m == "forward"), "")
+        reason = reason or f"{names} are children of a layer that does more than an FFN"
         return _Site(path, module, "forward", Finding(None, reason))
-    if stacked_experts(module):
-        return _Site(path, module, "forward", Finding(None, "experts, whose router replace() does not look at"))
+    if has_stacked_experts(module):
+        return _experts(path, module)
     return None
+
+
+def _experts(path: str, module: nn.Module) -> _Site:
+    """Those of transformers say in their configuration who computes them."""
+    chosen = getattr(getattr(module, "config", None), "_experts_implementation", None)
+    if not hasattr(module, "is_concatenated"):  # not exchangeable, whatever the configuration says
+        return _Site(path, module, "", Finding(None, "stacked experts: replace() takes no mixtures"))
+    if chosen == EXPERTS:
+        return _Site(path, module, "", Finding(None, f'experts computed by experts_implementation="{EXPERTS}"'), True)
+    why = f'stacked experts: replace() takes no mixtures, experts_implementation="{EXPERTS}" does'
+    return _Site(path, module, "", Finding(None, why))
 
 
 def _swap(site: _Site) -> bool:
@@ -194,6 +216,7 @@ def _swap(site: _Site) -> bool:
         _log.warning("%s is left alone: its class cannot be replaced: %s", site.path, error)
         return False
     vars(site.layer)[PLAN] = site.finding.plan
+    vars(site.layer)[CALLS] = Calls()
     return True
 
 
@@ -201,8 +224,12 @@ def _entry(site: _Site) -> ReplaceEntry:
     name = original_class(site.layer).__name__
     plan: Plan | None = site.finding.plan
     if plan is None:
-        return ReplaceEntry(site.path, name, "left", "", site.finding.reason)
+        return ReplaceEntry(site.path, name, "fused" if site.by_itself else "left", "", site.finding.reason)
     whole, why = state(site.layer, plan)
     if not _is_replaced(site.layer):
         return ReplaceEntry(site.path, name, "replaceable", str(plan.form), why)
-    return ReplaceEntry(site.path, name, "replaced" if whole else "partly", str(plan.form), why)
+    calls: Calls = vars(site.layer)[CALLS]
+    if calls.own and calls.arguments:
+        why = "; ".join(filter(None, [why, f"its own forward runs where it is given {calls.arguments}"]))
+    status = "replaced" if whole else "partly"
+    return ReplaceEntry(site.path, name, status, str(plan.form), why, calls.fused, calls.own)

@@ -102,6 +102,8 @@ def explain(trace: Trace, known: tuple[str, float] | None = None) -> Form:
         gates = tuple([first[i].path for i in found.gates])
         ups = tuple([first[i].path for i in found.ups])
     if down is None and not (ups and len(gates) >= 1):
+        if any(event.kind == "linear" for event in events):
+            raise ProbeError(f"{events[0].path}, a norm or an activation that learns, is between its linear children")
         raise ProbeError("it has an activation behind one linear child, and no second one")
     paths = [event.path for event in first] + ([down.path] if down else [])
     if len(set(paths)) != len(paths):
@@ -124,6 +126,8 @@ def _tail(trace: Trace, events: Sequence[Event], value: Tensor) -> tuple[str, ..
     for event in events:
         if not _same(event.input, value):
             if added or value.shape != trace.x.shape or not _same(event.input, value + trace.x):
+                if event.kind == "linear":
+                    raise ProbeError(f"{event.path} is one linear layer more than an FFN has")
                 raise ProbeError(f"{event.path} is called with something else than the result so far")
             steps.append(ADD_INPUT)
             added = True
@@ -140,7 +144,7 @@ def _activation(hidden: Tensor, outputs: Sequence[Tensor], known: tuple[str, flo
     """Which of the linear children's outputs are gates, which ups, and by which activation they give ``hidden``."""
     n = len(outputs)
     if any(output.shape != hidden.shape for output in outputs):
-        raise ProbeError("widths do not fit")
+        raise ProbeError("what follows its first linear children is of another shape than they give")
     pairings: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
     if n == 1:
         pairings = [((0,), ())]

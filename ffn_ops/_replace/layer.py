@@ -22,7 +22,9 @@ from ..reference import ACTIVATIONS
 from .form import Form
 
 PLAN = "_ffn_ops_plan"  # of an instance; None: restored; False: changed into something that is not recognised
+CALLS = "_ffn_ops_calls"  # of an instance: its Calls since it was replaced
 Path = tuple[str, ...]
+_BY_TORCH = ("relu", "sigmoid", "tanh", "gelu", "silu", "identity")  # not gelu_tanh: ours is twice as fast
 _DEVICES = ("cpu", "meta") if CUDA_ABSENT else ("cpu", "meta", "cuda")
 _SCALARS = (bool, int, float, str, type(None), types.FunctionType, types.BuiltinFunctionType)
 
@@ -37,13 +39,28 @@ class Guard:
     scalars: tuple[tuple[str, Any], ...]
 
 
+@dataclass
+class Calls:
+    """Of one replaced layer, since it was replaced. Calls of compiled code do not come by here."""
+
+    fused: int = 0  # an operator of this package computed the layer or a part of it
+    own: int = 0  # the layer's own forward ran
+    arguments: str = ""  # what the last of these was given besides one tensor
+
+    def missed(self, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.own += 1
+        names = [name for name in (*plan.arguments[: len(args)], *kwargs) if name != plan.arguments[0]]
+        self.arguments = ", ".join(names)
+
+
 @dataclass(frozen=True)
 class Plan:
     form: Form
-    argument: str  # the name of forward's one tensor
+    arguments: tuple[str, ...]  # names of forward's: one tensor first
+    idle: dict[str, Any]  # further ones by name, with the value that does nothing
     ranks: tuple[int, ...]  # numbers of dimensions for which the form holds
     dtypes: tuple[torch.dtype, ...]
-    eval_only: bool  # in training forward computes something else
+    eval_only: str  # what forward does otherwise in training, or nothing
     children: int
     guards: tuple[Guard, ...]
     gates: tuple[Path, ...]
@@ -58,10 +75,11 @@ class Plan:
 def plan(
     layer: nn.Module,
     form: Form,
-    argument: str,
+    arguments: tuple[str, ...],
+    idle: dict[str, Any],
     ranks: tuple[int, ...],
     dtypes: tuple[torch.dtype, ...],
-    eval_only: bool,
+    eval_only: str,
 ) -> Plan:
     def path(text: str) -> Path:
         return tuple(text.split(".")) if text else ()
@@ -78,7 +96,8 @@ def plan(
     holders = {p[:i] for p in paths(form.linears) for i in range(1, len(p))}
     stepped_over = sorted({*paths(form.run), *holders})
     return Plan(
-        form, argument, ranks, dtypes, eval_only, len(layer._modules), tuple([_guard(layer, p) for p in stepped_over]),
+        form, arguments, idle, ranks, dtypes, eval_only, len(layer._modules),
+        tuple([_guard(layer, p) for p in stepped_over]),
         paths(form.gates), paths(form.ups), None if form.down is None else path(form.down), paths(form.head),
         None if form.dropout is None else path(form.dropout), paths(form.tail), direct,
     )  # fmt: skip
@@ -92,6 +111,25 @@ def _guard(layer: nn.Module, path: Path) -> Guard:
 
 def _scalars(module: nn.Module) -> list[tuple[str, Any]]:
     return [(k, v) for k, v in vars(module).items() if k != "training" and k[0] != "_" and isinstance(v, _SCALARS)]
+
+
+def only_tensor(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """forward's one tensor, or None where it is given something else that may do something."""
+    names = plan.arguments
+    if len(args) > len(names):
+        return None
+    given = dict(zip(names, args, strict=False))
+    if given.keys() & kwargs.keys():
+        return None
+    given.update(kwargs)
+    x = given.pop(names[0], None)
+    for name, value in given.items():
+        if name not in plan.idle:
+            return None
+        idle = plan.idle[name]
+        if value is not idle and (type(value) is not type(idle) or value != idle):
+            return None
+    return x
 
 
 def child(module: nn.Module, path: Path) -> Any:
@@ -151,6 +189,11 @@ def _fits(layer: nn.Module, plan: Plan, x: Any) -> bool:
         and not _has_any_global_hook()
         and changed(layer, plan) is None
     )
+
+
+def _is_torchs(form: Form) -> bool:
+    """Without a gate, and an activation that torch has as one operator: alone ours is slower than that."""
+    return not form.ups and form.halves is None and form.activation in _BY_TORCH
 
 
 def _of_dtype(layers: list[Any], dtype: torch.dtype) -> bool:
@@ -219,13 +262,16 @@ def _by_parts(layer: nn.Module, plan: Plan, x: Tensor, cast: bool) -> Tensor | N
         return None
     if plain and not cast and not _of_dtype(linears, x.dtype):
         return None
-    value = x
-    for path in plan.head:
-        value = child(layer, path)(value)
     dropout = None if plan.dropout is None else child(layer, plan.dropout)
     if dropout is not None and is_idle(dropout):
         dropout = None
-    if down is not None and dropout is None and len(gates) == 1 and plain:
+    whole = down is not None and dropout is None and len(gates) == 1 and plain
+    if not whole and _is_torchs(plan.form):
+        return None
+    value = x
+    for path in plan.head:
+        value = child(layer, path)(value)
+    if whole:
         value = _whole(plan.form, value, gates[0], ups[0] if ups else None, down)
     else:
         value = _hidden(plan.form, value, gates, ups)
@@ -293,7 +339,7 @@ def state(layer: nn.Module, plan: Plan) -> tuple[bool, str]:
     if _has_any_global_hook():
         return False, "its own forward runs: there are global module hooks"
     if plan.eval_only and layer.training:
-        return False, "its own forward runs: in training it computes something else (dropout that is no child?)"
+        return False, f"its own forward runs: in training {plan.eval_only}"
     parts = [(path, child(layer, path)) for path in (*plan.gates, *plan.ups, *((plan.down,) if plan.down else ()))]
     if gone := [path for path, module in parts if module is None]:
         return False, f"its own forward runs: {'.'.join(gone[0])} is gone"
@@ -309,8 +355,10 @@ def state(layer: nn.Module, plan: Plan) -> tuple[bool, str]:
     if plan.dropout and not is_idle(child(layer, plan.dropout)):
         called.append(f"{'.'.join(plan.dropout)} is called (p > 0 in training)")
     notes = "; ".join(called)
+    if called and _is_torchs(plan.form):
+        return False, f"its own forward runs, with torch's {plan.form.activation}: {notes}"
     if plan.eval_only:
-        notes = "; ".join(filter(None, [notes, "in training its own forward runs"]))
+        notes = "; ".join(filter(None, [notes, f"in training its own forward runs: {plan.eval_only}"]))
     return not called, notes
 
 

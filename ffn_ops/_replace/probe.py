@@ -16,12 +16,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 # Kinks, clips and tails of activations lie between these; two forms of one activation differ between 1 and 4.
 _SIZES = (0.0, 1e-3, 0.3, 0.7, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 6.5, 7.5, 11.0, 25.0, 90.0, 600.0, 3e4)
 _TELLING = [sign * size for size in _SIZES for sign in (1.0, -1.0)]
 _LARGEST_HALF = 200.0  # in float16, so that products stay finite
 _ENOUGH = 160  # numbers per stub
+_MOST_OWN = 1 << 16  # numbers of a tensor of a layer's own, which may be on a device or on none
 ORIGINAL = "_ffn_ops_original"  # of a class that replace() made: the class in whose place it stands
 
 
@@ -64,6 +66,15 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
+class WithoutDropout(TorchFunctionMode):
+    """``F.dropout`` in a forward's own code returns its input."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(function, "__name__", "") == "dropout":
+            return args[0] if args else kwargs["input"]
+        return function(*args, **(kwargs or {}))
+
+
 class _Stub(nn.Module):
     kind: str
     path: str
@@ -99,8 +110,8 @@ class _Stub(nn.Module):
 class _Probe:
     """One run: its random numbers, its hollow modules, its trace."""
 
-    def __init__(self, dtype: torch.dtype, training: bool, seed: int) -> None:
-        self.dtype, self.training = dtype, training
+    def __init__(self, dtype: torch.dtype, training: bool, seed: int, disturbed: bool = False) -> None:
+        self.dtype, self.training, self.disturbed = dtype, training, disturbed
         self.generator = torch.Generator("cpu").manual_seed(seed)
         self.hollow: dict[int, nn.Module] = {}
         self.trace = Trace(torch.empty(0))
@@ -111,6 +122,8 @@ class _Probe:
         telling = torch.tensor(_TELLING, dtype=torch.float32, device="cpu")[: flat.numel()]
         places = torch.randperm(flat.numel(), generator=self.generator, device="cpu")[: telling.numel()]
         flat[places] = telling
+        if self.disturbed:
+            values.view(-1, shape[-1])[0] += 1
         if dtype is torch.float16:
             values.clamp_(-_LARGEST_HALF, _LARGEST_HALF)
         return values.to(dtype)
@@ -185,8 +198,11 @@ def trace(
     dtype: torch.dtype,
     training: bool,
     seed: int,
+    given: dict[str, Any],
 ) -> Trace:
     """What ``method`` of the layer does with one tensor of so many dimensions and ``width`` columns.
+
+    ``given``: further arguments, by name.
 
     Raises: ProbeError, or whatever the layer's own code raises.
     """
@@ -196,11 +212,41 @@ def trace(
         probe.trace.x = x.clone()
         hollow = probe.hollow_of(layer, "")
         if method == "forward":
-            probe.trace.y = hollow(x)
+            probe.trace.y = hollow(x, **given)
         else:
-            probe.trace.y = getattr(hollow, method)(x)
+            probe.trace.y = getattr(hollow, method)(x, **given)
         if not torch.equal(x, probe.trace.x):
             raise ProbeError("it writes into its input")
     if not isinstance(probe.trace.y, Tensor):
         raise ProbeError(f"it returns a {type(probe.trace.y).__name__}, not one tensor")
     return probe.trace
+
+
+def events_of(layer: nn.Module, width: int, narrowest: int, *, rank: int, disturbed: bool) -> tuple[list[Event], bool]:
+    """The calls of children, up to where forward fails if it does, and whether it ran to its end.
+
+    ``disturbed``: the first row of x and of every child's output has other numbers.
+    """
+    probe = _Probe(torch.float32, False, 0, disturbed)
+    with _aside():
+        try:
+            hollow = probe.hollow_of(layer, "")
+            for module in probe.hollow.values():
+                tensors: list[dict[str, Any]] = [module._parameters, module._buffers]
+                for own in tensors:
+                    for name, tensor in own.items():
+                        if tensor is not None and tensor.numel() <= _MOST_OWN:
+                            own[name] = probe.numbers(tuple(tensor.shape), tensor.dtype)
+            hollow(probe.numbers((*_rows(rank, narrowest), width), torch.float32))
+            whole = True
+        except Exception:  # the layer's own code, called in a way that it may not expect
+            whole = False
+    return probe.trace.events, whole
+
+
+def result_of(function: Any, x: Tensor) -> Any:
+    """Of a function, or of a module without children, of which a copy is called."""
+    with _aside():
+        if isinstance(function, nn.Module):
+            function = _Probe(x.dtype, False, 0).hollow_of(function, "")
+        return function(x.clone())

@@ -13,10 +13,10 @@ from .. import _checks as check
 from ..modules import GLU, FeedForward, GatedFFN, PlainFFN
 from .form import Form, explain
 from .layer import Plan, child, plan
-from .probe import ProbeError, linear_shape, original_class, trace
+from .probe import ProbeError, WithoutDropout, linear_shape, original_class, trace
 
 # Where a feed-forward has a method of its own: transformers' encoders, torch's nn.TransformerEncoderLayer.
-METHODS = ("forward", "feed_forward_chunk", "ff_chunk", "_ff_block")
+METHODS = ("forward", "feed_forward_chunk", "feed_forward_chunk_query", "ff_chunk", "_ff_block")
 OURS = (FeedForward, PlainFFN, GLU, GatedFFN)  # which fuse themselves
 _MOST_BRANCHES = 16
 _MANY = 512  # modules below a layer that is looked at
@@ -26,6 +26,7 @@ _MANY = 512  # modules below a layer that is looked at
 class Finding:
     plan: Plan | None
     reason: str = ""
+    lacks_child: bool = False  # the class's method uses a child that this instance does not have
 
 
 def linear_children(layer: nn.Module, most: int) -> dict[str, tuple[int, int]]:
@@ -73,12 +74,6 @@ def bottleneck(layer: nn.Module) -> tuple[str, str] | None:
     return None
 
 
-def stacked_experts(layer: nn.Module) -> bool:
-    """Its own parameters look like those of a mixture: two or more of [E, rows, columns], of the same E."""
-    counts = [p.shape[0] for p in layer._parameters.values() if p is not None and p.dim() == 3]
-    return any(count > 1 and counts.count(count) > 1 for count in counts)
-
-
 def recognise(layer: nn.Module, method: str) -> Finding:
     """What ``method`` of the layer computes, from runs on a hollow copy: ranks, training and eval, dtypes."""
     cls = original_class(layer)
@@ -88,7 +83,7 @@ def recognise(layer: nn.Module, method: str) -> Finding:
     if method in vars(layer):
         return Finding(None, f"{method} was set on the instance (as accelerate's hooks and kernel libraries do)")
     findings = []
-    for width, narrowest in _widths(layer, method):
+    for width, narrowest in widths(layer, method):
         finding = _recognise(layer, cls, method, width, narrowest)
         if finding.plan is not None:
             return finding
@@ -96,7 +91,7 @@ def recognise(layer: nn.Module, method: str) -> Finding:
     return next(iter(findings), Finding(None, "no linear child"))
 
 
-def _widths(layer: nn.Module, method: str) -> list[tuple[int, int]]:
+def widths(layer: nn.Module, method: str) -> list[tuple[int, int]]:
     """Candidate widths of the input, likeliest first, and the narrowest of all, which sets how many rows are enough."""
     shapes = list(linear_children(layer, 64).values())
     if not shapes:
@@ -107,14 +102,18 @@ def _widths(layer: nn.Module, method: str) -> list[tuple[int, int]]:
 
 
 def _recognise(layer: nn.Module, cls: type[nn.Module], method: str, width: int, narrowest: int) -> Finding:
-    def form(rank: int, training: bool, dtype: torch.dtype, known: Any = None, seed: int = 0) -> Form:
-        seen = trace(layer, method, width, narrowest, rank=rank, dtype=dtype, training=training, seed=seed)
+    def form(
+        rank: int, training: bool, dtype: torch.dtype, known: Any = None, seed: int = 0, given: Any = None
+    ) -> Form:
+        seen = trace(
+            layer, method, width, narrowest, rank=rank, dtype=dtype, training=training, seed=seed, given=given or {}
+        )
         return explain(seen, known)
 
-    def holds(base: Form, rank: int, training: bool, dtype: torch.dtype) -> bool:
+    def holds(base: Form, rank: int, training: bool, dtype: torch.dtype, given: Any = None) -> bool:
         known = (base.activation, base.beta)
         try:
-            return form(rank, training, dtype, known, seed=1 + rank) == base
+            return form(rank, training, dtype, known, seed=1 + rank, given=given) == base
         except Exception:
             return False
 
@@ -127,8 +126,8 @@ def _recognise(layer: nn.Module, cls: type[nn.Module], method: str, width: int, 
     except ProbeError as error:
         return Finding(None, str(error))
     except Exception as error:  # the layer's own code, called in a way that it may not expect
-        text = (str(error).splitlines() or [""])[0]
-        return Finding(None, f"{method} does not take one tensor alone: {type(error).__name__}: {text[:120]}")
+        lacks = isinstance(error, AttributeError) and f"'{cls.__name__}' object has no attribute" in str(error)
+        return Finding(None, _why_failed(layer, method, error), lacks)
     dtype = next((t.dtype for t in layer.parameters() if t.dtype in check.DTYPES), torch.float32)
     dtypes = tuple([each for each in check.DTYPES if holds(base, first, False, each)])
     if dtype not in dtypes:
@@ -136,9 +135,31 @@ def _recognise(layer: nn.Module, cls: type[nn.Module], method: str, width: int, 
     ranks = tuple([rank for rank in (1, 2, 3, 4) if holds(base, rank, False, torch.float32)])
     if first not in ranks:
         return Finding(None, "it does not compute the same twice")
-    eval_only = not all(holds(base, rank, True, torch.float32) for rank in ranks)
-    argument = list(inspect.signature(getattr(cls, method)).parameters)[1]
-    return Finding(plan(layer, base, argument, ranks, dtypes, eval_only))
+    eval_only = ""
+    if not all(holds(base, rank, True, torch.float32) for rank in ranks):
+        with WithoutDropout():
+            dropout = all(holds(base, rank, True, torch.float32) for rank in ranks)
+        eval_only = "it calls dropout, with p > 0, which is no child" if dropout else "it computes something else"
+    first_name, *names = list(inspect.signature(getattr(cls, method)).parameters.values())[1:]
+    named = [p for p in names if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    # Given as they are without being given they do nothing, unless forward asks whether they are given.
+    idle = {p.name: p.default for p in named if isinstance(p.default, (bool, int, float, str, type(None)))}
+    if idle and not holds(base, first, False, torch.float32, idle):
+        idle = {}
+    by_place = [p.name for p in named if p.kind is not p.KEYWORD_ONLY]
+    return Finding(plan(layer, base, (first_name.name, *by_place), idle, ranks, dtypes, eval_only))
+
+
+def _why_failed(layer: nn.Module, method: str, error: Exception) -> str:
+    for path, module in layer.named_modules():
+        if not path or (method == "forward" and module._modules and linear_shape(module) is None):
+            own = [name for name, value in (*module._parameters.items(), *module._buffers.items()) if value is not None]
+            if own:
+                return f"it has a tensor of its own, {path}{'.' if path else ''}{own[0]}"
+    if isinstance(error, NotImplementedError) and 'required "forward"' in str(error):
+        return "it has no forward: the layer around it calls its children"
+    text = (str(error).splitlines() or [""])[0]
+    return f"{method} does not run with one tensor [..., D] alone: {type(error).__name__}: {text[:120]}"
 
 
 def _check_stateless(layer: nn.Module, form: Form) -> None:

@@ -9,9 +9,10 @@ import functools
 from typing import Any
 
 from torch import nn
+from torch.compiler import is_compiling
 
 from .. import _checks as check
-from .layer import PLAN, fused
+from .layer import CALLS, PLAN, fused, only_tensor
 from .probe import ORIGINAL
 from .recognise import recognise
 
@@ -25,13 +26,15 @@ def fused_class(original: Any, method: str) -> Any:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         plan = self._ffn_ops_plan
         if plan:
-            x = None
-            if len(args) + len(kwargs) == 1:
-                x = args[0] if args else kwargs.get(plan.argument)
+            x = args[0] if len(args) == 1 and not kwargs else only_tensor(plan, args, kwargs)
             if x is not None:
                 y = fused(self, plan, x)
                 if y is not None:
+                    if not is_compiling():
+                        self.__dict__[CALLS].fused += 1
                     return y
+            if not is_compiling():
+                self.__dict__[CALLS].missed(plan, args, kwargs)
         return own(self, *args, **kwargs)
 
     def setattr_(self: Any, name: str, value: Any) -> None:
@@ -50,7 +53,7 @@ def fused_class(original: Any, method: str) -> Any:
         return ", ".join(filter(None, [original.extra_repr(self), f"ffn_ops: {plan.form}" if plan else ""]))
 
     members = {
-        ORIGINAL: original, PLAN: None, method: forward, "__setattr__": setattr_, "__reduce_ex__": reduce,
+        ORIGINAL: original, PLAN: None, CALLS: None, method: forward, "__setattr__": setattr_, "__reduce_ex__": reduce,
         "extra_repr": extra_repr, "__module__": original.__module__, "__qualname__": original.__qualname__,
         "__doc__": original.__doc__, "__prepare_scriptable__": check.refuse_script,
     }  # fmt: skip

@@ -1,0 +1,136 @@
+"""Whether a module that is left alone is a feed-forward layer at all, and so is listed. Nothing is changed here.
+
+Attention has linear layers of the same shapes. What tells them apart: a feed-forward layer computes each row from that
+row alone, and has an activation between its linear layers.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..reference import ACTIVATIONS
+from .probe import Event, events_of, linear_shape, original_class, result_of
+from .recognise import bottleneck, linear_children, plausible, widths
+
+_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
+_MOST_LINEARS = 3  # gate, up and down, where nothing but shapes can be seen
+
+
+def is_feed_forward(layer: nn.Module) -> bool:
+    """By what its forward does with its linear children, or, where it takes more than one tensor, by what they are."""
+    pair = bottleneck(layer)
+    likely = plausible(layer) and not _one_child_has_all(layer)
+    if pair is None and not likely:
+        return False
+    for width, narrowest in widths(layer, "forward"):
+        seen = _seen(layer, width, narrowest, None if pair is None else pair[1])
+        if seen is not None:
+            return seen
+    if pair is not None:
+        return _stand_alone(layer, *pair) and _has_activation(layer, [layer, *layer.children()])
+    mixes = any(parameter.dim() > 2 for parameter in layer.parameters())  # a convolution
+    return not mixes and _fit(layer) and _has_activation(layer, list(layer.modules()))
+
+
+def _one_child_has_all(layer: nn.Module) -> bool:
+    """Then that child is the one to look at."""
+    paths = [path.split(".") for path in linear_children(layer, _MOST_LINEARS)]
+    return len({path[0] for path in paths}) == 1 and len(paths[0]) > 1
+
+
+def _fit(layer: nn.Module) -> bool:
+    """D to F, twice or in one layer where there is a gate, and back to D."""
+    shapes = list(linear_children(layer, _MOST_LINEARS).values())
+    if len(shapes) == 2:
+        return any(b == c and (rows == d or rows == 2 * d) for (b, rows), (d, c) in (shapes, shapes[::-1]))
+    orders = ((0, 1, 2), (0, 2, 1), (1, 2, 0))
+    return len(shapes) == 3 and any(shapes[i] == shapes[j] == shapes[k][::-1] for i, j, k in orders)
+
+
+def _seen(layer: nn.Module, width: int, narrowest: int, down: str | None) -> bool | None:
+    """Whether the layer is seen to be one, with ``down`` as its last linear; None where it is not seen, as it fails."""
+    for rank in (3, 2):
+        (first, whole), (second, _) = (
+            events_of(layer, width, narrowest, rank=rank, disturbed=disturbed) for disturbed in (False, True)
+        )
+        linears = [i for i, event in enumerate(first) if event.kind == "linear"]
+        if len(linears) < 2 or len(first) != len(second):
+            continue
+        mixing = next((a for a, b in zip(first, second, strict=True) if not _row_by_row(a, b)), None)
+        if mixing is not None:
+            return False if down in (None, mixing.path) else None  # else what mixes is beside the pair
+        raw = [first[0].input, *[event.output for event in first]]
+        begin, end = first[linears[0]], first[linears[-1]]
+        behind = first[linears[0] + 1 :] if whole and begin.input.shape == end.output.shape else []  # a head is none
+        for event in (first[i] for i in linears[1:]):
+            if down is None or event.path == down:
+                computed = not any(_same(event.input, each) for each in raw)
+                by_child = any(e.kind != "linear" and _same(event.input, e.output) for e in behind)
+                if computed or by_child:
+                    return True
+    return None
+
+
+def _row_by_row(a: Event, b: Event) -> bool:
+    """The first row of x and of every child's output differs between the runs: no other row may."""
+    if a.input.shape != b.input.shape:
+        return False
+    rows = [t.reshape(-1, t.shape[-1])[1:] for t in (a.input, b.input)]
+    return torch.equal(*rows)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a, b)
+
+
+def _stand_alone(layer: nn.Module, *pair: str) -> bool:
+    """Beside the pair there is at most a gate: queries, keys and values are more, and so are embeddings."""
+    shapes = {name: linear_shape(module) for name, module in layer._modules.items() if module is not None}
+    others = [shape for name, shape in shapes.items() if shape is not None and name not in pair]
+    return not others or others == [shapes[pair[0]]]
+
+
+def _has_activation(layer: nn.Module, modules: list[nn.Module]) -> bool:
+    code: Any = getattr(original_class(layer).forward, "__code__", None)
+    if code is not None and not set(ACTIVATIONS).isdisjoint(code.co_names):
+        return True
+    return any(_is_activation(each) for each in _functions(modules))
+
+
+def _functions(modules: list[nn.Module]) -> Iterator[Any]:
+    for module in modules:
+        if not (module._modules or module._parameters or module._buffers or linear_shape(module)):
+            yield module
+        yield from (value for value in vars(module).values() if isinstance(value, _FUNCTIONS))
+
+
+def _is_activation(function: Any) -> bool:
+    """It changes numbers, and each by itself."""
+    x = torch.linspace(-2, 2, 6, device="cpu").reshape(2, 3)
+    try:
+        y = result_of(function, x)
+        alone = torch.stack([result_of(function, each.reshape(1, 1)) for each in x.flatten()])
+        return y.shape == x.shape and not torch.equal(y, x) and torch.allclose(y.flatten(), alone.flatten())
+    except Exception:
+        return False
+
+
+def has_stacked_experts(layer: nn.Module) -> bool:
+    """Its own parameters have the shapes of a mixture's: [E, F, D] and [E, D, F], the first with one or two F."""
+    shapes = [tuple(p.shape) for p in layer._parameters.values() if p is not None and p.dim() == 3 and min(p.shape) > 1]
+    pairs = [(a, b) for i, a in enumerate(shapes) for j, b in enumerate(shapes) if i != j and _up_and_down(a, b)]
+    if any(up[1] != up[2] for up, _ in pairs):
+        return True
+    return bool(pairs) and any(_is_activation(each) for each in _functions(list(layer.children())))
+
+
+def _up_and_down(up: tuple[int, ...], down: tuple[int, ...]) -> bool:
+    (experts, rows, columns), (same, back, features) = up, down
+    plain = back == columns and rows in (features, 2 * features)
+    turned = features == rows and columns in (back, 2 * back)
+    return experts == same and (plain or turned)
