@@ -22,7 +22,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 import ffn_ops
 from ffn_ops import reference
 from ffn_ops.integrations import _gates
-from ffn_ops.integrations.transformers import register
+from ffn_ops.integrations.transformers import register, report
 
 D = 12
 MODULES: dict[str, Callable[[], nn.Module]] = {
@@ -259,6 +259,22 @@ def test_stacked_weights_of_transformers(reweight: str) -> None:
                 REWEIGHTS[reweight](layer.mlp.experts, name)
     assert_alike(ours, eager)
     assert not torch.allclose(ours(input_ids=TOKENS).logits, before)
+
+
+# ---- weights without a shape as yet ---------------------------------------------------------------------------------
+
+
+def test_lazy_layers() -> None:
+    """replace and the reports take a model whose lazy layers have not seen an input; after one it is replaced."""
+    model = nn.Sequential(nn.LazyLinear(20), nn.GELU(), nn.LazyLinear(D))
+    assert ffn_ops.replace_report(model).entries == report(model).entries == ()
+    with pytest.warns(UserWarning, match="no layer was replaced"):
+        ffn_ops.replace(model)
+    x = rows(5)
+    expected = model(x)
+    with Seen() as seen:
+        torch.testing.assert_close(ffn_ops.replace(model)(x), expected)
+    assert seen.names == ["ffn"]
 
 
 # ---- averaged copies ------------------------------------------------------------------------------------------------

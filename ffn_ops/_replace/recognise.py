@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .. import _checks as check
 from ..modules import GLU, FeedForward, GatedFFN, PlainFFN
@@ -75,7 +76,8 @@ def bottleneck(layer: nn.Module) -> tuple[str, str] | None:
 
 def stacked_experts(layer: nn.Module) -> bool:
     """Its own parameters look like those of a mixture: two or more of [E, rows, columns], of the same E."""
-    counts = [p.shape[0] for p in layer._parameters.values() if p is not None and p.dim() == 3]
+    known = [p for p in layer._parameters.values() if p is not None and not is_lazy(p)]
+    counts = [p.shape[0] for p in known if p.dim() == 3]
     return any(count > 1 and counts.count(count) > 1 for count in counts)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .._replace import ReplaceEntry, ReplaceReport
 from ..moe_ffn import MoEFFN
@@ -131,7 +132,7 @@ def _holds_experts(path: str, module: nn.Module) -> bool:
     if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
         return len(module) > 1 and "experts" in path.rpartition(".")[2]
     counts = {value for name, value in vars(module).items() if "experts" in name and type(value) is int and value > 1}
-    shapes = [w.shape for w in module.parameters(recurse=False) if w.dim() > 1]
+    shapes = [w.shape for w in module.parameters(recurse=False) if not is_lazy(w) and w.dim() > 1]
     stacked = [shape for shape in shapes if any(shape[0] % count == 0 for count in counts)]
     tables = [
         child for child in module.children() if isinstance(child, nn.Embedding) and child.num_embeddings in counts
