@@ -14,7 +14,7 @@ import transformers
 from device import generator
 from replacing import LAYERS, seeded
 from seen import Seen
-from test_replace_models import TOKENS, made
+from test_replace_models import TOKENS, logits, made
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.utils import parametrizations, parametrize, prune
@@ -65,6 +65,55 @@ def test_offloaded(name: str, where: str, tmp_path: Path) -> None:
         for _ in range(2):
             torch.testing.assert_close(layer(x), expected)
     assert {p.device.type for p in layer.parameters()} == {"meta"}
+
+
+@every_module
+def test_fused_again_after_offloading(name: str) -> None:
+    """accelerate leaves each module's own forward set on it when its hooks go: that is no other forward."""
+    accelerate = pytest.importorskip("accelerate")
+    x, layer = rows(2, 5), seeded(MODULES[name]).eval()
+    with torch.no_grad():
+        with Seen() as before:
+            expected = layer(x)
+        accelerate.cpu_offload(layer, torch.get_default_device())
+        accelerate.hooks.remove_hook_from_submodules(layer)
+        with Seen() as after:
+            assert torch.equal(layer(x), expected)
+    assert after.names == before.names
+
+
+def dispatched(model: nn.Module, folder: Path) -> nn.Module:
+    """With accelerate's forward set on every module, holders of others too."""
+    accelerate = pytest.importorskip("accelerate")
+    places: dict[str, Any] = {"model": "disk", "lm_head": "cpu"}
+    return accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=str(folder), force_hooks=True)
+
+
+@pytest.mark.cpu_only("transformers builds its models on the CPU")
+def test_replace_and_restore_around_offloading(tmp_path: Path) -> None:
+    """Replaced before the hooks come or after they went, restored under them or after: always the untouched model's
+    logits, and fused where the report says so."""
+    accelerate = pytest.importorskip("accelerate")
+    plain = made("Llama").eval()
+    expected = logits(plain)
+
+    def assert_runs(model: nn.Module, *operators: str) -> None:
+        with torch.no_grad(), Seen() as seen:
+            torch.testing.assert_close(logits(model), expected)
+        assert seen.names == [*operators] * 2
+
+    model = dispatched(ffn_ops.replace(copy.deepcopy(plain)), tmp_path / "first")
+    assert_runs(model, "gated_act")
+    assert_runs(ffn_ops.restore(model))
+    model = dispatched(ffn_ops.replace(copy.deepcopy(plain)), tmp_path / "second")
+    accelerate.hooks.remove_hook_from_submodules(model)
+    assert_runs(model, "ffn")
+    assert_runs(ffn_ops.restore(model))
+    assert_runs(ffn_ops.replace(model), "ffn")
+    model = dispatched(copy.deepcopy(plain), tmp_path / "third")
+    accelerate.hooks.remove_hook_from_submodules(model)
+    assert_runs(ffn_ops.replace(model), "ffn")
+    assert len(ffn_ops.replace_report(model).paths("replaced")) == 2
 
 
 @pytest.mark.cpu_only("transformers builds its models on the CPU")

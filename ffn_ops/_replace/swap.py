@@ -22,7 +22,7 @@ def fused_class(original: Any, method: str) -> Any:
 
     @functools.wraps(own)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        plan = self._ffn_ops_plan
+        plan = getattr(self, PLAN, None)  # none where restore() found this forward in another library's hands
         if plan:
             x = None
             if len(args) + len(kwargs) == 1:
