@@ -122,12 +122,12 @@ def test_experts_that_transformers_cannot_exchange(name: str) -> None:
     says so before and after, and a warning names the class, once."""
     holds = OWN[name][3]
     model = made(name)
-    with pytest.warns(UserWarning, match=rf"does not compute {holds}: its forward does not ask") as told:
+    with pytest.warns(UserWarning, match=rf"does not compute {holds}: the model's own code runs") as told:
         model.set_experts_implementation("ffn_ops")
     assert len(told) == 1
     found = report(model)
     assert found.entries and {(e.layer, e.status) for e in found.entries} == {(holds, "left")}
-    assert "left" in str(found) and "its own code runs" in str(found)
+    assert "left" in str(found) and "asks for no experts_implementation" in str(found)
     assert not any(operator.startswith("moe") for operator in call(model))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -199,8 +199,13 @@ def test_a_forward_that_another_library_has_put_in_the_place(monkeypatch: pytest
 
 
 def test_other_modules() -> None:
-    """Dense models have none; this package's own mixture is its own; what is no module is an error."""
+    """Dense models and routers hold none; a list of experts and this package's own mixture are listed; what is
+    no module is an error."""
     assert str(report(nn.TransformerEncoderLayer(16, 2))) == "no mixture of experts found"
+    block = nn.ModuleDict(
+        {"router": nn.Linear(8, 4), "experts": nn.ModuleList(ffn_ops.GELUFFN(8, 4) for _ in range(4))}
+    )
+    assert [(e.path, e.status) for e in report(block).entries] == [("experts", "left")]
     (entry,) = report(nn.Sequential(ffn_ops.MoEFFN(8, 4, 4))).entries
     assert (entry.path, entry.layer, entry.status, entry.computes) == ("0", "MoEFFN", "ffn_ops", "gelu")
     with pytest.raises(TypeError, match=r"model: expected an nn.Module, got str"):

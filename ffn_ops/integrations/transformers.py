@@ -19,7 +19,7 @@ from ._gates import gate_of
 
 NAME = "ffn_ops"
 OLDEST = (5, 23)
-OWN_CODE = "its forward does not ask for experts_implementation, its own code runs"
+OWN_CODE = "the model's own code runs, which asks for no experts_implementation"
 _warned: set[str] = set()
 
 
