@@ -58,7 +58,8 @@ def gate_of(experts: Any) -> Gate:
             )
     act = getattr(experts, "act_fn", None)
     # peft parametrises the weights anew in each call, which makes a new class.
-    cls = parametrize.type_before_parametrizations(experts)
+    parametrized = "parametrizations" in experts._modules
+    cls = parametrize.type_before_parametrizations(experts) if parametrized else type(experts)
     key = (cls, _settings(experts), type(act), act if not isinstance(act, nn.Module) else _settings(act))
     if key not in _known:
         _known[key] = _recognise(experts, act)
