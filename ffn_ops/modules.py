@@ -21,10 +21,19 @@ from . import ops
 PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor)  # fake: torch.export. DTensors and others act on their own
 
 
+def has_own_forward(module: nn.Module) -> bool:
+    """True where no other forward than its class's is set on ``module``: a library that takes its own away may leave
+    the class's there, bound, as accelerate does."""
+    forward = module.__dict__.get("forward")
+    return forward is None or (
+        getattr(forward, "__func__", None) is type(module).forward and forward.__self__ is module
+    )
+
+
 def is_unhooked(module: nn.Module) -> bool:
     """True where calling ``module`` runs its class's forward and nothing else."""
     return (
-        "forward" not in module.__dict__
+        ("forward" not in module.__dict__ or has_own_forward(module))
         and not module._forward_hooks
         and not module._forward_pre_hooks
         and not module._backward_hooks

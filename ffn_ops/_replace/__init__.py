@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from ..modules import has_own_forward
 from .layer import CALLS, PLAN, Calls, Plan, state
 from .probe import ORIGINAL, original_class
 from .recognise import METHODS, OURS, Finding, bottleneck, plausible, recognise
@@ -127,6 +128,8 @@ def restore(model: Model) -> Model:
         for name in (PLAN, CALLS):
             vars(module).pop(name, None)
         if ORIGINAL in vars(type(module)):
+            if has_own_forward(module):
+                vars(module).pop("forward", None)  # left there by another library
             module.__class__ = original_class(module)
     return model
 
@@ -215,6 +218,8 @@ def _swap(site: _Site) -> bool:
     except TypeError as error:  # classes of another memory layout, or that refuse subclasses
         _log.warning("%s is left alone: its class cannot be replaced: %s", site.path, error)
         return False
+    if site.method == "forward":
+        vars(site.layer).pop("forward", None)  # the original class's, left there by another library
     vars(site.layer)[PLAN] = site.finding.plan
     vars(site.layer)[CALLS] = Calls()
     return True

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..modules import has_own_forward
+
 # Kinks, clips and tails of activations lie between these; two forms of one activation differ between 1 and 4.
 _SIZES = (0.0, 1e-3, 0.3, 0.7, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 6.5, 7.5, 11.0, 25.0, 90.0, 600.0, 3e4)
 _TELLING = [sign * size for size in _SIZES for sign in (1.0, -1.0)]
@@ -144,6 +146,8 @@ class _Probe:
         cls = original_class(module)
         copy: nn.Module = object.__new__(cls)
         for name, value in vars(module).items():
+            if name == "forward" and has_own_forward(module):
+                continue  # bound to the layer itself
             # So that what forward writes down about its calls stays in the copy.
             copy.__dict__[name] = value.copy() if isinstance(value, (list, dict, set)) else value
         for name in [name for name in copy.__dict__ if name.endswith("_hooks") and isinstance(vars(copy)[name], dict)]:

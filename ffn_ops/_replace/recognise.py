@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _checks as check
-from ..modules import GLU, FeedForward, GatedFFN, PlainFFN
+from ..modules import GLU, FeedForward, GatedFFN, PlainFFN, has_own_forward
 from .form import Form, explain
 from .layer import Plan, child, plan
 from .probe import ProbeError, WithoutDropout, linear_shape, original_class, trace
@@ -80,7 +80,7 @@ def recognise(layer: nn.Module, method: str) -> Finding:
     function = getattr(cls, method, None)
     if not callable(function):
         return Finding(None, f"it has no {method}")
-    if method in vars(layer):
+    if method in vars(layer) and not (method == "forward" and has_own_forward(layer)):
         return Finding(None, f"{method} was set on the instance (as accelerate's hooks and kernel libraries do)")
     findings = []
     for width, narrowest in widths(layer, method):
@@ -170,5 +170,5 @@ def _check_stateless(layer: nn.Module, form: Form) -> None:
         for name, value in (*module._parameters.items(), *module._buffers.items(), *vars(module).items()):
             if isinstance(value, Tensor):
                 raise ProbeError(f"it has a tensor of its own, {where}{name}")
-        if path and "forward" in vars(module):
+        if path and not has_own_forward(module):
             raise ProbeError(f"{where}forward was set on the instance")
