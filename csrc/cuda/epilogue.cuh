@@ -229,7 +229,7 @@ FFN_FN ComputeOf<S> finish_activate_grad_quad(const GroupedGemm& g, const Finish
     d_gate[i] = scaled * slope[i];
     if (e.up) d_gate[i] = d_gate[i] * up[i];
     d_up[i] = limit.up_grad(raw_up, LaneOf<S>(scaled * value[i])).value;
-    d[i] = e.row_weight ? weight * h : h;
+    d[i] = e.row_weight && e.weigh_h ? weight * h : h;
   }
   store_hidden<S>(e, q, d_gate, d_up);
   store_at<S>(e.h, q, e.pre_stride, d);

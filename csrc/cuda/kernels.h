@@ -157,7 +157,7 @@ struct Epilogue : GateForm {
   void* out = nullptr;  // kRows: [R, N]; kOuter: [E, M, N]
   void* out_up = nullptr;
   int64_t out_stride = 0;
-  void* h = nullptr;     // kActivateGrad: strides of the pre-activations; times row_weight where given
+  void* h = nullptr;     // kActivateGrad: strides of the pre-activations; times row_weight where given and weigh_h
   void* gate = nullptr;  // [R, N], written by kActivate, read by kActivateGrad
   void* up = nullptr;
   int64_t pre_stride = 0;
@@ -165,6 +165,7 @@ struct Epilogue : GateForm {
   const void* bias_up = nullptr;
   int64_t bias_stride = 0;           // between experts
   const void* row_weight = nullptr;  // [R], of the arithmetic's dtype: kActivateGrad
+  bool weigh_h = true;               // h as well
   // [R, row_dots_stride], part p = sum over the p-th row_dots_cols() columns of dA' * act(gate) * up
   void* row_dots = nullptr;
   int64_t row_dots_stride = 0;

@@ -74,8 +74,9 @@ std::tuple<Tensor, Tensor, Tensor> moe(const Tensor& x, MaybeTensor token, Maybe
 // What backward computes in one pass over the hidden width, each where there is memory for it.
 struct HiddenGradient {
   void* d_hidden = nullptr;  // [R, 2F]: d_gate, then d_up
-  void* h = nullptr;         // [R, F], times the row's weight where there is one
-  void* parts = nullptr;     // [R, num_parts]: of the gradient of the row's weight
+  void* h = nullptr;         // [R, F], times the row's weight where `weigh_h` says so
+  bool weigh_h = true;
+  void* parts = nullptr;  // [R, num_parts]: of the gradient of the row's weight
   int64_t num_parts = 0;
 };
 
@@ -95,13 +96,14 @@ void hidden_gradient(Call& call, const Moe& c, const Tensor& d_y, const Tensor& 
   e.pre_stride = c.F;
   e.set_form(c.form);
   e.row_weight = c.experts.weight;
+  e.weigh_h = out.weigh_h;
   e.row_dots = out.parts;
   e.row_dots_stride = out.num_parts;
   launch_product(call, g);
 }
 
 // h alone, where nothing else is asked for.
-void hidden(const Call& call, const Moe& c, const void* gate, const void* up, void* h) {
+void hidden(const Call& call, const Moe& c, const void* gate, const void* up, const HiddenGradient& out) {
   GatedAct a;
   a.set_form(c.form);
   a.rows = c.R;
@@ -110,8 +112,8 @@ void hidden(const Call& call, const Moe& c, const void* gate, const void* up, vo
   a.kept = c.experts.routes.kept;
   a.gate = a.d_out = dense_matrix(gate, c.F);  // d_out: any, it goes into nothing
   if (c.gated) a.up = dense_matrix(up, c.F);
-  a.out[2] = h;
-  a.row_weight = c.experts.weight;
+  a.out[2] = out.h;
+  a.row_weight = out.weigh_h ? c.experts.weight : nullptr;
   launch_gated_act_backward(call, a);
 }
 
@@ -177,6 +179,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_backward(
   Tensor h = need_down ? call.fresh({c.R, c.F}) : call.nothing();
   HiddenGradient of;
   if (need_down) of.h = h.mutable_data_ptr();
+  // The weight times h can be too small for float16: dY takes the weight there, as in eager.
+  of.weigh_h = c.dtype != DType::kFloat16;
   if (need_weight) {
     of.num_parts = row_dots_parts(c.dtype, c.F);
     of.parts = call.workspace(c.R * of.num_parts * storage_size(arithmetic_dtype(c.dtype)));
@@ -185,7 +189,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_backward(
     of.d_hidden = d_hidden.mutable_data_ptr();
     hidden_gradient(call, c, d_y, w_down, gate_data, up_data, of);
   } else if (need_down) {
-    hidden(call, c, gate_data, up_data, of.h);
+    hidden(call, c, gate_data, up_data, of);
   }
 
   Tensor d_weight = need_weight ? call.fresh(arithmetic_dtype(c.dtype), {c.R}) : call.nothing();
@@ -193,7 +197,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_backward(
 
   const Operand hidden_rows = dense_rows(d_hidden.const_data_ptr(), c.hidden());
   Tensor d_w_down = call.nothing();
-  if (need_down) d_w_down = weights_gradient(call, c, w_down, token_rows(c.experts, d_y), dense_rows(of.h, c.F));
+  if (need_down && c.routed && !of.weigh_h) {
+    Tensor weighted = call.fresh({c.R, c.O});
+    MoveRows m;
+    m.routes = c.experts.routes;
+    m.cols = c.O;
+    m.in = matrix(d_y);
+    m.dtype = c.dtype;
+    m.weight = c.experts.weight;
+    m.out = weighted.mutable_data_ptr();
+    m.out_stride = c.O;
+    launch_dispatch_rows(call, m);
+    d_w_down = weights_gradient(call, c, w_down, dense_rows(weighted.const_data_ptr(), c.O), dense_rows(of.h, c.F));
+  } else if (need_down) {
+    d_w_down = weights_gradient(call, c, w_down, token_rows(c.experts, d_y), dense_rows(of.h, c.F));
+  }
   Tensor d_x = need_x ? call.fresh({c.T, c.D}) : call.nothing();
   if (need_x) combined_product(call, c.experts, hidden_rows, c.hidden(), w_in, true, c.D, nullptr, nullptr, d_x);
   Tensor d_w_in = call.nothing();
