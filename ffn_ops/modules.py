@@ -48,7 +48,8 @@ def is_plain_linear(layer: nn.Module) -> bool:
 
 def called(name: str, child: Any, x: Tensor) -> Tensor:
     """``child(x)``. From a weight on meta torch would make memory that nobody wrote; hooks may bring weights first."""
-    if not torch.compiler.is_compiling() and not x.is_meta and is_unhooked(child):
+    looks = isinstance(x, Tensor) and not torch.compiler.is_compiling()  # torch.fx's symbolic_trace has no tensors
+    if looks and not x.is_meta and is_unhooked(child):
         for path, part in child.named_modules(prefix=name):
             for each, p in part._parameters.items():
                 if p is not None and p.is_meta and is_unhooked(part):

@@ -63,7 +63,7 @@ STEPS = (
         4.0,
         steps.tests_of(
             "test_replace.py", "test_replace_changes.py", "test_replace_models.py", "test_replace_peft.py",
-            "test_libraries.py",
+            "test_replace_report.py", "test_libraries.py",
         ),
     ),
     Step("racecheck", "compute-sanitizer: races in shared memory", 1.5, steps.sanitizer("racecheck", few=True)),
