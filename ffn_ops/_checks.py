@@ -100,7 +100,9 @@ def flag(name: str, value: Any) -> None:
 
 
 def at_least(name: str, value: Any, least: int, most: Any = None) -> None:
-    if isinstance(value, Tensor) and torch._C._is_tracing():  # a size: torch.jit.trace makes tensors of them
+    if (
+        isinstance(value, Tensor) and torch._C._get_tracing_state() is not None
+    ):  # a size: torch.jit.trace makes tensors of them
         return
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")

@@ -289,7 +289,7 @@ def differentiable(
         if not (grad and torch.is_grad_enabled()):
             with torch._C._AutoDispatchBelowAutograd():
                 return op(*args)
-        if torch._C._is_tracing():  # torch.jit.trace keeps operators, not autograd.Functions
+        if torch._C._get_tracing_state() is not None:  # torch.jit.trace keeps operators, not autograd.Functions
             return op(*args)
         flat, lengths = _flatten(args) if takes_lists else (args, None)
         return Eager.apply(*flat, lengths)

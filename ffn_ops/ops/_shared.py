@@ -50,7 +50,7 @@ def arithmetic(t: Tensor) -> torch.dtype:
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Also where another level of torch.func may ask, and where torch.jit.trace checks its graph without gradients,
     which must come out the same."""
-    if torch.is_grad_enabled() or torch._C._is_tracing():
+    if torch.is_grad_enabled() or torch._C._get_tracing_state() is not None:
         for t in tensors:
             if t is not None and t.requires_grad:
                 return True

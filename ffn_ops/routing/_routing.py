@@ -186,7 +186,7 @@ def expert_capacity(tokens: Any, k: int, num_experts: int, capacity_factor: floa
     if capacity_factor < 0:
         raise ValueError(f"capacity_factor: expected 0 or more, got {capacity_factor}")
     # In integers: exact for the decimal fraction that was meant, and a graph with symbolic T can be stored.
-    if torch._C._is_tracing():  # sizes are tensors there, and what its graph holds are numbers
+    if torch._C._get_tracing_state() is not None:  # sizes are tensors there, and what its graph holds are numbers
         tokens, num_experts = int(tokens), int(num_experts)
     factor = Fraction(capacity_factor).limit_denominator(10**6)
     divisor = factor.denominator * num_experts
