@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
@@ -96,9 +97,9 @@ def _unflatten(flat: Sequence[Any], lengths: Sequence[int | None] | None) -> tup
     return tuple(args)
 
 
-class _WithLists:
-    """A context whose ``needs_input_grad`` has lists where the operator has them. The context itself is not touched:
-    other threads may be running backward through it."""
+class _Asked:
+    """A context whose ``needs_input_grad`` says what was asked for, with lists where the operator has them. The context
+    itself is not touched: other threads may be running backward through it."""
 
     def __init__(self, ctx: Any, needs_input_grad: tuple[Any, ...]) -> None:
         self._ctx, self.needs_input_grad = ctx, needs_input_grad
@@ -107,18 +108,57 @@ class _WithLists:
         return getattr(self._ctx, name)
 
 
-def differentiable(name: str, setup_context: Callable[..., None], formula: Callable[..., Any]) -> Callable[..., Any]:
+# Below this many numbers in gradients the engine's answers cost more than computing what nobody asked for.
+_WORTH_ASKING = 1 << 16
+
+
+def _asked_for(ctx: Any, grads: Sequence[Any]) -> tuple[bool, ...]:
+    """Which inputs' gradients this backward pass uses: ``autograd.grad(y, x)`` of trainable weights asks for x alone.
+
+    ``needs_input_grad`` says what requires a gradient. The engine knows which functions it will run next: a python
+    Function's next functions are those of its tensors, None where one requires no gradient. About a leaf that
+    ``autograd.grad`` asks for the engine raises, at 20 microseconds each, so small layers stop at the first one.
+    """
+    needs: tuple[bool, ...] = ctx.needs_input_grad
+    if _will_run is None or torch.compiler.is_compiling():
+        return needs
+    functions = [function for function, _ in ctx.next_functions if function is not None]
+    if len(functions) != sum(needs):
+        return needs
+    places = [place for place, need in enumerate(needs) if need]
+    asked = list(needs)
+    for i, (place, function) in enumerate(zip(places, functions, strict=True)):
+        try:
+            asked[place] = _will_run(function)
+        except RuntimeError:  # a leaf that is asked for, or no engine runs: needed
+            if i == 0 or all(asked[p] is True for p in places[:i]):
+                leaves = sum(f.variable.numel() for f in functions if hasattr(f, "variable"))
+                if leaves + sum(g.numel() for g in grads if g is not None) < _WORTH_ASKING:
+                    break
+    return tuple(asked)
+
+
+_will_run = getattr(torch._C, "_will_engine_execute_node", None)
+_IMPLEMENTATIONS = torch.library.Library("ffn_ops", "IMPL")
+
+
+def differentiable(
+    name: str,
+    setup_context: Callable[..., None],
+    formula: Callable[..., Any],
+    tangent: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
     """Registers ``formula`` as the operator's backward and returns the function that calls it.
 
-    ``torch.library.register_autograd`` serves compile, export and raw calls of the operator. In eager mode it spends
-    longer on a small layer than the layer takes, so an autograd.Function with the same pair of functions stands in for
-    it. torch.func needs one with a ``setup_context`` of its own; so does forward mode, where the operator itself would
-    silently drop the tangent and the Function raises.
+    ``tangent(ctx, *tangents)`` is its forward mode: from the inputs' tangents, None where there is none, those of the
+    outputs; ``ctx`` is as in backward. One autograd.Function serves both. The operator's kernel for autograd applies it
+    for raw calls, torch.func, forward mode, compile and export; the function returned goes to it directly in eager
+    mode, where the dispatcher's way through python takes longer than a small layer.
     """
     op = overload(name)
     takes_lists = any(str(each.type) == "List[Tensor]" for each in op._schema.arguments)
 
-    def backward(ctx: Any, *grads: Any) -> Any:
+    def without_autocast(ctx: Any, *grads: Any) -> Any:
         """In the dtypes that were saved, also where autocast is on around it, as for second derivatives it may be."""
         if not torch._C._is_any_autocast_enabled():
             return formula(ctx, *grads)
@@ -126,19 +166,7 @@ def differentiable(name: str, setup_context: Callable[..., None], formula: Calla
         with torch.autocast(device, enabled=False):
             return formula(ctx, *grads)
 
-    torch.library.register_autograd(f"ffn_ops::{name}", backward, setup_context=setup_context)
-
-    def flat_backward(ctx: Any, *grads: Any) -> Any:
-        lengths = ctx.arg_lengths
-        if lengths is None:
-            return *backward(ctx, *grads), None
-        result = backward(_WithLists(ctx, _unflatten(ctx.needs_input_grad[:-1], lengths)), *grads)
-        flat: list[Any] = []
-        for grad, length in zip(result, lengths, strict=True):
-            flat.extend([grad] if length is None else grad if isinstance(grad, (list, tuple)) else [grad] * length)
-        return *flat, None
-
-    class Eager(torch.autograd.Function):
+    class Derivative(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *flat: Any) -> Any:
             lengths = flat[-1]
@@ -147,34 +175,56 @@ def differentiable(name: str, setup_context: Callable[..., None], formula: Calla
                 output = op(*args)
             ctx.arg_lengths = lengths
             setup_context(ctx, args, output)
+            if forward_ad._current_level >= 0:
+                ctx.save_for_forward(*ctx.to_save)
             return output
 
-        backward = staticmethod(flat_backward)
-
-    class Transformed(torch.autograd.Function):
-        generate_vmap_rule = True
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            lengths, needs = ctx.arg_lengths, _asked_for(ctx, grads)
+            if lengths is None:
+                asked = ctx if needs == ctx.needs_input_grad else _Asked(ctx, needs)
+                return *without_autocast(asked, *grads), None
+            result = without_autocast(_Asked(ctx, _unflatten(needs[:-1], lengths)), *grads)
+            flat: list[Any] = []
+            for grad, length in zip(result, lengths, strict=True):
+                flat.extend([grad] if length is None else grad if isinstance(grad, (list, tuple)) else [grad] * length)
+            return *flat, None
 
         @staticmethod
-        def forward(*flat: Any) -> Any:
-            return op(*_unflatten(flat[:-1], flat[-1]))
+        def jvp(ctx: Any, *flat: Any) -> Any:
+            if tangent is None:
+                raise NotImplementedError(f"ffn_ops::{name}: no forward-mode derivative (jvp) of this operator")
+            return tangent(ctx, *_unflatten(flat[:-1], ctx.arg_lengths))
 
-        @staticmethod
-        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-            ctx.arg_lengths = inputs[-1]
-            setup_context(ctx, _unflatten(inputs[:-1], inputs[-1]), output)
+    def autograd_kernel(*args: Any) -> Any:
+        in_func = torch._C._are_functorch_transforms_active()
+        if not in_func and forward_ad._current_level < 0:
+            leaves = _flatten(args)[0] if takes_lists else args
+            if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*leaves)):
+                with torch._C._AutoDispatchBelowAutograd():
+                    return op(*args)
+        flat, lengths = _flatten(args) if takes_lists else (args, None)
+        if in_func:  # the dispatcher has come to one level of torch.func; the call below it goes on to the next
+            with enable_single_level_autograd_function():
+                return super(torch.autograd.Function, Derivative).apply(*flat, lengths)
+        return Derivative.apply(*flat, lengths)
 
-        backward = staticmethod(flat_backward)
+    _IMPLEMENTATIONS.impl(name, autograd_kernel, "Autograd")
 
     def call(*args: Any, grad: bool = True) -> Any:
         """``grad=False`` says that nothing needs a gradient: autograd is then stepped over."""
-        if torch.compiler.is_compiling():
+        if (
+            torch.compiler.is_compiling()
+            or torch._C._are_functorch_transforms_active()
+            or forward_ad._current_level >= 0
+        ):
             return op(*args)
-        transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-        if not transformed and not (grad and torch.is_grad_enabled()):
+        if not (grad and torch.is_grad_enabled()):
             with torch._C._AutoDispatchBelowAutograd():
                 return op(*args)
         flat, lengths = _flatten(args) if takes_lists else (args, None)
-        return (Transformed if transformed else Eager).apply(*flat, lengths)
+        return Derivative.apply(*flat, lengths)
 
     return call
 

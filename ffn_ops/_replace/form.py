@@ -28,7 +28,7 @@ class Form:
     up_called_first: bool
     activation: str
     beta: float
-    head: tuple[str, ...]  # children that the input goes through first
+    head: tuple[str | tuple[int, ...], ...]  # what the input goes through first: children, ``reshape(-1, *sizes)``
     dropout: str | None  # between activation and down
     tail: tuple[str, ...]  # children behind, and ADD_INPUT
     run: tuple[str, ...]  # modules whose own forward is stepped over
@@ -41,8 +41,8 @@ class Form:
     def __str__(self) -> str:
         act = f"swish(beta={self.beta:g})" if self.activation == "swish" else self.activation
         inner = "x"
-        for path in self.head:
-            inner = f"{path}({inner})"
+        for step in self.head:
+            inner = f"{step}({inner})" if isinstance(step, str) else f"{inner}.view{(-1, *step)}"
         if self.halves is not None:
             text = f"{act}(gate) * up of {self.gates[0]}({inner}), {self.halves}"
         elif self.ups:
@@ -50,9 +50,9 @@ class Form:
             text = " + ".join([f"{act}({gate}({inner})) * {up}({inner})" for gate, up in pairs])
         else:
             text = f"{act}({self.gates[0]}({inner}))"
-        for step in (self.dropout, self.down, *self.tail):
-            if step is not None:
-                text = f"{text} + x" if step == ADD_INPUT else f"{step}({text})"
+        for path in (self.dropout, self.down, *self.tail):
+            if path is not None:
+                text = f"{text} + x" if path == ADD_INPUT else f"{path}({text})"
         return text
 
 
@@ -64,15 +64,28 @@ class _Found:
     beta: float
 
 
-def explain(trace: Trace, known: tuple[str, float] | None = None) -> Form:
-    """The form of a trace; ``known`` names the activation, where rounding leaves several.
+def explain(trace: Trace, known: Form | None = None) -> Form:
+    """The form of a trace; ``known`` says which is expected, where rounding leaves several activations and a reshape
+    does nothing.
 
     Raises: ProbeError, with what does not fit.
     """
     events = list(trace.events)
     x = trace.x
-    head = []
-    while events and events[0].kind != "linear" and _same(events[0].input, x):
+    head: list[str | tuple[int, ...]] = []
+    while events:
+        given = events[0].input
+        if known and tuple(x.shape[1:]) in known.head[len(head) : len(head) + 1]:
+            head.append(tuple(x.shape[1:]))
+        if not _same(given, x):
+            if given.dim() < 2 or given.shape[0] == 0 or not _same(given.reshape(-1), x.reshape(-1)):
+                break
+            head.append(tuple(given.shape[1:]))
+            x = given
+        if events[0].kind == "linear":
+            break
+        if events[0].kind == "other":
+            raise ProbeError(f"{events[0].path}, which goes first, may give another shape than it is given")
         head.append(events[0].path)
         x = events.pop(0).output
     first = []
@@ -90,15 +103,16 @@ def explain(trace: Trace, known: tuple[str, float] | None = None) -> Form:
     following = dropout or down or (events[0] if events else None)
     hidden = trace.y if following is None else following.input
     halves = None
+    form = None if known is None else (known.activation, known.beta)
     gates: tuple[str, ...]
     ups: tuple[str, ...] = ()
     if len(first) == 1 and hidden.shape[-1] * 2 == first[0].output.shape[-1]:
         both = first[0].output.double().chunk(2, -1)
-        found = _activation(hidden, both, known)
+        found = _activation(hidden, both, form)
         halves = "gate first" if found.gates == (0,) else "up first"
         gates = (first[0].path,)
     else:
-        found = _activation(hidden, [event.output.double() for event in first], known)
+        found = _activation(hidden, [event.output.double() for event in first], form)
         gates = tuple([first[i].path for i in found.gates])
         ups = tuple([first[i].path for i in found.ups])
     if down is None and not (ups and len(gates) >= 1):

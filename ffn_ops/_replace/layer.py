@@ -42,6 +42,7 @@ class Plan:
     form: Form
     argument: str  # the name of forward's one tensor
     ranks: tuple[int, ...]  # numbers of dimensions for which the form holds
+    widths: tuple[int, ...]  # and numbers of columns
     dtypes: tuple[torch.dtype, ...]
     eval_only: bool  # in training forward computes something else
     children: int
@@ -49,7 +50,7 @@ class Plan:
     gates: tuple[Path, ...]
     ups: tuple[Path, ...]
     down: Path | None
-    head: tuple[Path, ...]
+    head: tuple[Path | tuple[int, ...], ...]
     dropout: Path | None
     tail: tuple[Path, ...]
     direct: tuple[str, str | None, str] | None  # names of gate, up and down, where they are all there is to find
@@ -60,6 +61,7 @@ def plan(
     form: Form,
     argument: str,
     ranks: tuple[int, ...],
+    widths: tuple[int, ...],
     dtypes: tuple[torch.dtype, ...],
     eval_only: bool,
 ) -> Plan:
@@ -78,8 +80,10 @@ def plan(
     holders = {p[:i] for p in paths(form.linears) for i in range(1, len(p))}
     stepped_over = sorted({*paths(form.run), *holders})
     return Plan(
-        form, argument, ranks, dtypes, eval_only, len(layer._modules), tuple([_guard(layer, p) for p in stepped_over]),
-        paths(form.gates), paths(form.ups), None if form.down is None else path(form.down), paths(form.head),
+        form, argument, ranks, widths, dtypes, eval_only, len(layer._modules),
+        tuple([_guard(layer, p) for p in stepped_over]),
+        paths(form.gates), paths(form.ups), None if form.down is None else path(form.down),
+        tuple([path(step) if isinstance(step, str) else step for step in form.head]),
         None if form.dropout is None else path(form.dropout), paths(form.tail), direct,
     )  # fmt: skip
 
@@ -144,7 +148,10 @@ def changed(layer: nn.Module, plan: Plan) -> str | None:
 def _fits(layer: nn.Module, plan: Plan, x: Any) -> bool:
     return (
         type(x) in PLAIN_TENSORS
+        and x.layout is torch.strided
+        and not x.is_nested
         and x.dim() in plan.ranks
+        and x.shape[-1] in plan.widths
         and x.dtype in plan.dtypes
         and x.device.type in _DEVICES
         and not (plan.eval_only and layer.training)
@@ -220,8 +227,8 @@ def _by_parts(layer: nn.Module, plan: Plan, x: Tensor, cast: bool) -> Tensor | N
     if plain and not cast and not _of_dtype(linears, x.dtype):
         return None
     value = x
-    for path in plan.head:
-        value = child(layer, path)(value)
+    for step in plan.head:
+        value = value.reshape(-1, *step) if type(step[0]) is int else child(layer, step)(value)  # type: ignore[arg-type]
     dropout = None if plan.dropout is None else child(layer, plan.dropout)
     if dropout is not None and is_idle(dropout):
         dropout = None
@@ -322,4 +329,6 @@ def _why_called(module: Any) -> str:
     weight = module._parameters.get("weight")
     if type(weight) not in PLAIN_TENSORS:
         return "its weight is computed" if weight is None else f"its weight is a {type(weight).__name__}"
+    if weight.layout is not torch.strided:
+        return f"its weight is {weight.layout}"
     return f"a {type(module).__name__}"

@@ -33,7 +33,7 @@ class ProbeError(Exception):
 class Event:
     """One call of a stub."""
 
-    kind: str  # linear, dropout, other
+    kind: str  # linear, dropout, norm (its parameters have one dimension at most), other
     path: str
     input: Tensor
     output: Tensor
@@ -64,17 +64,25 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
+def norm_width(module: nn.Module) -> int | None:
+    """Of a layer whose parameters have one dimension: the columns that it can be called with."""
+    parameters = [p for p in module._parameters.values() if isinstance(p, Tensor)]
+    sizes = {p.shape[0] for p in parameters if p.dim() == 1} - {1} or {1}
+    return sizes.pop() if len(sizes) == 1 and all(p.dim() < 2 for p in parameters) else None
+
+
 class _Stub(nn.Module):
     kind: str
     path: str
     probe: _Probe
     shape: tuple[int, int] | None
+    norm: int | None  # the width of what it normalises
 
     def __init__(self, kind: str, path: str, of: nn.Module, probe: _Probe) -> None:
         super().__init__()
         # Sizes, probabilities, flags: forwards ask for them.
         self.__dict__.update({k: v for k, v in vars(of).items() if isinstance(v, (int, float, str, bool, type(None)))})
-        self.__dict__.update(kind=kind, path=path, probe=probe, shape=linear_shape(of))
+        self.__dict__.update(kind=kind, path=path, probe=probe, shape=linear_shape(of), norm=norm_width(of))
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -91,6 +99,8 @@ class _Stub(nn.Module):
             if width != self.shape[0]:
                 raise ProbeError(f"{self.path} is called with width {width}, not {self.shape[0]}")
             width = self.shape[1]
+        elif self.norm not in (None, 1, width):
+            raise ProbeError(f"{self.path} is called with width {width}, not {self.norm}")
         output = self.probe.numbers((*given.shape[:-1], width), given.dtype)
         self.probe.trace.events.append(Event(self.kind, self.path, given.clone(), output.clone()))
         return output
@@ -127,7 +137,7 @@ class _Probe:
         if type(module) is nn.Dropout:
             return _Stub("dropout", path, module, self)
         if path and not module._modules and (module._parameters or module._buffers):
-            return _Stub("other", path, module, self)
+            return _Stub("other" if norm_width(module) is None else "norm", path, module, self)
         cls = original_class(module)
         copy: nn.Module = object.__new__(cls)
         for name, value in vars(module).items():
@@ -143,12 +153,13 @@ class _Probe:
         return copy
 
 
-def _rows(rank: int, width: int) -> tuple[int, ...]:
-    """Leading dimensions for so many dimensions in all, with enough numbers at that width."""
+def enough_rows(rank: int, width: int) -> tuple[int, ...]:
+    """Leading dimensions for so many dimensions in all, with enough numbers at that width: a multiple of 4 rows, for
+    layers that lay 2 x 2 patches side by side."""
     if rank == 1:
         return ()
-    rows = max(6, -(-_ENOUGH // max(1, width)))
-    return {2: (rows,), 3: (2, -(-rows // 2)), 4: (2, 2, -(-rows // 4))}[rank]
+    fours = max(2, -(-_ENOUGH // max(4, 4 * width)))
+    return {2: (4 * fours,), 3: (2, 2 * fours), 4: (2, 2, fours)}[rank]
 
 
 @contextlib.contextmanager
@@ -178,21 +189,19 @@ def _aside() -> Iterator[None]:
 def trace(
     layer: nn.Module,
     method: str,
-    width: int,
-    narrowest: int,
+    shape: tuple[int, ...],
     *,
-    rank: int,
     dtype: torch.dtype,
     training: bool,
     seed: int,
 ) -> Trace:
-    """What ``method`` of the layer does with one tensor of so many dimensions and ``width`` columns.
+    """What ``method`` of the layer does with one tensor of that shape.
 
     Raises: ProbeError, or whatever the layer's own code raises.
     """
     probe = _Probe(dtype, training, seed)
     with _aside():
-        x = probe.numbers((*_rows(rank, narrowest), width), dtype)
+        x = probe.numbers(shape, dtype)
         probe.trace.x = x.clone()
         hollow = probe.hollow_of(layer, "")
         if method == "forward":

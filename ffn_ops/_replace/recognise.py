@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from .. import _checks as check
 from ..modules import GLU, FeedForward, GatedFFN, PlainFFN
 from .form import Form, explain
 from .layer import Plan, child, plan
-from .probe import ProbeError, linear_shape, original_class, trace
+from .probe import ProbeError, enough_rows, linear_shape, norm_width, original_class, trace
 
 # Where a feed-forward has a method of its own: transformers' encoders, torch's nn.TransformerEncoderLayer.
 METHODS = ("forward", "feed_forward_chunk", "ff_chunk", "_ff_block")
@@ -88,7 +87,7 @@ def recognise(layer: nn.Module, method: str) -> Finding:
     if method in vars(layer):
         return Finding(None, f"{method} was set on the instance (as accelerate's hooks and kernel libraries do)")
     findings = []
-    for width, narrowest in _widths(layer, method):
+    for width, narrowest in _widths(layer):
         finding = _recognise(layer, cls, method, width, narrowest)
         if finding.plan is not None:
             return finding
@@ -96,33 +95,36 @@ def recognise(layer: nn.Module, method: str) -> Finding:
     return next(iter(findings), Finding(None, "no linear child"))
 
 
-def _widths(layer: nn.Module, method: str) -> list[tuple[int, int]]:
+def _widths(layer: nn.Module) -> list[tuple[int, int]]:
     """Candidate widths of the input, likeliest first, and the narrowest of all, which sets how many rows are enough."""
     shapes = list(linear_children(layer, 64).values())
     if not shapes:
         return []
     narrowest = min(min(shape) for shape in shapes)
     inputs = [shape[0] for shape in shapes]
-    return [(width, narrowest) for width in dict.fromkeys(inputs)][:4]
+    norms = [norm_width(module) or 0 for module in layer.modules() if module._parameters]
+    return [(width, narrowest) for width in dict.fromkeys([*inputs, *norms]) if width > 1][:4]
 
 
 def _recognise(layer: nn.Module, cls: type[nn.Module], method: str, width: int, narrowest: int) -> Finding:
-    def form(rank: int, training: bool, dtype: torch.dtype, known: Any = None, seed: int = 0) -> Form:
-        seen = trace(layer, method, width, narrowest, rank=rank, dtype=dtype, training=training, seed=seed)
-        return explain(seen, known)
+    def form(shape: tuple[int, ...], training: bool, dtype: torch.dtype, known: Form | None = None) -> Form:
+        seed = 0 if known is None else 1 + len(shape)
+        return explain(trace(layer, method, shape, dtype=dtype, training=training, seed=seed), known)
 
-    def holds(base: Form, rank: int, training: bool, dtype: torch.dtype) -> bool:
-        known = (base.activation, base.beta)
+    def full(rank: int, width: int) -> tuple[int, ...]:
+        return (*enough_rows(rank, narrowest), width)
+
+    def holds(base: Form, shape: tuple[int, ...], training: bool, dtype: torch.dtype) -> bool:
         try:
-            return form(rank, training, dtype, known, seed=1 + rank) == base
+            return form(shape, training, dtype, base) == base
         except Exception:
             return False
 
     try:
         try:
-            base, first = form(3, False, torch.float32), 3
+            base, first = form(full(3, width), False, torch.float32), 3
         except Exception:
-            base, first = form(2, False, torch.float32), 2
+            base, first = form(full(2, width), False, torch.float32), 2
         _check_stateless(layer, base)
     except ProbeError as error:
         return Finding(None, str(error))
@@ -130,15 +132,24 @@ def _recognise(layer: nn.Module, cls: type[nn.Module], method: str, width: int, 
         text = (str(error).splitlines() or [""])[0]
         return Finding(None, f"{method} does not take one tensor alone: {type(error).__name__}: {text[:120]}")
     dtype = next((t.dtype for t in layer.parameters() if t.dtype in check.DTYPES), torch.float32)
-    dtypes = tuple([each for each in check.DTYPES if holds(base, first, False, each)])
+    dtypes = tuple([each for each in check.DTYPES if holds(base, full(first, width), False, each)])
     if dtype not in dtypes:
         return Finding(None, f"in {str(dtype).removeprefix('torch.')} it computes something else than in float32")
-    ranks = tuple([rank for rank in (1, 2, 3, 4) if holds(base, rank, False, torch.float32)])
+    laid = [step[-1] for step in base.head if not isinstance(step, str)]  # rows side by side: how wide they are then
+
+    def both(rank: int, width: int, training: bool = False) -> bool:
+        """With several rows and with the fewest, which a squeeze, say, would treat differently."""
+        fewest = (*[1] * (rank - 2), max([1, *[-(-wide // width) for wide in laid]]), width)[-rank:]
+        return holds(base, full(rank, width), training, torch.float32) and holds(base, fewest, training, torch.float32)
+
+    ranks = tuple([rank for rank in (1, 2, 3, 4) if both(rank, width)])
     if first not in ranks:
-        return Finding(None, "it does not compute the same twice")
-    eval_only = not all(holds(base, rank, True, torch.float32) for rank in ranks)
+        return Finding(None, "what it computes depends on the numbers or on how many rows there are")
+    others = {wide // parts for wide in laid for parts in (4, 2, 1) if wide % parts == 0} - {width}
+    widths = (width, *[wide for wide in others if all(both(rank, wide) for rank in ranks if rank > 1)])
+    eval_only = not all(holds(base, full(rank, width), True, torch.float32) for rank in ranks)
     argument = list(inspect.signature(getattr(cls, method)).parameters)[1]
-    return Finding(plan(layer, base, argument, ranks, dtypes, eval_only))
+    return Finding(plan(layer, base, argument, ranks, widths, dtypes, eval_only))
 
 
 def _check_stateless(layer: nn.Module, form: Form) -> None:
