@@ -16,7 +16,7 @@ from torch import nn
 
 from .layer import PLAN, Plan, state
 from .probe import ORIGINAL, original_class
-from .recognise import METHODS, OURS, Finding, bottleneck, plausible, recognise, stacked_experts
+from .recognise import METHODS, OURS, Finding, Recogniser, bottleneck, plausible, stacked_experts
 from .swap import fused_class
 
 _log = logging.getLogger("ffn_ops.replace")
@@ -146,10 +146,11 @@ def _is_replaced(module: nn.Module) -> bool:
 def _sites(model: nn.Module) -> Iterator[_Site]:
     """Outermost layers first; what belongs to one is not looked at again."""
     taken: set[int] = set()
+    recognise = Recogniser()
     for path, module in model.named_modules():
         if id(module) in taken:
             continue
-        site = _site(path, module)
+        site = _site(path, module, recognise)
         if site is None:
             continue
         plan = site.finding.plan
@@ -159,7 +160,7 @@ def _sites(model: nn.Module) -> Iterator[_Site]:
         yield site
 
 
-def _site(path: str, module: nn.Module) -> _Site | None:
+def _site(path: str, module: nn.Module, recognise: Recogniser) -> _Site | None:
     known = getattr(module, PLAN, None)
     if isinstance(module, OURS):
         return _Site(path, module, "forward", Finding(None, "one of this package's modules, which fuses itself"))

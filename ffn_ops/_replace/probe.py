@@ -17,11 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .alike import ABSENT, OF_EVERY_MODULE, WATCH, Reads, watched
+
 # Kinks, clips and tails of activations lie between these; two forms of one activation differ between 1 and 4.
 _SIZES = (0.0, 1e-3, 0.3, 0.7, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 6.5, 7.5, 11.0, 25.0, 90.0, 600.0, 3e4)
 _TELLING = [sign * size for size in _SIZES for sign in (1.0, -1.0)]
 _LARGEST_HALF = 200.0  # in float16, so that products stay finite
 _ENOUGH = 160  # numbers per stub
+_MANY = 1 << 13
+_OF_STUBS = OF_EVERY_MODULE | {"kind", "path", "probe", "shape", "norm"}
 ORIGINAL = "_ffn_ops_original"  # of a class that replace() made: the class in whose place it stands
 
 
@@ -90,6 +94,12 @@ class _Stub(nn.Module):
         self.probe.trace.reads_weights = True
         return torch.empty((self.shape or (1, 1))[::-1], dtype=self.probe.dtype, device="meta")
 
+    def __getattribute__(self, name: str) -> Any:
+        own = object.__getattribute__(self, "__dict__")
+        if WATCH in own and name in own and name not in _OF_STUBS:
+            own[WATCH](name)
+        return super().__getattribute__(name)
+
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
             raise ProbeError(f"{self.path} is called with other arguments than one tensor")
@@ -109,8 +119,8 @@ class _Stub(nn.Module):
 class _Probe:
     """One run: its random numbers, its hollow modules, its trace."""
 
-    def __init__(self, dtype: torch.dtype, training: bool, seed: int) -> None:
-        self.dtype, self.training = dtype, training
+    def __init__(self, dtype: torch.dtype, training: bool, seed: int, reads: Reads) -> None:
+        self.dtype, self.training, self.reads = dtype, training, reads
         self.generator = torch.Generator("cpu").manual_seed(seed)
         self.hollow: dict[int, nn.Module] = {}
         self.trace = Trace(torch.empty(0))
@@ -119,7 +129,11 @@ class _Probe:
         values = 2 * torch.randn(shape, generator=self.generator, dtype=torch.float32, device="cpu")
         flat = values.view(-1)
         telling = torch.tensor(_TELLING, dtype=torch.float32, device="cpu")[: flat.numel()]
-        places = torch.randperm(flat.numel(), generator=self.generator, device="cpu")[: telling.numel()]
+        n = flat.numel()
+        if n > _MANY:  # a permutation would take longer than all else
+            places = torch.randint(n, telling.shape, generator=self.generator, device="cpu")
+        else:
+            places = torch.randperm(n, generator=self.generator, device="cpu")[: telling.numel()]
         flat[places] = telling
         if dtype is torch.float16:
             values.clamp_(-_LARGEST_HALF, _LARGEST_HALF)
@@ -129,6 +143,8 @@ class _Probe:
         known = self.hollow.get(id(module))
         if known is None:
             known = self.hollow[id(module)] = self._make(module, path)
+            of = vars(module)
+            known.__dict__[WATCH] = lambda name: self.reads.setdefault((path, name), of.get(name, ABSENT))
         return known
 
     def _make(self, module: nn.Module, path: str) -> nn.Module:
@@ -138,8 +154,8 @@ class _Probe:
             return _Stub("dropout", path, module, self)
         if path and not module._modules and (module._parameters or module._buffers):
             return _Stub("other" if norm_width(module) is None else "norm", path, module, self)
-        cls = original_class(module)
-        copy: nn.Module = object.__new__(cls)
+        cls: Any = original_class(module)
+        copy: nn.Module = object.__new__(watched(cls))
         for name, value in vars(module).items():
             # So that what forward writes down about its calls stays in the copy.
             copy.__dict__[name] = value.copy() if isinstance(value, (list, dict, set)) else value
@@ -158,7 +174,7 @@ def enough_rows(rank: int, width: int) -> tuple[int, ...]:
     layers that lay 2 x 2 patches side by side."""
     if rank == 1:
         return ()
-    fours = max(2, -(-_ENOUGH // max(4, 4 * width)))
+    fours = -(-_ENOUGH // max(4, 4 * width))
     return {2: (4 * fours,), 3: (2, 2 * fours), 4: (2, 2, fours)}[rank]
 
 
@@ -194,12 +210,13 @@ def trace(
     dtype: torch.dtype,
     training: bool,
     seed: int,
+    reads: Reads,
 ) -> Trace:
-    """What ``method`` of the layer does with one tensor of that shape.
+    """What ``method`` of the layer does with one tensor of that shape; ``reads`` gets the attributes that it reads.
 
     Raises: ProbeError, or whatever the layer's own code raises.
     """
-    probe = _Probe(dtype, training, seed)
+    probe = _Probe(dtype, training, seed, reads)
     with _aside():
         x = probe.numbers(shape, dtype)
         probe.trace.x = x.clone()

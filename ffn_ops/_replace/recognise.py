@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .. import _checks as check
 from ..modules import GLU, FeedForward, GatedFFN, PlainFFN
+from .alike import Known, Reads, structure
 from .form import Form, explain
 from .layer import Plan, child, plan
 from .probe import ProbeError, enough_rows, linear_shape, norm_width, original_class, trace
@@ -78,21 +79,52 @@ def stacked_experts(layer: nn.Module) -> bool:
     return any(count > 1 and counts.count(count) > 1 for count in counts)
 
 
-def recognise(layer: nn.Module, method: str) -> Finding:
-    """What ``method`` of the layer computes, from runs on a hollow copy: ranks, training and eval, dtypes."""
-    cls = original_class(layer)
-    function = getattr(cls, method, None)
-    if not callable(function):
-        return Finding(None, f"it has no {method}")
-    if method in vars(layer):
-        return Finding(None, f"{method} was set on the instance (as accelerate's hooks and kernel libraries do)")
-    findings = []
+@dataclass(frozen=True)
+class _Seen:
+    """What holds for a layer and for all that are alike."""
+
+    form: Form | None
+    reason: str = ""
+    ranks: tuple[int, ...] = ()
+    widths: tuple[int, ...] = ()
+    dtypes: tuple[torch.dtype, ...] = ()
+    eval_only: bool = False
+
+
+class Recogniser:
+    """Recognises the layers of one model, those that are alike once."""
+
+    def __init__(self) -> None:
+        self._known: Known[_Seen] = Known()
+
+    def __call__(self, layer: nn.Module, method: str) -> Finding:
+        """What ``method`` of the layer computes, from runs on a hollow copy: ranks, training and eval, dtypes."""
+        cls = original_class(layer)
+        function = getattr(cls, method, None)
+        if not callable(function):
+            return Finding(None, f"it has no {method}")
+        if method in vars(layer):
+            return Finding(None, f"{method} was set on the instance (as accelerate's hooks and kernel libraries do)")
+        key = (method, structure(layer, original_class))
+        seen = self._known.get(layer, key, lambda reads: _look(layer, method, reads))
+        if seen.form is None:
+            return Finding(None, seen.reason)
+        try:
+            _check_stateless(layer, seen.form)
+        except ProbeError as error:
+            return Finding(None, str(error))
+        argument = list(inspect.signature(function).parameters)[1]
+        return Finding(plan(layer, seen.form, argument, seen.ranks, seen.widths, seen.dtypes, seen.eval_only))
+
+
+def _look(layer: nn.Module, method: str, reads: Reads) -> _Seen:
+    first: _Seen | None = None
     for width, narrowest in _widths(layer):
-        finding = _recognise(layer, cls, method, width, narrowest)
-        if finding.plan is not None:
-            return finding
-        findings.append(finding)
-    return next(iter(findings), Finding(None, "no linear child"))
+        seen = _recognise(layer, method, width, narrowest, reads)
+        if seen.form is not None:
+            return seen
+        first = first or seen
+    return first or _Seen(None, "no linear child")
 
 
 def _widths(layer: nn.Module) -> list[tuple[int, int]]:
@@ -106,10 +138,10 @@ def _widths(layer: nn.Module) -> list[tuple[int, int]]:
     return [(width, narrowest) for width in dict.fromkeys([*inputs, *norms]) if width > 1][:4]
 
 
-def _recognise(layer: nn.Module, cls: type[nn.Module], method: str, width: int, narrowest: int) -> Finding:
+def _recognise(layer: nn.Module, method: str, width: int, narrowest: int, reads: Reads) -> _Seen:
     def form(shape: tuple[int, ...], training: bool, dtype: torch.dtype, known: Form | None = None) -> Form:
         seed = 0 if known is None else 1 + len(shape)
-        return explain(trace(layer, method, shape, dtype=dtype, training=training, seed=seed), known)
+        return explain(trace(layer, method, shape, dtype=dtype, training=training, seed=seed, reads=reads), known)
 
     def full(rank: int, width: int) -> tuple[int, ...]:
         return (*enough_rows(rank, narrowest), width)
@@ -125,16 +157,15 @@ def _recognise(layer: nn.Module, cls: type[nn.Module], method: str, width: int, 
             base, first = form(full(3, width), False, torch.float32), 3
         except Exception:
             base, first = form(full(2, width), False, torch.float32), 2
-        _check_stateless(layer, base)
     except ProbeError as error:
-        return Finding(None, str(error))
+        return _Seen(None, str(error))
     except Exception as error:  # the layer's own code, called in a way that it may not expect
         text = (str(error).splitlines() or [""])[0]
-        return Finding(None, f"{method} does not take one tensor alone: {type(error).__name__}: {text[:120]}")
+        return _Seen(None, f"{method} does not take one tensor alone: {type(error).__name__}: {text[:120]}")
     dtype = next((t.dtype for t in layer.parameters() if t.dtype in check.DTYPES), torch.float32)
     dtypes = tuple([each for each in check.DTYPES if holds(base, full(first, width), False, each)])
     if dtype not in dtypes:
-        return Finding(None, f"in {str(dtype).removeprefix('torch.')} it computes something else than in float32")
+        return _Seen(None, f"in {str(dtype).removeprefix('torch.')} it computes something else than in float32")
     laid = [step[-1] for step in base.head if not isinstance(step, str)]  # rows side by side: how wide they are then
 
     def both(rank: int, width: int, training: bool = False) -> bool:
@@ -144,12 +175,11 @@ def _recognise(layer: nn.Module, cls: type[nn.Module], method: str, width: int, 
 
     ranks = tuple([rank for rank in (1, 2, 3, 4) if both(rank, width)])
     if first not in ranks:
-        return Finding(None, "what it computes depends on the numbers or on how many rows there are")
+        return _Seen(None, "what it computes depends on the numbers or on how many rows there are")
     others = {wide // parts for wide in laid for parts in (4, 2, 1) if wide % parts == 0} - {width}
     widths = (width, *[wide for wide in others if all(both(rank, wide) for rank in ranks if rank > 1)])
     eval_only = not all(holds(base, full(rank, width), True, torch.float32) for rank in ranks)
-    argument = list(inspect.signature(getattr(cls, method)).parameters)[1]
-    return Finding(plan(layer, base, argument, ranks, widths, dtypes, eval_only))
+    return _Seen(base, "", ranks, widths, dtypes, eval_only)
 
 
 def _check_stateless(layer: nn.Module, form: Form) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 
 from .layer import PLAN, fused
 from .probe import ORIGINAL
-from .recognise import recognise
+from .recognise import Recogniser
 
 
 @functools.cache
@@ -36,7 +36,7 @@ def fused_class(original: Any, method: str) -> Any:
     def setattr_(self: Any, name: str, value: Any) -> None:
         original.__setattr__(self, name, value)
         if name[0] != "_" and name not in ("training", "forward") and self._ffn_ops_plan is not None:
-            self.__dict__[PLAN] = recognise(self, method).plan or False
+            self.__dict__[PLAN] = Recogniser()(self, method).plan or False
 
     def reduce(self: Any, protocol: Any) -> Any:
         function, arguments, *rest = original.__reduce_ex__(self, max(2, protocol))
