@@ -95,7 +95,7 @@ def replace(model: Model) -> Model:
     for site in list(_sites(model)):
         replaced |= _is_replaced(site.layer) or isinstance(site.layer, OURS)
         if site.finding.plan is not None and not _is_replaced(site.layer):
-            replaced |= _swap(site)
+            replaced |= _swap(site, site.finding.plan)
     if not replaced:
         warnings.warn(f"ffn_ops.replace: no layer was replaced\n{replace_report(model)}", UserWarning, stacklevel=2)
     elif _log.isEnabledFor(logging.INFO):
@@ -177,24 +177,23 @@ def _site(path: str, module: nn.Module, recognise: Recogniser) -> _Site | None:
             finding = recognise(module, method)
             return _Site(path, module, method, Finding(finding.plan, f"{method}: {finding.reason}"))
     if bottleneck(module) is not None:
-        reason = (
-            reason or f"{' and '.join(bottleneck(module) or ())} are children of a layer that does more than an FFN"
-        )
-        return _Site(path, module, "forward", Finding(None, reason))
+        finding = recognise.part(module)
+        why = f"{' and '.join(bottleneck(module) or ())} are children of a layer that does more: {finding.reason}"
+        return _Site(path, module, finding.method, Finding(finding.plan, reason or why))
     if stacked_experts(module):
         return _Site(path, module, "forward", Finding(None, "experts, whose router replace() does not look at"))
     return None
 
 
-def _swap(site: _Site) -> bool:
+def _swap(site: _Site, plan: Plan) -> bool:
     try:
         if not hasattr(type(site.layer), ORIGINAL):  # else restored under another library's class
             kind: Any = type(site.layer)
-            site.layer.__class__ = fused_class(kind, site.method)
+            site.layer.__class__ = fused_class(kind, site.method, plan.part)
     except TypeError as error:  # classes of another memory layout, or that refuse subclasses
         _log.warning("%s is left alone: its class cannot be replaced: %s", site.path, error)
         return False
-    vars(site.layer)[PLAN] = site.finding.plan
+    vars(site.layer)[PLAN] = plan
     return True
 
 

@@ -128,6 +128,16 @@ def explain(trace: Trace, known: Form | None = None) -> Form:
     )  # fmt: skip
 
 
+def explain_between(first: Event, last: Event, run: Sequence[str], known: Form | None) -> Form:
+    """The form of ``last(act(first(x)))``, where a layer does more around them. Raises: ProbeError."""
+    if first.output.shape != last.input.shape:
+        raise ProbeError(f"{last.path} is called with another shape than {first.path} gives")
+    found = _activation(last.input, [first.output.double()], (known.activation, known.beta) if known else None)
+    return Form(
+        (first.path,), (), last.path, None, False, found.activation, found.beta, (), None, (), tuple(run), False
+    )
+
+
 def _same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and a.dtype is b.dtype and torch.equal(a, b)
 

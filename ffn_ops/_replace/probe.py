@@ -48,6 +48,7 @@ class Trace:
     x: Tensor
     events: list[Event] = field(default_factory=list)
     run: list[str] = field(default_factory=list)  # modules whose own forward ran, by path
+    run_at: list[int] = field(default_factory=list)  # and how many calls of stubs had been before
     reads_weights: bool = False  # forward asks for a child's weight, to cast to its dtype as T5 does
     y: Any = None
 
@@ -78,11 +79,11 @@ def norm_width(module: nn.Module) -> int | None:
 class _Stub(nn.Module):
     kind: str
     path: str
-    probe: _Probe
+    probe: Probe
     shape: tuple[int, int] | None
     norm: int | None  # the width of what it normalises
 
-    def __init__(self, kind: str, path: str, of: nn.Module, probe: _Probe) -> None:
+    def __init__(self, kind: str, path: str, of: nn.Module, probe: Probe) -> None:
         super().__init__()
         # Sizes, probabilities, flags: forwards ask for them.
         self.__dict__.update({k: v for k, v in vars(of).items() if isinstance(v, (int, float, str, bool, type(None)))})
@@ -111,15 +112,22 @@ class _Stub(nn.Module):
             width = self.shape[1]
         elif self.norm not in (None, 1, width):
             raise ProbeError(f"{self.path} is called with width {width}, not {self.norm}")
+        return self.answer(given, width)
+
+    def answer(self, given: Tensor, width: int) -> Tensor:
+        """So many columns of numbers."""
         output = self.probe.numbers((*given.shape[:-1], width), given.dtype)
         self.probe.trace.events.append(Event(self.kind, self.path, given.clone(), output.clone()))
         return output
 
 
-class _Probe:
+class Probe:
     """One run: its random numbers, its hollow modules, its trace."""
 
-    def __init__(self, dtype: torch.dtype, training: bool, seed: int, reads: Reads) -> None:
+    def __init__(
+        self, dtype: torch.dtype, training: bool, seed: int, reads: Reads, *, dropout_is_stub: bool = True
+    ) -> None:
+        self.dropout_is_stub = dropout_is_stub
         self.dtype, self.training, self.reads = dtype, training, reads
         self.generator = torch.Generator("cpu").manual_seed(seed)
         self.hollow: dict[int, nn.Module] = {}
@@ -147,10 +155,14 @@ class _Probe:
             known.__dict__[WATCH] = lambda name: self.reads.setdefault((path, name), of.get(name, ABSENT))
         return known
 
+    def _ran(self, path: str) -> None:
+        self.trace.run.append(path)
+        self.trace.run_at.append(len(self.trace.events))
+
     def _make(self, module: nn.Module, path: str) -> nn.Module:
         if path and linear_shape(module) is not None:
             return _Stub("linear", path, module, self)
-        if type(module) is nn.Dropout:
+        if type(module) is nn.Dropout and self.dropout_is_stub:
             return _Stub("dropout", path, module, self)
         if path and not module._modules and (module._parameters or module._buffers):
             return _Stub("other" if norm_width(module) is None else "norm", path, module, self)
@@ -162,7 +174,7 @@ class _Probe:
         for name in [name for name in copy.__dict__ if name.endswith("_hooks") and isinstance(vars(copy)[name], dict)]:
             copy.__dict__[name] = type(vars(copy)[name])()
         copy.__dict__.update(training=self.training, _compiled_call_impl=None)
-        copy._forward_pre_hooks[-1] = lambda *_: self.trace.run.append(path)
+        copy._forward_pre_hooks[-1] = lambda *_: self._ran(path)
         for name, child in module._modules.items():
             if child is not None:
                 copy._modules[name] = self.hollow_of(child, f"{path}.{name}" if path else name)
@@ -179,7 +191,7 @@ def enough_rows(rank: int, width: int) -> tuple[int, ...]:
 
 
 @contextlib.contextmanager
-def _aside() -> Iterator[None]:
+def aside() -> Iterator[None]:
     """No gradients, casts, warnings, global hooks; random numbers that are drawn in here are not missed outside."""
     state = random.getstate()
     of_module = vars(nn.modules.module).items()
@@ -216,8 +228,8 @@ def trace(
 
     Raises: ProbeError, or whatever the layer's own code raises.
     """
-    probe = _Probe(dtype, training, seed, reads)
-    with _aside():
+    probe = Probe(dtype, training, seed, reads)
+    with aside():
         x = probe.numbers(shape, dtype)
         probe.trace.x = x.clone()
         hollow = probe.hollow_of(layer, "")

@@ -13,6 +13,7 @@ from ..modules import GLU, FeedForward, GatedFFN, PlainFFN
 from .alike import Known, Reads, structure
 from .form import Form, explain
 from .layer import Plan, child, plan
+from .part import Part, method_with
 from .probe import ProbeError, enough_rows, linear_shape, norm_width, original_class, trace
 
 # Where a feed-forward has a method of its own: transformers' encoders, torch's nn.TransformerEncoderLayer.
@@ -26,6 +27,7 @@ _MANY = 512  # modules below a layer that is looked at
 class Finding:
     plan: Plan | None
     reason: str = ""
+    method: str = "forward"
 
 
 def linear_children(layer: nn.Module, most: int) -> dict[str, tuple[int, int]]:
@@ -96,6 +98,33 @@ class Recogniser:
 
     def __init__(self) -> None:
         self._known: Known[_Seen] = Known()
+        self._parts: Known[Part | str] = Known()
+
+    def part(self, layer: nn.Module) -> Finding:
+        """Whether two linear children and an activation of a layer that does more are a feed-forward."""
+        first, last = bottleneck(layer) or ("", "")
+        cls = original_class(layer)
+        method = method_with(cls, first, last)
+        if method is None or method in vars(layer):
+            return Finding(None, f"{first} and {last} are not called by a method of its class itself")
+
+        def look(reads: Reads) -> Part | str:
+            try:
+                return Part(layer, method, first, last, reads)
+            except ProbeError as error:
+                return str(error)
+            except Exception as error:
+                return f"{method} does not take one tensor: {_first_line(error)}"
+
+        found = self._parts.get(layer, (method, first, last, structure(layer, original_class)), look)
+        if isinstance(found, str):
+            return Finding(None, found)
+        try:
+            _check_stateless(layer, found.form, own=False)
+        except ProbeError as error:
+            return Finding(None, str(error))
+        known = plan(layer, found.form, "", (found.rank,), (found.width,), found.dtypes, found.eval_only, found.names)
+        return Finding(known, "", method)
 
     def __call__(self, layer: nn.Module, method: str) -> Finding:
         """What ``method`` of the layer computes, from runs on a hollow copy: ranks, training and eval, dtypes."""
@@ -160,8 +189,7 @@ def _recognise(layer: nn.Module, method: str, width: int, narrowest: int, reads:
     except ProbeError as error:
         return _Seen(None, str(error))
     except Exception as error:  # the layer's own code, called in a way that it may not expect
-        text = (str(error).splitlines() or [""])[0]
-        return _Seen(None, f"{method} does not take one tensor alone: {type(error).__name__}: {text[:120]}")
+        return _Seen(None, f"{method} does not take one tensor alone: {_first_line(error)}")
     dtype = next((t.dtype for t in layer.parameters() if t.dtype in check.DTYPES), torch.float32)
     dtypes = tuple([each for each in check.DTYPES if holds(base, full(first, width), False, each)])
     if dtype not in dtypes:
@@ -182,9 +210,13 @@ def _recognise(layer: nn.Module, method: str, width: int, narrowest: int, reads:
     return _Seen(base, "", ranks, widths, dtypes, eval_only)
 
 
-def _check_stateless(layer: nn.Module, form: Form) -> None:
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
+
+
+def _check_stateless(layer: nn.Module, form: Form, own: bool = True) -> None:
     """What is stepped over may not hold numbers of its own: they would be frozen as they are today."""
-    for path in ("", *form.run):
+    for path in ("", *form.run) if own else form.run:
         module = child(layer, tuple(path.split(".")) if path else ())
         where = f"{path}." if path else ""
         for name, value in (*module._parameters.items(), *module._buffers.items(), *vars(module).items()):

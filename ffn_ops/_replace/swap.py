@@ -11,12 +11,13 @@ from typing import Any
 from torch import nn
 
 from .layer import PLAN, fused
+from .part import Names, methods
 from .probe import ORIGINAL
 from .recognise import Recogniser
 
 
 @functools.cache
-def fused_class(original: Any, method: str) -> Any:
+def fused_class(original: Any, method: str, part: Names | None = None) -> Any:
     """A subclass, of the same name, whose ``method`` computes what the instance's plan says."""
     own = getattr(original, method)
 
@@ -36,12 +37,13 @@ def fused_class(original: Any, method: str) -> Any:
     def setattr_(self: Any, name: str, value: Any) -> None:
         original.__setattr__(self, name, value)
         if name[0] != "_" and name not in ("training", "forward") and self._ffn_ops_plan is not None:
-            self.__dict__[PLAN] = Recogniser()(self, method).plan or False
+            plan = (Recogniser().part(self) if part else Recogniser()(self, method)).plan
+            self.__dict__[PLAN] = plan if plan is not None and plan.part == part else False
 
     def reduce(self: Any, protocol: Any) -> Any:
         function, arguments, *rest = original.__reduce_ex__(self, max(2, protocol))
-        if arguments and arguments[0] is fused_class(original, method):  # other processes know the original
-            function, arguments = _new, (original, method, *arguments[1:])
+        if arguments and arguments[0] is fused_class(original, method, part):  # other processes know the original
+            function, arguments = _new, (original, method, part, *arguments[1:])
         return function, arguments, *rest
 
     def extra_repr(self: Any) -> str:
@@ -52,11 +54,12 @@ def fused_class(original: Any, method: str) -> Any:
         ORIGINAL: original, PLAN: None, method: forward, "__setattr__": setattr_, "__reduce_ex__": reduce,
         "extra_repr": extra_repr, "__module__": original.__module__, "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
+        **(methods(part, original, method) if part else {}),
     }  # fmt: skip
     return type(original)(original.__name__, (original,), members)
 
 
-def _new(original: Any, method: str, *arguments: Any) -> nn.Module:
-    cls = fused_class(original, method)
+def _new(original: Any, method: str, part: Names | None = None, *arguments: Any) -> nn.Module:
+    cls = fused_class(original, method, part)
     layer: nn.Module = cls.__new__(cls, *arguments)
     return layer
