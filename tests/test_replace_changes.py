@@ -55,7 +55,7 @@ def test_dropout_between() -> None:
     assert operators(layer.eval(), x) == ["ffn"] and ffn_ops.replace_report(layer).paths("replaced") == [""]
 
 
-@pytest.mark.parametrize("name", ("llama", "phi", "sequential", "in a method"))
+@pytest.mark.parametrize("name", ("llama", "phi", "limit and shift", "sequential", "in a method"))
 def test_hooks_of_children(name: str) -> None:
     """They run, and what they give counts, wherever they are and whenever they come."""
     paths = [path for path, module in seeded(LAYERS[name][0]).named_modules() if path and not path.startswith("att")]

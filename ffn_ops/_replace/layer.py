@@ -231,7 +231,7 @@ def _direct(layer: nn.Module, plan: Plan, x: Tensor, cast: bool) -> Tensor | Non
         return None
     return ops.ffn(
         x, w_in, w_down, w_up=w_up, b_in=first["bias"], b_up=b_up, b_down=last["bias"],
-        gated=True if form.halves is not None else None, activation=form.activation, beta=form.beta,
+        gated=True if form.halves is not None else None, **form.act,
     )  # fmt: skip
 
 
@@ -268,7 +268,7 @@ def _by_parts(layer: nn.Module, plan: Plan, x: Tensor, cast: bool) -> Tensor | N
 def _whole(form: Form, x: Tensor, gate: Any, up: Any, down: Any) -> Tensor:
     w_in, b_in = _weights(gate)
     w_down, b_down = _weights(down)
-    act: dict[str, Any] = {"activation": form.activation, "beta": form.beta}
+    act = form.act
     if up is not None:
         w_up, b_up = _weights(up)
         return ops.ffn(x, w_in, w_down, w_up=w_up, b_in=b_in, b_up=b_up, b_down=b_down, **act)
@@ -281,14 +281,16 @@ def _whole(form: Form, x: Tensor, gate: Any, up: Any, down: Any) -> Tensor:
 
 def _hidden(form: Form, x: Tensor, gates: list[Any], ups: list[Any]) -> Tensor:
     """What goes into ``down``: by one operator, or the children called as forward calls them and one operator."""
-    act: dict[str, Any] = {"activation": form.activation, "beta": form.beta}
-    if ups and all(is_plain(layer) for layer in (*gates, *ups)):
+    limited = form.limit is not None or form.up_shift != 0
+    if ups and not limited and all(is_plain(layer) for layer in (*gates, *ups)):
         gate_weights, up_weights = [_weights(g) for g in gates], [_weights(u) for u in ups]
         b_gate = [b for _, b in gate_weights if b is not None]
         b_up = [b for _, b in up_weights if b is not None]
         if len(b_gate) in (0, len(gates)) and len(b_up) in (0, len(ups)):
             w_gate, w_up = [w for w, _ in gate_weights], [w for w, _ in up_weights]
-            return ops.gated_linear(x, w_gate, w_up, b_gate=b_gate, b_up=b_up, **act)
+            return ops.gated_linear(
+                x, w_gate, w_up, b_gate=b_gate, b_up=b_up, activation=form.activation, beta=form.beta
+            )
     total: Tensor | None = None
     for i, gate in enumerate(gates):
         if ups and form.up_called_first:  # adapters with dropout draw in the order of the calls
@@ -301,18 +303,20 @@ def _hidden(form: Form, x: Tensor, gates: list[Any], ups: list[Any]) -> Tensor:
             value, up = value.chunk(2, -1)
             if form.halves == "up first":
                 value, up = up, value
-        hidden = _between(value, up, **act)
+        hidden = _between(value, up, form)
         total = hidden if total is None else total + hidden
     assert total is not None
     return total
 
 
-def _between(gate: Tensor, up: Tensor | None, activation: str, beta: float) -> Tensor:
+def _between(gate: Tensor, up: Tensor | None, form: Form) -> Tensor:
     both = [gate] if up is None else [gate, up]
     if all(type(t) in PLAIN_TENSORS and t.dtype is gate.dtype and t.dtype in check.DTYPES for t in both):
-        return ops.gated_act(gate, up, activation=activation, beta=beta)
-    value = ACTIVATIONS[activation](gate, beta)  # a DTensor, say: by torch's own operators
-    return value if up is None else value * up
+        return ops.gated_act(gate, up, **form.act)
+    if form.limit is not None and up is not None:
+        gate, up = gate.clamp(max=form.limit), up.clamp(-form.limit, form.limit)
+    value = ACTIVATIONS[form.activation](gate, form.beta)  # a DTensor, say: by torch's own operators
+    return value if up is None else value * (up + form.up_shift if form.up_shift else up)
 
 
 def state(layer: nn.Module, plan: Plan) -> tuple[bool, str]:
