@@ -90,6 +90,7 @@ class Limited(LlamaLike):
 
     def __init__(self, limit: float, shift: float, beta: float = 1.0) -> None:
         super().__init__()
+        del self.act_fn
         self.limit, self.shift, self.beta = limit, shift, beta
 
     def forward(self, x: Tensor) -> Tensor:

@@ -61,6 +61,17 @@ class Inline(Block):
         return self.norm2(x + self.fc2(h)), scores
 
 
+class Residual(nn.Module):
+    """As Bloom and MPT have it: what is added comes from outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.act, self.fc2 = nn.Linear(D, FF), nn.GELU(), nn.Linear(FF, D)
+
+    def forward(self, x: Tensor, residual: Tensor) -> Any:
+        return F.dropout(self.fc2(self.act(self.fc1(x))), 0.0, self.training) + residual, x
+
+
 def first(block: nn.Module) -> Callable[[nn.Module], Tensor]:
     x = torch.randn(2, 5, D)
     return lambda m: torch.cat(m(x.to(m.fc1.weight.dtype), None), -1)
@@ -95,6 +106,42 @@ def test_taken(name: str) -> None:
     ffn_ops.restore(layer)
     assert type(layer) is type(plain)
     assert torch.equal(layer(x, None)[0], plain(x, None)[0])
+
+
+def test_residual_from_outside() -> None:
+    layer, plain = seeded(Residual), seeded(Residual)
+    ffn_ops.replace(layer)
+    x, residual = torch.randn(2, 5, D), torch.randn(2, 5, D)
+    assert operators(_Both(layer, residual), x) == ["ffn"]
+    torch.testing.assert_close(layer(x, residual), plain(x, residual))
+    assert_same_function(layer, plain, lambda m: m(*[t.to(m.fc1.weight.dtype) for t in (x, residual)])[0])
+
+
+def test_ways_that_depend_on_arguments() -> None:
+    """Where other arguments ask the activation never, or twice, that is computed."""
+
+    class Depending(Block):
+        def forward(self, x: Tensor, times: int | None) -> Any:
+            h = self.fc1(x)
+            for _ in range(1 if times is None else times):
+                h = self.act(h)
+            return self.fc2(h), x
+
+    layer, plain = seeded(Depending), seeded(Depending)
+    ffn_ops.replace(layer)
+    x = torch.randn(2, 5, D)
+    assert operators(_Alone(layer), x) == ["ffn"]
+    for times in (None, 0, 1, 2, 3):
+        torch.testing.assert_close(layer(x, times), plain(x, times))
+
+
+class _Both(nn.Module):
+    def __init__(self, block: nn.Module, residual: Tensor) -> None:
+        super().__init__()
+        self.block, self.residual = block, residual
+
+    def forward(self, x: Tensor) -> Any:
+        return self.block(x, self.residual)
 
 
 class _Alone(nn.Module):

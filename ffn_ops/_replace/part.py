@@ -2,7 +2,8 @@
 block with attention and norms (BART, Whisper, OPT). Which part, and what a call does with it.
 
 The block's own forward runs, in a copy that asks for three methods in place of the three children. The first hands its
-input on, the activation too, and the last computes all three by one operator.
+input on, the activation too, with one dimension more to show that it was asked, and the last computes all three by one
+operator.
 """
 
 from __future__ import annotations
@@ -77,8 +78,18 @@ class Part:
         self.function = inspect.getattr_static(original_class(layer), method)
         required = list(inspect.signature(self.function).parameters.values())[2:]
         plain = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        self.others = [None for p in required if p.default is p.empty and p.kind in plain]
-        base = self._holds((*enough_rows(3, self.width), self.width), False, torch.float32, None)
+        self.required = sum(p.default is p.empty and p.kind in plain for p in required)
+        full = (*enough_rows(3, self.width), self.width)
+        self.given_again = False  # what forward asks for besides is None, or the input again (a residual, say)
+        try:
+            base = self._holds(full, False, torch.float32, None)
+        except ProbeError:
+            raise
+        except Exception:
+            if not self.required:
+                raise
+            self.given_again = True
+            base = self._holds(full, False, torch.float32, None)
         self.form: Form = base[0]
         self.rank = base[1]
         self._holds((1, 1, self.width), False, torch.float32, self.form)
@@ -131,7 +142,8 @@ class Part:
                 cls: Any = original_class(self.layer)
                 hollow.__class__ = _hollow_class(cls, self.method, names)
             before = dict(vars(hollow))
-            probe.trace.y = getattr(hollow, self.method)(x, *self.others)
+            others = [x.clone() if self.given_again else None for _ in range(self.required)]
+            probe.trace.y = getattr(hollow, self.method)(x, *others)
             if vars(hollow).keys() != before.keys() or any(before[k] is not v for k, v in vars(hollow).items()):
                 raise ProbeError("it sets attributes of its own when it is called")
             if not torch.equal(x, probe.trace.x):
@@ -168,11 +180,11 @@ def _hollow_class(cls: Any, method: str, names: Names) -> Any:
 
     def last(self: Any, x: Tensor) -> Any:
         stub = self._modules[names[2]]
-        return stub.answer(x, stub.shape[1])
+        return stub.answer(x[0], stub.shape[1])
 
     kind = watched(cls)
     members = {
-        method: renamed(inspect.getattr_static(cls, method), names), FIRST: first, BETWEEN: lambda self, z: z,
+        method: renamed(inspect.getattr_static(cls, method), names), FIRST: first, BETWEEN: lambda self, z: z[None],
         LAST: last, "__module__": cls.__module__,
     }  # fmt: skip
     return type(kind)(cls.__name__, (kind,), members)
@@ -192,14 +204,25 @@ def methods(names: Names, cls: Any, method: str) -> dict[str, Any]:
         return x if fuses(self, self._ffn_ops_plan, x) else self._modules[name](x)
 
     def between(self: Any, z: Any) -> Any:
-        if _passed(self._ffn_ops_plan, z):
-            return z
-        return (self._modules.get(activation) or vars(self)[activation])(z)
+        return z[None] if _passed(self._ffn_ops_plan, z) else _child(self, activation)(z)
 
     def last(self: Any, h: Any) -> Any:
-        return whole(self, self._ffn_ops_plan, h) if _passed(self._ffn_ops_plan, h) else self._modules[names[2]](h)
+        plan = self._ffn_ops_plan
+        if not _passed(plan, h):
+            return self._modules[names[2]](h)
+        asked = h.dim() - plan.ranks[0]
+        if asked == 1:
+            return whole(self, plan, h[0])
+        h = self._modules[name](h[(0,) * asked])  # other arguments, another way through forward
+        for _ in range(asked):
+            h = _child(self, activation)(h)
+        return self._modules[names[2]](h)
 
     return {method: forward, FIRST: first, BETWEEN: between, LAST: last}
+
+
+def _child(layer: nn.Module, name: str) -> Any:
+    return layer._modules.get(name) or vars(layer)[name]
 
 
 def _passed(plan: Plan, x: Any) -> bool:
