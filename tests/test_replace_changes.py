@@ -85,6 +85,42 @@ def test_global_hooks() -> None:
         handle.remove()
 
 
+class Casting(nn.Linear):
+    """As openai-whisper has it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return nn.functional.linear(x, self.weight.to(x.dtype), bias)
+
+
+class Doubling(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * (2 if self.training else 1)
+
+
+@pytest.mark.parametrize(("cls", "names"), [(Casting, ["ffn"]), (Doubling, ["gated_act"])])
+def test_subclasses_of_linear(cls: type[nn.Linear], names: list[str], dynamo: None) -> None:
+    """Stepped over where they compute what nn.Linear does; called else, and where something was set on them."""
+
+    def make() -> nn.Module:
+        return nn.Sequential(cls(D, 20), nn.GELU(), cls(20, D, bias=False))
+
+    layer, plain = (seeded(make) for _ in range(2))
+    ffn_ops.replace(layer)
+    x = torch.randn(2, 5, D)
+    assert operators(layer, x) == names
+    torch.testing.assert_close(results(layer, on(x)), results(plain, on(x)))
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), plain(x))
+    for model in (layer, plain):
+        model[2].half()
+    torch.testing.assert_close(layer(x), plain(x)) if cls is Casting else None
+    for model in (layer, plain):
+        model[2].float()
+        model[0].scale = 2.0
+    assert operators(layer, x) == ["gated_act"]
+
+
 def test_mixed_dtypes() -> None:
     """A forward that casts between its children does so still."""
 

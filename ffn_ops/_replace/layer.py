@@ -23,6 +23,8 @@ from .form import Form
 
 PLAN = "_ffn_ops_plan"  # of an instance; None: restored; False: changed into something that is not recognised
 Path = tuple[str, ...]
+LINEARS: set[Any] = set()  # subclasses of nn.Linear whose forward was seen to be that of nn.Linear
+_OF_LINEARS = vars(nn.Linear(1, 1, device="meta")).keys()
 _DEVICES = ("cpu", "meta") if CUDA_ABSENT else ("cpu", "meta", "cuda")
 _SCALARS = (bool, int, float, str, type(None), types.FunctionType, types.BuiltinFunctionType)
 
@@ -121,13 +123,27 @@ def _is_conv1d(layer: Any) -> bool:
 
 def is_plain(layer: Any) -> bool:
     """Its weight and bias say all that calling it does."""
-    return is_plain_linear(layer) or _is_conv1d(layer)
+    return is_plain_linear(layer) or _is_conv1d(layer) or (type(layer) in LINEARS and has_only_weights(layer))
+
+
+def has_only_weights(layer: Any) -> bool:
+    """Nothing stands in it by which it could differ from an nn.Linear but its class."""
+    weight = layer._parameters.get("weight")
+    return (
+        layer.__dict__.keys() == _OF_LINEARS
+        and layer._parameters.keys() == {"weight", "bias"}
+        and not layer._buffers
+        and not layer._modules
+        and type(weight) in PLAIN_TENSORS
+        and weight.layout is torch.strided
+        and is_unhooked(layer)
+    )
 
 
 def _weights(layer: Any) -> tuple[Tensor, Tensor | None]:
     parameters = layer._parameters
     weight = parameters["weight"]
-    return (weight if type(layer) is nn.Linear else weight.t()), parameters["bias"]
+    return (weight if isinstance(layer, nn.Linear) else weight.t()), parameters["bias"]
 
 
 def changed(layer: nn.Module, plan: Plan) -> str | None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import itertools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +15,9 @@ from .. import _checks as check
 from ..modules import GLU, FeedForward, GatedFFN, PlainFFN
 from .alike import Known, Reads, structure
 from .form import Form, explain
-from .layer import Plan, child, plan
+from .layer import LINEARS, Plan, child, has_only_weights, plan
 from .part import Part, method_with
-from .probe import ProbeError, enough_rows, linear_shape, norm_width, original_class, trace
+from .probe import ProbeError, aside, enough_rows, linear_shape, norm_width, original_class, trace
 
 # Where a feed-forward has a method of its own: transformers' encoders, torch's nn.TransformerEncoderLayer.
 METHODS = ("forward", "feed_forward_chunk", "ff_chunk", "_ff_block")
@@ -123,6 +126,8 @@ class Recogniser:
             _check_stateless(layer, found.form, own=False)
         except ProbeError as error:
             return Finding(None, str(error))
+        for path in found.form.linears:
+            _look_at_class(layer.get_submodule(path))
         known = plan(layer, found.form, "", (found.rank,), (found.width,), found.dtypes, found.eval_only, found.names)
         return Finding(known, "", method)
 
@@ -142,6 +147,8 @@ class Recogniser:
             _check_stateless(layer, seen.form)
         except ProbeError as error:
             return Finding(None, str(error))
+        for path in seen.form.linears:
+            _look_at_class(layer.get_submodule(path))
         argument = list(inspect.signature(function).parameters)[1]
         return Finding(plan(layer, seen.form, argument, seen.ranks, seen.widths, seen.dtypes, seen.eval_only))
 
@@ -208,6 +215,38 @@ def _recognise(layer: nn.Module, method: str, width: int, narrowest: int, reads:
     widths = (width, *[wide for wide in others if all(both(rank, wide) for rank in ranks if rank > 1)])
     eval_only = not all(holds(base, full(rank, width), True, torch.float32) for rank in ranks)
     return _Seen(base, "", ranks, widths, dtypes, eval_only)
+
+
+def _look_at_class(linear: nn.Module) -> None:
+    """Into LINEARS with a subclass of nn.Linear that computes the same (as openai-whisper's, which casts weights)."""
+    cls = type(linear)
+    if cls is not nn.Linear and isinstance(linear, nn.Linear) and has_only_weights(linear) and _is_linear_class(cls):
+        LINEARS.add(cls)
+
+
+@functools.cache
+def _is_linear_class(cls: Any) -> bool:
+    same = cls.__call__ is nn.Linear.__call__ and cls.__getattr__ is nn.Linear.__getattr__
+    return same and all(_is_linear(cls, dtype, training) for dtype in check.DTYPES for training in (True, False))
+
+
+def _is_linear(cls: Any, dtype: torch.dtype, training: bool) -> bool:
+    with aside():
+        plain = nn.Linear(5, 7, dtype=dtype).train(training)
+        given = [torch.randn(*lead, 5, dtype=dtype) for lead in ((), (3,), (2, 3), (0,))]
+        for bias in (plain.bias, None):
+            layer = object.__new__(cls)
+            plain._parameters["bias"] = bias
+            layer.__dict__.update({**vars(plain), "_parameters": dict(plain._parameters)})
+            for x, cast in itertools.product(given, (False, True)):
+                try:
+                    with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+                        y, expected = layer.forward(x), plain(x)
+                except Exception:
+                    return False
+                if type(y) is not Tensor or y.dtype is not expected.dtype or not torch.equal(y, expected):
+                    return False
+    return True
 
 
 def _first_line(error: Exception) -> str:
