@@ -219,7 +219,7 @@ def _recognise(layer: nn.Module, method: str, width: int, narrowest: int, reads:
 
 def _look_at_class(linear: nn.Module) -> None:
     """Into LINEARS with a subclass of nn.Linear that computes the same (as openai-whisper's, which casts weights)."""
-    cls = type(linear)
+    cls: Any = type(linear)
     if cls is not nn.Linear and isinstance(linear, nn.Linear) and has_only_weights(linear) and _is_linear_class(cls):
         LINEARS.add(cls)
 
