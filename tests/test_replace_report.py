@@ -160,7 +160,11 @@ REFUSED = {
         lambda: nn.ModuleDict({"fc": nn.Linear(D, 20), "act": nn.GELU(), "proj": nn.Linear(20, D)}),
         "it has no forward: the layer around it calls its children",
     ),
-    "in a block": (Block, "fc1 and fc2 are children of a layer that does more than an FFN"),
+    "in a block": (
+        Block,
+        "fc1 and fc2 are children of a layer that does more than an FFN: what stands between fc1 and fc2 is neither a"
+        " child nor an attribute",
+    ),
 }
 
 
