@@ -24,7 +24,18 @@ from ..modules import PLAIN_TENSORS
 from .alike import Reads, watched
 from .form import Form, explain_between
 from .layer import CALLS, Plan, fuses, whole
-from .probe import Event, Probe, ProbeError, Trace, aside, enough_rows, linear_shape, original_class, why_eval_only
+from .probe import (
+    Event,
+    Probe,
+    ProbeError,
+    Trace,
+    aside,
+    asked_besides,
+    enough_rows,
+    linear_shape,
+    original_class,
+    why_eval_only,
+)
 
 FIRST, BETWEEN, LAST = "_ffn_ops_first", "_ffn_ops_between", "_ffn_ops_last"
 Names = tuple[str, str, str]  # children: first, activation (or an attribute), last
@@ -77,9 +88,7 @@ class Part:
         self.width = linear_shape(layer._modules[first])[0]  # type: ignore[arg-type,index]
         self.names: Names = (first, "", last)
         self.function = inspect.getattr_static(original_class(layer), method)
-        required = list(inspect.signature(self.function).parameters.values())[2:]
-        plain = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        self.required = sum(p.default is p.empty and p.kind in plain for p in required)
+        self.required = asked_besides(self.function)
         full = (*enough_rows(3, self.width), self.width)
         self.given_again = False  # what forward asks for besides is None, or the input again (a residual, say)
         try:

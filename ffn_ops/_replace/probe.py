@@ -8,6 +8,7 @@ layer itself, its hooks, buffers and the random state of the program are not tou
 from __future__ import annotations
 
 import contextlib
+import inspect
 import random
 import warnings
 from collections.abc import Callable, Iterator
@@ -219,6 +220,13 @@ def enough_rows(rank: int, width: int) -> tuple[int, ...]:
     return {2: (4 * fours,), 3: (2, 2 * fours), 4: (2, 2, fours)}[rank]
 
 
+def asked_besides(function: Any) -> int:
+    """How many arguments of a method have no default, beside the first."""
+    plain = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    others = list(inspect.signature(function).parameters.values())[2:]
+    return sum(p.default is p.empty and p.kind in plain for p in others)
+
+
 @contextlib.contextmanager
 def aside() -> Iterator[None]:
     """No gradients, casts, warnings, global hooks; random numbers that are drawn in here are not missed outside."""
@@ -277,7 +285,8 @@ def trace(
 
 
 def events_of(layer: nn.Module, shape: tuple[int, ...], *, disturbed: bool, reads: Reads) -> tuple[list[Event], bool]:
-    """The calls of children, up to where forward fails if it does, and whether it ran to its end.
+    """The calls of children, up to where forward fails if it does, and whether it ran to its end. What forward asks for
+    besides one tensor is None.
 
     ``disturbed``: the first row of x and of every child's output has other numbers.
     """
@@ -291,7 +300,7 @@ def events_of(layer: nn.Module, shape: tuple[int, ...], *, disturbed: bool, read
                     for name, tensor in own.items():
                         if tensor is not None and tensor.numel() <= _MOST_OWN:
                             own[name] = probe.numbers(tuple(tensor.shape), tensor.dtype)
-            hollow(probe.numbers(shape, torch.float32))
+            hollow(probe.numbers(shape, torch.float32), *[None] * asked_besides(original_class(layer).forward))
             whole = True
         except Exception:  # the layer's own code, called in a way that it may not expect
             whole = False
