@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from replacing import BertLike, D, LlamaLike, PhiLike, Plain, named, new_gelu
+from test_replace_parts import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -110,6 +111,31 @@ def test_dtypes_among_others() -> None:
 
     model = nn.ModuleList([Differing(), Differing().bfloat16(), Differing()])
     assert ffn_ops.replace_report(model).paths("replaceable") == ["0", "2"]
+
+
+class Counted(nn.GELU):
+    calls = 0
+
+    def forward(self, z: Tensor) -> Tensor:
+        Counted.calls += 1
+        return super().forward(z)
+
+
+class Hard(nn.Hardswish):
+    def forward(self, z: Tensor) -> Tensor:
+        Counted.calls += 1
+        return super().forward(z)
+
+
+@pytest.mark.parametrize("make", [lambda: Block(act=Counted()), lambda: LlamaLike(Hard()), lambda: Block(act=Hard())])
+def test_blocks_and_refused_layers_once(make: Callable[[], nn.Module]) -> None:
+    """Forty blocks that do more run as often as one, and so do layers that are left."""
+    Counted.calls = 0
+    (alone,) = ffn_ops.replace_report(make()).entries
+    once, Counted.calls = Counted.calls, 0
+    assert once > 0
+    found = ffn_ops.replace_report(nn.ModuleList([make() for _ in range(40)])).entries
+    assert [(e.status, e.why) for e in found] == [(alone.status, alone.why)] * 40 and Counted.calls == once
 
 
 @pytest.mark.parametrize("make", [LlamaLike, PhiLike, BertLike, lambda: Plain(named("gelu")), lambda: Plain(new_gelu)])

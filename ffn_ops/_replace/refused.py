@@ -29,10 +29,13 @@ def is_feed_forward(layer: nn.Module, recognise: Recogniser) -> bool:
     if pair is None and not likely:
         return False
     functions = tuple([value for _, value in _functions(layer) if not isinstance(value, nn.Module)])
-    return recognise.once(layer, ("is_feed_forward", functions), lambda reads: _look(layer, pair, reads))
+    return recognise.once(
+        layer, ("is_feed_forward", functions), lambda reads: _look(layer, None if likely else pair, reads)
+    )
 
 
 def _look(layer: nn.Module, pair: tuple[str, str] | None, reads: Reads) -> bool:
+    """``pair``: its two linear layers, where others are beside them."""
     for width, narrowest in widths(layer):
         seen = _seen(layer, width, narrowest, None if pair is None else pair[1], reads)
         if seen is not None:
