@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from replacing import BertLike, D, LlamaLike, PhiLike, Plain, named, new_gelu
+from replacing import BertLike, D, LlamaLike, PhiLike, Plain, named, new_gelu, operators
 from test_replace_parts import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -48,6 +48,28 @@ def differs(change: Callable[[Any], Any]) -> Callable[[], nn.Module]:
 
 def put(name: str, value: Any) -> Callable[[Any], Any]:
     return lambda layer: setattr(layer, name, value)
+
+
+class Packed(nn.Module):
+    """As quantised layers have their weights: the shape of the numbers does not say that of the layer."""
+
+    def __init__(self, columns: int, rows: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = columns, rows
+        self.packed = nn.Parameter(torch.randn(columns * rows))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.packed.view(self.out_features, self.in_features))
+
+
+def test_packed_weights() -> None:
+    """Layers whose parameters are of the same shapes, and whose widths are not."""
+    sizes = ((4, 6), (6, 4), (3, 8))
+    layers = [nn.Sequential(Packed(a, b), nn.GELU("tanh"), Packed(b, a)) for a, b in sizes]
+    ffn_ops.replace(nn.ModuleList(layers))
+    assert [operators(layer, torch.randn(2, a)) for layer, (a, _) in zip(layers, sizes, strict=True)] == (
+        [["gated_act"]] * 3
+    )
 
 
 # One layer that stands among others, and how the others are made.

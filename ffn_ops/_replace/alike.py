@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 WATCH = "_ffn_ops_watch"  # of a hollow module: what is called with the name of an attribute that is read
 OF_EVERY_MODULE = frozenset(vars(nn.Module())) | {"_compiled_call_impl"}
+SIZES = ("in_features", "out_features", "nx", "nf")  # of linear layers, whose weights may be packed
 ABSENT = object()
 _VALUES = (bool, int, float, str, bytes, type(None))
 _MOST = 16  # layers of one structure, each with its own attributes, that are kept
@@ -57,6 +58,7 @@ def structure(layer: nn.Module, class_of: Callable[[nn.Module], type]) -> Hashab
         return (
             class_of(module),
             tuple(module.__dict__),
+            tuple([size if type(size) is int else None for size in map(module.__dict__.get, SIZES)]),
             tuple([(k, None if p is None else (type(p), p.shape, p.dtype)) for k, p in module._parameters.items()]),
             tuple([(k, None if b is None else (b.shape, b.dtype)) for k, b in module._buffers.items()]),
             tuple([(name, of(child)) for name, child in module._modules.items()]),

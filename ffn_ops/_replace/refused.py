@@ -28,7 +28,7 @@ def is_feed_forward(layer: nn.Module, recognise: Recogniser) -> bool:
     likely = plausible(layer) and not _one_child_has_all(layer)
     if pair is None and not likely:
         return False
-    functions = tuple([value for _, value in _functions(layer) if not isinstance(value, nn.Module)])
+    functions = tuple([v for module in layer.modules() for v in vars(module).values() if isinstance(v, _FUNCTIONS)])
     return recognise.once(
         layer, ("is_feed_forward", functions), lambda reads: _look(layer, None if likely else pair, reads)
     )
@@ -139,8 +139,8 @@ def has_stacked_experts(layer: nn.Module) -> bool:
     pairs = [(a, b) for i, a in enumerate(shapes) for j, b in enumerate(shapes) if i != j and _up_and_down(a, b)]
     if any(up[1] != up[2] for up, _ in pairs):
         return True
-    functions = [(path, f) for path, f in _functions(layer) if path and "." not in path]
-    return bool(pairs) and any(_is_activation(f, path, {}) for path, f in functions)
+    direct = ((path, function) for path, function in _functions(layer) if path and "." not in path)
+    return bool(pairs) and any(_is_activation(function, path, {}) for path, function in direct)
 
 
 def _up_and_down(up: tuple[int, ...], down: tuple[int, ...]) -> bool:
