@@ -228,7 +228,8 @@ def test_dropout_between(make: Callable[[], nn.Module]) -> None:
     layer, plain = seeded(make), seeded(make)
     ffn_ops.replace(layer)
     x = torch.randn(2, 5, D)
-    assert operators(_Alone(layer), x) == [] and ffn_ops.replace_report(layer).entries[0].why
+    why = "its own forward runs: in training it calls dropout, with p > 0, between fc1 and fc2"
+    assert operators(_Alone(layer), x) == [] and ffn_ops.replace_report(layer).entries[0].why == why
     outputs = []
     for model in (layer, plain):
         torch.manual_seed(1)
@@ -267,6 +268,45 @@ def test_another_activation() -> None:
         layer.act = plain.act = act
         assert operators(_Alone(layer), x) == names
         torch.testing.assert_close(layer(x, None), plain(x, None))
+
+
+def test_counted_calls(dynamo: None) -> None:
+    """Where the last of the three is reached, fused or not; compiled code does not come by the counter."""
+    layer = ffn_ops.replace(seeded(Block))
+    x = torch.randn(2, 5, D)
+
+    def counted() -> tuple[int, int]:
+        (entry,) = ffn_ops.replace_report(layer).entries
+        return entry.fused_calls, entry.own_calls
+
+    assert counted() == (0, 0)
+    layer(x, None), layer(x, mask=x[..., :1])
+    handle = layer.fc1.register_forward_hook(lambda *_: None)
+    layer(x, None)
+    handle.remove()
+    layer(x[0], None)
+    assert counted() == (2, 2) and "fused in 2 of 4 calls" in str(ffn_ops.replace_report(layer))
+    torch.compile(layer, fullgraph=True, backend="eager")(x, None)
+    assert counted() == (2, 2)
+    ffn_ops.replace(ffn_ops.restore(layer))
+    assert counted() == (0, 0)
+
+
+def test_replaced_again_as_something_else() -> None:
+    """What was a block of which a part is fused is now a feed-forward layer in all, and the other way round."""
+
+    class Either(Block):
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> Any:
+            return self.between(x) if self.attention is None else x + self.between(self.attention(x).sin())
+
+    layer, plain = seeded(Either), seeded(Either)
+    x = torch.randn(2, 5, D)
+    for attention in (None, layer.attention, None):
+        layer.attention = plain.attention = attention
+        ffn_ops.replace(layer)
+        assert [e.status for e in ffn_ops.replace_report(layer).entries] == ["replaced"]
+        assert operators(layer, x) == ["ffn"]
+        torch.testing.assert_close(layer(x), plain(x))
 
 
 def test_autocast_and_dtypes() -> None:

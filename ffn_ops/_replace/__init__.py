@@ -18,7 +18,7 @@ from .layer import CALLS, PLAN, Plan, state
 from .probe import ORIGINAL, original_class
 from .recognise import METHODS, OURS, Finding, Recogniser, bottleneck, plausible
 from .refused import has_stacked_experts, is_feed_forward
-from .swap import Calls, fused_class
+from .swap import FUSES, Calls, fused_class
 
 _log = logging.getLogger("ffn_ops.replace")
 EXPERTS = "ffn_ops"  # the name under which integrations/transformers.py registers
@@ -150,7 +150,7 @@ def _check(model: Any) -> None:
 
 
 def _is_replaced(module: nn.Module) -> bool:
-    return getattr(module, PLAN, None) is not None
+    return bool(getattr(module, PLAN, None))
 
 
 def _sites(model: nn.Module) -> Iterator[_Site]:
@@ -213,10 +213,12 @@ def _experts(path: str, module: nn.Module) -> _Site:
 
 
 def _swap(site: _Site, plan: Plan) -> bool:
+    kind: Any = type(site.layer)
     try:
-        if not hasattr(type(site.layer), ORIGINAL):  # else restored under another library's class
-            kind: Any = type(site.layer)
-            site.layer.__class__ = fused_class(kind, site.method, plan.part)
+        if ORIGINAL in vars(kind) or not hasattr(kind, ORIGINAL):
+            site.layer.__class__ = fused_class(original_class(site.layer), site.method, plan.part)
+        elif getattr(kind, FUSES) != (site.method, plan.part):
+            raise TypeError(f"{kind.__name__} is another library's, above a class that fuses something else")
     except TypeError as error:  # classes of another memory layout, or that refuse subclasses
         _log.warning("%s is left alone: its class cannot be replaced: %s", site.path, error)
         return False

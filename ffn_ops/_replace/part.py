@@ -104,7 +104,7 @@ class Part:
         self.rank = base[1]
         self._holds((1, 1, self.width), False, torch.float32, self.form)
         self.dtypes = tuple([each for each in check.DTYPES if self._also(False, each)])
-        self.eval_only = why_eval_only(lambda: self._also(True, torch.float32))
+        self.eval_only = why_eval_only(lambda: self._also(True, torch.float32), f"between {first} and {last}")
 
     def _also(self, training: bool, dtype: torch.dtype) -> bool:
         try:

@@ -81,13 +81,13 @@ class _WithoutDropout(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def why_eval_only(in_training: Callable[[], bool]) -> str:
-    """What a layer does otherwise in training, where ``in_training`` says that it computes the same, or nothing."""
+def why_eval_only(in_training: Callable[[], bool], which: str) -> str:
+    """What a layer does otherwise in training, or nothing: ``in_training`` says whether it computes the same."""
     if in_training():
         return ""
     with _WithoutDropout():
         dropout = in_training()
-    return "it calls dropout, with p > 0, which is no child" if dropout else "it computes something else"
+    return f"it calls dropout, with p > 0, {which}" if dropout else "it computes something else"
 
 
 def norm_width(module: nn.Module) -> int | None:

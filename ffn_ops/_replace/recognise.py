@@ -224,7 +224,7 @@ def _recognise(layer: nn.Module, method: str, width: int, narrowest: int, reads:
     def in_training() -> bool:
         return all(holds(base, full(rank, width), True, torch.float32) for rank in ranks)
 
-    eval_only = why_eval_only(in_training)
+    eval_only = why_eval_only(in_training, "which is no child")
     first_name, *names = list(inspect.signature(getattr(cls, method)).parameters.values())[1:]
     named = [p for p in names if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     # Given as they are without being given they do nothing, unless forward asks whether they are given.

@@ -18,6 +18,8 @@ from .part import Names, methods
 from .probe import ORIGINAL
 from .recognise import Recogniser
 
+FUSES = "_ffn_ops_fuses"  # of a class: which method, and which part of it
+
 
 @dataclass
 class Calls:
@@ -70,9 +72,10 @@ def fused_class(original: Any, method: str, part: Names | None = None) -> Any:
         return ", ".join(filter(None, [original.extra_repr(self), f"ffn_ops: {plan.form}" if plan else ""]))
 
     members = {
-        ORIGINAL: original, PLAN: None, CALLS: None, method: forward, "__setattr__": setattr_, "__reduce_ex__": reduce,
-        "extra_repr": extra_repr, "__module__": original.__module__, "__qualname__": original.__qualname__,
-        "__doc__": original.__doc__, "__prepare_scriptable__": check.refuse_script,
+        ORIGINAL: original, FUSES: (method, part), PLAN: None, CALLS: None, method: forward,
+        "__setattr__": setattr_, "__reduce_ex__": reduce, "extra_repr": extra_repr,
+        "__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__,
+        "__prepare_scriptable__": check.refuse_script,
         **(methods(part, original, method) if part else {}),
     }  # fmt: skip
     return type(original)(original.__name__, (original,), members)
