@@ -216,7 +216,8 @@ def _swap(site: _Site, plan: Plan) -> bool:
     kind: Any = type(site.layer)
     try:
         if ORIGINAL in vars(kind) or not hasattr(kind, ORIGINAL):
-            site.layer.__class__ = fused_class(original_class(site.layer), site.method, plan.part)
+            original: Any = original_class(site.layer)
+            site.layer.__class__ = fused_class(original, site.method, plan.part)
         elif getattr(kind, FUSES) != (site.method, plan.part):
             raise TypeError(f"{kind.__name__} is another library's, above a class that fuses something else")
     except TypeError as error:  # classes of another memory layout, or that refuse subclasses
