@@ -10,8 +10,9 @@ from . import _flops, expert_parallel, ops, routing  # noqa: F401  (_flops regis
 from ._info import info
 from ._memory import empty_cache, set_cache_limit
 from ._replace import ReplaceEntry, ReplaceReport, replace, replace_report, restore
+from ._upcycle import upcycle
 from .modules import GELUFFN, GLU, FeedForward, GatedFFN, PlainFFN, ReLUFFN, SwishFFN
-from .moe_ffn import MoEFFN, upcycle
+from .moe_ffn import MoEFFN
 from .ops import activations, ffn, gated_act, gated_linear, moe, moe_combine, moe_dispatch, moe_experts, route_linear
 from .routing import Routing
 

@@ -167,14 +167,16 @@ def _asked_for(ctx: Any, grads: Sequence[Any]) -> tuple[bool, ...]:
         return needs
     places = [place for place, need in enumerate(needs) if need]
     asked = list(needs)
-    for i, (place, function) in enumerate(zip(places, functions, strict=True)):
+    small: bool | None = None
+    for place, function in zip(places, functions, strict=True):
         try:
             asked[place] = _will_run(function)
         except RuntimeError:  # a leaf that is asked for, or no engine runs: needed
-            if i == 0 or all(asked[p] is True for p in places[:i]):
-                leaves = sum(f.variable.numel() for f in functions if hasattr(f, "variable"))
-                if leaves + sum(g.numel() for g in grads if g is not None) < _WORTH_ASKING:
-                    break
+            if small is None:
+                sizes = [f.variable.numel() for f in functions if hasattr(f, "variable")]
+                small = sum(sizes) + sum(g.numel() for g in grads if g is not None) < _WORTH_ASKING
+            if small:
+                break
     return tuple(asked)
 
 

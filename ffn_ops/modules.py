@@ -21,10 +21,19 @@ from . import ops
 PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor)  # fake: torch.export. DTensors and others act on their own
 
 
+def has_own_forward(module: nn.Module) -> bool:
+    """True where no other forward than its class's is set on ``module``: a library that takes its own away may leave
+    the class's there, bound, as accelerate does."""
+    forward = module.__dict__.get("forward")
+    return forward is None or (
+        getattr(forward, "__func__", None) is type(module).forward and forward.__self__ is module
+    )
+
+
 def is_unhooked(module: nn.Module) -> bool:
     """True where calling ``module`` runs its class's forward and nothing else."""
     return (
-        "forward" not in module.__dict__
+        ("forward" not in module.__dict__ or has_own_forward(module))
         and not module._forward_hooks
         and not module._forward_pre_hooks
         and not module._backward_hooks
@@ -45,7 +54,8 @@ def is_plain_linear(layer: nn.Module) -> bool:
 
 def called(name: str, child: Any, x: Tensor) -> Tensor:
     """``child(x)``. From a weight on meta torch would make memory that nobody wrote; hooks may bring weights first."""
-    if not torch.compiler.is_compiling() and not x.is_meta and is_unhooked(child):
+    looks = isinstance(x, Tensor) and not torch.compiler.is_compiling()  # torch.fx's symbolic_trace has no tensors
+    if looks and not x.is_meta and is_unhooked(child):
         for path, part in child.named_modules(prefix=name):
             for each, p in part._parameters.items():
                 if p is not None and p.is_meta and is_unhooked(part):

@@ -1,4 +1,4 @@
-"""MoEFFN: the study guide's mixture of experts as a module, and how a trained dense layer becomes one.
+"""MoEFFN: the study guide's mixture of experts as a module.
 
 Parameters and one operator call; the router is any callable that gives a Routing.
 """
@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import threading
-import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
@@ -284,6 +284,15 @@ class MoEFFN(nn.Module):
 _SWAPPING = threading.RLock()  # of the parameters of one module, while other threads may call it
 
 
+def _free_in_child() -> None:
+    """The thread that held the lock does not exist in a forked child."""
+    global _SWAPPING
+    _SWAPPING = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_free_in_child)
+
+
 def _called(router: nn.Module, x: Tensor) -> Any:
     """Logits of a router that is more than a plain linear layer: hooks and all, in float32, also where its parameters
     are not. Those that are no plain tensors (sharded, quantised) act on their own: x then comes in its own dtype."""
@@ -365,59 +374,3 @@ def _stack_experts(
             whole = whole.detach().to(parameter.device_mesh.device_type)
             mesh, placements = parameter.device_mesh, parameter.placements
             state[prefix + stacked] = distribute_tensor(whole, mesh, placements, src_data_rank=None)  # its own part
-
-
-def upcycle(
-    ffn: nn.Module, num_experts: int, *, top_k: int = 2, router: Callable[..., Routing] | None = None
-) -> MoEFFN:
-    """A mixture whose experts are copies of a trained dense FFN.
-
-    With the default router (top-k, renormalised) the weights of a token sum to 1, so that the mixture computes the same
-    function as ``ffn`` at the start, up to rounding. Weights that do not sum to 1 (the study guide's own, Switch's,
-    BASE's) or dropped rows scale the output: a ``router`` of one's own gives a warning.
-
-    Args:
-        ffn: a :class:`PlainFFN` (ReLUFFN, GELUFFN, SwishFFN) or :class:`FeedForward` with plain linear children.
-        num_experts, top_k: E and K.
-        router: None for renormalised top-k.
-
-    Raises:
-        TypeError: for a layer of another kind, whose function experts cannot compute.
-        ValueError: for adapters, hooks or dropout in the layer, which experts do not have.
-
-    Source: Komatsuzaki et al., Sparse Upcycling (2022).
-    """
-    check.positive("num_experts", num_experts)
-    check.positive("top_k", top_k)
-    if not isinstance(ffn, (PlainFFN, FeedForward)):
-        raise TypeError(f"ffn: expected a PlainFFN or a FeedForward, got {type(ffn).__name__}")
-    gated = isinstance(ffn, FeedForward)
-    layers: list[Any] = [ffn.w1, ffn.w3, ffn.w2] if isinstance(ffn, FeedForward) else [ffn.linear1, ffn.linear2]
-    if not all(is_plain_linear(layer) for layer in layers):
-        raise ValueError("ffn: expected plain nn.Linear children without adapters and hooks")
-    if isinstance(ffn, FeedForward) and ffn.dropout.p > 0:
-        raise ValueError(f"ffn: expected dropout 0, which experts do not have, got {ffn.dropout.p}")
-    if router is None:
-        router = functools.partial(_top_k, k=top_k, renormalize=True)
-    else:
-        warnings.warn(
-            "upcycle: the mixture computes the dense layer's function only where the router's weights sum to 1",
-            UserWarning,
-            stacklevel=2,
-        )
-    down = layers[-1]
-    moe = MoEFFN(
-        down.out_features, down.in_features, num_experts, top_k, router=router, gated=gated,
-        activation=ffn.activation, beta=ffn.beta, bias=any(layer.bias is not None for layer in layers),
-        recompute=ffn.recompute,
-    ).to(down.weight)  # fmt: skip
-    moe.train(ffn.training)
-    with torch.no_grad():
-        moe.w_in.copy_(torch.cat([layer.weight for layer in layers[:-1]]))
-        moe.w_down.copy_(down.weight)
-        if moe.b_in is not None and moe.b_down is not None:
-            zeros = [layer.weight.new_zeros(layer.out_features) for layer in layers]
-            biases = [zero if layer.bias is None else layer.bias for layer, zero in zip(layers, zeros, strict=True)]
-            moe.b_in.copy_(torch.cat(biases[:-1]))
-            moe.b_down.copy_(biases[-1])
-    return moe

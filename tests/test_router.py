@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import signal
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -323,3 +326,31 @@ def test_jitter_is_not_rounded() -> None:
     moved, still = layer.logits(x), layer.eval().logits(x)
     assert not torch.equal(moved, still)
     torch.testing.assert_close(moved, still, rtol=0, atol=0.02)
+
+
+@pytest.mark.cpu_only("processes are the host's")
+def test_a_forked_child_calls_routers() -> None:
+    """Forked while another thread is in a called router: the child does not wait for a thread that it does not have."""
+    layer = ffn_ops.MoEFFN(8, 6, 4).bfloat16()
+    inside, leave = threading.Event(), threading.Event()
+
+    def wait(*_: Any) -> None:
+        inside.set()
+        leave.wait(30)
+
+    x = torch.randn(3, 8, dtype=torch.bfloat16)
+    expected = layer.logits(x)
+    hook = layer.router.register_forward_hook(wait)
+    thread = threading.Thread(target=layer.logits, args=(x,))
+    thread.start()
+    assert inside.wait(30)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)  # ends a child that waits
+        leave.set()
+        os._exit(0 if torch.allclose(layer.logits(x), expected) else 3)
+    status = os.waitpid(child, 0)[1]
+    leave.set()
+    thread.join()
+    hook.remove()
+    assert status == 0

@@ -207,3 +207,18 @@ def test_jvp_of_routing_weights(name: str) -> None:
     (by,) = torch.func.vjp(lambda z: ROUTERS[name](z).weight, logits)[1](d)
     assert float(tangent.abs().max()) > 0
     torch.testing.assert_close((d * tangent).sum(), (by * t).sum(), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_forward_mode_of_logits(bias: bool) -> None:
+    """route_linear: first and second order by forward mode, against the plain product."""
+    g = generator(4)
+    shapes = [(5, 4), (3, 4), *([(3,)] if bias else [])]
+    tensors, tangents = ([torch.randn(s, generator=g, dtype=torch.float64) for s in shapes] for _ in range(2))
+
+    def second(f: Any) -> Any:
+        return torch.func.jvp(torch.func.grad(lambda *t: f(*t).square().sum(), (0, 1)), tuple(tensors), tuple(tangents))
+
+    for call in (lambda f: torch.func.jvp(f, tuple(tensors), tuple(tangents)), second):
+        torch.testing.assert_close(call(ffn_ops.route_linear), call(nn.functional.linear))
+    assert gradcheck(ffn_ops.route_linear, [t.requires_grad_() for t in tensors], check_forward_ad=True, nondet_tol=0)

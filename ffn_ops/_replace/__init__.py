@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from ..modules import has_own_forward
 from .layer import CALLS, PLAN, Plan, state
 from .probe import ORIGINAL, original_class
 from .recognise import METHODS, OURS, Finding, Recogniser, bottleneck, plausible
@@ -127,6 +128,8 @@ def restore(model: Model) -> Model:
         for name in (PLAN, CALLS):
             vars(module).pop(name, None)
         if ORIGINAL in vars(type(module)):
+            if has_own_forward(module):
+                vars(module).pop("forward", None)  # left there by another library
             module.__class__ = original_class(module)
     return model
 
@@ -223,6 +226,8 @@ def _swap(site: _Site, plan: Plan) -> bool:
     except TypeError as error:  # classes of another memory layout, or that refuse subclasses
         _log.warning("%s is left alone: its class cannot be replaced: %s", site.path, error)
         return False
+    if site.method == "forward":
+        vars(site.layer).pop("forward", None)  # the original class's, left there by another library
     vars(site.layer)[PLAN] = plan
     vars(site.layer)[CALLS] = Calls()
     return True

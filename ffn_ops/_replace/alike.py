@@ -13,6 +13,7 @@ from collections.abc import Callable, Hashable
 from typing import Any, Generic, TypeVar
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 WATCH = "_ffn_ops_watch"  # of a hollow module: what is called with the name of an attribute that is read
 OF_EVERY_MODULE = frozenset(vars(nn.Module())) | {"_compiled_call_impl"}
@@ -59,8 +60,18 @@ def structure(layer: nn.Module, class_of: Callable[[nn.Module], type]) -> Hashab
             class_of(module),
             tuple(module.__dict__),
             tuple([size if type(size) is int else None for size in map(module.__dict__.get, SIZES)]),
-            tuple([(k, None if p is None else (type(p), p.shape, p.dtype)) for k, p in module._parameters.items()]),
-            tuple([(k, None if b is None else (b.shape, b.dtype)) for k, b in module._buffers.items()]),
+            tuple(
+                [
+                    (k, None if p is None else (type(p), None if is_lazy(p) else p.shape, p.dtype))
+                    for k, p in module._parameters.items()
+                ]
+            ),
+            tuple(
+                [
+                    (k, None if b is None else (None if is_lazy(b) else b.shape, b.dtype))
+                    for k, b in module._buffers.items()
+                ]
+            ),
             tuple([(name, of(child)) for name, child in module._modules.items()]),
         )
 

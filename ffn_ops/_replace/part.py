@@ -23,7 +23,7 @@ from .. import _checks as check
 from ..modules import PLAIN_TENSORS
 from .alike import Reads, watched
 from .form import Form, explain_between
-from .layer import CALLS, Plan, fuses, whole
+from .layer import CALLS, PLAN, Plan, fuses, whole
 from .probe import (
     Event,
     Probe,
@@ -210,7 +210,7 @@ def methods(names: Names, cls: Any, method: str) -> dict[str, Any]:
 
     @functools.wraps(own)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return (inner if self._ffn_ops_plan else own)(self, *args, **kwargs)
+        return (inner if getattr(self, PLAN, None) else own)(self, *args, **kwargs)
 
     def first(self: Any, x: Any) -> Any:
         return x if fuses(self, self._ffn_ops_plan, x) else self._modules[name](x)

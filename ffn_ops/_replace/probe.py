@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..modules import has_own_forward
 from .alike import ABSENT, OF_EVERY_MODULE, WATCH, Reads, watched
 
 # Kinks, clips and tails of activations lie between these; two forms of one activation differ between 1 and 4.
@@ -199,6 +200,8 @@ class Probe:
         cls: Any = original_class(module)
         copy: nn.Module = object.__new__(watched(cls))
         for name, value in vars(module).items():
+            if name == "forward" and has_own_forward(module):
+                continue  # bound to the layer itself
             # So that what forward writes down about its calls stays in the copy.
             copy.__dict__[name] = value.copy() if isinstance(value, (list, dict, set)) else value
         for name in [name for name in copy.__dict__ if name.endswith("_hooks") and isinstance(vars(copy)[name], dict)]:

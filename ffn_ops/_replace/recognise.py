@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _checks as check
-from ..modules import GLU, FeedForward, GatedFFN, PlainFFN
+from ..modules import GLU, FeedForward, GatedFFN, PlainFFN, has_own_forward
 from .alike import Found, Known, Reads, structure
 from .form import Form, explain
 from .layer import LINEARS, Plan, child, has_only_weights, plan
@@ -111,7 +111,8 @@ class Recogniser:
         first, last = bottleneck(layer) or ("", "")
         cls = original_class(layer)
         method = method_with(cls, first, last)
-        if method is None or method in vars(layer):
+        own = method == "forward" and has_own_forward(layer)
+        if method is None or (method in vars(layer) and not own):
             return Finding(None, f"{first} and {last} are not called by a method of its class itself")
 
         def look(reads: Reads) -> Part | str:
@@ -139,7 +140,7 @@ class Recogniser:
         cls = original_class(layer)
         if not callable(getattr(cls, method, None)):
             return Finding(None, f"it has no {method}")
-        if method in vars(layer):
+        if method in vars(layer) and not (method == "forward" and has_own_forward(layer)):
             return Finding(None, f"{method} was set on the instance (as accelerate's hooks and kernel libraries do)")
         seen = self.once(layer, method, lambda reads: _look(layer, method, reads))
         if seen.form is None:
@@ -290,5 +291,5 @@ def _check_stateless(layer: nn.Module, form: Form, own: bool = True) -> None:
         for name, value in (*module._parameters.items(), *module._buffers.items(), *vars(module).items()):
             if isinstance(value, Tensor):
                 raise ProbeError(f"it has a tensor of its own, {where}{name}")
-        if path and "forward" in vars(module):
+        if path and not has_own_forward(module):
             raise ProbeError(f"{where}forward was set on the instance")

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ..reference import ACTIVATIONS
 from .alike import Reads
@@ -135,7 +136,8 @@ def _is_activation(function: Any, path: str, reads: Reads) -> bool:
 
 def has_stacked_experts(layer: nn.Module) -> bool:
     """Its own parameters have the shapes of a mixture's: [E, F, D] and [E, D, F], the first with one or two F."""
-    shapes = [tuple(p.shape) for p in layer._parameters.values() if p is not None and p.dim() == 3 and min(p.shape) > 1]
+    known = [p for p in layer._parameters.values() if p is not None and not is_lazy(p)]
+    shapes = [tuple(p.shape) for p in known if p.dim() == 3 and min(p.shape) > 1]
     pairs = [(a, b) for i, a in enumerate(shapes) for j, b in enumerate(shapes) if i != j and _up_and_down(a, b)]
     if any(up[1] != up[2] for up, _ in pairs):
         return True

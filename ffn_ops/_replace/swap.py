@@ -42,7 +42,7 @@ def fused_class(original: Any, method: str, part: Names | None = None) -> Any:
 
     @functools.wraps(own)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        plan = self._ffn_ops_plan
+        plan = getattr(self, PLAN, None)  # none where restore() found this forward in another library's hands
         if plan:
             x = args[0] if len(args) == 1 and not kwargs else only_tensor(plan, args, kwargs)
             if x is not None:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..reference import ACTIVATIONS, gated_act
@@ -25,9 +26,16 @@ class Gate(NamedTuple):
     limit: float | None = None
     up_shift: float = 0.0
 
+    def __str__(self) -> str:
+        name = self.activation if self.beta == 1 else f"{self.activation}[{self.beta:g}]"
+        limit = "" if self.limit is None else f", limit {self.limit:g}"
+        return name + limit + (f", up_shift {self.up_shift:g}" if self.up_shift else "")
+
 
 # What the operator reads; a module that holds more computes more.
 READ = frozenset(f"{name}{kind}" for name in ("gate_up_proj", "up_proj", "down_proj") for kind in ("", "_bias"))
+# torch's prune and weight_norm keep a parameter in such parts, and set an attribute of its name before each call.
+PARTS = ("orig", "mask", "g", "v")
 # Float32 inside a module's gate passes; gelu and its tanh form are 5e-4 apart.
 TOLERANCE = 2e-6
 QUICK_GELU = 1.702  # the one beta that activations without a number of their own have
@@ -43,12 +51,16 @@ def gate_of(experts: Any) -> Gate:
         ValueError: its gate is none of these, or it holds parameters that the operator does not read.
     """
     for name in (*experts._parameters, *experts._buffers):
-        if name not in READ:
+        whole, _, part = name.rpartition("_")
+        if name not in READ and not (part in PARTS and whole in READ and whole not in experts._parameters):
             raise ValueError(
                 f"{type(experts).__name__}: expected no parameters besides those of the experts, got {name}"
             )
     act = getattr(experts, "act_fn", None)
-    key = (type(experts), _settings(experts), type(act), act if not isinstance(act, nn.Module) else _settings(act))
+    # peft parametrises the weights anew in each call, which makes a new class.
+    parametrized = "parametrizations" in experts._modules
+    cls = parametrize.type_before_parametrizations(experts) if parametrized else type(experts)
+    key = (cls, _settings(experts), type(act), act if not isinstance(act, nn.Module) else _settings(act))
     if key not in _known:
         _known[key] = _recognise(experts, act)
     gate = _known[key]
@@ -80,7 +92,10 @@ def _recognise(experts: Any, act: Any) -> Gate | None:
             candidates = _gated_candidates(numbers)
         else:
             function, together, candidates = act, gate, _candidates(numbers)
-        actual = function(together).double()
+        try:
+            actual = function(together).double()
+        except Exception:
+            return None  # it is no function of gate and up alone
         for candidate in candidates:
             if _agrees(candidate, gate, up if experts.has_gate else None, actual):
                 return candidate

@@ -32,6 +32,7 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
         ops.gated_act.default: _gated_act,
         ops.gated_linear.default: _gated_linear,
         ops.ffn.default: _ffn,
+        ops.route_linear.default: _route_linear,
         ops.moe.default: _moe,
         ops.moe_dispatch.default: _moe_dispatch,
         ops.moe_combine.default: _moe_combine,
@@ -111,6 +112,10 @@ def _linear(x: Any, w: Any, b: Any) -> Any:
     op = _op()
     y = op.MatMul(x, op.Transpose(_wide(w), perm=[1, 0]))
     return y if b is None else op.Add(y, _wide(b))
+
+
+def _route_linear(x: Any, weight: Any, bias: Optional[Any]) -> Any:
+    return _linear(_wide(x), weight, bias)
 
 
 def _gated_act(

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
+from .._replace import ReplaceEntry, ReplaceReport
+from ..moe_ffn import MoEFFN
 from ..ops import moe, moe_combine, moe_dispatch, moe_experts
 from ..routing import Routing
 from ._gates import gate_of
 
 NAME = "ffn_ops"
 OLDEST = (5, 23)
+OWN_CODE = "the model's own code runs, which asks for no experts_implementation"
+_warned: set[str] = set()
 
 
 def register() -> None:
     """Makes ``experts_implementation="ffn_ops"`` known to ``from_pretrained``, ``from_config`` and
     ``model.set_experts_implementation``. Calling it again changes nothing.
+
+    transformers cannot exchange the experts of every mixture. Where a model is made with this implementation, or set to
+    it, and some of its experts stay with their own code, a ``UserWarning`` names their classes, once in a process.
 
     Raises:
         ImportError: transformers is missing or older than 5.23.
@@ -32,9 +43,132 @@ def register() -> None:
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
         raise ImportError(f"transformers: expected at least {'.'.join(map(str, OLDEST))}, got {version}")
     importlib.import_module("transformers.integrations.moe").ExpertsInterface.register(NAME, experts_forward)
+    for method, chosen in (
+        ("set_experts_implementation", lambda model, experts_implementation: experts_implementation),
+        ("post_init", lambda model: model.config._experts_implementation),  # the end of every model's __init__
+    ):
+        _warn_after(transformers.PreTrainedModel, method, chosen)
 
 
-def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+class ExpertsReport(ReplaceReport):
+    """What :func:`report` finds, readable with ``print``: layers alike stand in one line."""
+
+    def __str__(self) -> str:
+        return super().__str__() if self.entries else "no mixture of experts found"
+
+
+def report(model: nn.Module) -> ExpertsReport:
+    """Every module of ``model`` that holds experts, and whether a call computes them with this package.
+
+    ``status`` is "ffn_ops"; "refused" where a call raises, as ``why`` says; "left" where another
+    ``experts_implementation`` is set, or where the module's forward asks for none, so that its own code runs whatever
+    is set (Switch Transformers, Llama 4, DBRX). Nothing is changed, no expert is computed.
+
+    ::
+
+        register()
+        model = AutoModelForCausalLM.from_pretrained(name, experts_implementation="ffn_ops")
+        print(report(model))
+
+    Experts are modules that transformers declares as such, modules that hold a weight for each of a number of experts
+    that they name, and lists named ``experts``.
+
+    Raises:
+        TypeError: for what is no ``nn.Module``.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    return ExpertsReport(tuple(_entries(model)))
+
+
+def _entries(model: nn.Module) -> Iterator[ReplaceEntry]:
+    for path, module in model.named_modules():
+        entry = functools.partial(ReplaceEntry, path, type(module).__name__)
+        if isinstance(module, MoEFFN):
+            yield entry("ffn_ops", module.activation)
+        elif _declared(module):
+            implementation = getattr(module.config, "_experts_implementation", None)
+            if implementation != NAME:
+                yield entry("left", "", f"experts_implementation is {implementation!r}")
+                continue
+            try:
+                if _asks(module):
+                    yield entry("ffn_ops", str(gate_of(module)))
+                else:
+                    yield entry("left", "", OWN_CODE)
+            except (ValueError, KeyError) as error:
+                yield entry("refused", "", str(error.args[0]))
+        elif _holds_experts(path, module):
+            yield entry("left", "", OWN_CODE)
+
+
+def _declared(module: nn.Module) -> bool:
+    """By transformers' ``use_experts_implementation``."""
+    return all(hasattr(module, name) for name in ("config", "has_gate", "is_transposed", "_apply_gate"))
+
+
+class _AskedError(Exception):
+    """A forward came to ours, and was given this class in the place of a tensor."""
+
+
+def _asks(module: nn.Module) -> bool:
+    """Whether its class's forward calls ours now: another library may have put its own in the place.
+
+    Raises:
+        KeyError: it asks a table that does not have ours, as that for 8-bit weights.
+    """
+    try:
+        type(module).forward(module, _AskedError, _AskedError, _AskedError)
+    except _AskedError:
+        return True
+    except KeyError:
+        raise
+    except Exception:
+        return False
+    return False
+
+
+def _holds_experts(path: str, module: nn.Module) -> bool:
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        return len(module) > 1 and "experts" in path.rpartition(".")[2]
+    counts = {value for name, value in vars(module).items() if "experts" in name and type(value) is int and value > 1}
+    shapes = [w.shape for w in module.parameters(recurse=False) if not is_lazy(w) and w.dim() > 1]
+    stacked = [shape for shape in shapes if any(shape[0] % count == 0 for count in counts)]
+    tables = [
+        child for child in module.children() if isinstance(child, nn.Embedding) and child.num_embeddings in counts
+    ]
+    # A router has one row for each expert, and one such weight.
+    return len(stacked) + len(tables) > 1 or any(len(shape) > 2 and shape[0] in counts for shape in stacked)
+
+
+def _warn_after(cls: Any, name: str, chosen: Callable[..., Any]) -> None:
+    method = getattr(cls, name)
+    if hasattr(method, "_ffn_ops"):
+        return
+
+    @functools.wraps(method)
+    def warning(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = method(self, *args, **kwargs)
+        asked = chosen(self, *args, **kwargs)
+        if asked == NAME or (isinstance(asked, dict) and NAME in asked.values()):
+            _warn(self, every=asked == NAME)
+        return result
+
+    warning._ffn_ops = True  # type: ignore[attr-defined]
+    setattr(cls, name, warning)
+
+
+def _warn(model: nn.Module, every: bool) -> None:
+    """Of experts that are not computed here; unless ``every``, another implementation may be what was asked for."""
+    left = {e.layer: e.why for e in _entries(model) if e.status == "left" and (every or e.why == OWN_CODE)}
+    if new := left.keys() - _warned:
+        _warned.update(new)
+        reasons = "; ".join(f"{layer}: {left[layer]}" for layer in sorted(new))
+        text = f"experts_implementation={NAME!r} does not compute {reasons}. ffn_ops.integrations.transformers.report"
+        warnings.warn(f"{text}(model) lists what computes which experts", UserWarning, stacklevel=3)
+
+
+def experts_forward(self: Any, hidden_states: Any, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """What a module with ``use_experts_implementation`` computes, in one operator.
 
     Args:
@@ -50,6 +184,8 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     Raises:
         TypeError, ValueError: for weights that do not fit, and for a gate that the operator does not have.
     """
+    if hidden_states is _AskedError:
+        raise _AskedError
     first = "gate_up_proj" if self.has_gate else "up_proj"
     w_in, w_down = getattr(self, first), self.down_proj
     if self.is_transposed:

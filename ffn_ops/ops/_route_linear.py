@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from .._library import differentiable, fake, vmap_by_loop
-from ._shared import arithmetic, fold, given, linear_cotangent, needs_grad
+from ._shared import arithmetic, backward_tangents, fold, given, linear_cotangent, needs_grad, not_asked_for, plus
 
 
 def route_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -92,8 +92,17 @@ def _backward_formula(ctx: Any, d_logits: Tensor | None) -> Any:
     return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
 
 
+def _tangent(ctx: Any, x_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None) -> Any:
+    x, weight = ctx.saved_tensors
+    by_x = None if x_t is None else _route_linear(x_t, weight, None)
+    by_weight = None if weight_t is None else _route_linear(x, weight_t, None)
+    by_bias = None if bias_t is None else bias_t.to(arithmetic(x)).expand(x.shape[0], -1)
+    return plus(plus(by_x, by_weight), by_bias)
+
+
 def _backward_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    d_logits, x, weight, _needs = inputs
+    d_logits, x, weight, ctx.needs = inputs
+    not_asked_for(ctx, output)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(d_logits, x, weight)
 
@@ -109,8 +118,15 @@ def _double_backward(ctx: Any, *grads: Tensor | None) -> Any:
     return by_d, by_x, by_w, None
 
 
-_route_linear_backward = differentiable("route_linear_backward", _backward_setup, _double_backward)
-_route_linear = differentiable("route_linear", _setup, _backward_formula)
+def _backward_tangent(ctx: Any, *tangents: Any) -> Any:
+    _d, x, weight = ctx.saved_tensors
+    return backward_tangents(
+        ctx, tangents, lambda d: _route_linear_backward(d, x, weight, ctx.needs), _double_backward, (1, 2, None)
+    )
+
+
+_route_linear_backward = differentiable("route_linear_backward", _backward_setup, _double_backward, _backward_tangent)
+_route_linear = differentiable("route_linear", _setup, _backward_formula, _tangent)
 
 for _name in ("route_linear", "route_linear_backward"):
     vmap_by_loop(_name)
