@@ -43,7 +43,13 @@ def is_unhooked(module: nn.Module) -> bool:
 
 def is_plain_linear(layer: nn.Module) -> bool:
     """True where calling ``layer`` computes ``F.linear(x, layer.weight, layer.bias)`` and nothing else."""
-    return type(layer) is nn.Linear and type(layer._parameters.get("weight")) in PLAIN_TENSORS and is_unhooked(layer)
+    weight: Any = layer._parameters.get("weight")
+    return (
+        type(layer) is nn.Linear
+        and type(weight) in PLAIN_TENSORS
+        and weight.layout is torch.strided
+        and is_unhooked(layer)
+    )
 
 
 def called(name: str, child: Any, x: Tensor) -> Tensor:

@@ -103,6 +103,20 @@ class PhiLike(nn.Module):
         return self.down_proj(F.gelu(a) * b if self.gate_first else a * F.gelu(b))
 
 
+class Limited(LlamaLike):
+    """Gates with a limit, as DeepSeek-V4 has them, and with a shift, as gpt-oss and MiniMax-M3."""
+
+    def __init__(self, limit: float, shift: float, beta: float = 1.0) -> None:
+        super().__init__()
+        del self.act_fn
+        self.limit, self.shift, self.beta = limit, shift, beta
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.gate_proj(x).clamp(max=self.limit)
+        up = self.up_proj(x).clamp(-self.limit, self.limit)
+        return self.down_proj((up + self.shift) * (gate * torch.sigmoid(self.beta * gate)))
+
+
 class UpFirst(LlamaLike):
     """The up projection is called first."""
 
@@ -215,6 +229,13 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "llama with biases": (lambda: LlamaLike(bias=True), LLAMA.format("silu"), "ffn"),
     "gemma": (lambda: LlamaLike(nn.GELU("tanh")), LLAMA.format("gelu_tanh"), "ffn"),
     "up called first": (UpFirst, LLAMA.format("silu"), "ffn"),
+    "limit": (
+        lambda: Limited(0.5, 0.0), "down_proj(silu(min(gate_proj(x), 0.5)) * clamp(up_proj(x), 0.5))", "ffn"
+    ),
+    "limit and shift": (
+        lambda: Limited(7.0, 1.0, 1.702),
+        "down_proj(swish(beta=1.702)(min(gate_proj(x), 7)) * (clamp(up_proj(x), 7) + 1))", "ffn",
+    ),
     "phi": (PhiLike, "down_proj(gelu(gate) * up of gate_up_proj(x), gate first)", "ffn"),
     "up rows first": (lambda: PhiLike(False, True), "down_proj(gelu(gate) * up of gate_up_proj(x), up first)", "ffn"),
     "w1 w2 w3": (W123, "w2(silu(w1(x)) * w3(x))", "ffn"),

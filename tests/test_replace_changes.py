@@ -63,21 +63,7 @@ def test_dropout_between(act: nn.Module, alone: list[str]) -> None:
     assert operators(layer.eval(), x) == ["ffn"] and ffn_ops.replace_report(layer).paths("replaced") == [""]
 
 
-def test_a_linear_of_ones_own() -> None:
-    """A subclass that casts its weights, as whisper's: it is called, and nothing slower than torch's gelu between."""
-
-    class Linear(nn.Linear):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return nn.functional.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
-
-    layer = ffn_ops.replace(nn.Sequential(Linear(D, 20), nn.GELU(), Linear(20, D)))
-    x = torch.randn(5, D)
-    assert operators(layer, x) == [] and torch.equal(layer(x), ffn_ops.restore(copy.deepcopy(layer))(x))
-    why = "its own forward runs, with torch's gelu: 0 is called ("
-    assert ffn_ops.replace_report(layer).entries[0].why.startswith(why)
-
-
-@pytest.mark.parametrize("name", ("llama", "phi", "sequential", "in a method"))
+@pytest.mark.parametrize("name", ("llama", "phi", "limit and shift", "sequential", "in a method"))
 def test_hooks_of_children(name: str) -> None:
     """They run, and what they give counts, wherever they are and whenever they come."""
     paths = [path for path, module in seeded(LAYERS[name][0]).named_modules() if path and not path.startswith("att")]
@@ -105,6 +91,45 @@ def test_global_hooks() -> None:
         assert "global" in str(ffn_ops.replace_report(layer))
     finally:
         handle.remove()
+
+
+class Casting(nn.Linear):
+    """As openai-whisper has it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return nn.functional.linear(x, self.weight.to(x.dtype), bias)
+
+
+class Doubling(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * (2 if self.training else 1)
+
+
+@pytest.mark.parametrize(("cls", "names"), [(Casting, ["ffn"]), (Doubling, [])])
+def test_subclasses_of_linear(cls: type[nn.Linear], names: list[str], dynamo: None) -> None:
+    """Stepped over where they compute what nn.Linear does; called else, and where something was set on them, with
+    nothing slower than torch's gelu between."""
+
+    def make() -> nn.Module:
+        return nn.Sequential(cls(D, 20), nn.GELU(), cls(20, D, bias=False))
+
+    layer, plain = (seeded(make) for _ in range(2))
+    ffn_ops.replace(layer)
+    x = torch.randn(2, 5, D)
+    assert operators(layer, x) == names
+    torch.testing.assert_close(results(layer, on(x)), results(plain, on(x)))
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), plain(x))
+    for model in (layer, plain):
+        model[2].half()
+    torch.testing.assert_close(layer(x), plain(x)) if cls is Casting else None
+    for model in (layer, plain):
+        model[2].float()
+        model[0].scale = 2.0
+    assert operators(layer, x) == [] and torch.equal(layer(x), plain(x))
+    why = "its own forward runs, with torch's gelu: 0 is called ("
+    assert ffn_ops.replace_report(layer).entries[0].why.startswith(why)
 
 
 def test_mixed_dtypes() -> None:

@@ -135,7 +135,16 @@ class Block(nn.Module):
         return x + self.fc2(F.gelu(self.fc1(x)))
 
 
+class Narrow(LlamaLike):
+    """Narrower between than outside, as small experts are: down comes first to whoever looks for the wider."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Hardswish())
+        self.gate_proj, self.down_proj, self.up_proj = nn.Linear(D, 6), nn.Linear(6, D), nn.Linear(D, 6)
+
+
 REFUSED = {
+    "narrow": (Narrow, NO_ACTIVATION),
     "gate_up": (GateUp, NO_ACTIVATION),
     "nested": (Nested, NO_ACTIVATION),
     "nested sequences": (lambda: nn.Sequential(*Nested().children()), NO_ACTIVATION),
@@ -160,7 +169,11 @@ REFUSED = {
         lambda: nn.ModuleDict({"fc": nn.Linear(D, 20), "act": nn.GELU(), "proj": nn.Linear(20, D)}),
         "it has no forward: the layer around it calls its children",
     ),
-    "in a block": (Block, "fc1 and fc2 are children of a layer that does more than an FFN"),
+    "in a block": (
+        Block,
+        "fc1 and fc2 are children of a layer that does more than an FFN: what stands between fc1 and fc2 is neither a"
+        " child nor an attribute",
+    ),
 }
 
 

@@ -15,11 +15,11 @@ from typing import Any, TypeVar
 from torch import nn
 
 from ..modules import has_own_forward
-from .layer import CALLS, PLAN, Calls, Plan, state
+from .layer import CALLS, PLAN, Plan, state
 from .probe import ORIGINAL, original_class
-from .recognise import METHODS, OURS, Finding, bottleneck, plausible, recognise
+from .recognise import METHODS, OURS, Finding, Recogniser, bottleneck, plausible
 from .refused import has_stacked_experts, is_feed_forward
-from .swap import fused_class
+from .swap import FUSES, Calls, fused_class
 
 _log = logging.getLogger("ffn_ops.replace")
 EXPERTS = "ffn_ops"  # the name under which integrations/transformers.py registers
@@ -105,7 +105,7 @@ def replace(model: Model) -> Model:
     for site in list(_sites(model)):
         replaced |= _is_replaced(site.layer) or site.by_itself
         if site.finding.plan is not None and not _is_replaced(site.layer):
-            replaced |= _swap(site)
+            replaced |= _swap(site, site.finding.plan)
     if not replaced:
         warnings.warn(f"ffn_ops.replace: no layer was replaced\n{replace_report(model)}", UserWarning, stacklevel=2)
     elif _log.isEnabledFor(logging.INFO):
@@ -153,16 +153,17 @@ def _check(model: Any) -> None:
 
 
 def _is_replaced(module: nn.Module) -> bool:
-    return getattr(module, PLAN, None) is not None
+    return bool(getattr(module, PLAN, None))
 
 
 def _sites(model: nn.Module) -> Iterator[_Site]:
     """Outermost layers first; what belongs to one is not looked at again."""
     taken: set[int] = set()
+    recognise = Recogniser()
     for path, module in model.named_modules():
         if id(module) in taken:
             continue
-        site = _site(path, module)
+        site = _site(path, module, recognise)
         if site is None:
             continue
         plan = site.finding.plan
@@ -172,7 +173,7 @@ def _sites(model: nn.Module) -> Iterator[_Site]:
         yield site
 
 
-def _site(path: str, module: nn.Module) -> _Site | None:
+def _site(path: str, module: nn.Module, recognise: Recogniser) -> _Site | None:
     known = getattr(module, PLAN, None)
     if isinstance(module, OURS):
         return _Site(path, module, "forward", Finding(None, "one of this package's modules, which fuses itself"), True)
@@ -182,17 +183,21 @@ def _site(path: str, module: nn.Module) -> _Site | None:
     for method in METHODS:
         if plausible(module) if method == "forward" else callable(getattr(type(module), method, None)):
             finding = recognise(module, method)
-            if finding.plan is not None or (known is False and method == "forward"):
+            if finding.plan is not None:
                 return _Site(path, module, method, finding)
             refused.append((method, finding))
     methods = [(m, f) for m, f in refused if m != "forward" and not f.lacks_child]
     if methods:
         method, finding = methods[0]
         return _Site(path, module, method, Finding(None, f"{method}: {finding.reason}"))
-    if is_feed_forward(module):
-        names = " and ".join(bottleneck(module) or ())
-        reason = next((f.reason for m, f in refused if m == "forward"), "")
-        reason = reason or f"{names} are children of a layer that does more than an FFN"
+    pair = bottleneck(module)
+    reason = next((f.reason for m, f in refused if m == "forward"), "")
+    if pair is not None:
+        finding = recognise.part(module)
+        if finding.plan is not None:
+            return _Site(path, module, finding.method, finding)
+        reason = reason or f"{' and '.join(pair)} are children of a layer that does more than an FFN: {finding.reason}"
+    if reason and (known is False or is_feed_forward(module, recognise)):
         return _Site(path, module, "forward", Finding(None, reason))
     if has_stacked_experts(module):
         return _experts(path, module)
@@ -210,17 +215,20 @@ def _experts(path: str, module: nn.Module) -> _Site:
     return _Site(path, module, "", Finding(None, why))
 
 
-def _swap(site: _Site) -> bool:
+def _swap(site: _Site, plan: Plan) -> bool:
+    kind: Any = type(site.layer)
     try:
-        if not hasattr(type(site.layer), ORIGINAL):  # else restored under another library's class
-            kind: Any = type(site.layer)
-            site.layer.__class__ = fused_class(kind, site.method)
+        if ORIGINAL in vars(kind) or not hasattr(kind, ORIGINAL):
+            original: Any = original_class(site.layer)
+            site.layer.__class__ = fused_class(original, site.method, plan.part)
+        elif getattr(kind, FUSES) != (site.method, plan.part):
+            raise TypeError(f"{kind.__name__} is another library's, above a class that fuses something else")
     except TypeError as error:  # classes of another memory layout, or that refuse subclasses
         _log.warning("%s is left alone: its class cannot be replaced: %s", site.path, error)
         return False
     if site.method == "forward":
         vars(site.layer).pop("forward", None)  # the original class's, left there by another library
-    vars(site.layer)[PLAN] = site.finding.plan
+    vars(site.layer)[PLAN] = plan
     vars(site.layer)[CALLS] = Calls()
     return True
 

@@ -5,8 +5,9 @@ A form is accepted only where it explains every call of a child and every number
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,51 +29,81 @@ class Form:
     up_called_first: bool
     activation: str
     beta: float
-    head: tuple[str, ...]  # children that the input goes through first
+    limit: float | None
+    up_shift: float
+    head: tuple[str | tuple[int, ...], ...]  # what the input goes through first: children, ``reshape(-1, *sizes)``
     dropout: str | None  # between activation and down
     tail: tuple[str, ...]  # children behind, and ADD_INPUT
     run: tuple[str, ...]  # modules whose own forward is stepped over
     reads_weights: bool
 
     @property
+    def act(self) -> dict[str, Any]:
+        """As the operators take it."""
+        return {"activation": self.activation, "beta": self.beta, "limit": self.limit, "up_shift": self.up_shift}
+
+    @property
     def linears(self) -> tuple[str, ...]:
         return (*self.gates, *self.ups, *(() if self.down is None else (self.down,)))
 
+    @property
+    def _act(self) -> str:
+        return f"swish(beta={self.beta:g})" if self.activation == "swish" else self.activation
+
+    def _gate(self, gate: str, up: str) -> str:
+        if self.limit is not None:
+            gate, up = f"min({gate}, {self.limit:g})", f"clamp({up}, {self.limit:g})"
+        return f"{self._act}({gate}) * {f'({up} + {self.up_shift:g})' if self.up_shift else up}"
+
     def __str__(self) -> str:
-        act = f"swish(beta={self.beta:g})" if self.activation == "swish" else self.activation
         inner = "x"
-        for path in self.head:
-            inner = f"{path}({inner})"
+        for step in self.head:
+            inner = f"{step}({inner})" if isinstance(step, str) else f"{inner}.view{(-1, *step)}"
         if self.halves is not None:
-            text = f"{act}(gate) * up of {self.gates[0]}({inner}), {self.halves}"
+            text = f"{self._gate('gate', 'up')} of {self.gates[0]}({inner}), {self.halves}"
         elif self.ups:
             pairs = zip(self.gates, self.ups, strict=True)
-            text = " + ".join([f"{act}({gate}({inner})) * {up}({inner})" for gate, up in pairs])
+            text = " + ".join([self._gate(f"{gate}({inner})", f"{up}({inner})") for gate, up in pairs])
         else:
-            text = f"{act}({self.gates[0]}({inner}))"
-        for step in (self.dropout, self.down, *self.tail):
-            if step is not None:
-                text = f"{text} + x" if step == ADD_INPUT else f"{step}({text})"
+            text = f"{self._act}({self.gates[0]}({inner}))"
+        for path in (self.dropout, self.down, *self.tail):
+            if path is not None:
+                text = f"{text} + x" if path == ADD_INPUT else f"{path}({text})"
         return text
+
+
+_Act = tuple[str, float, float | None, float]  # name, beta, limit, up_shift
 
 
 @dataclass(frozen=True)
 class _Found:
     gates: tuple[int, ...]
     ups: tuple[int, ...]
-    activation: str
-    beta: float
+    act: _Act
 
 
-def explain(trace: Trace, known: tuple[str, float] | None = None) -> Form:
-    """The form of a trace; ``known`` names the activation, where rounding leaves several.
+def explain(trace: Trace, known: Form | None = None) -> Form:
+    """The form of a trace; ``known`` says which is expected, where rounding leaves several activations and a reshape
+    does nothing.
 
     Raises: ProbeError, with what does not fit.
     """
     events = list(trace.events)
     x = trace.x
-    head = []
-    while events and events[0].kind != "linear" and _same(events[0].input, x):
+    head: list[str | tuple[int, ...]] = []
+    while events:
+        given = events[0].input
+        if known and tuple(x.shape[1:]) in known.head[len(head) : len(head) + 1]:
+            head.append(tuple(x.shape[1:]))
+        if not _same(given, x):
+            if given.dim() < 2 or given.shape[0] == 0 or not _same(given.reshape(-1), x.reshape(-1)):
+                break
+            head.append(tuple(given.shape[1:]))
+            x = given
+        if events[0].kind == "linear":
+            break
+        if events[0].kind == "other":
+            raise ProbeError(f"{events[0].path}, which goes first, may give another shape than it is given")
         head.append(events[0].path)
         x = events.pop(0).output
     first = []
@@ -90,15 +121,16 @@ def explain(trace: Trace, known: tuple[str, float] | None = None) -> Form:
     following = dropout or down or (events[0] if events else None)
     hidden = trace.y if following is None else following.input
     halves = None
+    act = None if known is None else _act_of(known)
     gates: tuple[str, ...]
     ups: tuple[str, ...] = ()
     if len(first) == 1 and hidden.shape[-1] * 2 == first[0].output.shape[-1]:
         both = first[0].output.double().chunk(2, -1)
-        found = _activation(hidden, both, known)
+        found = _activation(hidden, both, act)
         halves = "gate first" if found.gates == (0,) else "up first"
         gates = (first[0].path,)
     else:
-        found = _activation(hidden, [event.output.double() for event in first], known)
+        found = _activation(hidden, [event.output.double() for event in first], act)
         gates = tuple([first[i].path for i in found.gates])
         ups = tuple([first[i].path for i in found.ups])
     if down is None and not (ups and len(gates) >= 1):
@@ -110,10 +142,22 @@ def explain(trace: Trace, known: tuple[str, float] | None = None) -> Form:
         raise ProbeError("it calls a child twice")
     return Form(
         gates, ups, None if down is None else down.path, halves, bool(ups) and found.ups[0] < found.gates[0],
-        found.activation, found.beta, tuple(head), None if dropout is None else dropout.path,
+        *found.act, tuple(head), None if dropout is None else dropout.path,
         _tail(trace, events, hidden if down is None else down.output), tuple([path for path in trace.run if path]),
         trace.reads_weights,
     )  # fmt: skip
+
+
+def explain_between(first: Event, last: Event, run: Sequence[str], known: Form | None) -> Form:
+    """The form of ``last(act(first(x)))``, where a layer does more around them. Raises: ProbeError."""
+    if first.output.shape != last.input.shape:
+        raise ProbeError(f"{last.path} is called with another shape than {first.path} gives")
+    found = _activation(last.input, [first.output.double()], _act_of(known) if known else None)
+    return Form((first.path,), (), last.path, None, False, *found.act, (), None, (), tuple(run), False)
+
+
+def _act_of(form: Form) -> _Act:
+    return form.activation, form.beta, form.limit, form.up_shift
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -140,7 +184,7 @@ def _tail(trace: Trace, events: Sequence[Event], value: Tensor) -> tuple[str, ..
     return tuple(steps)
 
 
-def _activation(hidden: Tensor, outputs: Sequence[Tensor], known: tuple[str, float] | None) -> _Found:
+def _activation(hidden: Tensor, outputs: Sequence[Tensor], known: _Act | None) -> _Found:
     """Which of the linear children's outputs are gates, which ups, and by which activation they give ``hidden``."""
     n = len(outputs)
     if any(output.shape != hidden.shape for output in outputs):
@@ -157,26 +201,50 @@ def _activation(hidden: Tensor, outputs: Sequence[Tensor], known: tuple[str, flo
         pairs: list[tuple[Tensor, Tensor | None]] = [(outputs[0], None)]
         if ups:
             pairs = [(outputs[g], outputs[u]) for g, u in zip(gates, ups, strict=True)]
-        candidates = [known] if known else [*[(name, 1.0) for name in ACTIVATIONS if name != "swish"]]
-        if not known and len(pairs) == 1:
-            beta = _beta(hidden, *pairs[0])
-            candidates += [] if beta is None else [("swish", beta)]
-        for name, beta in candidates:
-            if _fits(hidden, pairs, name, beta):
-                return _Found(gates, ups, name, beta)
+        for act in [known] if known else _candidates(hidden, pairs):
+            if _fits(hidden, pairs, act):
+                return _Found(gates, ups, act)
     raise ProbeError("no activation that the operators have gives what it computes between its linear children")
 
 
-def _fits(hidden: Tensor, pairs: Sequence[tuple[Tensor, Tensor | None]], name: str, beta: float) -> bool:
+def _candidates(hidden: Tensor, pairs: Sequence[tuple[Tensor, Tensor | None]]) -> Iterator[_Act]:
+    named = [(name, 1.0) for name in ACTIVATIONS if name != "swish"]
+    yield from [(name, beta, None, 0.0) for name, beta in named]
+    if len(pairs) > 1:
+        return
+    ((gate, up),) = pairs
+    for shift in (0.0,) if up is None else (0.0, 1.0):
+        near = torch.ones_like(gate, dtype=torch.bool) if up is None else (up.abs() < 0.5) & (gate < 0.5)
+        beta = _beta(hidden[near], gate[near], None if up is None else up[near] + shift)
+        acts = [*named, *([] if beta is None else [("swish", beta)])]
+        yield from [(*act, None, shift) for act in (acts if shift else acts[len(named) :])]
+        if up is None:
+            return
+        for name, beta in acts:  # where up is far from zero it is at its limit, which is what the share says
+            value = ACTIVATIONS[name](gate, beta)
+            far = (up.abs() >= 25) & (gate < 0.5) & (value.abs() > 0.02)
+            if far.any():
+                limit = float(f"{((hidden.double() / value)[far] - shift).abs().median().item():.6g}")
+                if 0.5 <= limit <= 25:
+                    yield name, beta, limit, shift
+
+
+def _fits(hidden: Tensor, pairs: Sequence[tuple[Tensor, Tensor | None]], act: _Act) -> bool:
     """Up to the rounding of several steps in the dtype of ``hidden``.
 
     An activation that is near 0 as a difference of larger terms errs by an epsilon of those: hence ``size``.
     """
+    name, beta, most, shift = act
     eps = torch.finfo(hidden.dtype).eps
     expected = torch.zeros_like(hidden, dtype=torch.float64)
     size = torch.zeros_like(expected)
     for gate, up in pairs:
+        if most is not None and up is not None:
+            gate, up = gate.clamp(max=most), up.clamp(-most, most)
         value = ACTIVATIONS[name](gate, beta)
+        if shift and up is not None:
+            size += (value * up).abs() + (value * shift).abs()
+            up = up + shift
         expected += value if up is None else value * up
         size += (gate if up is None else gate * up).abs()
         size += (value if up is None else value * up).abs()

@@ -25,6 +25,8 @@ PLAN = "_ffn_ops_plan"  # of an instance; None: restored; False: changed into so
 CALLS = "_ffn_ops_calls"  # of an instance: its Calls since it was replaced
 Path = tuple[str, ...]
 _BY_TORCH = ("relu", "sigmoid", "tanh", "gelu", "silu", "identity")  # not gelu_tanh: ours is twice as fast
+LINEARS: set[Any] = set()  # subclasses of nn.Linear whose forward was seen to be that of nn.Linear
+_OF_LINEARS = vars(nn.Linear(1, 1, device="meta")).keys()
 _DEVICES = ("cpu", "meta") if CUDA_ABSENT else ("cpu", "meta", "cuda")
 _SCALARS = (bool, int, float, str, type(None), types.FunctionType, types.BuiltinFunctionType)
 
@@ -39,26 +41,13 @@ class Guard:
     scalars: tuple[tuple[str, Any], ...]
 
 
-@dataclass
-class Calls:
-    """Of one replaced layer, since it was replaced. Calls of compiled code do not come by here."""
-
-    fused: int = 0  # an operator of this package computed the layer or a part of it
-    own: int = 0  # the layer's own forward ran
-    arguments: str = ""  # what the last of these was given besides one tensor
-
-    def missed(self, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.own += 1
-        names = [name for name in (*plan.arguments[: len(args)], *kwargs) if name != plan.arguments[0]]
-        self.arguments = ", ".join(names)
-
-
 @dataclass(frozen=True)
 class Plan:
     form: Form
     arguments: tuple[str, ...]  # names of forward's: one tensor first
     idle: dict[str, Any]  # further ones by name, with the value that does nothing
     ranks: tuple[int, ...]  # numbers of dimensions for which the form holds
+    widths: tuple[int, ...]  # and numbers of columns
     dtypes: tuple[torch.dtype, ...]
     eval_only: str  # what forward does otherwise in training, or nothing
     children: int
@@ -66,10 +55,11 @@ class Plan:
     gates: tuple[Path, ...]
     ups: tuple[Path, ...]
     down: Path | None
-    head: tuple[Path, ...]
+    head: tuple[Path | tuple[int, ...], ...]
     dropout: Path | None
     tail: tuple[Path, ...]
     direct: tuple[str, str | None, str] | None  # names of gate, up and down, where they are all there is to find
+    part: tuple[str, str, str] | None  # first, activation and last, which forward calls among others
 
 
 def plan(
@@ -78,8 +68,10 @@ def plan(
     arguments: tuple[str, ...],
     idle: dict[str, Any],
     ranks: tuple[int, ...],
+    widths: tuple[int, ...],
     dtypes: tuple[torch.dtype, ...],
     eval_only: str,
+    part: tuple[str, str, str] | None = None,
 ) -> Plan:
     def path(text: str) -> Path:
         return tuple(text.split(".")) if text else ()
@@ -96,10 +88,11 @@ def plan(
     holders = {p[:i] for p in paths(form.linears) for i in range(1, len(p))}
     stepped_over = sorted({*paths(form.run), *holders})
     return Plan(
-        form, arguments, idle, ranks, dtypes, eval_only, len(layer._modules),
+        form, arguments, idle, ranks, widths, dtypes, eval_only, len(layer._modules),
         tuple([_guard(layer, p) for p in stepped_over]),
-        paths(form.gates), paths(form.ups), None if form.down is None else path(form.down), paths(form.head),
-        None if form.dropout is None else path(form.dropout), paths(form.tail), direct,
+        paths(form.gates), paths(form.ups), None if form.down is None else path(form.down),
+        tuple([path(step) if isinstance(step, str) else step for step in form.head]),
+        None if form.dropout is None else path(form.dropout), paths(form.tail), direct, part,
     )  # fmt: skip
 
 
@@ -111,25 +104,6 @@ def _guard(layer: nn.Module, path: Path) -> Guard:
 
 def _scalars(module: nn.Module) -> list[tuple[str, Any]]:
     return [(k, v) for k, v in vars(module).items() if k != "training" and k[0] != "_" and isinstance(v, _SCALARS)]
-
-
-def only_tensor(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """forward's one tensor, or None where it is given something else that may do something."""
-    names = plan.arguments
-    if len(args) > len(names):
-        return None
-    given = dict(zip(names, args, strict=False))
-    if given.keys() & kwargs.keys():
-        return None
-    given.update(kwargs)
-    x = given.pop(names[0], None)
-    for name, value in given.items():
-        if name not in plan.idle:
-            return None
-        idle = plan.idle[name]
-        if value is not idle and (type(value) is not type(idle) or value != idle):
-            return None
-    return x
 
 
 def child(module: nn.Module, path: Path) -> Any:
@@ -153,13 +127,27 @@ def _is_conv1d(layer: Any) -> bool:
 
 def is_plain(layer: Any) -> bool:
     """Its weight and bias say all that calling it does."""
-    return is_plain_linear(layer) or _is_conv1d(layer)
+    return is_plain_linear(layer) or _is_conv1d(layer) or (type(layer) in LINEARS and has_only_weights(layer))
+
+
+def has_only_weights(layer: Any) -> bool:
+    """Nothing stands in it by which it could differ from an nn.Linear but its class."""
+    weight = layer._parameters.get("weight")
+    return (
+        layer.__dict__.keys() == _OF_LINEARS
+        and layer._parameters.keys() == {"weight", "bias"}
+        and not layer._buffers
+        and not layer._modules
+        and type(weight) in PLAIN_TENSORS
+        and weight.layout is torch.strided
+        and is_unhooked(layer)
+    )
 
 
 def _weights(layer: Any) -> tuple[Tensor, Tensor | None]:
     parameters = layer._parameters
     weight = parameters["weight"]
-    return (weight if type(layer) is nn.Linear else weight.t()), parameters["bias"]
+    return (weight if isinstance(layer, nn.Linear) else weight.t()), parameters["bias"]
 
 
 def changed(layer: nn.Module, plan: Plan) -> str | None:
@@ -182,7 +170,10 @@ def changed(layer: nn.Module, plan: Plan) -> str | None:
 def _fits(layer: nn.Module, plan: Plan, x: Any) -> bool:
     return (
         type(x) in PLAIN_TENSORS
+        and x.layout is torch.strided
+        and not x.is_nested
         and x.dim() in plan.ranks
+        and x.shape[-1] in plan.widths
         and x.dtype in plan.dtypes
         and x.device.type in _DEVICES
         and not (plan.eval_only and layer.training)
@@ -223,6 +214,26 @@ def fused(layer: nn.Module, plan: Plan, x: Tensor) -> Tensor | None:
     return value
 
 
+def fuses(layer: nn.Module, plan: Plan, x: Any) -> bool:
+    """Whether ``whole`` computes a part of the layer from x."""
+    if not _fits(layer, plan, x):
+        return False
+    assert plan.down is not None
+    linears = [child(layer, path) for path in (*plan.gates, plan.down)]
+    if not all(linear is not None and is_plain(linear) for linear in linears):
+        return False
+    device = x.device.type
+    if torch._C._is_any_autocast_enabled() and device != "meta" and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device) in plan.dtypes
+    return _of_dtype(linears, x.dtype)
+
+
+def whole(layer: nn.Module, plan: Plan, x: Tensor) -> Tensor:
+    """``last(act(first(x)))`` by one operator."""
+    assert plan.down is not None
+    return _whole(plan.form, x, child(layer, plan.gates[0]), None, child(layer, plan.down))
+
+
 def _direct(layer: nn.Module, plan: Plan, x: Tensor, cast: bool) -> Tensor | None:
     """The usual case in few steps, which a small layer feels: plain nn.Linear children, and no dropout between."""
     gate_name, up_name, down_name = plan.direct  # type: ignore[misc]
@@ -245,7 +256,7 @@ def _direct(layer: nn.Module, plan: Plan, x: Tensor, cast: bool) -> Tensor | Non
         return None
     return ops.ffn(
         x, w_in, w_down, w_up=w_up, b_in=first["bias"], b_up=b_up, b_down=last["bias"],
-        gated=True if form.halves is not None else None, activation=form.activation, beta=form.beta,
+        gated=True if form.halves is not None else None, **form.act,
     )  # fmt: skip
 
 
@@ -269,8 +280,8 @@ def _by_parts(layer: nn.Module, plan: Plan, x: Tensor, cast: bool) -> Tensor | N
     if not whole and _is_torchs(plan.form):
         return None
     value = x
-    for path in plan.head:
-        value = child(layer, path)(value)
+    for step in plan.head:
+        value = value.reshape(-1, *step) if type(step[0]) is int else child(layer, step)(value)  # type: ignore[arg-type]
     if whole:
         value = _whole(plan.form, value, gates[0], ups[0] if ups else None, down)
     else:
@@ -285,7 +296,7 @@ def _by_parts(layer: nn.Module, plan: Plan, x: Tensor, cast: bool) -> Tensor | N
 def _whole(form: Form, x: Tensor, gate: Any, up: Any, down: Any) -> Tensor:
     w_in, b_in = _weights(gate)
     w_down, b_down = _weights(down)
-    act: dict[str, Any] = {"activation": form.activation, "beta": form.beta}
+    act = form.act
     if up is not None:
         w_up, b_up = _weights(up)
         return ops.ffn(x, w_in, w_down, w_up=w_up, b_in=b_in, b_up=b_up, b_down=b_down, **act)
@@ -298,14 +309,16 @@ def _whole(form: Form, x: Tensor, gate: Any, up: Any, down: Any) -> Tensor:
 
 def _hidden(form: Form, x: Tensor, gates: list[Any], ups: list[Any]) -> Tensor:
     """What goes into ``down``: by one operator, or the children called as forward calls them and one operator."""
-    act: dict[str, Any] = {"activation": form.activation, "beta": form.beta}
-    if ups and all(is_plain(layer) for layer in (*gates, *ups)):
+    limited = form.limit is not None or form.up_shift != 0
+    if ups and not limited and all(is_plain(layer) for layer in (*gates, *ups)):
         gate_weights, up_weights = [_weights(g) for g in gates], [_weights(u) for u in ups]
         b_gate = [b for _, b in gate_weights if b is not None]
         b_up = [b for _, b in up_weights if b is not None]
         if len(b_gate) in (0, len(gates)) and len(b_up) in (0, len(ups)):
             w_gate, w_up = [w for w, _ in gate_weights], [w for w, _ in up_weights]
-            return ops.gated_linear(x, w_gate, w_up, b_gate=b_gate, b_up=b_up, **act)
+            return ops.gated_linear(
+                x, w_gate, w_up, b_gate=b_gate, b_up=b_up, activation=form.activation, beta=form.beta
+            )
     total: Tensor | None = None
     for i, gate in enumerate(gates):
         if ups and form.up_called_first:  # adapters with dropout draw in the order of the calls
@@ -318,18 +331,20 @@ def _hidden(form: Form, x: Tensor, gates: list[Any], ups: list[Any]) -> Tensor:
             value, up = value.chunk(2, -1)
             if form.halves == "up first":
                 value, up = up, value
-        hidden = _between(value, up, **act)
+        hidden = _between(value, up, form)
         total = hidden if total is None else total + hidden
     assert total is not None
     return total
 
 
-def _between(gate: Tensor, up: Tensor | None, activation: str, beta: float) -> Tensor:
+def _between(gate: Tensor, up: Tensor | None, form: Form) -> Tensor:
     both = [gate] if up is None else [gate, up]
     if all(type(t) in PLAIN_TENSORS and t.dtype is gate.dtype and t.dtype in check.DTYPES for t in both):
-        return ops.gated_act(gate, up, activation=activation, beta=beta)
-    value = ACTIVATIONS[activation](gate, beta)  # a DTensor, say: by torch's own operators
-    return value if up is None else value * up
+        return ops.gated_act(gate, up, **form.act)
+    if form.limit is not None and up is not None:
+        gate, up = gate.clamp(max=form.limit), up.clamp(-form.limit, form.limit)
+    value = ACTIVATIONS[form.activation](gate, form.beta)  # a DTensor, say: by torch's own operators
+    return value if up is None else value * (up + form.up_shift if form.up_shift else up)
 
 
 def state(layer: nn.Module, plan: Plan) -> tuple[bool, str]:
@@ -348,6 +363,8 @@ def state(layer: nn.Module, plan: Plan) -> tuple[bool, str]:
         why = CUDA_ABSENT if first.device.type == "cuda" else "no kernels for it"
         return False, f"its own forward runs on {first.device.type}: {why}"
     called = [f"{'.'.join(path)} is called ({_why_called(module)})" for path, module in parts if not is_plain(module)]
+    if called and plan.part:
+        return False, f"its own forward runs: {'; '.join(called)}"
     if called and plan.form.reads_weights:
         return False, f"its own forward runs, because it reads weights: {'; '.join(called)}"
     if not called and not _of_dtype([module for _, module in parts], parts[0][1]._parameters["weight"].dtype):
@@ -370,4 +387,6 @@ def _why_called(module: Any) -> str:
     weight = module._parameters.get("weight")
     if type(weight) not in PLAIN_TENSORS:
         return "its weight is computed" if weight is None else f"its weight is a {type(weight).__name__}"
+    if weight.layout is not torch.strided:
+        return f"its weight is {weight.layout}"
     return f"a {type(module).__name__}"

@@ -8,9 +8,10 @@ layer itself, its hooks, buffers and the random state of the program are not tou
 from __future__ import annotations
 
 import contextlib
+import inspect
 import random
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..modules import has_own_forward
+from .alike import ABSENT, OF_EVERY_MODULE, WATCH, Reads, watched
 
 # Kinks, clips and tails of activations lie between these; two forms of one activation differ between 1 and 4.
 _SIZES = (0.0, 1e-3, 0.3, 0.7, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 6.5, 7.5, 11.0, 25.0, 90.0, 600.0, 3e4)
@@ -26,6 +28,8 @@ _TELLING = [sign * size for size in _SIZES for sign in (1.0, -1.0)]
 _LARGEST_HALF = 200.0  # in float16, so that products stay finite
 _ENOUGH = 160  # numbers per stub
 _MOST_OWN = 1 << 16  # numbers of a tensor of a layer's own, which may be on a device or on none
+_MANY = 1 << 13
+_OF_STUBS = OF_EVERY_MODULE | {"kind", "path", "probe", "shape", "norm"}
 ORIGINAL = "_ffn_ops_original"  # of a class that replace() made: the class in whose place it stands
 
 
@@ -37,7 +41,7 @@ class ProbeError(Exception):
 class Event:
     """One call of a stub."""
 
-    kind: str  # linear, dropout, other
+    kind: str  # linear, dropout, norm (its parameters have one dimension at most), other
     path: str
     input: Tensor
     output: Tensor
@@ -48,6 +52,7 @@ class Trace:
     x: Tensor
     events: list[Event] = field(default_factory=list)
     run: list[str] = field(default_factory=list)  # modules whose own forward ran, by path
+    run_at: list[int] = field(default_factory=list)  # and how many calls of stubs had been before
     reads_weights: bool = False  # forward asks for a child's weight, to cast to its dtype as T5 does
     y: Any = None
 
@@ -68,7 +73,7 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-class WithoutDropout(TorchFunctionMode):
+class _WithoutDropout(TorchFunctionMode):
     """``F.dropout`` in a forward's own code returns its input."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -77,23 +82,46 @@ class WithoutDropout(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
+def why_eval_only(in_training: Callable[[], bool], which: str) -> str:
+    """What a layer does otherwise in training, or nothing: ``in_training`` says whether it computes the same."""
+    if in_training():
+        return ""
+    with _WithoutDropout():
+        dropout = in_training()
+    return f"it calls dropout, with p > 0, {which}" if dropout else "it computes something else"
+
+
+def norm_width(module: nn.Module) -> int | None:
+    """Of a layer whose parameters have one dimension: the columns that it can be called with."""
+    parameters = [p for p in module._parameters.values() if isinstance(p, Tensor)]
+    sizes = {p.shape[0] for p in parameters if p.dim() == 1} - {1} or {1}
+    return sizes.pop() if len(sizes) == 1 and all(p.dim() < 2 for p in parameters) else None
+
+
 class _Stub(nn.Module):
     kind: str
     path: str
-    probe: _Probe
+    probe: Probe
     shape: tuple[int, int] | None
+    norm: int | None  # the width of what it normalises
 
-    def __init__(self, kind: str, path: str, of: nn.Module, probe: _Probe) -> None:
+    def __init__(self, kind: str, path: str, of: nn.Module, probe: Probe) -> None:
         super().__init__()
         # Sizes, probabilities, flags: forwards ask for them.
         self.__dict__.update({k: v for k, v in vars(of).items() if isinstance(v, (int, float, str, bool, type(None)))})
-        self.__dict__.update(kind=kind, path=path, probe=probe, shape=linear_shape(of))
+        self.__dict__.update(kind=kind, path=path, probe=probe, shape=linear_shape(of), norm=norm_width(of))
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """A shape and a dtype. Not asked of the layer itself: parametrisations may count how often that is done."""
         self.probe.trace.reads_weights = True
         return torch.empty((self.shape or (1, 1))[::-1], dtype=self.probe.dtype, device="meta")
+
+    def __getattribute__(self, name: str) -> Any:
+        own = object.__getattribute__(self, "__dict__")
+        if WATCH in own and name in own and name not in _OF_STUBS:
+            own[WATCH](name)
+        return super().__getattribute__(name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
@@ -104,16 +132,32 @@ class _Stub(nn.Module):
             if width != self.shape[0]:
                 raise ProbeError(f"{self.path} is called with width {width}, not {self.shape[0]}")
             width = self.shape[1]
+        elif self.norm not in (None, 1, width):
+            raise ProbeError(f"{self.path} is called with width {width}, not {self.norm}")
+        return self.answer(given, width)
+
+    def answer(self, given: Tensor, width: int) -> Tensor:
+        """So many columns of numbers."""
         output = self.probe.numbers((*given.shape[:-1], width), given.dtype)
         self.probe.trace.events.append(Event(self.kind, self.path, given.clone(), output.clone()))
         return output
 
 
-class _Probe:
+class Probe:
     """One run: its random numbers, its hollow modules, its trace."""
 
-    def __init__(self, dtype: torch.dtype, training: bool, seed: int, disturbed: bool = False) -> None:
-        self.dtype, self.training, self.disturbed = dtype, training, disturbed
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        training: bool,
+        seed: int,
+        reads: Reads,
+        *,
+        dropout_is_stub: bool = True,
+        disturbed: bool = False,
+    ) -> None:
+        self.dropout_is_stub, self.disturbed = dropout_is_stub, disturbed
+        self.dtype, self.training, self.reads = dtype, training, reads
         self.generator = torch.Generator("cpu").manual_seed(seed)
         self.hollow: dict[int, nn.Module] = {}
         self.trace = Trace(torch.empty(0))
@@ -122,7 +166,11 @@ class _Probe:
         values = 2 * torch.randn(shape, generator=self.generator, dtype=torch.float32, device="cpu")
         flat = values.view(-1)
         telling = torch.tensor(_TELLING, dtype=torch.float32, device="cpu")[: flat.numel()]
-        places = torch.randperm(flat.numel(), generator=self.generator, device="cpu")[: telling.numel()]
+        n = flat.numel()
+        if n > _MANY:  # a permutation would take longer than all else
+            places = torch.randint(n, telling.shape, generator=self.generator, device="cpu")
+        else:
+            places = torch.randperm(n, generator=self.generator, device="cpu")[: telling.numel()]
         flat[places] = telling
         if self.disturbed:
             values.view(-1, shape[-1])[0] += 1
@@ -134,17 +182,23 @@ class _Probe:
         known = self.hollow.get(id(module))
         if known is None:
             known = self.hollow[id(module)] = self._make(module, path)
+            of = vars(module)
+            known.__dict__[WATCH] = lambda name: self.reads.setdefault((path, name), of.get(name, ABSENT))
         return known
+
+    def _ran(self, path: str) -> None:
+        self.trace.run.append(path)
+        self.trace.run_at.append(len(self.trace.events))
 
     def _make(self, module: nn.Module, path: str) -> nn.Module:
         if path and linear_shape(module) is not None:
             return _Stub("linear", path, module, self)
-        if type(module) is nn.Dropout:
+        if type(module) is nn.Dropout and self.dropout_is_stub:
             return _Stub("dropout", path, module, self)
         if path and not module._modules and (module._parameters or module._buffers):
-            return _Stub("other", path, module, self)
-        cls = original_class(module)
-        copy: nn.Module = object.__new__(cls)
+            return _Stub("other" if norm_width(module) is None else "norm", path, module, self)
+        cls: Any = original_class(module)
+        copy: nn.Module = object.__new__(watched(cls))
         for name, value in vars(module).items():
             if name == "forward" and has_own_forward(module):
                 continue  # bound to the layer itself
@@ -153,23 +207,31 @@ class _Probe:
         for name in [name for name in copy.__dict__ if name.endswith("_hooks") and isinstance(vars(copy)[name], dict)]:
             copy.__dict__[name] = type(vars(copy)[name])()
         copy.__dict__.update(training=self.training, _compiled_call_impl=None)
-        copy._forward_pre_hooks[-1] = lambda *_: self.trace.run.append(path)
+        copy._forward_pre_hooks[-1] = lambda *_: self._ran(path)
         for name, child in module._modules.items():
             if child is not None:
                 copy._modules[name] = self.hollow_of(child, f"{path}.{name}" if path else name)
         return copy
 
 
-def _rows(rank: int, width: int) -> tuple[int, ...]:
-    """Leading dimensions for so many dimensions in all, with enough numbers at that width."""
+def enough_rows(rank: int, width: int) -> tuple[int, ...]:
+    """Leading dimensions for so many dimensions in all, with enough numbers at that width: a multiple of 4 rows, for
+    layers that lay 2 x 2 patches side by side."""
     if rank == 1:
         return ()
-    rows = max(6, -(-_ENOUGH // max(1, width)))
-    return {2: (rows,), 3: (2, -(-rows // 2)), 4: (2, 2, -(-rows // 4))}[rank]
+    fours = -(-_ENOUGH // max(4, 4 * width))
+    return {2: (4 * fours,), 3: (2, 2 * fours), 4: (2, 2, fours)}[rank]
+
+
+def asked_besides(function: Any) -> int:
+    """How many arguments of a method have no default, beside the first."""
+    plain = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    others = list(inspect.signature(function).parameters.values())[2:]
+    return sum(p.default is p.empty and p.kind in plain for p in others)
 
 
 @contextlib.contextmanager
-def _aside() -> Iterator[None]:
+def aside() -> Iterator[None]:
     """No gradients, casts, warnings, global hooks; random numbers that are drawn in here are not missed outside."""
     state = random.getstate()
     of_module = vars(nn.modules.module).items()
@@ -195,24 +257,23 @@ def _aside() -> Iterator[None]:
 def trace(
     layer: nn.Module,
     method: str,
-    width: int,
-    narrowest: int,
+    shape: tuple[int, ...],
     *,
-    rank: int,
     dtype: torch.dtype,
     training: bool,
     seed: int,
     given: dict[str, Any],
+    reads: Reads,
 ) -> Trace:
-    """What ``method`` of the layer does with one tensor of so many dimensions and ``width`` columns.
+    """What ``method`` of the layer does with one tensor of that shape; ``reads`` gets the attributes that it reads.
 
     ``given``: further arguments, by name.
 
     Raises: ProbeError, or whatever the layer's own code raises.
     """
-    probe = _Probe(dtype, training, seed)
-    with _aside():
-        x = probe.numbers((*_rows(rank, narrowest), width), dtype)
+    probe = Probe(dtype, training, seed, reads)
+    with aside():
+        x = probe.numbers(shape, dtype)
         probe.trace.x = x.clone()
         hollow = probe.hollow_of(layer, "")
         if method == "forward":
@@ -226,13 +287,14 @@ def trace(
     return probe.trace
 
 
-def events_of(layer: nn.Module, width: int, narrowest: int, *, rank: int, disturbed: bool) -> tuple[list[Event], bool]:
-    """The calls of children, up to where forward fails if it does, and whether it ran to its end.
+def events_of(layer: nn.Module, shape: tuple[int, ...], *, disturbed: bool, reads: Reads) -> tuple[list[Event], bool]:
+    """The calls of children, up to where forward fails if it does, and whether it ran to its end. What forward asks for
+    besides one tensor is None.
 
     ``disturbed``: the first row of x and of every child's output has other numbers.
     """
-    probe = _Probe(torch.float32, False, 0, disturbed)
-    with _aside():
+    probe = Probe(torch.float32, False, 0, reads, disturbed=disturbed)
+    with aside():
         try:
             hollow = probe.hollow_of(layer, "")
             for module in probe.hollow.values():
@@ -241,16 +303,16 @@ def events_of(layer: nn.Module, width: int, narrowest: int, *, rank: int, distur
                     for name, tensor in own.items():
                         if tensor is not None and tensor.numel() <= _MOST_OWN:
                             own[name] = probe.numbers(tuple(tensor.shape), tensor.dtype)
-            hollow(probe.numbers((*_rows(rank, narrowest), width), torch.float32))
+            hollow(probe.numbers(shape, torch.float32), *[None] * asked_besides(original_class(layer).forward))
             whole = True
         except Exception:  # the layer's own code, called in a way that it may not expect
             whole = False
     return probe.trace.events, whole
 
 
-def result_of(function: Any, x: Tensor) -> Any:
-    """Of a function, or of a module without children, of which a copy is called."""
-    with _aside():
+def result_of(function: Any, x: Tensor, path: str, reads: Reads) -> Any:
+    """Of a function, or of a module without children and parameters, at ``path``, of which a copy is called."""
+    with aside():
         if isinstance(function, nn.Module):
-            function = _Probe(x.dtype, False, 0).hollow_of(function, "")
+            function = Probe(x.dtype, False, 0, reads).hollow_of(function, path)
         return function(x.clone())

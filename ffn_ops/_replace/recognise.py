@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from dataclasses import dataclass
+import itertools
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,9 +14,11 @@ from torch import Tensor, nn
 
 from .. import _checks as check
 from ..modules import GLU, FeedForward, GatedFFN, PlainFFN, has_own_forward
+from .alike import Found, Known, Reads, structure
 from .form import Form, explain
-from .layer import Plan, child, plan
-from .probe import ProbeError, WithoutDropout, linear_shape, original_class, trace
+from .layer import LINEARS, Plan, child, has_only_weights, plan
+from .part import Part, method_with
+from .probe import ProbeError, aside, enough_rows, linear_shape, norm_width, original_class, trace, why_eval_only
 
 # Where a feed-forward has a method of its own: transformers' encoders, torch's nn.TransformerEncoderLayer.
 METHODS = ("forward", "feed_forward_chunk", "feed_forward_chunk_query", "ff_chunk", "_ff_block")
@@ -27,6 +32,7 @@ class Finding:
     plan: Plan | None
     reason: str = ""
     lacks_child: bool = False  # the class's method uses a child that this instance does not have
+    method: str = "forward"
 
 
 def linear_children(layer: nn.Module, most: int) -> dict[str, tuple[int, int]]:
@@ -74,80 +80,160 @@ def bottleneck(layer: nn.Module) -> tuple[str, str] | None:
     return None
 
 
-def recognise(layer: nn.Module, method: str) -> Finding:
-    """What ``method`` of the layer computes, from runs on a hollow copy: ranks, training and eval, dtypes."""
-    cls = original_class(layer)
-    function = getattr(cls, method, None)
-    if not callable(function):
-        return Finding(None, f"it has no {method}")
-    if method in vars(layer) and not (method == "forward" and has_own_forward(layer)):
-        return Finding(None, f"{method} was set on the instance (as accelerate's hooks and kernel libraries do)")
-    findings = []
-    for width, narrowest in widths(layer, method):
-        finding = _recognise(layer, cls, method, width, narrowest)
-        if finding.plan is not None:
-            return finding
-        findings.append(finding)
-    return next(iter(findings), Finding(None, "no linear child"))
+@dataclass(frozen=True)
+class _Seen:
+    """What holds for a layer and for all that are alike."""
+
+    form: Form | None
+    reason: str = ""
+    lacks_child: bool = False
+    arguments: tuple[str, ...] = ()
+    idle: dict[str, Any] = field(default_factory=dict)
+    ranks: tuple[int, ...] = ()
+    widths: tuple[int, ...] = ()
+    dtypes: tuple[torch.dtype, ...] = ()
+    eval_only: str = ""
 
 
-def widths(layer: nn.Module, method: str) -> list[tuple[int, int]]:
+class Recogniser:
+    """Recognises the layers of one model, those that are alike once."""
+
+    def __init__(self) -> None:
+        self._known: Known[Any] = Known()
+
+    def once(self, layer: nn.Module, what: Hashable, look: Callable[[Reads], Found]) -> Found:
+        """``look(reads)`` of this layer, or what it gave for one that is alike."""
+        found: Found = self._known.get(layer, (what, structure(layer, original_class)), look)
+        return found
+
+    def part(self, layer: nn.Module) -> Finding:
+        """Whether two linear children and an activation of a layer that does more are a feed-forward."""
+        first, last = bottleneck(layer) or ("", "")
+        cls = original_class(layer)
+        method = method_with(cls, first, last)
+        own = method == "forward" and has_own_forward(layer)
+        if method is None or (method in vars(layer) and not own):
+            return Finding(None, f"{first} and {last} are not called by a method of its class itself")
+
+        def look(reads: Reads) -> Part | str:
+            try:
+                return Part(layer, method, first, last, reads)
+            except ProbeError as error:
+                return str(error)
+            except Exception as error:
+                return f"{method} does not take one tensor: {_first_line(error)}"
+
+        found = self.once(layer, (method, first, last), look)
+        if isinstance(found, str):
+            return Finding(None, found)
+        try:
+            _check_stateless(layer, found.form, own=False)
+        except ProbeError as error:
+            return Finding(None, str(error))
+        for path in found.form.linears:
+            _look_at_class(layer.get_submodule(path))
+        options = ((found.rank,), (found.width,), found.dtypes, found.eval_only, found.names)
+        return Finding(plan(layer, found.form, (), {}, *options), method=method)
+
+    def __call__(self, layer: nn.Module, method: str) -> Finding:
+        """What ``method`` of the layer computes, from runs on a hollow copy: ranks, training and eval, dtypes."""
+        cls = original_class(layer)
+        if not callable(getattr(cls, method, None)):
+            return Finding(None, f"it has no {method}")
+        if method in vars(layer) and not (method == "forward" and has_own_forward(layer)):
+            return Finding(None, f"{method} was set on the instance (as accelerate's hooks and kernel libraries do)")
+        seen = self.once(layer, method, lambda reads: _look(layer, method, reads))
+        if seen.form is None:
+            return Finding(None, seen.reason, seen.lacks_child)
+        try:
+            _check_stateless(layer, seen.form)
+        except ProbeError as error:
+            return Finding(None, str(error))
+        for path in seen.form.linears:
+            _look_at_class(layer.get_submodule(path))
+        options = (seen.ranks, seen.widths, seen.dtypes, seen.eval_only)
+        return Finding(plan(layer, seen.form, seen.arguments, seen.idle, *options))
+
+
+def _look(layer: nn.Module, method: str, reads: Reads) -> _Seen:
+    first: _Seen | None = None
+    for width, narrowest in widths(layer):
+        seen = _recognise(layer, method, width, narrowest, reads)
+        if seen.form is not None:
+            return seen
+        first = first or seen
+    return first or _Seen(None, "no linear child")
+
+
+def widths(layer: nn.Module) -> list[tuple[int, int]]:
     """Candidate widths of the input, likeliest first, and the narrowest of all, which sets how many rows are enough."""
     shapes = list(linear_children(layer, 64).values())
     if not shapes:
         return []
     narrowest = min(min(shape) for shape in shapes)
     inputs = [shape[0] for shape in shapes]
-    return [(width, narrowest) for width in dict.fromkeys(inputs)][:4]
+    norms = [norm_width(module) or 0 for module in layer.modules() if module._parameters]
+    return [(width, narrowest) for width in dict.fromkeys([*inputs, *norms]) if width > 1][:4]
 
 
-def _recognise(layer: nn.Module, cls: type[nn.Module], method: str, width: int, narrowest: int) -> Finding:
+def _recognise(layer: nn.Module, method: str, width: int, narrowest: int, reads: Reads) -> _Seen:
+    cls = original_class(layer)
+
     def form(
-        rank: int, training: bool, dtype: torch.dtype, known: Any = None, seed: int = 0, given: Any = None
+        shape: tuple[int, ...], training: bool, dtype: torch.dtype, known: Form | None = None, given: Any = None
     ) -> Form:
-        seen = trace(
-            layer, method, width, narrowest, rank=rank, dtype=dtype, training=training, seed=seed, given=given or {}
-        )
-        return explain(seen, known)
+        seed = 0 if known is None else 1 + len(shape)
+        options: Any = {"dtype": dtype, "training": training, "seed": seed, "given": given or {}, "reads": reads}
+        return explain(trace(layer, method, shape, **options), known)
 
-    def holds(base: Form, rank: int, training: bool, dtype: torch.dtype, given: Any = None) -> bool:
-        known = (base.activation, base.beta)
+    def full(rank: int, width: int) -> tuple[int, ...]:
+        return (*enough_rows(rank, narrowest), width)
+
+    def holds(base: Form, shape: tuple[int, ...], training: bool, dtype: torch.dtype, given: Any = None) -> bool:
         try:
-            return form(rank, training, dtype, known, seed=1 + rank, given=given) == base
+            return form(shape, training, dtype, base, given) == base
         except Exception:
             return False
 
     try:
         try:
-            base, first = form(3, False, torch.float32), 3
+            base, first = form(full(3, width), False, torch.float32), 3
         except Exception:
-            base, first = form(2, False, torch.float32), 2
-        _check_stateless(layer, base)
+            base, first = form(full(2, width), False, torch.float32), 2
     except ProbeError as error:
-        return Finding(None, str(error))
+        return _Seen(None, str(error))
     except Exception as error:  # the layer's own code, called in a way that it may not expect
         lacks = isinstance(error, AttributeError) and f"'{cls.__name__}' object has no attribute" in str(error)
-        return Finding(None, _why_failed(layer, method, error), lacks)
+        return _Seen(None, _why_failed(layer, method, error), lacks)
     dtype = next((t.dtype for t in layer.parameters() if t.dtype in check.DTYPES), torch.float32)
-    dtypes = tuple([each for each in check.DTYPES if holds(base, first, False, each)])
+    dtypes = tuple([each for each in check.DTYPES if holds(base, full(first, width), False, each)])
     if dtype not in dtypes:
-        return Finding(None, f"in {str(dtype).removeprefix('torch.')} it computes something else than in float32")
-    ranks = tuple([rank for rank in (1, 2, 3, 4) if holds(base, rank, False, torch.float32)])
+        return _Seen(None, f"in {str(dtype).removeprefix('torch.')} it computes something else than in float32")
+    laid = [step[-1] for step in base.head if not isinstance(step, str)]  # rows side by side: how wide they are then
+
+    def both(rank: int, width: int, training: bool = False) -> bool:
+        """With several rows and with the fewest, which a squeeze, say, would treat differently."""
+        fewest = (*[1] * (rank - 2), max([1, *[-(-wide // width) for wide in laid]]), width)[-rank:]
+        return holds(base, full(rank, width), training, torch.float32) and holds(base, fewest, training, torch.float32)
+
+    ranks = tuple([rank for rank in (1, 2, 3, 4) if both(rank, width)])
     if first not in ranks:
-        return Finding(None, "it does not compute the same twice")
-    eval_only = ""
-    if not all(holds(base, rank, True, torch.float32) for rank in ranks):
-        with WithoutDropout():
-            dropout = all(holds(base, rank, True, torch.float32) for rank in ranks)
-        eval_only = "it calls dropout, with p > 0, which is no child" if dropout else "it computes something else"
+        return _Seen(None, "what it computes depends on the numbers or on how many rows there are")
+    others = {wide // parts for wide in laid for parts in (4, 2, 1) if wide % parts == 0} - {width}
+    widths = (width, *[wide for wide in others if all(both(rank, wide) for rank in ranks if rank > 1)])
+
+    def in_training() -> bool:
+        return all(holds(base, full(rank, width), True, torch.float32) for rank in ranks)
+
+    eval_only = why_eval_only(in_training, "which is no child")
     first_name, *names = list(inspect.signature(getattr(cls, method)).parameters.values())[1:]
     named = [p for p in names if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     # Given as they are without being given they do nothing, unless forward asks whether they are given.
     idle = {p.name: p.default for p in named if isinstance(p.default, (bool, int, float, str, type(None)))}
-    if idle and not holds(base, first, False, torch.float32, idle):
+    if idle and not holds(base, full(first, width), False, torch.float32, idle):
         idle = {}
-    by_place = [p.name for p in named if p.kind is not p.KEYWORD_ONLY]
-    return Finding(plan(layer, base, (first_name.name, *by_place), idle, ranks, dtypes, eval_only))
+    arguments = (first_name.name, *[p.name for p in named if p.kind is not p.KEYWORD_ONLY])
+    return _Seen(base, "", False, arguments, idle, ranks, widths, dtypes, eval_only)
 
 
 def _why_failed(layer: nn.Module, method: str, error: Exception) -> str:
@@ -158,13 +244,48 @@ def _why_failed(layer: nn.Module, method: str, error: Exception) -> str:
                 return f"it has a tensor of its own, {path}{'.' if path else ''}{own[0]}"
     if isinstance(error, NotImplementedError) and 'required "forward"' in str(error):
         return "it has no forward: the layer around it calls its children"
-    text = (str(error).splitlines() or [""])[0]
-    return f"{method} does not run with one tensor [..., D] alone: {type(error).__name__}: {text[:120]}"
+    return f"{method} does not run with one tensor [..., D] alone: {_first_line(error)}"
 
 
-def _check_stateless(layer: nn.Module, form: Form) -> None:
+def _look_at_class(linear: nn.Module) -> None:
+    """Into LINEARS with a subclass of nn.Linear that computes the same (as openai-whisper's, which casts weights)."""
+    cls: Any = type(linear)
+    if cls is not nn.Linear and isinstance(linear, nn.Linear) and has_only_weights(linear) and _is_linear_class(cls):
+        LINEARS.add(cls)
+
+
+@functools.cache
+def _is_linear_class(cls: Any) -> bool:
+    same = cls.__call__ is nn.Linear.__call__ and cls.__getattr__ is nn.Linear.__getattr__
+    return same and all(_is_linear(cls, dtype, training) for dtype in check.DTYPES for training in (True, False))
+
+
+def _is_linear(cls: Any, dtype: torch.dtype, training: bool) -> bool:
+    with aside():
+        plain = nn.Linear(5, 7, dtype=dtype).train(training)
+        given = [torch.randn(*lead, 5, dtype=dtype) for lead in ((), (3,), (2, 3), (0,))]
+        for bias in (plain.bias, None):
+            layer = object.__new__(cls)
+            plain._parameters["bias"] = bias
+            layer.__dict__.update({**vars(plain), "_parameters": dict(plain._parameters)})
+            for x, cast in itertools.product(given, (False, True)):
+                try:
+                    with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+                        y, expected = layer.forward(x), plain(x)
+                except Exception:
+                    return False
+                if type(y) is not Tensor or y.dtype is not expected.dtype or not torch.equal(y, expected):
+                    return False
+    return True
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
+
+
+def _check_stateless(layer: nn.Module, form: Form, own: bool = True) -> None:
     """What is stepped over may not hold numbers of its own: they would be frozen as they are today."""
-    for path in ("", *form.run):
+    for path in ("", *form.run) if own else form.run:
         module = child(layer, tuple(path.split(".")) if path else ())
         where = f"{path}." if path else ""
         for name, value in (*module._parameters.items(), *module._buffers.items(), *vars(module).items()):

@@ -15,27 +15,36 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..reference import ACTIVATIONS
-from .probe import Event, events_of, linear_shape, original_class, result_of
-from .recognise import bottleneck, linear_children, plausible, widths
+from .alike import Reads
+from .probe import Event, enough_rows, events_of, linear_shape, original_class, result_of
+from .recognise import Recogniser, bottleneck, linear_children, plausible, widths
 
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
 _MOST_LINEARS = 3  # gate, up and down, where nothing but shapes can be seen
 
 
-def is_feed_forward(layer: nn.Module) -> bool:
+def is_feed_forward(layer: nn.Module, recognise: Recogniser) -> bool:
     """By what its forward does with its linear children, or, where it takes more than one tensor, by what they are."""
     pair = bottleneck(layer)
     likely = plausible(layer) and not _one_child_has_all(layer)
     if pair is None and not likely:
         return False
-    for width, narrowest in widths(layer, "forward"):
-        seen = _seen(layer, width, narrowest, None if pair is None else pair[1])
+    functions = tuple([v for module in layer.modules() for v in vars(module).values() if isinstance(v, _FUNCTIONS)])
+    return recognise.once(
+        layer, ("is_feed_forward", functions), lambda reads: _look(layer, None if likely else pair, reads)
+    )
+
+
+def _look(layer: nn.Module, pair: tuple[str, str] | None, reads: Reads) -> bool:
+    """``pair``: its two linear layers, where others are beside them."""
+    for width, narrowest in widths(layer):
+        seen = _seen(layer, width, narrowest, None if pair is None else pair[1], reads)
         if seen is not None:
             return seen
     if pair is not None:
-        return _stand_alone(layer, *pair) and _has_activation(layer, [layer, *layer.children()])
+        return _stand_alone(layer, *pair) and _has_activation(layer, reads, most=1)
     mixes = any(parameter.dim() > 2 for parameter in layer.parameters())  # a convolution
-    return not mixes and _fit(layer) and _has_activation(layer, list(layer.modules()))
+    return not mixes and _fit(layer) and _has_activation(layer, reads)
 
 
 def _one_child_has_all(layer: nn.Module) -> bool:
@@ -53,11 +62,12 @@ def _fit(layer: nn.Module) -> bool:
     return len(shapes) == 3 and any(shapes[i] == shapes[j] == shapes[k][::-1] for i, j, k in orders)
 
 
-def _seen(layer: nn.Module, width: int, narrowest: int, down: str | None) -> bool | None:
+def _seen(layer: nn.Module, width: int, narrowest: int, down: str | None, reads: Reads) -> bool | None:
     """Whether the layer is seen to be one, with ``down`` as its last linear; None where it is not seen, as it fails."""
     for rank in (3, 2):
         (first, whole), (second, _) = (
-            events_of(layer, width, narrowest, rank=rank, disturbed=disturbed) for disturbed in (False, True)
+            events_of(layer, (*enough_rows(rank, narrowest), width), disturbed=disturbed, reads=reads)
+            for disturbed in (False, True)
         )
         linears = [i for i, event in enumerate(first) if event.kind == "linear"]
         if len(linears) < 2 or len(first) != len(second):
@@ -96,26 +106,29 @@ def _stand_alone(layer: nn.Module, *pair: str) -> bool:
     return not others or others == [shapes[pair[0]]]
 
 
-def _has_activation(layer: nn.Module, modules: list[nn.Module]) -> bool:
+def _has_activation(layer: nn.Module, reads: Reads, most: int | None = None) -> bool:
+    """``most``: so many levels below the layer."""
     code: Any = getattr(original_class(layer).forward, "__code__", None)
     if code is not None and not set(ACTIVATIONS).isdisjoint(code.co_names):
         return True
-    return any(_is_activation(each) for each in _functions(modules))
+    functions = _functions(layer)
+    return any(_is_activation(f, path, reads) for path, f in functions if most is None or path.count(".") < most)
 
 
-def _functions(modules: list[nn.Module]) -> Iterator[Any]:
-    for module in modules:
+def _functions(layer: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Modules and functions that may be activations, and the paths of the modules that they are or belong to."""
+    for path, module in layer.named_modules():
         if not (module._modules or module._parameters or module._buffers or linear_shape(module)):
-            yield module
-        yield from (value for value in vars(module).values() if isinstance(value, _FUNCTIONS))
+            yield path, module
+        yield from ((path, value) for value in vars(module).values() if isinstance(value, _FUNCTIONS))
 
 
-def _is_activation(function: Any) -> bool:
+def _is_activation(function: Any, path: str, reads: Reads) -> bool:
     """It changes numbers, and each by itself."""
     x = torch.linspace(-2, 2, 6, device="cpu").reshape(2, 3)
     try:
-        y = result_of(function, x)
-        alone = torch.stack([result_of(function, each.reshape(1, 1)) for each in x.flatten()])
+        y = result_of(function, x, path, reads)
+        alone = torch.stack([result_of(function, each.reshape(1, 1), path, reads) for each in x.flatten()])
         return y.shape == x.shape and not torch.equal(y, x) and torch.allclose(y.flatten(), alone.flatten())
     except Exception:
         return False
@@ -128,7 +141,8 @@ def has_stacked_experts(layer: nn.Module) -> bool:
     pairs = [(a, b) for i, a in enumerate(shapes) for j, b in enumerate(shapes) if i != j and _up_and_down(a, b)]
     if any(up[1] != up[2] for up, _ in pairs):
         return True
-    return bool(pairs) and any(_is_activation(each) for each in _functions(list(layer.children())))
+    direct = ((path, function) for path, function in _functions(layer) if path and "." not in path)
+    return bool(pairs) and any(_is_activation(function, path, {}) for path, function in direct)
 
 
 def _up_and_down(up: tuple[int, ...], down: tuple[int, ...]) -> bool:

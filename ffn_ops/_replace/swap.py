@@ -6,19 +6,37 @@ A subclass of an instance's class survives deepcopy, pickle and the compiler, wh
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 from torch.compiler import is_compiling
 
 from .. import _checks as check
-from .layer import CALLS, PLAN, fused, only_tensor
+from .layer import CALLS, PLAN, Plan, fused
+from .part import Names, methods
 from .probe import ORIGINAL
-from .recognise import recognise
+from .recognise import Recogniser
+
+FUSES = "_ffn_ops_fuses"  # of a class: which method, and which part of it
+
+
+@dataclass
+class Calls:
+    """Of one replaced layer, since it was replaced. Calls of compiled code do not come by here."""
+
+    fused: int = 0  # an operator of this package computed the layer or a part of it
+    own: int = 0  # the layer's own forward ran
+    arguments: str = ""  # what the last of these was given besides one tensor
+
+    def missed(self, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.own += 1
+        names = [name for name in (*plan.arguments[: len(args)], *kwargs) if name != plan.arguments[0]]
+        self.arguments = ", ".join(names)
 
 
 @functools.cache
-def fused_class(original: Any, method: str) -> Any:
+def fused_class(original: Any, method: str, part: Names | None = None) -> Any:
     """A subclass, of the same name, whose ``method`` computes what the instance's plan says."""
     own = getattr(original, method)
 
@@ -40,12 +58,13 @@ def fused_class(original: Any, method: str) -> Any:
     def setattr_(self: Any, name: str, value: Any) -> None:
         original.__setattr__(self, name, value)
         if name[0] != "_" and name not in ("training", "forward") and self._ffn_ops_plan is not None:
-            self.__dict__[PLAN] = recognise(self, method).plan or False
+            plan = (Recogniser().part(self) if part else Recogniser()(self, method)).plan
+            self.__dict__[PLAN] = plan if plan is not None and plan.part == part else False
 
     def reduce(self: Any, protocol: Any) -> Any:
         function, arguments, *rest = original.__reduce_ex__(self, max(2, protocol))
-        if arguments and arguments[0] is fused_class(original, method):  # other processes know the original
-            function, arguments = _new, (original, method, *arguments[1:])
+        if arguments and arguments[0] is fused_class(original, method, part):  # other processes know the original
+            function, arguments = _new, (original, method, part, *arguments[1:])
         return function, arguments, *rest
 
     def extra_repr(self: Any) -> str:
@@ -53,14 +72,35 @@ def fused_class(original: Any, method: str) -> Any:
         return ", ".join(filter(None, [original.extra_repr(self), f"ffn_ops: {plan.form}" if plan else ""]))
 
     members = {
-        ORIGINAL: original, PLAN: None, CALLS: None, method: forward, "__setattr__": setattr_, "__reduce_ex__": reduce,
-        "extra_repr": extra_repr, "__module__": original.__module__, "__qualname__": original.__qualname__,
-        "__doc__": original.__doc__, "__prepare_scriptable__": check.refuse_script,
+        ORIGINAL: original, FUSES: (method, part), PLAN: None, CALLS: None, method: forward,
+        "__setattr__": setattr_, "__reduce_ex__": reduce, "extra_repr": extra_repr,
+        "__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__,
+        "__prepare_scriptable__": check.refuse_script,
+        **(methods(part, original, method) if part else {}),
     }  # fmt: skip
     return type(original)(original.__name__, (original,), members)
 
 
-def _new(original: Any, method: str, *arguments: Any) -> nn.Module:
-    cls = fused_class(original, method)
+def only_tensor(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """forward's one tensor, or None where it is given something else that may do something."""
+    names = plan.arguments
+    if len(args) > len(names):
+        return None
+    given = dict(zip(names, args, strict=False))
+    if given.keys() & kwargs.keys():
+        return None
+    given.update(kwargs)
+    x = given.pop(names[0], None)
+    for name, value in given.items():
+        if name not in plan.idle:
+            return None
+        idle = plan.idle[name]
+        if value is not idle and (type(value) is not type(idle) or value != idle):
+            return None
+    return x
+
+
+def _new(original: Any, method: str, part: Names | None = None, *arguments: Any) -> nn.Module:
+    cls = fused_class(original, method, part)
     layer: nn.Module = cls.__new__(cls, *arguments)
     return layer
