@@ -62,10 +62,11 @@ def test_every_operator_has_a_kernel() -> None:
     assert [name for name in OPERATORS if not has(name, "CPU")] == []
 
 
-def python(code: str, folder: Path) -> str:
+def python(code: str, folder: Path, *arguments: str) -> str:
     """In a folder whose package comes before the installed one."""
     environment = {**os.environ, "PYTHONPATH": str(folder)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -120,13 +121,19 @@ for op, args in (("gated_act", (x, None, *act)), ("ffn", (x, x, None, x.t(), *no
 
 @needs_library
 def test_a_library_that_does_not_load_leaves_the_cpu_alone(tmp_path: Path) -> None:
-    (copied_package(tmp_path) / "libffn_ops_cuda.so").write_bytes(b"no library")
+    """Too short for what the build wrote down, and of the right size."""
+    library = copied_package(tmp_path) / "libffn_ops_cuda.so"
+    sizes = _library.cuda_build().get("bytes", {})
     code = """
-import torch, ffn_ops
-assert "does not load on torch" in ffn_ops.info()["cuda"], ffn_ops.info()
+import sys, torch, ffn_ops
+assert sys.argv[1] in ffn_ops.info()["cuda"], ffn_ops.info()
 assert ffn_ops.gated_act(torch.ones(3)).shape == (3,)
 """
-    python(code, tmp_path)
+    library.write_bytes(b"no library")
+    python(code, tmp_path, "10 bytes, the build wrote" if library.name in sizes else "does not load on torch")
+    with library.open("wb") as file:
+        file.truncate(sizes.get(library.name, 10))
+    python(code, tmp_path, "does not load on torch")
 
 
 @pytest.mark.parametrize(
