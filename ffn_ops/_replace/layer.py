@@ -27,6 +27,7 @@ Path = tuple[str, ...]
 _BY_TORCH = ("relu", "sigmoid", "tanh", "gelu", "silu", "identity")  # not gelu_tanh: ours is twice as fast
 LINEARS: set[Any] = set()  # subclasses of nn.Linear whose forward was seen to be that of nn.Linear
 _OF_LINEARS = vars(nn.Linear(1, 1, device="meta")).keys()
+_TRACES_DICTS = torch.__version__ >= "2.15"  # dynamo of 2.11 does not: such layers are called in its graphs
 _DEVICES = ("cpu", "meta") if CUDA_ABSENT else ("cpu", "meta", "cuda")
 _SCALARS = (bool, int, float, str, type(None), types.FunctionType, types.BuiltinFunctionType)
 
@@ -134,7 +135,8 @@ def has_only_weights(layer: Any) -> bool:
     """Nothing stands in it by which it could differ from an nn.Linear but its class."""
     weight = layer._parameters.get("weight")
     return (
-        layer.__dict__.keys() == _OF_LINEARS
+        (_TRACES_DICTS or not torch.compiler.is_compiling())
+        and layer.__dict__.keys() == _OF_LINEARS
         and layer._parameters.keys() == {"weight", "bias"}
         and not layer._buffers
         and not layer._modules
