@@ -276,9 +276,19 @@ def no_overcommit(more: int = 1 << 30) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
+def holes(size: int) -> list[Tensor]:
+    """Tensors that fill what earlier tests freed and the process still holds: a large one can't come from there."""
+    tensors: list[Tensor] = []
+    with no_overcommit(size // 2), contextlib.suppress(RuntimeError):
+        while True:
+            tensors.append(torch.empty(size, dtype=torch.uint8))
+    return tensors
+
+
 @kept_on_the_cpu
 def test_kept_memory_is_given_back_before_failing(empty_cache: None) -> None:
     """A tensor that fits without what is kept."""
+    filled = holes(32 << 20)
     x = torch.ones(3000, 1, requires_grad=True)
     y = ffn_ops.ffn(x, wide(3000, 1), wide(1, 3000), activation="relu", recompute=True)
     torch.autograd.grad(y.sum(), x)  # gate and d_hidden are of 36 MB each
@@ -287,6 +297,7 @@ def test_kept_memory_is_given_back_before_failing(empty_cache: None) -> None:
     with no_overcommit(kept // 2):
         assert ffn_ops.gated_act(wide(4000, 5750), activation="relu").sum() == 4000 * 5750
     assert cached() == 0
+    del filled
 
 
 @kept_on_the_cpu
