@@ -9,13 +9,13 @@
 namespace ffn_ops::cuda {
 
 // What a thread works on in its steps u = 0, 1, ...: rows, first columns, and how many columns there are (0: none).
-struct PackPlace {
+struct PackCoord {
   int64_t row, col;
   int n;
 };
 
 template <int kPack, int kSteps>
-FFN_FN void pack_places(const PackGrid& grid, int64_t rows, int64_t cols, PackPlace (&at)[kSteps]) {
+FFN_FN void pack_places(const PackGrid& grid, int64_t rows, int64_t cols, PackCoord (&at)[kSteps]) {
   const uint32_t row_block = rows > 1 ? blockIdx.x / grid.col_blocks : 0;
   const uint32_t col_block = blockIdx.x - row_block * grid.col_blocks;
   const int width = 1 << grid.shift, height = kPackThreads >> grid.shift;
@@ -94,7 +94,7 @@ FFN_FN Elements<S, N> ones() {
 }
 
 template <class S, class Pass, bool kPlain, int N>
-FFN_FN GatedActValues<S, N> load_gated_act(const GatedAct& g, const PackPlace& at) {
+FFN_FN GatedActValues<S, N> load_gated_act(const GatedAct& g, const PackCoord& at) {
   using T = ComputeOf<S>;
   GatedActValues<S, N> v{};
   v.loaded = true;
@@ -115,7 +115,7 @@ FFN_FN GatedActValues<S, N> load_gated_act(const GatedAct& g, const PackPlace& a
 
 // The arithmetic on what was loaded, and the stores. Where nothing was loaded the results are 0.
 template <class S, class Act, class Pass, bool kPlain, int N>
-FFN_FN void finish_gated_act(const GatedAct& g, const PackPlace& at, const GatedActValues<S, N>& v) {
+FFN_FN void finish_gated_act(const GatedAct& g, const PackCoord& at, const GatedActValues<S, N>& v) {
   using T = ComputeOf<S>;
   using V = LaneOf<S>;
   constexpr bool kForward = __is_same(Pass, GatedActForward);
@@ -144,7 +144,7 @@ FFN_FN void finish_gated_act(const GatedAct& g, const PackPlace& at, const Gated
 template <class S, class Act, class Pass, bool kPlain, int kPack, int kSteps>
 FFN_FN void gated_act_steps(const GatedAct& g, const PackGrid& grid) {
   const int64_t rows_kept = !kPlain && g.kept ? *g.kept : g.rows;
-  PackPlace at[kSteps];
+  PackCoord at[kSteps];
   pack_places<kPack>(grid, g.rows, g.cols, at);
   GatedActValues<S, kPack> values[kSteps];
 #pragma unroll
@@ -158,7 +158,7 @@ FFN_FN void gated_act_steps(const GatedAct& g, const PackGrid& grid) {
       finish_gated_act<S, Act, Pass, kPlain>(g, at[u], values[u]);
     } else if constexpr (kPack > 1) {
 #pragma unroll 1
-      for (PackPlace one = at[u]; one.n > 0; --one.n, ++one.col) {
+      for (PackCoord one = at[u]; one.n > 0; --one.n, ++one.col) {
         GatedActValues<S, 1> single{};
         if (one.row < rows_kept) single = load_gated_act<S, Pass, kPlain, 1>(g, one);
         finish_gated_act<S, Act, Pass, kPlain>(g, one, single);

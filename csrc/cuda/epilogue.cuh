@@ -19,8 +19,8 @@ struct FinishedTile {
   int64_t row, rows, col, expert;
 };
 
-// A thread's place, in the tile and in the output: `count` of its columns exist, none if its row does not.
-struct QuadPlace {
+// A thread's coordinates, in the tile and in the output: `count` of its columns exist, none if its row does not.
+struct QuadCoord {
   int in_row, in_col;
   int64_t row, col;
   int count;
@@ -74,13 +74,13 @@ FFN_FN S* quad_at(void* matrix, int64_t row, int64_t stride, int64_t col) {
   return static_cast<S*>(matrix) + row * stride + col;
 }
 template <class S>
-FFN_FN void store_at(void* matrix, const QuadPlace& q, int64_t stride, const ComputeOf<S> (&values)[kQuad]) {
+FFN_FN void store_at(void* matrix, const QuadCoord& q, int64_t stride, const ComputeOf<S> (&values)[kQuad]) {
   if (matrix) store_quad(quad_at<S>(matrix, q.row, stride, q.col), q.count, values);
 }
 
 // Gate and up of the same columns, or their gradients: columns in turns in one matrix, or in two.
 template <class S>
-FFN_FN void store_hidden(const Epilogue& e, const QuadPlace& q, const ComputeOf<S> (&gate)[kQuad],
+FFN_FN void store_hidden(const Epilogue& e, const QuadCoord& q, const ComputeOf<S> (&gate)[kQuad],
                          const ComputeOf<S> (&up)[kQuad]) {
   if (!e.interleaved) {
     store_at<S>(e.out, q, e.out_stride, gate);
@@ -96,8 +96,8 @@ FFN_FN void store_hidden(const Epilogue& e, const QuadPlace& q, const ComputeOf<
       pairs[i] = i % 2 ? up[from] : gate[from];
     }
     const int left = 2 * q.count - half * kQuad;
-    const QuadPlace place{q.in_row, q.in_col, q.row, 2 * q.col + half * kQuad, left < kQuad ? left : kQuad};
-    if (left > 0) store_at<S>(e.out, place, e.out_stride, pairs);
+    const QuadCoord coord{q.in_row, q.in_col, q.row, 2 * q.col + half * kQuad, left < kQuad ? left : kQuad};
+    if (left > 0) store_at<S>(e.out, coord, e.out_stride, pairs);
   }
 }
 
@@ -109,7 +109,7 @@ FFN_FN void add_quad(T (&values)[kQuad], const T (&others)[kQuad]) {
 
 // Adds the columns' bias of the expert.
 template <class S>
-FFN_FN void add_bias(const void* bias, int64_t expert, int64_t stride, const QuadPlace& q,
+FFN_FN void add_bias(const void* bias, int64_t expert, int64_t stride, const QuadCoord& q,
                      ComputeOf<S> (&values)[kQuad]) {
   if (!bias) return;
   ComputeOf<S> quad[kQuad];
@@ -130,7 +130,7 @@ class Quads {
   }
   FFN_FN int first() const { return first_; }
   FFN_FN int step() const { return step_; }
-  FFN_FN QuadPlace at(int row) const {
+  FFN_FN QuadCoord at(int row) const {
     return {row, in_col_, t_.row + row, t_.col + in_col_, row < t_.rows ? count_ : 0};
   }
 
@@ -146,7 +146,7 @@ FFN_FN void for_each_quad(const FinishedTile<T>& t, int rows, int cols, int64_t 
 }
 
 template <class T>
-FFN_FN void tile_quad(const FinishedTile<T>& t, const QuadPlace& q, int col, T (&values)[kQuad]) {
+FFN_FN void tile_quad(const FinishedTile<T>& t, const QuadCoord& q, int col, T (&values)[kQuad]) {
   load_quad(t.data + q.in_row * t.stride + col, kQuad, values);
 }
 
@@ -154,7 +154,7 @@ template <class S>
 FFN_FN void finish_store(const GroupedGemm& g, const FinishedTile<ComputeOf<S>>& t, int rows) {
   using T = ComputeOf<S>;
   const Epilogue& e = g.epilogue;
-  for_each_quad(t, rows, t.cols, g.N, [&](const QuadPlace& q) {
+  for_each_quad(t, rows, t.cols, g.N, [&](const QuadCoord& q) {
     if (q.count == 0) return;
     T values[kQuad];
     tile_quad(t, q, q.in_col, values);
@@ -170,7 +170,7 @@ FFN_FN void finish_activate(const GroupedGemm& g, const FinishedTile<ComputeOf<S
   const int cols = g.gated ? t.cols / 2 : t.cols;
   const LaneOf<S> beta(static_cast<T>(e.beta));
   const GateLimit<LaneOf<S>> limit = limit_of<LaneOf<S>>(e);
-  for_each_quad(t, rows, cols, g.N, [&](const QuadPlace& q) {
+  for_each_quad(t, rows, cols, g.N, [&](const QuadCoord& q) {
     if (q.count == 0) return;
     T gate[kQuad], up[kQuad];
     tile_quad(t, q, q.in_col, gate);
@@ -195,7 +195,7 @@ FFN_FN void finish_activate(const GroupedGemm& g, const FinishedTile<ComputeOf<S
 // One quad of dH; returns its part of the row's dot.
 template <class S>
 FFN_FN ComputeOf<S> finish_activate_grad_quad(const GroupedGemm& g, const FinishedTile<ComputeOf<S>>& t,
-                                              const QuadPlace& q, const QuadOf<S>& gate_quad,
+                                              const QuadCoord& q, const QuadOf<S>& gate_quad,
                                               const QuadOf<S>& up_quad) {
   using T = ComputeOf<S>;
   const Epilogue& e = g.epilogue;
@@ -244,7 +244,7 @@ FFN_FN void finish_activate_grad(const GroupedGemm& g, const FinishedTile<Comput
   using T = ComputeOf<S>;
   const Epilogue& e = g.epilogue;
   const Quads<T> quads(t, t.cols, g.N);
-  const auto saved = [&](void* matrix, const QuadPlace& q) {
+  const auto saved = [&](void* matrix, const QuadCoord& q) {
     return matrix && q.count > 0 ? read_quad(quad_at<S>(matrix, q.row, e.pre_stride, q.col), q.count) : QuadOf<S>{};
   };
   // Gate and up of several rows are on their way at a time: else every row would wait for memory.
@@ -253,13 +253,13 @@ FFN_FN void finish_activate_grad(const GroupedGemm& g, const FinishedTile<Comput
     QuadOf<S> gates[kAtOnce], ups[kAtOnce];
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) {
-      const QuadPlace q = quads.at(first + j * quads.step());
+      const QuadCoord q = quads.at(first + j * quads.step());
       gates[j] = saved(e.gate, q);
       ups[j] = saved(e.up, q);
     }
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) {
-      const QuadPlace q = quads.at(first + j * quads.step());
+      const QuadCoord q = quads.at(first + j * quads.step());
       T dot = 0;
       if (q.count > 0) dot = finish_activate_grad_quad<S>(g, t, q, gates[j], ups[j]);
       if (!e.row_dots) continue;
@@ -290,7 +290,7 @@ FFN_FN void zero_tile(const GroupedGemm& g, const FinishedTile<ComputeOf<S>>& t,
   using T = ComputeOf<S>;
   const Epilogue& e = g.epilogue;
   const bool grad = e.kind == Epilogue::Kind::kActivateGrad;
-  for_each_quad(t, rows, cols, g.N, [&](const QuadPlace& q) {
+  for_each_quad(t, rows, cols, g.N, [&](const QuadCoord& q) {
     if (q.count == 0) return;
     const T zero[kQuad] = {};
     if (grad) store_hidden<S>(e, q, zero, zero);

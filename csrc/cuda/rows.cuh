@@ -16,7 +16,7 @@ __global__ void dispatch_rows_kernel(MoveRows m, PackGrid grid) {
   constexpr int kPack = Pack<S>::kSize;
   const int64_t kept = kept_rows(m.routes);
   const T* const weight = static_cast<const T*>(m.weight);
-  PackPlace at[kVectorSteps];
+  PackCoord at[kVectorSteps];
   pack_places<kPack>(grid, m.routes.rows, m.cols, at);
   Pack<S, kPack> in[kVectorSteps]{};
   T w[kVectorSteps];
@@ -48,10 +48,10 @@ __global__ void combine_rows_kernel(MoveRows m, PackGrid grid) {
   constexpr int kPack = Pack<S>::kSize, kAtOnce = 4;
   const int64_t kept = kept_rows(m.routes);
   const T* const weight = static_cast<const T*>(m.weight);
-  PackPlace places[kVectorSteps];
-  pack_places<kPack>(grid, m.routes.tokens, m.cols, places);
+  PackCoord packs[kVectorSteps];
+  pack_places<kPack>(grid, m.routes.tokens, m.cols, packs);
 #pragma unroll
-  for (const PackPlace& at : places) {
+  for (const PackCoord& at : packs) {
     if (at.n == 0) continue;
     const int64_t begin = held(m.routes.slot_offsets[at.row], 0, m.routes.rows);
     const int64_t end = held(m.routes.slot_offsets[at.row + 1], begin, m.routes.rows);
