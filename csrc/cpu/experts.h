@@ -75,8 +75,8 @@ void add_hidden_gradient(Steps& steps, Experts& c, const Tensor& d_y, const Tens
                          const void* up, void* d_hidden, void* h, DType h_dtype, void* parts, int64_t num_parts);
 
 // Of each row: the sum of its parts, and d_y of its token times its expert's bias.
-void add_weight_gradient(Steps& steps, const Experts& c, const Tensor& d_y, const void* bias, const void* parts,
-                         int64_t num_parts, void* out);
+void add_routing_weight_gradient(Steps& steps, const Experts& c, const Tensor& d_y, const void* bias, const void* parts,
+                                 int64_t num_parts, void* out);
 
 // Of each expert: out[M, N] = sum over its rows of a(row)^T b(row). Experts without rows get zeros.
 void add_outer_products(Steps& steps, Experts& c, int64_t M, int64_t N, const RowsOf& a, const RowsOf& b, void* out);

@@ -23,9 +23,9 @@ GatedAct elementwise(const Tensor& gate, const std::optional<Tensor>& up, const 
 
 using ElementwiseKernel = void (*)(const GatedAct&, const Range&);
 
-// Cuts rows, or the columns of a few long rows, into stretches of about 32 Ki elements.
+// Cuts rows, or the columns of a few long rows, into tasks of about 32 Ki elements.
 void run_elementwise(GatedAct& g, ElementwiseKernel kernel) {
-  constexpr int64_t kStretch = 1 << 15;
+  constexpr int64_t kGrainSize = 1 << 15;
   if (g.rows == 0 || g.cols == 0) return;
   const bool flat = [&] {
     for (const Matrix* m : {&g.gate, &g.up, &g.d_out, &g.dd_gate, &g.dd_up})
@@ -36,8 +36,8 @@ void run_elementwise(GatedAct& g, ElementwiseKernel kernel) {
     g.cols *= g.rows;
     g.rows = 1;
   }
-  const int64_t col_step = std::min(g.cols, kStretch);
-  const int64_t row_step = std::max<int64_t>(1, kStretch / g.cols);
+  const int64_t col_step = std::min(g.cols, kGrainSize);
+  const int64_t row_step = std::max<int64_t>(1, kGrainSize / g.cols);
   const int64_t col_tasks = divide_up(g.cols, col_step);
   const int64_t tasks = col_tasks * divide_up(g.rows, row_step);
   Phases phases;

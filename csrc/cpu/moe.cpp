@@ -34,7 +34,7 @@ Experts with_routes(const MoeShape& s, const std::optional<Tensor>& token, const
 }
 
 // d_w [E, N, K] = sum over each expert's rows of d_out^T in, stored as the weight is.
-Tensor add_weights_gradient(Steps& steps, Experts& c, const Tensor& w, const RowsOf& d_out, const RowsOf& in) {
+Tensor add_expert_weight_gradient(Steps& steps, Experts& c, const Tensor& w, const RowsOf& d_out, const RowsOf& in) {
   const int64_t N = w.size(1), K = w.size(2);
   if (!is_transposed(w)) {
     Tensor d_w = fresh(w, {c.E, N, K});
@@ -109,7 +109,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_backward(
 
   void *d_hidden = nullptr, *h = nullptr, *parts = nullptr;
   const KernelTable& table = kernels();
-  const int64_t num_parts = divide_up(c.F, table.tile_vectors * table.lanes * 4 / storage_size(arithmetic));
+  const int64_t num_parts = divide_up(c.F, table.nr_vectors * table.lanes * 4 / storage_size(arithmetic));
   if (need_down) h = workspace.take(static_cast<size_t>(c.routes.kept * c.F * storage_size(h_dtype)), "h");
   if (need_hidden) {
     d_hidden = workspace.take(rows_bytes(c.hidden()), "d_hidden");
@@ -132,12 +132,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_backward(
 
   Tensor d_weight = need_weight ? fresh(*weight, {c.R}) : nothing(x);
   if (need_weight) {
-    add_weight_gradient(steps, c, d_y, dense_data(b_down, c.keep), parts, num_parts, d_weight.mutable_data_ptr());
+    add_routing_weight_gradient(steps, c, d_y, dense_data(b_down, c.keep), parts, num_parts,
+                                d_weight.mutable_data_ptr());
     zero_rows(steps, d_weight.mutable_data_ptr(), c.routes.kept, c.R, storage_size(arithmetic));
   }
 
   Tensor d_w_down = nothing(x);
-  if (need_down) d_w_down = add_weights_gradient(steps, c, w_down, token_rows(c, d_y), dense_rows(h, c.F, h_dtype));
+  if (need_down)
+    d_w_down = add_expert_weight_gradient(steps, c, w_down, token_rows(c, d_y), dense_rows(h, c.F, h_dtype));
 
   const RowsOf hidden_rows = dense_rows(d_hidden, c.hidden(), c.dtype);
   Tensor d_x = need_x ? fresh(x, {c.T, c.D}) : nothing(x);
@@ -148,7 +150,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_backward(
   }
 
   Tensor d_w_in = nothing(x);
-  if (need_in) d_w_in = add_weights_gradient(steps, c, w_in, hidden_rows, token_rows(c, x));
+  if (need_in) d_w_in = add_expert_weight_gradient(steps, c, w_in, hidden_rows, token_rows(c, x));
   Tensor d_b_in = need_b_in ? fresh(x, {c.E, c.hidden()}) : nothing(x);
   if (need_b_in) add_bias_gradients(steps, c, c.hidden(), hidden_rows, false, d_b_in.mutable_data_ptr());
   Tensor d_b_down = need_b_down ? fresh(x, {c.E, c.O}) : nothing(x);

@@ -10,7 +10,7 @@ namespace ffn_ops {
 
 // Bytes of the packed A operand.
 inline int64_t packed_bytes(const Gemm& g) {
-  return divide_up(g.panels_m * g.panel_rows * g.packed_length() * g.element(), 64) * 64;
+  return divide_up(g.panels_m * g.mr * g.packed_length() * g.element(), 64) * 64;
 }
 
 // The products, which do not depend on each other, with their schedules filled in, in groups that are computed one

@@ -19,12 +19,12 @@ inline void run(const KernelTable& table, const Gemm& whole) {
   for (const std::vector<Gemm>& group : plan_products({whole}, table, 2))
     parts.insert(parts.end(), group.begin(), group.end());
   for (Gemm& g : parts) {
-    std::vector<char> packed(static_cast<size_t>(g.panels_m * g.panel_rows * g.packed_length() * g.element()));
+    std::vector<char> packed(static_cast<size_t>(g.panels_m * g.mr * g.packed_length() * g.element()));
     std::vector<double> scratch(static_cast<size_t>(gemm_scratch_bytes(g, table)) / sizeof(double) + 1,
                                 std::numeric_limits<double>::quiet_NaN());
     g.packed_a = packed.data();
     // Last panels first: a store over a panel's end must not touch its neighbour.
-    for (int64_t c = g.chunks() - 1; c >= 0; --c)
+    for (int64_t c = g.k_blocks() - 1; c >= 0; --c)
       for (int64_t p = g.panels_m - 1; p >= 0; --p) table.pack_a(g, c, p, p + 1);
     for (int64_t t = 0; t < g.tasks_m() * g.tasks_n(); ++t) table.gemm(g, t, scratch.data());
   }

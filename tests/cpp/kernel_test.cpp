@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "../../csrc/common/activation_names.h"
-#include "kernel_ways.h"
+#include "kernels_agree.h"
 
 namespace ffn_ops {
 #if defined(__x86_64__)
@@ -116,7 +116,7 @@ void test_gated(const char* isa, const KernelTable& table, DType dtype, const Sh
   }
 }
 
-// dH = A B^T with B along k in two stretches; gate and up gradients, and act(gate) * up. With weights for the rows all
+// dH = A B^T with two B operands along k; gate and up gradients, and act(gate) * up. With weights for the rows all
 // of them times the weight, and the products of dH with act(gate) * up.
 void test_grad(const char* isa, const KernelTable& table, DType dtype, const Shape& s, int activation, bool weighted) {
   const int64_t half = s.K / 2, K = 2 * half;
@@ -140,7 +140,7 @@ void test_grad(const char* isa, const KernelTable& table, DType dtype, const Sha
   e.up = up.data.get();
   e.pre_stride = s.N;
   e.activation = activation;
-  const int64_t panels = divide_up(s.N, table.tile_vectors * table.lanes * 4 / g.element());
+  const int64_t panels = divide_up(s.N, table.nr_vectors * table.lanes * 4 / g.element());
   Buffer weight(arithmetic_dtype(dtype), s.M), dots(arithmetic_dtype(dtype), s.M * panels);
   if (weighted) {
     e.row_weight = weight.data.get();
@@ -305,7 +305,7 @@ void test_top_k(const char* isa, const KernelTable& table, DType dtype, int64_t 
 
 void test_table(const char* isa, const KernelTable& table) {
   const int activation = activation_index("silu");
-  // One row, the register tile's edges, primes, more than one chunk of k, more than one task in both directions.
+  // One row, the micro-tile's edges, primes, more than one block of k, more than one task in both directions.
   const Shape shapes[] = {{1, 1, 1}, {1, 37, 600},   {6, 16, 64},   {14, 32, 512}, {15, 33, 1031},
                           {3, 2, 0}, {61, 307, 131}, {16, 70, 150}, {32, 9, 1031}};
   const int before = failures;
@@ -316,10 +316,10 @@ void test_table(const char* isa, const KernelTable& table) {
       test_gated(isa, table, dtype, shape, activation);
       for (const bool weighted : {false, true}) test_grad(isa, table, dtype, shape, activation, weighted);
     }
-    // A single k, less than a run, odd ends of a run and of a chunk; fewer columns than rows, and more.
+    // A single k, less than a summation block, odd ends of one and of kc; fewer columns than rows, and more.
     for (const int64_t K : {1, 31, 64, 131, 601}) {
       for (const int64_t N : {5, 70})
-        for (const int64_t stretches : {0, 1, 3}) test_ways(isa, table, dtype, {40, N, K}, stretches);
+        for (const int64_t num_b : {0, 1, 3}) test_kernels_agree(isa, table, dtype, {40, N, K}, num_b);
     }
     test_elementwise(isa, table, dtype, 5, 77, activation);
     test_elementwise(isa, table, dtype, 1100, 3, activation);

@@ -33,8 +33,8 @@ namespace ffn_ops::avx512 {
 
 #include "../../common/activations.h"
 
-constexpr int kTileRows = 6;
-constexpr int kTileVectors = 4;
+constexpr int kMR = 6;
+constexpr int kNRVectors = 4;
 using BFloat16Operands = Vec<float>;
 
 #include "../kernels/table.h"

@@ -35,8 +35,8 @@ namespace ffn_ops::avx512_bf16 {
 
 #include "../../common/activations.h"
 
-constexpr int kTileRows = 6;
-constexpr int kTileVectors = 4;
+constexpr int kMR = 6;
+constexpr int kNRVectors = 4;
 using BFloat16Operands = BFloat16Pairs;
 
 #include "../kernels/table.h"

@@ -17,8 +17,8 @@ namespace ffn_ops::baseline {
 
 #include "../../common/activations.h"
 
-constexpr int kTileRows = 6;
-constexpr int kTileVectors = 2;
+constexpr int kMR = 6;
+constexpr int kNRVectors = 2;
 using BFloat16Operands = Vec<float>;
 
 #include "../kernels/table.h"

@@ -9,7 +9,7 @@ struct Vec {
   static constexpr int kLanes = kVectorBytes / int(sizeof(T));
   // As an operand of a product: what sums up, and how many neighbours along k a lane holds.
   using Sum = Vec;
-  static constexpr int kTerms = 1;
+  static constexpr int kKR = 1;
 
   struct Mask {
     MaskOf<T> bits;

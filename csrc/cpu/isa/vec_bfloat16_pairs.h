@@ -30,7 +30,7 @@ struct BFloat16Pairs {
   using Register = FloatLanes;
   using Sum = Vec<float>;
   static constexpr int kLanes = Sum::kLanes;
-  static constexpr int kTerms = 2;
+  static constexpr int kKR = 2;
 
   Register reg;
 

@@ -1,13 +1,13 @@
 // Textual, per instruction set: all kernels and the table that the boundary calls them through. The including file
-// sets the register tile, kTileRows x kTileVectors (even: gate and up), and BFloat16Operands, the vectors that hold the
+// sets the micro-tile, kMR x kNRVectors (even: gate and up), and BFloat16Operands, the vectors that hold the
 // operands of bfloat16 products, before.
 
-constexpr int64_t kPanelBlock = 16;                         // A panels that stay in L2 while a B panel is used
-constexpr int64_t kRowsAtOnce = 16;                         // where rows are copied
-constexpr int64_t kRowsAhead = 16;                          // the same: what is asked for
-constexpr int64_t kStreamBytes = 512;                       // in each row while streaming
-constexpr int64_t kRowsAdded = 8;                           // streams at a time, see rows_added
-constexpr int kSumRows = kTileRows * kTileVectors * 2 / 3;  // accumulators, where the rest is one row and its factor
+constexpr int64_t kL2Panels = 16;                    // A panels that stay in L2 while a B panel is used
+constexpr int64_t kRowsAtOnce = 16;                  // where rows are copied
+constexpr int64_t kRowsAhead = 16;                   // the same: what is asked for
+constexpr int64_t kStreamBytes = 512;                // in each row while streaming
+constexpr int64_t kAxpyFuse = 8;                     // streams at a time, see axpy_fuse
+constexpr int kAxpyRows = kMR * kNRVectors * 2 / 3;  // accumulators, where the rest is one row and its factor
 
 #include "act.h"
 
@@ -25,29 +25,29 @@ constexpr int kSumRows = kTileRows * kTileVectors * 2 / 3;  // accumulators, whe
 
 #include "top_k.h"
 
-void pack_a(const Gemm& g, int64_t chunk, int64_t panel_begin, int64_t panel_end) {
-  if (g.wide()) pack_a_as<Vec<double>>(g, chunk, panel_begin, panel_end);
-  else if (g.narrow()) pack_a_as<BFloat16Operands>(g, chunk, panel_begin, panel_end);
-  else pack_a_as<Vec<float>>(g, chunk, panel_begin, panel_end);
+void pack_a(const Gemm& g, int64_t k_block, int64_t panel_begin, int64_t panel_end) {
+  if (g.float64()) pack_a_as<Vec<double>>(g, k_block, panel_begin, panel_end);
+  else if (g.in_bfloat16()) pack_a_as<BFloat16Operands>(g, k_block, panel_begin, panel_end);
+  else pack_a_as<Vec<float>>(g, k_block, panel_begin, panel_end);
 }
 
 template <class V>
 void gemm_as(const Gemm& g, int64_t task, void* scratch) {
-  switch (g.way) {
-    case Gemm::Way::kPacked:
-      return gemm_task<V>(g, task, scratch);
-    case Gemm::Way::kDots:
-      return dots_task<V>(g, task, scratch);
-    case Gemm::Way::kTokens:
-      return tokens_task<V>(g, task, scratch);
-    case Gemm::Way::kSums:
-      return sums_task<V>(g, task, scratch);
+  switch (g.kernel) {
+    case Gemm::Kernel::kPacked:
+      return packed_task<V>(g, task, scratch);
+    case Gemm::Kernel::kDot:
+      return dot_task<V>(g, task, scratch);
+    case Gemm::Kernel::kBroadcast:
+      return broadcast_task<V>(g, task, scratch);
+    case Gemm::Kernel::kAxpy:
+      return axpy_task<V>(g, task, scratch);
   }
 }
 
 void gemm(const Gemm& g, int64_t task, void* scratch) {
-  if (g.wide()) gemm_as<Vec<double>>(g, task, scratch);
-  else if (g.narrow()) gemm_as<BFloat16Operands>(g, task, scratch);
+  if (g.float64()) gemm_as<Vec<double>>(g, task, scratch);
+  else if (g.in_bfloat16()) gemm_as<BFloat16Operands>(g, task, scratch);
   else gemm_as<Vec<float>>(g, task, scratch);
 }
 
@@ -99,10 +99,10 @@ void top_k_backward(const TopK& k, int64_t r0, int64_t r1, void* scratch) {
 
 extern const KernelTable kTable;
 const KernelTable kTable = {Vec<float>::kLanes,
-                            kTileRows,
-                            kTileVectors,
-                            kSumRows,
-                            BFloat16Operands::kTerms,
+                            kMR,
+                            kNRVectors,
+                            kAxpyRows,
+                            BFloat16Operands::kKR,
                             pack_a,
                             gemm,
                             gated_act,
