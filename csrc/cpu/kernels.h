@@ -70,7 +70,8 @@ struct Epilogue : GateForm {
   DType h_dtype() const { return h_unrounded ? arithmetic() : dtype; }
 };
 
-// out[M, N] = epilogue(sum over k of A(m, k) * B(n, k)). Operands and epilogue are of one storage dtype, or `mixed`.
+// The problem, what is computed: out[M, N] = epilogue(sum over k of A(m, k) * B(n, k)). Operands and epilogue are of
+// one storage dtype, or `mixed`.
 struct Gemm {
   int64_t M = 0, N = 0, K = 0;
   Operand a;
@@ -82,40 +83,47 @@ struct Gemm {
   bool mixed = false;  // storage dtypes differ, of one arithmetic: bfloat16 is then not multiplied in pairs
   Epilogue epilogue;
 
-  // Schedule, filled by plan_product(); it never changes a bit of the result.
-  enum class Kernel {
-    kPacked,  // both operands are packed into panels for the register tile
-    // A few tokens: nothing of the weights is packed, their rows are read once.
-    kDot,        // rows along k, transposed in registers: at most a register tile of tokens
-    kBroadcast,  // rows along k, tokens in the lanes
-    kAxpy,       // rows along the columns, scaled and added
-  };
-  Kernel kernel = Kernel::kPacked;
-  // Swapped: the product is computed as its transpose. M and N above are exchanged, b is the shared operand, element
-  // (m, n) of a tile goes to out[n][m] and its bias is bias[m].
-  bool transposed = false;
-  int64_t kr = 1;            // neighbours along k that a lane of a packed operand holds: one step
-  int64_t first_row = 0;     // of the shared operand: this is a part of the product
-  int64_t mr = 0;            // rows of an A panel, 1 .. tile rows
-  int64_t panels_m = 0;      // A panels
-  int64_t nr = 0;            // of the output, from one B panel: at most a tile's width, half of it where gated
-  int64_t panels_n = 0;      // B panels
-  int64_t nc_panels = 0;     // B panels of one task; of few rows see `guided`
-  int64_t mc_panels = 0;     // A panels of one task
-  int64_t guided = 0;        // kDot, kBroadcast: a task takes one of so many parts of the B panels that are left
-  void* packed_a = nullptr;  // [k block][panel][step of k][mr]
-
   bool float64() const { return epilogue.dtype == DType::kFloat64; }                 // float64 arithmetic
   bool in_bfloat16() const { return epilogue.dtype == DType::kBFloat16 && !mixed; }  // operands may stay bfloat16
   int64_t element() const { return float64() ? 8 : 4; }                              // bytes of it
   int64_t branches() const { return gated ? num_b / 2 : 1; }
-  int64_t b_length() const { return gated ? K : K / num_b; }  // length of one B operand along k
-  int64_t k_blocks() const {                                  // pieces of k that are packed at once, of one branch
+  int64_t b_length() const { return gated ? K : K / num_b; }          // length of one B operand along k
+  int64_t kc() const { return b_length() < kKC ? b_length() : kKC; }  // of the longest block of k
+  int64_t k_blocks() const {                                          // of one branch, packed one after the other
     return K == 0 ? 1 : K / b_length() * divide_up(b_length(), kKC);
   }
-  int64_t kc() const { return b_length() < kKC ? b_length() : kKC; }  // of the longest
-  int64_t steps(int64_t k) const { return divide_up(k, kr); }         // that k takes when packed
-  int64_t packed_length() const { return K == 0 ? 0 : K / b_length() * steps(b_length()); }
+};
+
+// The schedule, how it is computed; it never changes a bit of the result. In BLIS's words, kr in XNNPACK's:
+// - micro-kernel: computes a micro-tile, mr rows by nr columns of sums, in registers.
+// - panel: mr rows of A, or nr columns of B, packed as the micro-kernel reads them, kc steps along k at a time.
+// - kr: neighbours along k that a lane of a packed operand holds, one step of the micro-kernel.
+// - mc, nc: rows and columns that one task computes, here counted in panels.
+struct Schedule {
+  enum class Kernel {
+    kPacked,  // both operands are packed into panels for the micro-kernel
+    // A few tokens: nothing of the weights is packed, their rows are read once.
+    kDot,        // rows along k, transposed in registers: at most a micro-tile of tokens
+    kBroadcast,  // rows along k, each element times a vector of tokens
+    kAxpy,       // rows along the columns, scaled and added
+  };
+  Kernel kernel = Kernel::kPacked;
+  // The product is computed as its transpose. M and N are exchanged, b is the shared operand, element (m, n) of a tile
+  // goes to out[n][m] and its bias is bias[m].
+  bool transposed = false;
+  int64_t kr = 1;
+  int64_t first_row = 0;     // of the shared operand: this is a part of the product
+  int64_t mr = 0;            // 1 .. the table's
+  int64_t panels_m = 0;      // A panels
+  int64_t nr = 0;            // columns of the output from one B panel: at most the micro-tile's, half where gated
+  int64_t panels_n = 0;      // B panels
+  int64_t mc_panels = 0;     // A panels of one task
+  int64_t nc_panels = 0;     // B panels of one task; of a few tokens see `guided`
+  int64_t guided = 0;        // kDot, kBroadcast: a task takes one of so many parts of the B panels that are left
+  void* packed_a = nullptr;  // [k block][panel][step of k][mr]
+
+  int64_t steps(int64_t k) const { return divide_up(k, kr); }  // that k takes when packed
+  int64_t tasks_m() const { return divide_up(panels_m, mc_panels); }
   int64_t tasks_n() const {
     int64_t tasks = 0;
     if (guided == 0) return divide_up(panels_n, nc_panels);
@@ -123,7 +131,7 @@ struct Gemm {
     return tasks;
   }
   // The B panels of a task that reads rows from end to end: many for the first, as each begins with a wait for memory,
-  // and few for the last, so that all workers end together.
+  // and few for the last, so that all workers end together (OpenMP's guided schedule).
   struct Panels {
     int64_t begin, end;
   };
@@ -132,7 +140,10 @@ struct Gemm {
     for (; task >= 0; --task) p = {p.end, p.end + divide_up(panels_n - p.end, guided)};
     return p;
   }
-  int64_t tasks_m() const { return divide_up(panels_m, mc_panels); }
+};
+
+struct ScheduledGemm : Gemm, Schedule {
+  int64_t packed_length() const { return K == 0 ? 0 : K / b_length() * steps(b_length()); }
 };
 
 struct GatedAct : GateForm {
@@ -202,12 +213,12 @@ struct TopK {
 // Entry points of one instruction set. Each works on a range and is single-threaded.
 struct KernelTable {
   int64_t lanes;  // float32 lanes of a vector; float64: half
-  int64_t mr;     // the register tile: rows, and vectors in each
+  int64_t mr;     // the micro-tile: rows, and vectors in each
   int64_t nr_vectors;
-  int64_t axpy_rows;    // Kernel::kAxpy: rows of an A panel
-  int64_t bfloat16_kr;  // Gemm::kr of bfloat16 products
-  void (*pack_a)(const Gemm&, int64_t k_block, int64_t panel_begin, int64_t panel_end);
-  void (*gemm)(const Gemm&, int64_t task, void* scratch);
+  int64_t axpy_rows;    // Schedule::Kernel::kAxpy: rows of an A panel
+  int64_t bfloat16_kr;  // Schedule::kr of bfloat16 products
+  void (*pack_a)(const ScheduledGemm&, int64_t k_block, int64_t panel_begin, int64_t panel_end);
+  void (*gemm)(const ScheduledGemm&, int64_t task, void* scratch);
   void (*gated_act)(const GatedAct&, const Range&);
   void (*gated_act_backward)(const GatedAct&, const Range&);
   void (*gated_act_double_backward)(const GatedAct&, const Range&);
@@ -225,20 +236,20 @@ inline int64_t top_k_scratch_bytes(const TopK& k) {
 }
 
 // Bytes of thread-private memory that `gemm` needs: the packed B group and sums of tiles.
-inline int64_t gemm_scratch_bytes(const Gemm& g, const KernelTable& table) {
+inline int64_t gemm_scratch_bytes(const ScheduledGemm& g, const KernelTable& table) {
   const int64_t width = table.nr_vectors * table.lanes * 4 / g.element();
   const int64_t tile = g.mr * width;
-  if (g.kernel == Gemm::Kernel::kAxpy) return (2 * g.panels_m * g.nc_panels + 1) * tile * g.element();
-  if (g.kernel == Gemm::Kernel::kBroadcast)
+  if (g.kernel == Schedule::Kernel::kAxpy) return (2 * g.panels_m * g.nc_panels + 1) * tile * g.element();
+  if (g.kernel == Schedule::Kernel::kBroadcast)
     return (2 * tile + width * kSumBlock / g.kr + (g.branches() > 1 ? tile / 2 : 0)) * g.element();
-  const int64_t b = g.kernel == Gemm::Kernel::kDot ? 0 : g.nc_panels * width * g.steps(g.kc());
+  const int64_t b = g.kernel == Schedule::Kernel::kDot ? 0 : g.nc_panels * width * g.steps(g.kc());
   const int64_t slots = g.mc_panels * g.nc_panels;
   const int64_t tiles = g.k_blocks() > 1 ? slots * tile : tile;
   const int64_t sums = g.branches() > 1 ? slots * tile / 2 : 0;
   return (b + tiles + sums) * g.element();
 }
 
-// Kernel::kBroadcast holds at most this many tokens, and at most kBroadcastVectors vectors of them.
+// Schedule::Kernel::kBroadcast holds at most this many tokens, and at most kBroadcastVectors vectors of them.
 constexpr int64_t kSmallM = 32;
 constexpr int64_t kBroadcastVectors = 4;
 

@@ -16,17 +16,17 @@ constexpr int64_t kLongPiece = 2048;  // elements of a row of weights that are r
 // The shared packed operand should be the small one: a plain product with more rows than columns is computed as its
 // transpose. Every element is the same sum in the same order, and a product of two factors does not know their order.
 // Its tiles are written in pieces of lines, which sums of less than kLongK feel.
-Gemm small_operand_first(const Gemm& g) {
+ScheduledGemm small_operand_first(const Gemm& wanted) {
+  ScheduledGemm g{wanted, {}};
   if (g.epilogue.kind != Epilogue::Kind::kStore || g.M <= g.N || g.K < kLongK) return g;
-  Gemm transposed = g;
-  std::swap(transposed.M, transposed.N);
-  transposed.transposed = true;
-  return transposed;
+  std::swap(g.M, g.N);
+  g.transposed = true;
+  return g;
 }
 
 // Rows [begin, end) of a product.
-Gemm slice_rows(const Gemm& g, int64_t begin, int64_t end) {
-  Gemm part = g;
+ScheduledGemm slice_rows(const ScheduledGemm& g, int64_t begin, int64_t end) {
+  ScheduledGemm part = g;
   part.M = end - begin;
   part.first_row = begin;
   Epilogue& e = part.epilogue;
@@ -46,29 +46,31 @@ Gemm slice_rows(const Gemm& g, int64_t begin, int64_t end) {
   return part;
 }
 
-Gemm::Kernel choose_kernel(const Gemm& g, const KernelTable& table) {
-  if (g.M > kSmallM || g.transposed || g.K == 0) return Gemm::Kernel::kPacked;
+Schedule::Kernel choose_kernel(const ScheduledGemm& g, const KernelTable& table) {
+  if (g.M > kSmallM || g.transposed || g.K == 0) return Schedule::Kernel::kPacked;
   for (int64_t i = 0; i < g.num_b; ++i) {
     const Operand& b = g.b[i];
     if (b.k_along_rows != g.b[0].k_along_rows || b.matrix.col_stride != 1 || b.matrix.rows)
-      return Gemm::Kernel::kPacked;
+      return Schedule::Kernel::kPacked;
   }
-  if (g.b[0].k_along_rows) return g.gated ? Gemm::Kernel::kPacked : Gemm::Kernel::kAxpy;
-  if (!g.gated && g.num_b > 1) return Gemm::Kernel::kPacked;
-  if (g.M <= table.mr) return Gemm::Kernel::kDot;
-  return g.M <= kBroadcastVectors * table.lanes * 4 / g.element() ? Gemm::Kernel::kBroadcast : Gemm::Kernel::kPacked;
+  if (g.b[0].k_along_rows) return g.gated ? Schedule::Kernel::kPacked : Schedule::Kernel::kAxpy;
+  if (!g.gated && g.num_b > 1) return Schedule::Kernel::kPacked;
+  if (g.M <= table.mr) return Schedule::Kernel::kDot;
+  return g.M <= kBroadcastVectors * table.lanes * 4 / g.element() ? Schedule::Kernel::kBroadcast
+                                                                  : Schedule::Kernel::kPacked;
 }
 
 // `tasks`: how many the product should fall into at least.
-void fill_schedule(Gemm& g, const KernelTable& table, int64_t workers, int64_t tasks) {
+void fill_schedule(ScheduledGemm& g, const KernelTable& table, int64_t workers, int64_t tasks) {
   const int64_t lanes = table.lanes * 4 / g.element();
   const int64_t width = table.nr_vectors * lanes;
   g.kernel = choose_kernel(g, table);
-  const int64_t rows = g.kernel == Gemm::Kernel::kAxpy ? table.axpy_rows : table.mr;
-  g.mr = g.kernel == Gemm::Kernel::kBroadcast ? divide_up(g.M, lanes) * lanes : divide_up(g.M, divide_up(g.M, rows));
+  const int64_t rows = g.kernel == Schedule::Kernel::kAxpy ? table.axpy_rows : table.mr;
+  g.mr =
+      g.kernel == Schedule::Kernel::kBroadcast ? divide_up(g.M, lanes) * lanes : divide_up(g.M, divide_up(g.M, rows));
   g.panels_m = divide_up(g.M, g.mr);
   g.nr = g.gated ? width / 2 : width;
-  if (g.kernel == Gemm::Kernel::kDot || g.kernel == Gemm::Kernel::kBroadcast) {
+  if (g.kernel == Schedule::Kernel::kDot || g.kernel == Schedule::Kernel::kBroadcast) {
     g.guided = workers == 1 ? 1 : std::max<int64_t>(2, tasks / 2);
     if (g.epilogue.kind != Epilogue::Kind::kActivateGrad) g.nr = lanes;  // else of row_dots
   }
@@ -79,7 +81,7 @@ void fill_schedule(Gemm& g, const KernelTable& table, int64_t workers, int64_t t
   // A few rows: weights are read once, so a task takes whole rows of them from end to end, or long pieces.
   const bool by_rows = g.M <= kSmallM && !(g.transposed ? g.a : g.b[0]).k_along_rows;
   if (by_rows) g.nc_panels = 1;
-  if (g.kernel == Gemm::Kernel::kAxpy)
+  if (g.kernel == Schedule::Kernel::kAxpy)
     g.nc_panels = std::clamp<int64_t>(divide_up(g.panels_n, divide_up(tasks, 4)), 1, divide_up(kLongPiece, width));
   // Sums that wait for their next block of k stay near the core; short ones are written as they come, whole rows at a
   // time.
@@ -91,11 +93,12 @@ void fill_schedule(Gemm& g, const KernelTable& table, int64_t workers, int64_t t
     most = std::min(most, std::max<int64_t>(1, divide_up(g.panels_m, cuts)));
   }
   g.mc_panels =
-      by_rows || g.kernel == Gemm::Kernel::kAxpy ? g.panels_m : divide_up(g.panels_m, divide_up(g.panels_m, most));
+      by_rows || g.kernel == Schedule::Kernel::kAxpy ? g.panels_m : divide_up(g.panels_m, divide_up(g.panels_m, most));
 }
 
-void add_parts(const Gemm& wanted, const KernelTable& table, int64_t workers, int64_t tasks, std::vector<Gemm>& parts) {
-  Gemm g = small_operand_first(wanted);
+void add_parts(const Gemm& wanted, const KernelTable& table, int64_t workers, int64_t tasks,
+               std::vector<ScheduledGemm>& parts) {
+  ScheduledGemm g = small_operand_first(wanted);
   if (g.in_bfloat16()) g.kr = table.bfloat16_kr;
   const int64_t fit_rows = kPackedBytes / std::max<int64_t>(1, g.packed_length() * g.element());
   const int64_t fit = std::max<int64_t>(1, fit_rows / table.mr) * table.mr;
@@ -108,8 +111,8 @@ void add_parts(const Gemm& wanted, const KernelTable& table, int64_t workers, in
 
 }  // namespace
 
-std::vector<std::vector<Gemm>> plan_products(const std::vector<Gemm>& wanted, const KernelTable& table,
-                                             int64_t workers) {
+std::vector<std::vector<ScheduledGemm>> plan_products(const std::vector<Gemm>& wanted, const KernelTable& table,
+                                                      int64_t workers) {
   std::vector<const Gemm*> order;
   for (const Gemm& g : wanted)
     if (g.M > 0 && g.N > 0) order.push_back(&g);
@@ -119,12 +122,12 @@ std::vector<std::vector<Gemm>> plan_products(const std::vector<Gemm>& wanted, co
   if (workers > 1)
     std::stable_sort(order.begin(), order.end(), [&](const Gemm* a, const Gemm* b) { return work(a) > work(b); });
   const int64_t tasks = workers > 1 ? divide_up(4 * workers, static_cast<int64_t>(order.size())) : 1;
-  std::vector<std::vector<Gemm>> groups;
+  std::vector<std::vector<ScheduledGemm>> groups;
   int64_t bytes = 0;
   for (const Gemm* g : order) {
-    std::vector<Gemm> parts;
+    std::vector<ScheduledGemm> parts;
     add_parts(*g, table, workers, tasks, parts);
-    for (const Gemm& part : parts) {
+    for (const ScheduledGemm& part : parts) {
       if (groups.empty() || bytes + packed_bytes(part) > kPackedBytes) {
         groups.emplace_back();
         bytes = 0;
@@ -134,6 +137,29 @@ std::vector<std::vector<Gemm>> plan_products(const std::vector<Gemm>& wanted, co
     }
   }
   return groups;
+}
+
+std::string to_string(const Gemm& g) {
+  constexpr const char* kinds[] = {"store", "activate", "activate_grad"};
+  std::string text = "gemm: M " + std::to_string(g.M) + ", N " + std::to_string(g.N) + ", K " + std::to_string(g.K);
+  text += std::string(", ") + kDTypeNames[static_cast<int>(g.epilogue.dtype)] + (g.mixed ? ", mixed" : "");
+  text += std::string(", ") + kinds[static_cast<int>(g.epilogue.kind)];
+  if (g.gated) text += ", gated, " + std::to_string(g.branches()) + " branches";
+  else if (g.num_b > 1) text += ", " + std::to_string(g.num_b) + " operands along k";
+  return text;
+}
+
+std::string to_string(const Schedule& s) {
+  constexpr const char* kernels[] = {"packed", "dot", "broadcast", "axpy"};
+  const auto number = [](const char* before, int64_t value) { return before + std::to_string(value); };
+  return std::string("schedule: ") + kernels[static_cast<int>(s.kernel)] + (s.transposed ? ", transposed" : "") +
+         number(", first row ", s.first_row) + number(", mr ", s.mr) + number(", nr ", s.nr) + number(", kr ", s.kr) +
+         number(", ", s.panels_m) + number(" panels of A, ", s.panels_n) + number(" of B, mc ", s.mc_panels) +
+         (s.guided ? number(" panels, guided ", s.guided) : number(" panels, nc ", s.nc_panels) + " panels");
+}
+
+std::string to_string(const ScheduledGemm& g) {
+  return to_string(static_cast<const Gemm&>(g)) + "; " + to_string(static_cast<const Schedule&>(g));
 }
 
 }  // namespace ffn_ops

@@ -23,9 +23,9 @@ TaskOf find_task(const std::vector<int64_t>& ends, int64_t task) {
 }
 
 // The one row of A where it is already what packing it would give, or null.
-void* packed_row(const Gemm& g) {
+void* packed_row(const ScheduledGemm& g) {
   const Matrix& m = g.a.matrix;
-  if (g.kernel != Gemm::Kernel::kDot || g.M != 1 || g.a.k_along_rows || m.col_stride != 1) return nullptr;
+  if (g.kernel != Schedule::Kernel::kDot || g.M != 1 || g.a.k_along_rows || m.col_stride != 1) return nullptr;
   if (m.dtype != g.epilogue.arithmetic()) return nullptr;
   const int64_t row = m.rows ? m.rows[g.first_row] : g.first_row;
   return static_cast<char*>(const_cast<void*>(m.data)) + row * m.row_stride * g.element();
@@ -69,18 +69,18 @@ void Phases::run(int64_t workers) const {
 void Steps::pass(int64_t tasks, Phases::Task run) { steps_.push_back({{}, tasks, std::move(run)}); }
 
 void Steps::products(const std::vector<Gemm>& gemms) {
-  for (std::vector<Gemm>& group : plan_products(gemms, table_, workers_))
+  for (std::vector<ScheduledGemm>& group : plan_products(gemms, table_, workers_))
     steps_.push_back({std::move(group), 0, nullptr});
 }
 
-void Steps::add_products(std::vector<Gemm>& gemms, Phases& phases, char* packed, char* scratch, size_t scratch_bytes,
-                         int64_t workers) {
+void Steps::add_products(std::vector<ScheduledGemm>& gemms, Phases& phases, char* packed, char* scratch,
+                         size_t scratch_bytes, int64_t workers) {
   const auto count = static_cast<int64_t>(gemms.size());
   std::vector<int64_t> grain(gemms.size());  // A panels of a packing task
   std::vector<int64_t> pack_ends, gemm_ends;
   int64_t packing = 0, multiplying = 0;
   for (size_t i = 0; i < gemms.size(); ++i) {
-    Gemm& g = gemms[i];
+    ScheduledGemm& g = gemms[i];
     gemm_ends.push_back(multiplying += g.tasks_m() * g.tasks_n());
     g.packed_a = packed_row(g);
     if (g.packed_a) {
@@ -98,7 +98,7 @@ void Steps::add_products(std::vector<Gemm>& gemms, Phases& phases, char* packed,
   if (packing > 0)
     phases.add(packing, [this, &gemms, grain, pack_ends](int64_t task, int64_t) {
       const TaskOf at = find_task(pack_ends, task);
-      const Gemm& g = gemms[at.item];
+      const ScheduledGemm& g = gemms[at.item];
       const int64_t grains = divide_up(g.panels_m, grain[at.item]);
       const int64_t begin = at.task % grains * grain[at.item];
       table_.pack_a(g, at.task / grains, begin, std::min(g.panels_m, begin + grain[at.item]));
@@ -115,7 +115,7 @@ void Steps::run() {
   double work = 0;
   for (const Step& step : steps_) {
     size_t packed = 0;
-    for (const Gemm& g : step.gemms) {
+    for (const ScheduledGemm& g : step.gemms) {
       packed += static_cast<size_t>(packed_bytes(g));
       scratch_bytes = std::max(scratch_bytes, round_up(gemm_scratch_bytes(g, table_), 4096));
       // Up to 8 rows take about the time of reading the weights.

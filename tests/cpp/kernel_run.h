@@ -15,10 +15,10 @@ struct Shape {
 };
 
 inline void run(const KernelTable& table, const Gemm& whole) {
-  std::vector<Gemm> parts;
-  for (const std::vector<Gemm>& group : plan_products({whole}, table, 2))
+  std::vector<ScheduledGemm> parts;
+  for (const std::vector<ScheduledGemm>& group : plan_products({whole}, table, 2))
     parts.insert(parts.end(), group.begin(), group.end());
-  for (Gemm& g : parts) {
+  for (ScheduledGemm& g : parts) {
     std::vector<char> packed(static_cast<size_t>(g.panels_m * g.mr * g.packed_length() * g.element()));
     std::vector<double> scratch(static_cast<size_t>(gemm_scratch_bytes(g, table)) / sizeof(double) + 1,
                                 std::numeric_limits<double>::quiet_NaN());

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <limits>
+#include <string>
 #include <vector>
 
 #include "../../csrc/common/activation_names.h"
@@ -303,6 +304,41 @@ void test_top_k(const char* isa, const KernelTable& table, DType dtype, int64_t 
   }
 }
 
+// What a debugger prints: the problem, and the schedule that a table of known sizes leads to.
+void test_printing() {
+  KernelTable table = {};
+  table.lanes = 8;
+  table.mr = 6;
+  table.nr_vectors = 2;
+  table.axpy_rows = 8;
+  table.bfloat16_kr = 2;
+  Operand b[2];
+  const auto expect_text = [&](const Gemm& g, const std::string& wanted) {
+    const std::string printed = to_string(plan_products({g}, table, 1)[0][0]);
+    if (printed != wanted && ++failures <= 20)
+      std::printf("printed\n  %s\nin place of\n  %s\n", printed.c_str(), wanted.c_str());
+  };
+  Gemm g = product({40, 70, 131}, DType::kBFloat16);
+  g.b = b;
+  expect_text(g,
+              "gemm: M 40, N 70, K 131, bfloat16, store; schedule: packed, first row 0, mr 6, nr 16, kr 2, "
+              "7 panels of A, 5 of B, mc 7 panels, nc 5 panels");
+  g.mixed = true;
+  g.M = 100;
+  g.K = 2048;
+  expect_text(g,
+              "gemm: M 70, N 100, K 2048, bfloat16, mixed, store; schedule: packed, transposed, first row 0, mr 6, "
+              "nr 16, kr 1, 12 panels of A, 7 of B, mc 12 panels, nc 7 panels");
+  g = product({2, 70, 131}, DType::kFloat32);
+  g.b = b;
+  g.num_b = 2;
+  g.gated = true;
+  g.epilogue.kind = Epilogue::Kind::kActivate;
+  expect_text(g,
+              "gemm: M 2, N 70, K 131, float32, activate, gated, 1 branches; schedule: dot, first row 0, mr 2, nr 8, "
+              "kr 1, 1 panels of A, 9 of B, mc 1 panels, guided 1");
+}
+
 void test_table(const char* isa, const KernelTable& table) {
   const int activation = activation_index("silu");
   // One row, the micro-tile's edges, primes, more than one block of k, more than one task in both directions.
@@ -337,6 +373,7 @@ void test_table(const char* isa, const KernelTable& table) {
 
 int main() {
   using namespace ffn_ops;
+  test_printing();
   for (const Isa isa : kIsas) {
     const KernelTable* table = kernel_table(isa);
     if (table && isa_supported(isa)) test_table(isa_name(isa), *table);

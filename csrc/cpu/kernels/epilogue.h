@@ -223,7 +223,8 @@ FFN_FN void prefetch_tile(const Epilogue& e, const TilePart& t) {
 }
 
 template <class V>
-void finish_tile(const Gemm& g, int64_t branch, typename V::Scalar* tile, const TilePart& t, typename V::Scalar* sums) {
+void finish_tile(const ScheduledGemm& g, int64_t branch, typename V::Scalar* tile, const TilePart& t,
+                 typename V::Scalar* sums) {
   if (g.epilogue.kind == Epilogue::Kind::kActivateGrad) finish_activate_grad<V>(g.epilogue, tile, t);
   else if (g.gated) finish_gated<V>(g, branch, tile, t, sums);
   else if (g.transposed) finish_transposed<V>(g.epilogue, tile, t);

@@ -65,7 +65,7 @@ struct KBlock {
   int64_t branch, b, s, k, length, step, steps;
 };
 
-FFN_FN KBlock k_block_at(const Gemm& g, int64_t index) {
+FFN_FN KBlock k_block_at(const ScheduledGemm& g, int64_t index) {
   const int64_t b_length = g.b_length();
   const int64_t in_branch = index % g.k_blocks();
   const int64_t blocks_of_b = divide_up(b_length, kKC);
@@ -78,7 +78,7 @@ FFN_FN KBlock k_block_at(const Gemm& g, int64_t index) {
 // Calls f(operand, first k, columns, offset in a panel) for what makes up the unshared side of a block of k: gate and
 // up, or the one operand.
 template <class F>
-FFN_FN void for_each_part(const Gemm& g, const KBlock& c, int64_t width, const F& f) {
+FFN_FN void for_each_part(const ScheduledGemm& g, const KBlock& c, int64_t width, const F& f) {
   if (g.gated) {
     f(g.b[2 * c.branch], c.k, width / 2, 0);
     f(g.b[2 * c.branch + 1], c.k, width / 2, width / 2);
@@ -90,7 +90,7 @@ FFN_FN void for_each_part(const Gemm& g, const KBlock& c, int64_t width, const F
 }
 
 template <class V>
-void pack_a_as(const Gemm& g, int64_t k_block, int64_t panel_begin, int64_t panel_end) {
+void pack_a_as(const ScheduledGemm& g, int64_t k_block, int64_t panel_begin, int64_t panel_end) {
   const KBlock c = k_block_at(g, k_block);
   auto* out = static_cast<typename V::Scalar*>(g.packed_a) + c.step * g.panels_m * g.mr + panel_begin * c.steps * g.mr;
   const Operand& operand = g.transposed ? g.b[c.b] : g.a;
@@ -99,7 +99,7 @@ void pack_a_as(const Gemm& g, int64_t k_block, int64_t panel_begin, int64_t pane
 }
 
 template <class V>
-void packed_task(const Gemm& g, int64_t task, void* scratch) {
+void packed_task(const ScheduledGemm& g, int64_t task, void* scratch) {
   using T = typename V::Scalar;
   constexpr int64_t W = V::kLanes;
   constexpr int64_t kWidth = kNRVectors * W;

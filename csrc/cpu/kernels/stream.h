@@ -79,7 +79,7 @@ void dot_kernel(const Matrix& m, int64_t lane0, int64_t valid, int64_t K, const 
 }
 
 template <class V>
-void dot_task(const Gemm& g, int64_t task, void* scratch) {
+void dot_task(const ScheduledGemm& g, int64_t task, void* scratch) {
   using T = typename V::Scalar;
   constexpr int64_t W = V::kLanes;
   constexpr int64_t kWidth = kNRVectors * W;
@@ -193,7 +193,7 @@ void broadcast_panel(const Matrix& m, int64_t first, int64_t count, int64_t K, c
 }
 
 template <class V>
-void broadcast_task(const Gemm& g, int64_t task, void* scratch) {
+void broadcast_task(const ScheduledGemm& g, int64_t task, void* scratch) {
   using T = typename V::Scalar;
   constexpr int64_t W = V::kLanes;
   constexpr int64_t kWidth = kNRVectors * W;
@@ -276,7 +276,7 @@ void axpy_kernel(const S* const* row, int64_t n, int64_t cols, const typename V:
 }
 
 template <class V>
-void axpy_task(const Gemm& g, int64_t task, void* scratch) {
+void axpy_task(const ScheduledGemm& g, int64_t task, void* scratch) {
   using T = typename V::Scalar;
   constexpr int64_t kWidth = kNRVectors * V::kLanes;
   const int64_t H = g.mr;

@@ -25,27 +25,27 @@ constexpr int kAxpyRows = kMR * kNRVectors * 2 / 3;  // accumulators, where the 
 
 #include "top_k.h"
 
-void pack_a(const Gemm& g, int64_t k_block, int64_t panel_begin, int64_t panel_end) {
+void pack_a(const ScheduledGemm& g, int64_t k_block, int64_t panel_begin, int64_t panel_end) {
   if (g.float64()) pack_a_as<Vec<double>>(g, k_block, panel_begin, panel_end);
   else if (g.in_bfloat16()) pack_a_as<BFloat16Operands>(g, k_block, panel_begin, panel_end);
   else pack_a_as<Vec<float>>(g, k_block, panel_begin, panel_end);
 }
 
 template <class V>
-void gemm_as(const Gemm& g, int64_t task, void* scratch) {
+void gemm_as(const ScheduledGemm& g, int64_t task, void* scratch) {
   switch (g.kernel) {
-    case Gemm::Kernel::kPacked:
+    case Schedule::Kernel::kPacked:
       return packed_task<V>(g, task, scratch);
-    case Gemm::Kernel::kDot:
+    case Schedule::Kernel::kDot:
       return dot_task<V>(g, task, scratch);
-    case Gemm::Kernel::kBroadcast:
+    case Schedule::Kernel::kBroadcast:
       return broadcast_task<V>(g, task, scratch);
-    case Gemm::Kernel::kAxpy:
+    case Schedule::Kernel::kAxpy:
       return axpy_task<V>(g, task, scratch);
   }
 }
 
-void gemm(const Gemm& g, int64_t task, void* scratch) {
+void gemm(const ScheduledGemm& g, int64_t task, void* scratch) {
   if (g.float64()) gemm_as<Vec<double>>(g, task, scratch);
   else if (g.in_bfloat16()) gemm_as<BFloat16Operands>(g, task, scratch);
   else gemm_as<Vec<float>>(g, task, scratch);
