@@ -257,14 +257,12 @@ def test_rounded_routing_weights_are_widened(dtype: torch.dtype) -> None:
 
 
 def test_subsets_with_dropped_rows() -> None:
-    """Every subset of the gradients, in both forms of the operator: the bits of the full backward."""
+    """Every subset of the gradients: the bits of the full backward."""
     r = routing.top_k(torch.randn(12, 4), 2, capacity_factor=0.7)
     weight = r.weight.detach()
     tensors = {"x": torch.randn(12, 5), "weight": weight, **experts(4, dtype=torch.float32)}
 
     def run(names: tuple[str, ...]) -> dict[str, Tensor]:
-        given = {n: t.detach().requires_grad_(n in names) for n, t in tensors.items()}
-        y = ffn_ops.moe(given.pop("x"), r._replace(weight=given.pop("weight")), **given) if not names else None
         given = {n: t.detach().requires_grad_(n in names) for n, t in tensors.items()}
         rest = {n: t for n, t in given.items() if n not in ("x", "weight")}
         y = ffn_ops.moe(given["x"], r._replace(weight=given["weight"]), **rest)
