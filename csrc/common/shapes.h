@@ -195,7 +195,7 @@ inline MoeShape check_moe(const Tensor& x, const MaybeTensor& token, const Maybe
 // a gradient that needs no copy.
 inline bool is_transposed(const Tensor& w) { return w.stride(1) == 1 && w.stride(2) != 1; }
 
-// Biases [E, 2F] of gate and up in turns, as all gates and then all ups of each expert.
+// Biases [E, 2F] of gate and up alternating, as all gates and then all ups of each expert.
 inline Tensor gate_then_up(const Tensor& b) {
   const int64_t E = b.size(0), F = b.size(1) / 2;
   return torch::stable::contiguous(torch::stable::transpose(torch::stable::reshape(b, {E, F, 2}), 1, 2));

@@ -8,7 +8,7 @@
 
 #include "../common/dtypes.h"
 #include "../common/gate_form.h"
-#include "isa/isa.h"
+#include "dispatch.h"
 
 namespace ffn_ops {
 
@@ -63,7 +63,7 @@ struct Epilogue : GateForm {
   const void* row_weight = nullptr;
   void* row_dots = nullptr;  // of the arithmetic's dtype
   int64_t row_dots_stride = 0;
-  bool interleaved = false;  // kActivateGrad, gated: rows of out hold d_gate and d_up in turns, there is no out_up
+  bool interleaved = false;  // kActivateGrad, gated: d_gate and d_up alternate along rows of out, there is no out_up
 
   DType arithmetic() const { return arithmetic_dtype(dtype); }
   DType out_dtype() const { return out_unrounded ? arithmetic() : dtype; }
@@ -253,7 +253,24 @@ inline int64_t gemm_scratch_bytes(const ScheduledGemm& g, const KernelTable& tab
 constexpr int64_t kSmallM = 32;
 constexpr int64_t kBroadcastVectors = 4;
 
+#define FFN_OPS_DECLARE(name, ...) \
+  namespace name {                 \
+  extern const KernelTable kTable; \
+  }
+FFN_OPS_BUILT_ISAS(FFN_OPS_DECLARE)
+#undef FFN_OPS_DECLARE
+
 // The table of an instruction set, null where this build does not have it.
-const KernelTable* kernel_table(Isa isa);
+inline const KernelTable* kernel_table(Isa isa) {
+  switch (isa) {
+#define FFN_OPS_CASE(name, ...) \
+  case Isa::name:               \
+    return &name::kTable;
+    FFN_OPS_BUILT_ISAS(FFN_OPS_CASE)
+#undef FFN_OPS_CASE
+    default:
+      return nullptr;
+  }
+}
 
 }  // namespace ffn_ops

@@ -12,7 +12,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "../common/shapes.h"
-#include "schedule.h"
+#include "parallel.h"
 
 namespace ffn_ops {
 

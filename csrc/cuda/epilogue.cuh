@@ -78,7 +78,7 @@ FFN_FN void store_at(void* matrix, const QuadCoord& q, int64_t stride, const Com
   if (matrix) store_quad(quad_at<S>(matrix, q.row, stride, q.col), q.count, values);
 }
 
-// Gate and up of the same columns, or their gradients: columns in turns in one matrix, or in two.
+// Gate and up of the same columns, or their gradients: alternating columns of one matrix, or two matrices.
 template <class S>
 FFN_FN void store_hidden(const Epilogue& e, const QuadCoord& q, const ComputeOf<S> (&gate)[kQuad],
                          const ComputeOf<S> (&up)[kQuad]) {

@@ -1,4 +1,4 @@
-// Fills a VectorTable. Included inside each instruction set's namespace and target region by vector_isas.cpp.
+// Fills a VectorTable: the kernels that csrc/cpu/isa/*.cpp are compiled with for vector_test, after vector_table.h.
 
 template <class T, class F>
 void for_vectors(const T* x, T* out, int64_t count, F f) {
@@ -91,13 +91,6 @@ constexpr Storage<S> storage() {
           [](const T* lanes, S* p, int n) { n < 0 ? store(p, load<V>(lanes)) : store(p, load<V>(lanes), n); }};
 }
 
-constexpr VectorTable table(Isa isa) {
-  return {isa,
-          kHasFma,
-          arithmetic<float>(),
-          arithmetic<double>(),
-          storage<double>(),
-          storage<float>(),
-          storage<Half>(),
-          storage<BFloat16>()};
-}
+extern const VectorTable kVectorTable;
+const VectorTable kVectorTable = {Isa::FFN_OPS_ISA,  kHasFma,          arithmetic<float>(), arithmetic<double>(),
+                                  storage<double>(), storage<float>(), storage<Half>(),     storage<BFloat16>()};

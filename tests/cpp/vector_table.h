@@ -5,7 +5,7 @@
 #include <stdint.h>
 
 #include "../../csrc/common/dtypes.h"
-#include "../../csrc/cpu/isa/isa.h"
+#include "../../csrc/cpu/dispatch.h"
 
 namespace ffn_ops {
 
@@ -43,7 +43,24 @@ struct VectorTable {
   Storage<BFloat16> storage_bfloat16;
 };
 
+#define FFN_OPS_DECLARE(name, ...)       \
+  namespace name {                       \
+  extern const VectorTable kVectorTable; \
+  }
+FFN_OPS_BUILT_ISAS(FFN_OPS_DECLARE)
+#undef FFN_OPS_DECLARE
+
 // Null where this build does not have it.
-const VectorTable* vector_table(Isa isa);
+inline const VectorTable* vector_table(Isa isa) {
+  switch (isa) {
+#define FFN_OPS_CASE(name, ...) \
+  case Isa::name:               \
+    return &name::kVectorTable;
+    FFN_OPS_BUILT_ISAS(FFN_OPS_CASE)
+#undef FFN_OPS_CASE
+    default:
+      return nullptr;
+  }
+}
 
 }  // namespace ffn_ops

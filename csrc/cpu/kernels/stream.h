@@ -91,8 +91,8 @@ void dot_task(const ScheduledGemm& g, int64_t task, void* scratch) {
   dispatch_operand<V>(g.b[0].matrix.dtype, [&](auto tag) {
     using S = typename decltype(tag)::Type;
     const auto kernel = choose<kMR>(g.mr, [](auto rows) { return &dot_kernel<V, S, decltype(rows)::value>; });
-    const auto [begin, end] = g.guided_panels(task);
-    for (int64_t q = begin; q < end; ++q) {
+    const Schedule::Panels panels = g.guided_panels(task);
+    for (int64_t q = panels.begin; q < panels.end; ++q) {
       const int64_t col = q * g.nr;
       const int64_t cols = g.N - col < g.nr ? g.N - col : g.nr;
       const int64_t vectors = divide_up(cols, W), count = g.branches() * operands * vectors;
@@ -204,12 +204,12 @@ void broadcast_task(const ScheduledGemm& g, int64_t task, void* scratch) {
   T* sums = copied + kWidth * kSumBlock / V::kKR;
   const T* x = static_cast<const T*>(g.packed_a);
   const int64_t operands = g.gated ? 2 : 1, half = kWidth / operands;  // of a tile's row
-  const auto [begin, end] = g.guided_panels(task);
+  const Schedule::Panels panels = g.guided_panels(task);
   dispatch_operand<V>(g.b[0].matrix.dtype, [&](auto tag) {
     using S = typename decltype(tag)::Type;
     const auto kernel =
         choose<kBroadcastVectors>(tokens / W, [](auto n) { return &broadcast_panel<V, S, decltype(n)::value>; });
-    for (int64_t q = begin; q < end; ++q) {
+    for (int64_t q = panels.begin; q < panels.end; ++q) {
       const int64_t col = q * g.nr;
       const int64_t cols = g.N - col < g.nr ? g.N - col : g.nr;
       for (int64_t i = 0; i < g.branches() * operands; ++i) {

@@ -1,5 +1,5 @@
-// See schedule.h. The only file that owns threads; kernels get pointers and ranges.
-#include "schedule.h"
+// See parallel.h. The only file that owns threads; kernels get pointers and ranges.
+#include "parallel.h"
 
 #include <algorithm>
 #include <atomic>
@@ -91,8 +91,8 @@ void Steps::add_products(std::vector<ScheduledGemm>& gemms, Phases& phases, char
     packed += packed_bytes(g);
     // Panels are cut from rows along k in whole pages, from columns in long runs of each row.
     const bool by_rows = (g.transposed ? g.b[0] : g.a).k_along_rows;
-    const int64_t even = divide_up(count * g.panels_m * g.k_blocks(), 4 * workers);
-    grain[i] = std::min(g.panels_m, std::min<int64_t>(by_rows ? 96 : 16, even));
+    const int64_t even_grain = divide_up(count * g.panels_m * g.k_blocks(), 4 * workers);
+    grain[i] = std::min(g.panels_m, std::min<int64_t>(by_rows ? 96 : 16, even_grain));
     pack_ends.push_back(packing += g.k_blocks() * divide_up(g.panels_m, grain[i]));
   }
   if (packing > 0)
