@@ -8,7 +8,6 @@
 
 constexpr int kMR = 6;
 constexpr int kNRVectors = 2;
-using BFloat16Operands = Vec<float>;
 
 #include "end.h"
 #endif  // __x86_64__

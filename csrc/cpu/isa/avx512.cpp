@@ -8,7 +8,6 @@
 
 constexpr int kMR = 6;
 constexpr int kNRVectors = 4;
-using BFloat16Operands = Vec<float>;
 
 #include "end.h"
 #endif  // __x86_64__

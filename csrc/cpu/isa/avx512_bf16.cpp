@@ -1,6 +1,7 @@
 // The kernels for AVX-512 F, BW, DQ, VL and BF16.
 #if defined(__x86_64__)
 #define FFN_OPS_ISA avx512_bf16
+#define FFN_OPS_BASE avx512
 #define FFN_OPS_TARGET "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16"
 #include "begin.h"
 

@@ -6,6 +6,5 @@
 
 constexpr int kMR = 6;
 constexpr int kNRVectors = 2;
-using BFloat16Operands = Vec<float>;
 
 #include "end.h"
