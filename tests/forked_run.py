@@ -5,6 +5,7 @@ end, with the right gradient. Prints how many did."""
 from __future__ import annotations
 
 import copy
+import math
 import os
 import signal
 import sys
@@ -39,7 +40,7 @@ def main() -> int:
     x = torch.randn(4, 64)
 
     weights = [t.detach() for t in (layer.w1.weight, layer.w3.weight, layer.w2.weight)]
-    form = (True, "silu", 1.0, None, 0.0)
+    form = (True, False, "silu", [math.inf, 0.0])
 
     def operators() -> torch.Tensor:
         y, gate, up = torch.ops.ffn_ops.ffn(x, *weights, None, None, None, *form, True)

@@ -56,11 +56,9 @@ GatedAct describe(const FfnShape& s, const Tensor& gate, const Tensor& up) {
 
 std::tuple<Tensor, Tensor, Tensor> ffn(const Tensor& x, const Tensor& w_in, MaybeTensor w_up, const Tensor& w_down,
                                        MaybeTensor b_in, MaybeTensor b_up, MaybeTensor b_down, bool gated,
-                                       std::string activation, double beta, std::optional<double> limit,
-                                       double up_shift, bool save) {
+                                       std::string activation, std::vector<double> params, bool save) {
   const Call call(x, "x");
-  const FfnShape s = check_ffn(x, w_in, w_up, w_down, b_in, b_up, gated,
-                               check_gate_form(activation, beta, limit, up_shift), call.place());
+  const FfnShape s = check_ffn(x, w_in, w_up, w_down, b_in, b_up, gated, check_gate(activation, params), call.place());
   if (b_down) check_tensor(*b_down, "b_down", s.dtype, {s.O}, call.place());
   Tensor y = call.fresh({s.T, s.O});
   PreActivations pre = pre_activations(call, s, x, input_weights(s, w_in, w_up, b_in, b_up));
@@ -76,12 +74,11 @@ std::tuple<Tensor, Tensor, Tensor> ffn(const Tensor& x, const Tensor& w_in, Mayb
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_backward(
     const Tensor& d_y, const Tensor& x, const Tensor& w_in, MaybeTensor w_up, const Tensor& w_down, MaybeTensor b_in,
-    MaybeTensor b_up, const Tensor& gate, const Tensor& up, bool gated, std::string activation, double beta,
-    std::optional<double> limit, double up_shift, std::vector<bool> needs) {
+    MaybeTensor b_up, const Tensor& gate, const Tensor& up, bool gated, std::string activation,
+    std::vector<double> params, std::vector<bool> needs) {
   check_needs(needs, 7);
   Call call(x, "x");
-  const FfnShape s = check_ffn(x, w_in, w_up, w_down, b_in, b_up, gated,
-                               check_gate_form(activation, beta, limit, up_shift), call.place());
+  const FfnShape s = check_ffn(x, w_in, w_up, w_down, b_in, b_up, gated, check_gate(activation, params), call.place());
   check_tensor(d_y, "d_y", s.dtype, {s.T, s.O}, call.place());
   const bool saved = check_saved("ffn", gate, up, s.dtype, s.T, s.F, s.gated, call.place());
   const bool need_x = needs[0], need_in = needs[1], need_up = needs[2] && w_up, need_down = needs[3];

@@ -193,7 +193,7 @@ struct alignas(16) Words {
 };
 
 template <class V>
-FFN_FN GateLimit<V> limit_of(const GateForm& form) {
+FFN_FN GateLimit<V> limit_of(const Gate& form) {
   using T = typename V::Scalar;
   return {form.limited(), V(T(form.bound())), V(T(form.up_shift))};
 }

@@ -98,7 +98,7 @@ constexpr int kLayouts = 7;
 
 // What the kernels must give, from the activation in double.
 template <class Act>
-void expected_at(const Case& k, double gate, double up, double d, double ddg, double ddu, const GateForm& form,
+void expected_at(const Case& k, double gate, double up, double d, double ddg, double ddu, const Gate& form,
                  double (&out)[3]) {
   using V = Lane<double>;
   double pass_gate = 1, pass_up = 1;  // slopes of the limits
