@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -65,7 +64,7 @@ class Gate:
     limit: float | None
     up_shift: float
     interleaved: bool
-    params: tuple[float, ...]  # as operators take them: limit or infinity, up_shift, own parameters in their order
+    params: tuple[float, ...]  # as operators take them: limit or 0, up_shift, own parameters in their order
 
     def __init__(
         self,
@@ -103,7 +102,7 @@ class Gate:
         object.__setattr__(self, "limit", None if limit is None else float(limit))
         object.__setattr__(self, "up_shift", float(up_shift))
         object.__setattr__(self, "interleaved", interleaved)
-        object.__setattr__(self, "params", (math.inf if limit is None else float(limit), float(up_shift), *values))
+        object.__setattr__(self, "params", (0.0 if limit is None else float(limit), float(up_shift), *values))
 
     @property
     def own(self) -> dict[str, float]:
@@ -197,11 +196,11 @@ def as_gate(activation: str | Gate, *, gated: bool, one_weight: bool = False) ->
     return gate
 
 
-def gate_from(activation: str, params: Sequence[float]) -> Gate:
+def gate_from(activation: str, params: Sequence[float], interleaved: bool = False) -> Gate:
     """The gate that an operator was given."""
     limit, up_shift, *own = params
     names: dict[str, Any] = dict(zip(_KINDS[activation].own, own, strict=True))
-    return Gate(activation, limit=None if limit == math.inf else limit, up_shift=up_shift, **names)
+    return Gate(activation, limit=limit or None, up_shift=up_shift, interleaved=interleaved, **names)
 
 
 def check_gate(gate_name: str, params: Any, gated: bool) -> None:
@@ -210,7 +209,6 @@ def check_gate(gate_name: str, params: Any, gated: bool) -> None:
     count = 2 + len(_KINDS[gate_name].own)
     if len(params) != count:
         raise ValueError(f"params: expected {count} numbers of {gate_name}, got {len(params)}")
-    if not gated and not (params[0] == math.inf and params[1] == 0):
-        raise ValueError(
-            f"limit, up_shift: expected None and 0 where nothing is gated, got {params[0]} and {params[1]}"
-        )
+    if not gated and not (params[0] == 0 and params[1] == 0):
+        got = f"{params[0] or None} and {params[1]}"
+        raise ValueError(f"limit, up_shift: expected None and 0 where nothing is gated, got {got}")

@@ -264,7 +264,7 @@ def test_module_options(make: Callable[[], Any], error: type[Exception], message
 def raw_calls() -> dict[str, Callable[[], Any]]:
     """What only torch.ops lets through to C++."""
     x, w, down, h = torch.ones(3, 4), torch.ones(6, 4), torch.ones(5, 6), torch.ones(3, 6)
-    none, act = torch.empty(0), ("silu", [math.inf, 0.0])
+    none, act = torch.empty(0), ("silu", [0.0, 0.0])
     seven = [True] * 7
 
     def ffn(*args: Any, gated: bool = False) -> Callable[[], Any]:
@@ -292,7 +292,7 @@ def raw_calls() -> dict[str, Callable[[], Any]]:
         "saved up": backward(d_y, h, h[:, :5], seven),
         "saved up missing": backward(d_y, h, none, seven),
         "saved gate with strides": backward(d_y, torch.ones(6, 3).t(), h, seven),
-        "activation": lambda: OPS.ffn(x, w, None, down, None, None, None, False, False, "sillu", [math.inf, 0.0], True),
+        "activation": lambda: OPS.ffn(x, w, None, down, None, None, None, False, False, "sillu", [0.0, 0.0], True),
         "gated_act rank": lambda: OPS.gated_act(x[None], None, *act),
         "gated_act up": lambda: OPS.gated_act(x, x[:2], *act),
         "gated_act d_out": lambda: OPS.gated_act_backward(x[:2], x, None, *act, [True, True]),
@@ -304,12 +304,10 @@ def raw_calls() -> dict[str, Callable[[], Any]]:
         "bias length": lambda: OPS.gated_linear(x, [w], [w], [torch.ones(5)], [], *act, True),
         "limit": lambda: OPS.gated_act(x, x, "silu", [-1.0, 0.0]),
         "limit without up": lambda: OPS.gated_act(x, None, "silu", [1.0, 0.0]),
-        "shift without up": lambda: OPS.ffn(
-            x, w, None, down, None, None, None, False, False, "silu", [math.inf, 1.0], True
-        ),
-        "too few parameters": lambda: OPS.gated_act(x, x, "swish", [math.inf, 0.0]),
-        "too many parameters": lambda: OPS.gated_act(x, x, "silu", [math.inf, 0.0, 1.0]),
-        "a parameter that is not positive": lambda: OPS.gated_act(x, x, "situ", [math.inf, 0.0, 4.0, -1.0]),
+        "shift without up": lambda: OPS.ffn(x, w, None, down, None, None, None, False, False, "silu", [0.0, 1.0], True),
+        "too few parameters": lambda: OPS.gated_act(x, x, "swish", [0.0, 0.0]),
+        "too many parameters": lambda: OPS.gated_act(x, x, "silu", [0.0, 0.0, 1.0]),
+        "a parameter that is not positive": lambda: OPS.gated_act(x, x, "situ", [0.0, 0.0, 4.0, -1.0]),
         "a limit beside a side of up": lambda: OPS.gated_act(x, x, "situ", [1.0, 0.0, 4.0, 25.0]),
         "interleaved beside w_up": lambda: OPS.ffn(x, w, w, down, None, None, None, True, True, *act, True),
         "instruction set": lambda: OPS._use_isa("avx1024"),
@@ -331,7 +329,7 @@ def test_raw_operators_name_dtypes() -> None:
     for dtype in (torch.int32, torch.bool, torch.complex64, torch.uint16):
         name = str(dtype).removeprefix("torch.")
         with pytest.raises(RuntimeError, match=f"expected dtype float64, float32, float16 or bfloat16, got {name}"):
-            OPS.gated_act(torch.ones(2, 3).to(dtype), None, "silu", [math.inf, 0.0])
+            OPS.gated_act(torch.ones(2, 3).to(dtype), None, "silu", [0.0, 0.0])
         ids, scores = torch.zeros(2, 1).to(dtype), torch.ones(2, 3)
         with pytest.raises(RuntimeError, match=rf"expected int64 of shape \[.*, got {name} of shape \[2, 1\]"):
             OPS.round_tokens(scores, ids, 4)

@@ -268,7 +268,7 @@ struct Situ : Activation {
   }
 };
 
-// min(silu(z), cap); up: clamp(u, -cap, cap). Slopes are 0 at the cap, beyond it and for NaN.
+// min(silu(z), cap); up: clamp(u, -cap, cap). Slopes are 0 at the cap and beyond it.
 struct SwigluStep : Activation {
   static constexpr const char* name = "swiglu_step";
   static constexpr OwnParams own = {{{"cap", 7.0, true}}};
@@ -281,12 +281,12 @@ struct SwigluStep : Activation {
   template <class V>
   static FFN_FN Grad<V> grad(V z, const V* p) {
     const auto [value, slope] = Silu::grad(z, p);
-    return {min(p[0], value), select(value < p[0], slope, V(0))};
+    return {min(p[0], value), select(p[0] <= value, V(0), slope)};
   }
   template <class V>
   static FFN_FN Grad2<V> grad2(V z, const V* p) {
     const auto [value, slope, curvature] = Silu::grad2(z, p);
-    return {min(p[0], value), select(value < p[0], slope, V(0)), select(value < p[0], curvature, V(0))};
+    return {min(p[0], value), select(p[0] <= value, V(0), slope), select(p[0] <= value, V(0), curvature)};
   }
   template <class V>
   static FFN_FN V up(V u, const V* p) {

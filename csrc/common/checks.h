@@ -137,14 +137,14 @@ inline int check_activation(const std::string& name) {
   return index;
 }
 
-// params: limit (infinite: none), up_shift, then the activation's own parameters in the order of their declaration.
+// params: limit (0: none), up_shift, then the activation's own parameters in the order of their declaration.
 inline Gate check_gate(const std::string& activation, const std::vector<double>& params) {
   Gate gate{check_activation(activation)};
   const ActivationInfo& info = kActivations.rows[gate.activation];
   const auto count = static_cast<size_t>(info.own.count());
   STD_TORCH_CHECK(params.size() == 2 + count, "params: expected limit, up_shift and ", count, " parameters of ",
                   activation, ", got ", params.size(), " numbers");
-  gate.limit = params[0];
+  if (params[0] != 0) gate.limit = params[0];
   gate.up_shift = params[1];
   STD_TORCH_CHECK(gate.limit > 0, "limit: expected a positive number, got ", gate.limit);
   STD_TORCH_CHECK(!info.has_up || !gate.limited(), "limit, up_shift: expected none and 0 of ", activation,

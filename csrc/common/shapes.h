@@ -198,10 +198,15 @@ inline MoeShape check_moe(const Tensor& x, const MaybeTensor& token, const Maybe
 // a gradient that needs no copy.
 inline bool is_transposed(const Tensor& w) { return w.stride(1) == 1 && w.stride(2) != 1; }
 
-// Biases [2F] or [E, 2F] of gate and up in turns, as all gates and then all ups, of each expert.
-inline Tensor gate_then_up(const Tensor& b) {
-  const int64_t F = b.size(b.dim() - 1) / 2, E = b.dim() > 1 ? b.size(0) : 1;
-  return torch::stable::contiguous(torch::stable::transpose(torch::stable::reshape(b, {E, F, 2}), 1, 2));
+// Rows [2F] or [N, 2F] of gate and up in turns, as all gates and then all ups, of each row; or the other way round.
+inline Tensor gate_then_up(const Tensor& rows) {
+  const int64_t F = rows.size(rows.dim() - 1) / 2, N = rows.dim() > 1 ? rows.size(0) : 1;
+  return torch::stable::contiguous(torch::stable::transpose(torch::stable::reshape(rows, {N, F, 2}), 1, 2));
+}
+inline Tensor in_turns(const Tensor& rows) {
+  const int64_t F = rows.size(1) / 2;
+  const Tensor pairs = torch::stable::transpose(torch::stable::reshape(rows, {rows.size(0), 2, F}), 1, 2);
+  return torch::stable::reshape(torch::stable::contiguous(pairs), {rows.size(0), 2 * F});
 }
 
 // ---- routing --------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .._gate import MODEL_GATES, NAMES, Gate
+from .._gate import MODEL_GATES, NAMES, Gate, gate_from
 from ..reference import UPS, gated_act
 
 # What the operator reads; a module that holds more computes more.
@@ -29,13 +29,18 @@ _POINTS = (0.0, 1e-3, 0.17, 0.4, 0.9, 1.3, 2.1, 3.3, 6.0, 11.0, 30.0, 300.0, 1e4
 _known: dict[Any, Gate | None] = {}
 
 
-@torch.compiler.assume_constant_result  # a trace takes what it finds, and asks again for another module
 def gate_of(experts: Any) -> Gate:
     """The gate of a module with transformers' ``use_experts_implementation``.
 
     Raises:
         ValueError: its gate is none of these, or it holds parameters that the operator does not read.
     """
+    activation, params = _form_of(experts)
+    return gate_from(activation, params, experts.has_gate and not experts.is_concatenated)
+
+
+@torch.compiler.assume_constant_result  # a trace takes what it finds, and asks again for another module
+def _form_of(experts: Any) -> tuple[str, tuple[float, ...]]:
     for name in (*experts._parameters, *experts._buffers):
         whole, _, part = name.rpartition("_")
         if name not in READ and not (part in PARTS and whole in READ and whole not in experts._parameters):
@@ -57,7 +62,7 @@ def gate_of(experts: Any) -> Gate:
             f" with act one of {', '.join(NAMES)} and numbers that the module holds, got another function;"
             " use another experts_implementation for this model"
         )
-    return gate
+    return gate.activation, gate.params
 
 
 def _settings(module: nn.Module) -> tuple[tuple[str, Any], ...]:

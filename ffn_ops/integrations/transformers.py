@@ -193,7 +193,7 @@ def experts_forward(self: Any, hidden_states: Any, top_k_index: Tensor, top_k_we
     routing = Routing.from_topk(top_k_index, top_k_weights, self.num_experts)
     experts: dict[str, Any] = {
         "gated": self.has_gate,
-        "activation": gate_of(self).replace(interleaved=self.has_gate and not self.is_concatenated),
+        "activation": gate_of(self),
         "b_in": getattr(self, f"{first}_bias") if self.has_bias else None,
         "b_down": self.down_proj_bias if self.has_bias else None,
     }
