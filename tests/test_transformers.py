@@ -271,7 +271,7 @@ def held(self: Any, gate_up: Tensor) -> Tensor:
 
 
 class SoftcappedSwiGLU(nn.Module):
-    """As Inkling 2 has it, whose numbers are in modules of this one."""
+    """As Inkling 2 has it."""
 
     def __init__(self) -> None:
         super().__init__()

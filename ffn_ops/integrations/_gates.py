@@ -51,7 +51,8 @@ def _form_of(experts: Any) -> tuple[str, tuple[float, ...]]:
     # peft parametrises the weights anew in each call, which makes a new class.
     parametrized = "parametrizations" in experts._modules
     cls = parametrize.type_before_parametrizations(experts) if parametrized else type(experts)
-    key = (cls, _settings(experts), type(act), act if not isinstance(act, nn.Module) else _settings(act))
+    held = tuple(map(_settings, act.modules())) if isinstance(act, nn.Module) else act
+    key = (cls, _settings(experts), type(act), held)
     if key not in _known:
         _known[key] = _recognise(experts, act)
     gate = _known[key]
