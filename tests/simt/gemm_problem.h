@@ -2,6 +2,8 @@
 // from naive loops.
 #pragma once
 
+#include <array>
+
 #include "gemm_case.h"
 
 namespace gemm_test {
@@ -324,7 +326,7 @@ class Problem {
     double magnitude = 0;
     for (int64_t n = part * width; n < c_.N && n < (part + 1) * width; ++n) {
       const Sum acc = product(job_.b, r, expert(r), n);
-      dot.add(acc.value * act_at(gate_->value(r, n)).value.value * (up_ ? up_at(up_->value(r, n)) : 1));
+      dot.add(acc.value * act_at(gate_->value(r, n)).value.value * (up_ ? up_at(up_->value(r, n)).value.value : 1));
       magnitude += 10 * acc.magnitude;
     }
     close(dots_->at(r, part), dot.value, magnitude, double(c_.K + width), "row_dots", r, part);
