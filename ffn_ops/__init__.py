@@ -7,6 +7,7 @@ R routed rows (T * K), G gate branches.
 import torch.fx
 
 from . import _flops, expert_parallel, ops, routing  # noqa: F401  (_flops registers the formulas)
+from ._gate import Gate
 from ._info import info
 from ._memory import empty_cache, set_cache_limit
 from ._replace import ReplaceEntry, ReplaceReport, replace, replace_report, restore
@@ -22,6 +23,7 @@ __all__ = [
     "GELUFFN",
     "GLU",
     "FeedForward",
+    "Gate",
     "GatedFFN",
     "MoEFFN",
     "PlainFFN",

@@ -65,10 +65,6 @@ def _dtype(value: Tensor) -> str:
     return str(value.dtype).removeprefix("torch.")
 
 
-def activation(value: Any, names: Sequence[str]) -> None:
-    choice("activation", value, names)
-
-
 def choice(name: str, value: Any, allowed: Sequence[str]) -> None:
     if not isinstance(value, str):
         raise TypeError(f"{name}: expected a name, one of {', '.join(allowed)}, got {type(value).__name__}")
@@ -81,17 +77,6 @@ def number(name: str, value: Any) -> None:
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     if not -math.inf < value < math.inf:  # math.isfinite has no trace where torch.compile makes the number symbolic
         raise ValueError(f"{name}: expected a finite number, got {value}")
-
-
-def gate_limit(limit: Any, up_shift: Any, gated: bool) -> None:
-    """See :func:`ffn_ops.gated_act`."""
-    number("up_shift", up_shift)
-    if limit is not None:
-        number("limit", limit)
-        if limit <= 0:
-            raise ValueError(f"limit: expected a positive number or None, got {limit}")
-    if not gated and not (limit is None and up_shift == 0):
-        raise ValueError(f"limit, up_shift: expected None and 0 where nothing is gated, got {limit} and {up_shift}")
 
 
 def flag(name: str, value: Any) -> None:

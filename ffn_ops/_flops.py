@@ -30,7 +30,7 @@ def ffn_flops(x: Any, w_in: Any, w_up: Any, w_down: Any, *_: Any, out_shape: Any
 @register_flop_formula(_OPS.ffn_backward)  # type: ignore[untyped-decorator]
 def ffn_backward_flops(
     d_y: Any, x: Any, w_in: Any, w_up: Any, w_down: Any, b_in: Any, b_up: Any, gate: Any, up: Any, gated: bool,
-    activation: str, beta: float, limit: Any, up_shift: float, needs: Any, *, out_shape: Any = None, **_: Any
+    interleaved: bool, activation: str, params: Any, needs: Any, *, out_shape: Any = None, **_: Any
 ) -> int:  # fmt: skip
     T, D = x
     O, F = w_down

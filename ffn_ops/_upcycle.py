@@ -58,7 +58,7 @@ def upcycle(
     down = layers[-1]
     moe = MoEFFN(
         down.out_features, down.in_features, num_experts, top_k, router=router, gated=gated,
-        activation=ffn.activation, beta=ffn.beta, bias=any(layer.bias is not None for layer in layers),
+        activation=ffn.activation, bias=any(layer.bias is not None for layer in layers),
         recompute=ffn.recompute,
     ).to(down.weight)  # fmt: skip
     moe.train(ffn.training)

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from . import _checks as check
 from . import ops
-from .ops._moe import check_weights, gate_form
+from ._gate import Gate
+from .ops._moe import check_weights, expert_form
 from .ops._rows import check_routing, combine_op, dispatch_op
 from .ops._shared import arithmetic, autocast, fold
 from .routing import Routing
@@ -56,8 +57,7 @@ def moe(
     gated: bool = False,
     b_in: Tensor | None = None,
     b_down: Tensor | None = None,
-    activation: str = "gelu",
-    beta: float = 1.0,
+    activation: str | Gate = "gelu",
     recompute: bool = False,
 ) -> Tensor:
     """:func:`ffn_ops.moe` of this rank's tokens, with experts that the ranks of ``mesh`` hold together.
@@ -72,7 +72,7 @@ def moe(
         w_in, w_down, b_in, b_down: as :func:`ffn_ops.moe` takes them, each a ``Shard(0)`` DTensor ``[E, ...]`` on
             ``mesh`` or this rank's shard of it.
         mesh: one-dimensional; rank r has the experts of :func:`experts_of`.
-        gated, activation, beta, recompute: see :func:`ffn_ops.moe`.
+        gated, activation, recompute: see :func:`ffn_ops.moe`.
 
     Returns:
         ``[..., D_out]`` for this rank's tokens. In float32 and float64 gradients have the bits of the one-process
@@ -93,7 +93,7 @@ def moe(
     call = _moe
     if torch.compiler.is_compiling():  # sizes of messages are numbers of the host: the graph ends, and goes on behind
         call = torch.compiler.disable(_moe)
-    return call(x, routing, mesh, weights, gated, activation, beta, recompute)
+    return call(x, routing, mesh, weights, gated, activation, recompute)
 
 
 def _moe(
@@ -102,8 +102,7 @@ def _moe(
     mesh: DeviceMesh,
     weights: list[Tensor | None],
     gated: bool,
-    activation: str,
-    beta: float,
+    activation: str | Gate,
     recompute: bool,
 ) -> Tensor:
     cast: Any = autocast(x, *weights)
@@ -113,7 +112,7 @@ def _moe(
     experts = routing.offsets.shape[0] - 1
     begin, end = experts_of(experts, ranks, mesh.get_local_rank())
     here = (w_in, w_down, b_in, b_down)
-    gate_form(activation, beta, None, 0.0, gated, False, recompute)
+    expert_form(activation, gated, recompute)
     check_weights(x, routing.offsets[begin : end + 1], *here, gated)
     token, weight, offsets, row, slot_offsets = routing[:5]
     weight = weight.to(arithmetic(x))
@@ -132,7 +131,7 @@ def _moe(
         owner = torch.arange(end - begin, device=x.device).repeat(ranks)
         owner = owner.repeat_interleave(counts.flatten(), output_size=sum(receive))
         local = Routing.from_topk(owner.unsqueeze(1), weight.unsqueeze(1), end - begin)
-        options: dict[str, Any] = {"gated": gated, "activation": activation, "beta": beta, "recompute": recompute}
+        options: dict[str, Any] = {"gated": gated, "activation": activation, "recompute": recompute}
         rows = ops.moe(rows, local, w_in, w_down, b_in=b_in, b_down=b_down, **options)
     else:  # nothing to compute; yet every gradient has its history, as on the other ranks
         rows = rows @ rows.new_zeros(rows.shape[1], w_down.shape[1]) * weight.unsqueeze(1).to(rows.dtype)

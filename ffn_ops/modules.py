@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from . import _checks as check
 from . import ops
+from ._gate import Gate, as_gate
 
 # A small layer feels every look-up by nn.Module.__getattr__, so forward reads _modules and _parameters directly.
 PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor)  # fake: torch.export. DTensors and others act on their own
@@ -109,7 +110,7 @@ class FeedForward(_OfLinears):
             ``multiple_of``, is the width F here, so that the number of parameters stays.
         multiple_of: what F is a multiple of.
         dropout: probability of the dropout behind ``w2``.
-        activation, beta: see :func:`ffn_ops.gated_act`.
+        activation: a name or a :class:`ffn_ops.Gate`.
         bias: whether the three layers have biases.
         recompute: save x alone for backward, see :func:`ffn_ops.ffn`.
 
@@ -127,8 +128,7 @@ class FeedForward(_OfLinears):
         multiple_of: int,
         dropout: float,
         *,
-        activation: str = "silu",
-        beta: float = 1.0,
+        activation: str | Gate = "silu",
         bias: bool = True,
         recompute: bool = False,
     ) -> None:
@@ -136,8 +136,7 @@ class FeedForward(_OfLinears):
         for name, value in (("dim", dim), ("hidden_dim", hidden_dim), ("multiple_of", multiple_of)):
             check.positive(name, value)
         _check_dropout(dropout)
-        check.activation(activation, ops.activations())
-        check.number("beta", beta)
+        as_gate(activation, gated=True)
         check.flag("recompute", recompute)
         hidden = multiple_of * ((2 * hidden_dim // 3 + multiple_of - 1) // multiple_of)
         if hidden < 1:
@@ -146,7 +145,7 @@ class FeedForward(_OfLinears):
         self.w2 = nn.Linear(hidden, dim, bias=bias)
         self.w3 = nn.Linear(dim, hidden, bias=bias)
         self.dropout = nn.Dropout(dropout)
-        self.activation, self.beta, self.recompute = activation, beta, recompute
+        self.activation, self.recompute = activation, recompute
 
     __prepare_scriptable__ = check.refuse_script
 
@@ -157,10 +156,10 @@ class FeedForward(_OfLinears):
             p1, p2, p3 = w1._parameters, w2._parameters, w3._parameters
             y = ops.ffn(
                 x, p1["weight"], p2["weight"], w_up=p3["weight"], b_in=p1["bias"], b_up=p3["bias"], b_down=p2["bias"],
-                recompute=self.recompute, activation=self.activation, beta=self.beta,
+                recompute=self.recompute, activation=self.activation,
             )  # fmt: skip
         else:
-            h = ops.gated_act(called("w1", w1, x), called("w3", w3, x), activation=self.activation, beta=self.beta)
+            h = ops.gated_act(called("w1", w1, x), called("w3", w3, x), activation=self.activation)
             y = called("w2", w2, h)
         # torch.fx's symbolic_trace, whose y is no tensor, keeps the call: the mode may change after it.
         return y if is_idle(dropout) and isinstance(y, Tensor) else dropout(y)  # type: ignore[no-any-return]
@@ -181,21 +180,19 @@ class PlainFFN(_OfLinears):
         d_model: int,
         d_ff: int,
         *,
-        activation: str = "gelu",
-        beta: float = 1.0,
+        activation: str | Gate = "gelu",
         bias: bool = True,
         recompute: bool = False,
     ) -> None:
         super().__init__()
         check.positive("d_model", d_model)
         check.positive("d_ff", d_ff)
-        check.activation(activation, ops.activations())
-        check.number("beta", beta)
+        as_gate(activation, gated=False)
         for name, flag in (("bias", bias), ("recompute", recompute)):
             check.flag(name, flag)
         self.linear1 = nn.Linear(d_model, d_ff, bias=bias)
         self.linear2 = nn.Linear(d_ff, d_model, bias=bias)
-        self.activation, self.beta, self.recompute = activation, beta, recompute
+        self.activation, self.recompute = activation, recompute
 
     __prepare_scriptable__ = check.refuse_script
 
@@ -206,9 +203,9 @@ class PlainFFN(_OfLinears):
             p1, p2 = first._parameters, second._parameters
             return ops.ffn(
                 x, p1["weight"], p2["weight"], b_in=p1["bias"], b_down=p2["bias"],
-                recompute=self.recompute, activation=self.activation, beta=self.beta,
+                recompute=self.recompute, activation=self.activation,
             )  # fmt: skip
-        h = ops.gated_act(called("linear1", first, x), activation=self.activation, beta=self.beta)
+        h = ops.gated_act(called("linear1", first, x), activation=self.activation)
         return called("linear2", second, h)
 
 
@@ -230,7 +227,7 @@ class SwishFFN(PlainFFN):
     """``linear2(swish(linear1 x))`` with ``swish(z) = z * sigmoid(beta * z)``. See :class:`PlainFFN`."""
 
     def __init__(self, d_model: int, d_ff: int, beta: float = 1.0, *, recompute: bool = False) -> None:
-        super().__init__(d_model, d_ff, activation="swish", beta=beta, recompute=recompute)
+        super().__init__(d_model, d_ff, activation=Gate("swish", beta=beta), recompute=recompute)
 
 
 class GLU(_OfLinears):
@@ -243,15 +240,14 @@ class GLU(_OfLinears):
     Source: Dauphin et al., Language Modeling with Gated Convolutional Networks (2017), equation 1.
     """
 
-    def __init__(self, d_in: int, d_out: int, *, activation: str = "sigmoid", beta: float = 1.0) -> None:
+    def __init__(self, d_in: int, d_out: int, *, activation: str | Gate = "sigmoid") -> None:
         super().__init__()
         check.positive("d_in", d_in)
         check.positive("d_out", d_out)
-        check.activation(activation, ops.activations())
-        check.number("beta", beta)
+        as_gate(activation, gated=True)
         self.linear_value = nn.Linear(d_in, d_out)
         self.linear_gate = nn.Linear(d_in, d_out)
-        self.activation, self.beta = activation, beta
+        self.activation = activation
 
     __prepare_scriptable__ = check.refuse_script
 
@@ -262,10 +258,10 @@ class GLU(_OfLinears):
             p1, p2 = gate._parameters, value._parameters
             return ops.gated_linear(
                 x, p1["weight"], p2["weight"], b_gate=p1["bias"], b_up=p2["bias"],
-                activation=self.activation, beta=self.beta,
+                activation=self.activation,
             )  # fmt: skip
         parts = called("linear_gate", gate, x), called("linear_value", value, x)
-        return ops.gated_act(*parts, activation=self.activation, beta=self.beta)
+        return ops.gated_act(*parts, activation=self.activation)
 
 
 class GatedFFN(_OfLinears):
@@ -280,19 +276,18 @@ class GatedFFN(_OfLinears):
     """
 
     def __init__(
-        self, d_model: int, d_ff: int, num_gates: int = 4, *, out_proj: bool = False, activation: str = "sigmoid",
-        beta: float = 1.0,
+        self, d_model: int, d_ff: int, num_gates: int = 4, *, out_proj: bool = False,
+        activation: str | Gate = "sigmoid",
     ) -> None:  # fmt: skip
         super().__init__()
         for name, value in (("d_model", d_model), ("d_ff", d_ff), ("num_gates", num_gates)):
             check.positive(name, value)
         check.flag("out_proj", out_proj)
-        check.activation(activation, ops.activations())
-        check.number("beta", beta)
+        as_gate(activation, gated=True)
         self.value_layers = nn.ModuleList([nn.Linear(d_model, d_ff) for _ in range(num_gates)])
         self.gate_layers = nn.ModuleList([nn.Linear(d_model, d_ff) for _ in range(num_gates)])
         self.out_proj = nn.Linear(d_ff, d_model) if out_proj else None
-        self.activation, self.beta = activation, beta
+        self.activation = activation
 
     __prepare_scriptable__ = check.refuse_script
 
@@ -307,11 +302,10 @@ class GatedFFN(_OfLinears):
                 b_gate=[g.bias for g in gates if g.bias is not None],
                 b_up=[v.bias for v in values if v.bias is not None],
                 activation=self.activation,
-                beta=self.beta,
             )
         else:
             for g in range(len(gates)):
                 parts = called(f"gate_layers.{g}", gates[g], x), called(f"value_layers.{g}", values[g], x)
-                h = ops.gated_act(*parts, activation=self.activation, beta=self.beta)
+                h = ops.gated_act(*parts, activation=self.activation)
                 y = y + h if g else h
         return y if self.out_proj is None else called("out_proj", self.out_proj, y)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from . import _checks as check
 from . import expert_parallel, ops
+from ._gate import Gate, as_gate
 from .modules import PLAIN_TENSORS, FeedForward, PlainFFN, is_plain_linear, reset
 from .ops._rows import check_routing
 from .ops._shared import arithmetic, fold
@@ -41,7 +42,7 @@ class MoEFFN(nn.Module):
             ``functools.partial(ffn_ops.routing.top_k, k=8, renormalize=True)``; None for the default. A keyword
             ``training`` is passed where it takes one. An ``nn.Module`` becomes a child, ``choose``.
         gated: experts are ``(act(gate) * up) w_down^T``.
-        activation, beta: see :func:`ffn_ops.gated_act`.
+        activation: a name or a :class:`ffn_ops.Gate`, of the experts and of the shared ones.
         bias: whether the router, the experts and the shared ones have biases.
         num_shared: this many experts' width of a dense FFN, ``shared``, that sees every token.
         router_jitter: epsilon of :func:`ffn_ops.routing.jitter` on the router's input, in training.
@@ -53,8 +54,9 @@ class MoEFFN(nn.Module):
             :func:`ffn_ops.expert_parallel.moe`.
 
     Shapes: x ``[..., D]`` to ``[..., D]``. State: ``router`` (Linear), ``w_in [E, F, D]`` (gated ``[E, 2F, D]``, gate
-    rows first), ``b_in``, ``w_down [E, D, F]``, ``b_down``. The study guide's keys ``experts.{e}.0.*`` and
-    ``experts.{e}.2.*`` load with ``strict=True``; :meth:`document_state_dict` gives them.
+    rows first, or alternating with those of up where the gate is ``interleaved``), ``b_in``, ``w_down [E, D, F]``,
+    ``b_down``. The study guide's keys ``experts.{e}.0.*`` and ``experts.{e}.2.*`` load with ``strict=True``;
+    :meth:`document_state_dict` gives them.
 
     The router computes in float32 (float64 for float64), also under autocast and in a 16-bit layer. A plain
     ``nn.Linear``, with or without a bias, by :func:`ffn_ops.route_linear`, whose bits do not depend on the batch; any
@@ -75,8 +77,7 @@ class MoEFFN(nn.Module):
         *,
         router: Callable[..., Routing] | None = None,
         gated: bool = False,
-        activation: str = "gelu",
-        beta: float = 1.0,
+        activation: str | Gate = "gelu",
         bias: bool = True,
         num_shared: int = 0,
         router_jitter: float = 0.0,
@@ -92,12 +93,11 @@ class MoEFFN(nn.Module):
             raise TypeError(f"router: expected a callable that gives a Routing, got {type(router).__name__}")
         for name, flag in (("gated", gated), ("bias", bias), ("recompute", recompute)):
             check.flag(name, flag)
-        check.activation(activation, ops.activations())
-        check.number("beta", beta)
+        gate = as_gate(activation, gated=gated, one_weight=gated)
         check.number("router_jitter", router_jitter)
         check.at_least("num_shared", num_shared, 0)
         self.d_model, self.d_ff, self.num_experts, self.top_k = d_model, d_ff, num_experts, top_k
-        self.gated, self.activation, self.beta = gated, activation, beta
+        self.gated, self.activation = gated, activation
         self.router_jitter, self.recompute = router_jitter, recompute
         self.expert_mesh = expert_mesh
         begin, end = 0, num_experts
@@ -105,7 +105,7 @@ class MoEFFN(nn.Module):
             expert_parallel.check_mesh(expert_mesh, "expert_mesh")
             _check_local(router)
             facts: dict[str, Any] = {"d_model": d_model, "d_ff": d_ff, "num_experts": num_experts, "gated": gated}
-            facts |= {"bias": bias, "activation": activation, "beta": beta, "num_shared": num_shared}
+            facts |= {"bias": bias, "activation": gate, "num_shared": num_shared}
             expert_parallel.check_alike(expert_mesh, facts)
             begin, end = expert_parallel.experts_of(num_experts, expert_mesh.size(), expert_mesh.get_local_rank())
         self.router = nn.Linear(d_model, num_experts, bias=bias)
@@ -127,12 +127,11 @@ class MoEFFN(nn.Module):
         if num_shared and gated:
             width = num_shared * d_ff  # two thirds of (3 width + 1) / 2, rounded down, are the width
             self.shared = FeedForward(
-                d_model, (3 * width + 1) // 2, 1, 0.0, activation=activation, beta=beta, bias=bias, recompute=recompute
-            )
+                d_model, (3 * width + 1) // 2, 1, 0.0, activation=gate.replace(interleaved=False), bias=bias,
+                recompute=recompute,
+            )  # fmt: skip
         elif num_shared:
-            self.shared = PlainFFN(
-                d_model, num_shared * d_ff, activation=activation, beta=beta, bias=bias, recompute=recompute
-            )
+            self.shared = PlainFFN(d_model, num_shared * d_ff, activation=activation, bias=bias, recompute=recompute)
         self.register_load_state_dict_pre_hook(_stack_experts)
         self._equalize()
 
@@ -244,7 +243,7 @@ class MoEFFN(nn.Module):
             routing = self.route(logits, **options)
         experts: dict[str, Any] = {
             "gated": self.gated, "b_in": self.b_in, "b_down": self.b_down, "activation": self.activation,
-            "beta": self.beta, "recompute": self.recompute,
+            "recompute": self.recompute,
         }  # fmt: skip
         if self.expert_mesh is None:
             y = ops.moe(x, routing, self.w_in, self.w_down, **experts)

@@ -32,7 +32,8 @@ STEPS = (
         "accuracy, gradients, determinism, batch invariance, memory of every operator, form and dtype",
         4.0,
         steps.tests_of(
-            "test_accuracy.py", "test_gate_forms.py", "test_gradients.py", "test_determinism.py", "test_memory.py"
+            "test_accuracy.py", "test_gate.py", "test_gate_forms.py", "test_gradients.py", "test_determinism.py",
+            "test_memory.py",
         ),
     ),
     Step(

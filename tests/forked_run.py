@@ -39,7 +39,7 @@ def main() -> int:
     x = torch.randn(4, 64)
 
     weights = [t.detach() for t in (layer.w1.weight, layer.w3.weight, layer.w2.weight)]
-    form = (True, "silu", 1.0, None, 0.0)
+    form = (True, False, "silu", [0.0, 0.0])
 
     def operators() -> torch.Tensor:
         y, gate, up = torch.ops.ffn_ops.ffn(x, *weights, None, None, None, *form, True)

@@ -14,11 +14,11 @@ from device import DEVICE, generator
 from torch import Tensor
 
 import ffn_ops
-from ffn_ops import reference
+from ffn_ops import Gate, reference
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 ACTIVATIONS = ffn_ops.activations()
-BETA = 1.7  # not 1, so that a forgotten beta shows
+BETA = 1.7  # not the default, so that a forgotten parameter shows
 LIMITS = {"limit": 1.1, "up_shift": 0.6}  # of a gate: a quarter of its pre-activations lie beyond
 FFN_FORMS = ("plain", "gated", "fused")
 MOE_FORMS = ("moe", "moe_gated", "moe_limited")  # the last one with gate and up rows in turns
@@ -28,6 +28,14 @@ FORMS = ("act", "gated_act", "gated_linear", "branches", *RECOMPUTING)
 # their way by both.
 INVARIANT_FORMS = FORMS if DEVICE == "cpu" else ("act", "gated_act", *MOE_FORMS)
 BRANCHES = 3
+
+
+def gate_of(activation: str, **form: Any) -> Gate:
+    """With parameters of its own that matter for numbers of order 1; limits where the gate takes them."""
+    own = {name: BETA + 0.3 * i for i, name in enumerate(Gate(activation).own)}
+    if activation in reference.UPS:
+        form = {name: value for name, value in form.items() if name not in LIMITS}
+    return Gate(activation, **own, **form)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -116,8 +124,8 @@ class Problem:
         return self._call(reference.gated_act, gated_linear, reference.ffn, tensors, {})
 
     def _experts(self) -> dict[str, Any]:
-        options: dict[str, Any] = {"gated": self.form != "moe", "activation": self.activation, "beta": BETA}
-        return {**options, "interleaved": True, **LIMITS} if self.form == "moe_limited" else options
+        form: dict[str, Any] = {"interleaved": True, **LIMITS} if self.form == "moe_limited" else {}
+        return {"gated": self.form != "moe", "activation": gate_of(self.activation, **form)}
 
     def _call(
         self,
@@ -127,7 +135,7 @@ class Problem:
         t: dict[str, Tensor],
         keywords: dict[str, Any],
     ) -> Tensor:
-        act = {"activation": self.activation, "beta": BETA, **keywords}
+        act = {"activation": gate_of(self.activation), **keywords}
         if self.form in ("act", "gated_act"):
             return gated_act(*t.values(), **act)
         if self.form == "gated_linear":

@@ -219,7 +219,7 @@ def new_gelu(z: Tensor) -> Tensor:
 
 
 def named(act: str, beta: float = 1.0) -> Callable[[Tensor], Tensor]:
-    return lambda z: reference.ACTIVATIONS[act](z, beta)
+    return lambda z: reference.gated_act(z, activation=ffn_ops.Gate("swish", beta=beta) if act == "swish" else act)
 
 
 LLAMA = "down_proj({}(gate_proj(x)) * up_proj(x))"
@@ -250,7 +250,8 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     ),
     "guide ReLUFFN": (lambda: reference.PlainFFN(D, FF), "linear2(relu(linear1(x)))", "ffn"),
     "guide SwishFFN": (
-        lambda: reference.PlainFFN(D, FF, "swish", 1.7), "linear2(swish(beta=1.7)(linear1(x)))", "ffn",
+        lambda: reference.PlainFFN(D, FF, ffn_ops.Gate("swish", beta=1.7)),
+        "linear2(swish(beta=1.7)(linear1(x)))", "ffn",
     ),
     "guide GLU": (lambda: reference.GLU(D, FF), "sigmoid(linear_gate(x)) * linear_value(x)", "gated_linear"),
     "guide GatedFFN": (
@@ -260,7 +261,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     ),
     **{
         act: (lambda act=act: Plain(named(act)), f"fc2(drop({act}(fc1(x))))", "ffn")
-        for act in reference.ACTIVATIONS if act != "swish"
+        for act in ffn_ops.activations() if not ffn_ops.Gate(act).own
     },
 }  # fmt: skip
 

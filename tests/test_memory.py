@@ -241,8 +241,8 @@ def wide(rows: int, columns: int) -> Tensor:
 
 
 def recomputing_backward(x: Tensor, w_in: Tensor, w_down: Tensor) -> Tensor:
-    gate, form = x.new_empty(0), ("relu", 1.0, None, 0.0)
-    return torch.ops.ffn_ops.ffn_backward(x, x, w_in, None, w_down, None, None, gate, gate, False, *form, [True] * 7)  # type: ignore[no-any-return]
+    gate, form = x.new_empty(0), (False, False, "relu", [0.0, 0.0])
+    return torch.ops.ffn_ops.ffn_backward(x, x, w_in, None, w_down, None, None, gate, gate, *form, [True] * 7)  # type: ignore[no-any-return]
 
 
 TOO_LARGE = {

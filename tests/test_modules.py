@@ -29,7 +29,10 @@ PAIRS: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module]]] = {
     ),
     "ReLUFFN": (lambda: ffn_ops.ReLUFFN(12, 20), lambda: reference.PlainFFN(12, 20, "relu")),
     "GELUFFN": (lambda: ffn_ops.GELUFFN(12, 20), lambda: reference.PlainFFN(12, 20, "gelu")),
-    "SwishFFN": (lambda: ffn_ops.SwishFFN(12, 20, 1.7), lambda: reference.PlainFFN(12, 20, "swish", 1.7)),
+    "SwishFFN": (
+        lambda: ffn_ops.SwishFFN(12, 20, 1.7),
+        lambda: reference.PlainFFN(12, 20, ffn_ops.Gate("swish", beta=1.7)),
+    ),
     "GLU": (lambda: ffn_ops.GLU(12, 20), lambda: reference.GLU(12, 20)),
     "GatedFFN": (lambda: ffn_ops.GatedFFN(12, 20), lambda: reference.GatedFFN(12, 20)),
     "GatedFFN with projection": (

@@ -143,7 +143,7 @@ def test_any_argument_is_answered(data: st.DataObject) -> None:
         ffn_ops.gated_linear: {"x": x, "w_gate": w, "w_up": w, "b_gate": w[0], "b_up": w[0]},
         ffn_ops.gated_act: {"gate": x, "up": x},
     }[call]  # fmt: skip
-    arguments |= {"activation": "silu", "beta": 1.0}
+    arguments |= {"activation": "silu"}
     for name in data.draw(st.sets(st.sampled_from(sorted(arguments)), min_size=1, max_size=3)):
         arguments[name] = data.draw(anything)
     try:

@@ -270,7 +270,31 @@ def held(self: Any, gate_up: Tensor) -> Tensor:
     return self.act_fn(gate.clamp(max=self.limit)) * up.clamp(-self.limit, self.limit)
 
 
+class SoftcappedSwiGLU(nn.Module):
+    """As Inkling 2 has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_softcap, self.up_softcap = 3.0, 5.0
+
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
+        a, b = self.gate_softcap, self.up_softcap
+        return torch.tanh(gate / a) * a * torch.sigmoid(gate) * (torch.tanh(up / b) * b)
+
+
+def softcapped(self: Any, gate_up: Tensor) -> Tensor:
+    return self.act_fn(*gate_up.chunk(2, -1))  # type: ignore[no-any-return]
+
+
+def held_after(self: Any, gate_up: Tensor) -> Tensor:
+    """As Step-3.7 has it."""
+    gate, up = gate_up.chunk(2, -1)
+    return self.act_fn(gate).clamp(max=self.limit) * up.clamp(-self.limit, self.limit)  # type: ignore[no-any-return]
+
+
 FORMS: dict[str, dict[str, Any]] = {
+    "softcapped": {"gate": softcapped, "act_fn": SoftcappedSwiGLU()},
+    "held after": {"gate": held_after},
     "plain": {"has_gate": False, "act_fn": nn.GELU()},
     "plain, biases, transposed": {"has_gate": False, "has_bias": True, "is_transposed": True, "act_fn": nn.ReLU()},
     "gated": {},
@@ -321,9 +345,8 @@ def test_float32_weights_of_a_bfloat16_layer() -> None:
 
 
 def other_gate(self: Any, gate_up: Tensor) -> Tensor:
-    """The limit behind the activation, as Step-3.7 has it."""
     gate, up = gate_up.chunk(2, -1)
-    return self.act_fn(gate).clamp(max=self.limit) * up.clamp(-self.limit, self.limit)
+    return self.act_fn(gate).clamp(max=self.limit) * up
 
 
 def hidden_number(self: Any, gate_up: Tensor) -> Tensor:

@@ -147,7 +147,10 @@ def test_experts_that_it_can_exchange(name: str) -> None:
         warnings.simplefilter("error")
         model.set_experts_implementation("ffn_ops")
     found = report(model)
-    expected = {"gpt_oss": "swish[1.702], limit 1.5, up_shift 1", "deepseek_v4": "silu, limit 0.7"}.get(name, "silu")
+    expected = {
+        "gpt_oss": "swish(beta=1.702, limit=1.5, up_shift=1.0, interleaved=True)",
+        "deepseek_v4": "silu(limit=0.7)",
+    }.get(name, "silu")
     assert {(e.status, e.computes) for e in found.entries} == {("ffn_ops", expected)}
     assert before.paths("left") == found.paths("ffn_ops") == [f"model.layers.{i}.mlp.experts" for i in range(2)]
     with torch.no_grad(), Seen() as seen:

@@ -11,7 +11,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include "activation_names.h"
-#include "gate_form.h"
+#include "gate.h"
 
 namespace ffn_ops {
 
@@ -137,19 +137,29 @@ inline int check_activation(const std::string& name) {
   return index;
 }
 
-// limit: none where there is none.
-inline GateForm check_gate_form(const std::string& activation, double beta, std::optional<double> limit = {},
-                                double up_shift = 0.0) {
-  GateForm form{check_activation(activation), beta};
-  STD_TORCH_CHECK(!limit || *limit > 0, "limit: expected a positive number or none, got ", limit.value_or(0));
-  if (limit) form.limit = *limit;
-  form.up_shift = up_shift;
-  return form;
+// params: limit (0: none), up_shift, then the activation's own parameters in the order of their declaration.
+inline Gate check_gate(const std::string& activation, const std::vector<double>& params) {
+  Gate gate{check_activation(activation)};
+  const ActivationInfo& info = kActivations.rows[gate.activation];
+  const auto count = static_cast<size_t>(info.own.count());
+  STD_TORCH_CHECK(params.size() == 2 + count, "params: expected limit, up_shift and ", count, " parameters of ",
+                  activation, ", got ", params.size(), " numbers");
+  if (params[0] != 0) gate.limit = params[0];
+  gate.up_shift = params[1];
+  STD_TORCH_CHECK(gate.limit > 0, "limit: expected a positive number, got ", gate.limit);
+  STD_TORCH_CHECK(!info.has_up || !gate.limited(), "limit, up_shift: expected none and 0 of ", activation,
+                  ", which has a side of up of its own, got ", gate.limit, " and ", gate.up_shift);
+  for (size_t i = 0; i < count; ++i) {
+    gate.own[i] = params[2 + i];
+    STD_TORCH_CHECK(!info.own.at[i].positive || gate.own[i] > 0, info.own.at[i].name,
+                    ": expected a positive number, got ", gate.own[i]);
+  }
+  return gate;
 }
 
-inline void check_gated_form(const GateForm& form, bool gated) {
-  STD_TORCH_CHECK(gated || !form.limited(), "limit, up_shift: expected none and 0 where nothing is gated, got ",
-                  form.limit, " and ", form.up_shift);
+inline void check_gated_form(const Gate& gate, bool gated) {
+  STD_TORCH_CHECK(gated || !gate.limited(), "limit, up_shift: expected none and 0 where nothing is gated, got ",
+                  gate.limit, " and ", gate.up_shift);
 }
 
 }  // namespace ffn_ops

@@ -14,7 +14,7 @@ struct Experts {
   DType dtype;
   int64_t T = 0, D = 0, F = 0, O = 0, E = 0, R = 0;
   bool gated = false, interleaved = false, routed = false;
-  GateForm form;
+  Gate form;
   Routes routes;
   const int64_t* offsets = nullptr;
   const void* weight = nullptr;  // of each row, of the arithmetic's dtype

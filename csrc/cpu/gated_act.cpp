@@ -9,7 +9,7 @@
 namespace ffn_ops {
 namespace {
 
-GatedAct elementwise(const Tensor& gate, const std::optional<Tensor>& up, const GateForm& form) {
+GatedAct elementwise(const Tensor& gate, const std::optional<Tensor>& up, const Gate& form) {
   const GatedActShape s = check_gated_act(gate, up, form);
   GatedAct g;
   g.set_form(s.form);
@@ -49,9 +49,8 @@ void run_elementwise(GatedAct& g, ElementwiseKernel kernel) {
   phases.run(std::min(tasks, threads()));
 }
 
-Tensor gated_act(const Tensor& gate, std::optional<Tensor> up, std::string activation, double beta,
-                 std::optional<double> limit, double up_shift) {
-  GatedAct g = elementwise(gate, up, check_gate_form(activation, beta, limit, up_shift));
+Tensor gated_act(const Tensor& gate, std::optional<Tensor> up, std::string activation, std::vector<double> params) {
+  GatedAct g = elementwise(gate, up, check_gate(activation, params));
   Tensor out = fresh(gate, {g.rows, g.cols});
   g.out[0] = out.mutable_data_ptr();
   run_elementwise(g, kernels().gated_act);
@@ -59,10 +58,10 @@ Tensor gated_act(const Tensor& gate, std::optional<Tensor> up, std::string activ
 }
 
 std::tuple<Tensor, Tensor> gated_act_backward(const Tensor& d_out, const Tensor& gate, std::optional<Tensor> up,
-                                              std::string activation, double beta, std::optional<double> limit,
-                                              double up_shift, std::vector<bool> needs) {
+                                              std::string activation, std::vector<double> params,
+                                              std::vector<bool> needs) {
   check_needs(needs, 2);
-  GatedAct g = elementwise(gate, up, check_gate_form(activation, beta, limit, up_shift));
+  GatedAct g = elementwise(gate, up, check_gate(activation, params));
   check_same(d_out, "d_out", gate, g.gate.dtype);
   g.d_out = matrix(d_out, g.gate.dtype);
   Tensor d_gate = needs.at(0) ? fresh(gate, {g.rows, g.cols}) : nothing(gate);
@@ -76,9 +75,8 @@ std::tuple<Tensor, Tensor> gated_act_backward(const Tensor& d_out, const Tensor&
 std::tuple<Tensor, Tensor, Tensor> gated_act_double_backward(std::optional<Tensor> dd_gate, std::optional<Tensor> dd_up,
                                                              const Tensor& d_out, const Tensor& gate,
                                                              std::optional<Tensor> up, std::string activation,
-                                                             double beta, std::optional<double> limit,
-                                                             double up_shift) {
-  GatedAct g = elementwise(gate, up, check_gate_form(activation, beta, limit, up_shift));
+                                                             std::vector<double> params) {
+  GatedAct g = elementwise(gate, up, check_gate(activation, params));
   const DType dtype = g.gate.dtype;
   check_same(d_out, "d_out", gate, dtype);
   g.d_out = matrix(d_out, dtype);

@@ -7,8 +7,8 @@
 #include <cstdint>
 
 #include "../common/dtypes.h"
-#include "../common/gate_form.h"
 #include "dispatch.h"
+#include "../common/gate.h"
 
 namespace ffn_ops {
 
@@ -39,7 +39,7 @@ struct Operand {
   bool k_along_rows = false;  // false: lane = row, k = column (a Linear's weight); true: k = row, lane = column
 };
 
-struct Epilogue : GateForm {
+struct Epilogue : Gate {
   enum class Kind {
     kStore,         // out = acc + bias
     kActivate,      // out = sum over branches of act(gate) * up, or act(gate); saves gate and up where asked
@@ -146,7 +146,7 @@ struct ScheduledGemm : Gemm, Schedule {
   int64_t packed_length() const { return K == 0 ? 0 : K / b_length() * steps(b_length()); }
 };
 
-struct GatedAct : GateForm {
+struct GatedAct : Gate {
   int64_t rows = 0, cols = 0;
   Matrix gate, up, d_out;  // up.data null: plain
   Matrix dd_gate, dd_up;   // double backward: cotangents of d_gate and d_up

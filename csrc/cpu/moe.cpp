@@ -50,10 +50,10 @@ std::tuple<Tensor, Tensor, Tensor> moe(const Tensor& x, std::optional<Tensor> to
                                        const Tensor& offsets, std::optional<Tensor> row,
                                        std::optional<Tensor> slot_offsets, const Tensor& w_in, const Tensor& w_down,
                                        std::optional<Tensor> b_in, std::optional<Tensor> b_down, bool gated,
-                                       bool interleaved, std::string activation, double beta,
-                                       std::optional<double> limit, double up_shift, bool save) {
+                                       bool interleaved, std::string activation, std::vector<double> params,
+                                       bool save) {
   const MoeShape s = check_moe(x, token, weight, offsets, row, slot_offsets, w_in, w_down, b_in, b_down, gated,
-                               interleaved, check_gate_form(activation, beta, limit, up_shift));
+                               interleaved, check_gate(activation, params));
   Experts c = with_routes(s, token, weight, offsets, row, slot_offsets);
   Tensor y = fresh(x, {c.T, c.O});
   Tensor gate = save ? fresh(x, {c.R, c.F}) : nothing(x);
@@ -78,11 +78,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_backward(
     const Tensor& d_y, const Tensor& x, std::optional<Tensor> token, std::optional<Tensor> weight,
     const Tensor& offsets, std::optional<Tensor> row, std::optional<Tensor> slot_offsets, const Tensor& w_in,
     const Tensor& w_down, std::optional<Tensor> b_in, std::optional<Tensor> b_down, const Tensor& gate,
-    const Tensor& up, bool gated, bool interleaved, std::string activation, double beta, std::optional<double> limit,
-    double up_shift, std::vector<bool> needs) {
+    const Tensor& up, bool gated, bool interleaved, std::string activation, std::vector<double> params,
+    std::vector<bool> needs) {
   check_needs(needs, 6);
   const MoeShape s = check_moe(x, token, weight, offsets, row, slot_offsets, w_in, w_down, b_in, b_down, gated,
-                               interleaved, check_gate_form(activation, beta, limit, up_shift));
+                               interleaved, check_gate(activation, params));
   Experts c = with_routes(s, token, weight, offsets, row, slot_offsets);
   check_tensor(d_y, "d_y", c.dtype, {c.T, c.O});
   const bool recompute = !check_saved("moe", gate, up, c.dtype, c.R, c.F, c.gated);

@@ -31,20 +31,20 @@ FFN_FN void pack_places(const PackGrid& grid, int64_t rows, int64_t cols, PackCo
   }
 }
 
-// The inputs of a pass at one element. What is absent is 0, `up` 1.
+// The inputs of a pass at one element. What is absent is 0.
 template <class V>
 struct GatedActPoint {
-  V gate, up, d, dd_gate, dd_up, beta;
-  GateLimit<V> limit;
+  V gate, up, d, dd_gate, dd_up;
+  bool gated;
 };
 
-// Each pass: what it reads, as bits, and out[] at a point. As in cpu/kernels/act.h.
+// Each pass: what it reads, as bits, and out[] at a point.
 struct GatedActForward {
   static constexpr uint32_t kReads = 1 << kGate | 1 << kUp;
   static constexpr int kOuts = 1;
   template <class Act, class V>
-  FFN_FN static void compute(const GatedActPoint<V>& p, V (&out)[3]) {
-    out[0] = Act::fwd(p.limit.gate(p.gate), p.beta) * p.limit.up(p.up);
+  FFN_FN static void compute(const GateNumbers<V>& n, const GatedActPoint<V>& p, V (&out)[3]) {
+    out[0] = gate_value<Act>(n, p.gate, p.up, p.gated);
   }
 };
 
@@ -52,12 +52,11 @@ struct GatedActBackward {
   static constexpr uint32_t kReads = GatedActForward::kReads | 1 << kDOut;
   static constexpr int kOuts = 3;
   template <class Act, class V>
-  FFN_FN static void compute(const GatedActPoint<V>& p, V (&out)[3]) {
-    const auto act = Act::grad(p.limit.gate(p.gate), p.beta);
-    const V up = p.limit.up(p.up);
-    out[0] = p.limit.gate_grad(p.gate, p.d * act.slope * up);
-    out[1] = p.limit.up_grad(p.up, p.d * act.value);
-    out[2] = act.value * up;
+  FFN_FN static void compute(const GateNumbers<V>& n, const GatedActPoint<V>& p, V (&out)[3]) {
+    const auto g = gate_grad<Act>(n, p.gate, p.up, p.d, p.gated);
+    out[0] = g.d_gate;
+    out[1] = g.d_up;
+    out[2] = g.y;
   }
 };
 
@@ -65,13 +64,11 @@ struct GatedActDoubleBackward {
   static constexpr uint32_t kReads = 1 << kGate | 1 << kUp | 1 << kDOut | 1 << kDdGate | 1 << kDdUp;
   static constexpr int kOuts = 3;
   template <class Act, class V>
-  FFN_FN static void compute(const GatedActPoint<V>& p, V (&out)[3]) {
-    const auto act = Act::grad2(p.limit.gate(p.gate), p.beta);
-    const V dd_gate = p.limit.gate_grad(p.gate, p.dd_gate), dd_up = p.limit.up_grad(p.up, p.dd_up);
-    const V scaled = dd_gate * p.limit.up(p.up);
-    out[0] = fma(scaled, act.slope, dd_up * act.value);
-    out[1] = p.limit.gate_grad(p.gate, p.d * fma(scaled, act.curvature, dd_up * act.slope));
-    out[2] = p.limit.up_grad(p.up, dd_gate * p.d * act.slope);
+  FFN_FN static void compute(const GateNumbers<V>& n, const GatedActPoint<V>& p, V (&out)[3]) {
+    const auto g = gate_grad2<Act>(n, p.gate, p.up, p.d, p.dd_gate, p.dd_up, p.gated);
+    out[0] = g.by_d;
+    out[1] = g.by_gate;
+    out[2] = g.by_up;
   }
 };
 
@@ -85,14 +82,6 @@ struct GatedActValues {
   bool loaded;
 };
 
-template <class S, int N>
-FFN_FN Elements<S, N> ones() {
-  ComputeOf<S> values[N];
-#pragma unroll
-  for (int i = 0; i < N; ++i) values[i] = 1;
-  return Elements<S, N>::of(values);
-}
-
 template <class S, class Pass, bool kPlain, int N>
 FFN_FN GatedActValues<S, N> load_gated_act(const GatedAct& g, const PackCoord& at) {
   using T = ComputeOf<S>;
@@ -104,7 +93,6 @@ FFN_FN GatedActValues<S, N> load_gated_act(const GatedAct& g, const PackCoord& a
     if (!(Pass::kReads >> i & 1)) continue;
     const Matrix m = gated_act_input(g, i);
     if (m.data) v.in[i] = load_elements<N>(element<S>(m, at.row, at.col));
-    else if (i == kUp) v.in[i] = ones<S, N>();
   }
   if constexpr (!kPlain && __is_same(Pass, GatedActForward))
     if (g.accumulate) v.sum = load_elements<N>(static_cast<const T*>(g.sum) + at.row * g.cols + at.col);
@@ -119,13 +107,14 @@ FFN_FN void finish_gated_act(const GatedAct& g, const PackCoord& at, const Gated
   using T = ComputeOf<S>;
   using V = LaneOf<S>;
   constexpr bool kForward = __is_same(Pass, GatedActForward);
+  const GateNumbers<V> numbers(g, g.limited());
   T results[Pass::kOuts][N];
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    GatedActPoint<V> point{v.in[kGate][i], v.in[kUp][i], v.in[kDOut][i], v.in[kDdGate][i],
-                           v.in[kDdUp][i], V(T(g.beta)), limit_of<V>(g)};
+    GatedActPoint<V> point{v.in[kGate][i],   v.in[kUp][i],   v.in[kDOut][i],
+                           v.in[kDdGate][i], v.in[kDdUp][i], g.up.data != nullptr};
     V out[3];
-    Pass::template compute<Act>(point, out);
+    Pass::template compute<Act>(numbers, point, out);
     if constexpr (!kPlain && kForward)
       if (g.accumulate) out[0] = V(v.sum[i]) + out[0];
     if constexpr (!kPlain && __is_same(Pass, GatedActBackward)) out[2] = V(v.weight) * out[2];

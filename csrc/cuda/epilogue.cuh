@@ -168,11 +168,10 @@ FFN_FN void finish_activate(const GroupedGemm& g, const FinishedTile<ComputeOf<S
   using T = ComputeOf<S>;
   const Epilogue& e = g.epilogue;
   const int cols = g.gated ? t.cols / 2 : t.cols;
-  const LaneOf<S> beta(static_cast<T>(e.beta));
-  const GateLimit<LaneOf<S>> limit = limit_of<LaneOf<S>>(e);
+  const GateNumbers<LaneOf<S>> numbers(e, e.limited());
   for_each_quad(t, rows, cols, g.N, [&](const QuadCoord& q) {
     if (q.count == 0) return;
-    T gate[kQuad], up[kQuad];
+    T gate[kQuad], up[kQuad] = {};
     tile_quad(t, q, q.in_col, gate);
     add_bias<S>(e.bias, t.expert, e.bias_stride, q, gate);
     store_at<S>(e.gate, q, e.pre_stride, gate);
@@ -184,10 +183,10 @@ FFN_FN void finish_activate(const GroupedGemm& g, const FinishedTile<ComputeOf<S
     if (!e.out) return;
     dispatch_activation(e.activation, [&](auto tag) {
 #pragma unroll
-      for (int i = 0; i < kQuad; ++i) gate[i] = decltype(tag)::Type::fwd(limit.gate(LaneOf<S>(gate[i])), beta).value;
+      for (int i = 0; i < kQuad; ++i)
+        gate[i] =
+            gate_value<typename decltype(tag)::Type>(numbers, LaneOf<S>(gate[i]), LaneOf<S>(up[i]), g.gated).value;
     });
-#pragma unroll
-    for (int i = 0; i < kQuad; ++i) gate[i] = g.gated ? gate[i] * limit.up(LaneOf<S>(up[i])).value : gate[i];
     store_at<S>(e.out, q, e.out_stride, gate);
   });
 }
@@ -199,41 +198,29 @@ FFN_FN ComputeOf<S> finish_activate_grad_quad(const GroupedGemm& g, const Finish
                                               const QuadOf<S>& up_quad) {
   using T = ComputeOf<S>;
   const Epilogue& e = g.epilogue;
-  const LaneOf<S> beta(static_cast<T>(e.beta));
-  const GateLimit<LaneOf<S>> limit = limit_of<LaneOf<S>>(e);
-  T d[kQuad], value[kQuad], slope[kQuad], up[kQuad], d_gate[kQuad], d_up[kQuad];
+  const GateNumbers<LaneOf<S>> numbers(e, e.limited());
+  T d[kQuad], h[kQuad], d_gate[kQuad], d_up[kQuad];
   tile_quad(t, q, q.in_col, d);
-#pragma unroll
-  for (int i = 0; i < kQuad; ++i) {
-    value[i] = decode(gate_quad.elements[i]);
-    up[i] = decode(up_quad.elements[i]);
-  }
+  const T weight = e.row_weight ? static_cast<const T*>(e.row_weight)[q.row] : T(1);
   dispatch_activation(e.activation, [&](auto tag) {
 #pragma unroll
     for (int i = 0; i < kQuad; ++i) {
-      const LaneOf<S> gate(value[i]);
-      const auto act = decltype(tag)::Type::grad(limit.gate(gate), beta);
-      value[i] = act.value.value;
-      slope[i] = act.slope.value;
+      const LaneOf<S> gate(decode(gate_quad.elements[i])), up(decode(up_quad.elements[i]));
+      const LaneOf<S> scaled(e.row_weight ? weight * d[i] : d[i]);
+      const auto grad = gate_grad<typename decltype(tag)::Type>(numbers, gate, up, scaled, e.up != nullptr);
+      d_gate[i] = grad.d_gate.value;
+      d_up[i] = grad.d_up.value;
+      h[i] = grad.y.value;
     }
   });
-  const T weight = e.row_weight ? static_cast<const T*>(e.row_weight)[q.row] : T(1);
   T dot = 0;
 #pragma unroll
   for (int i = 0; i < kQuad; ++i) {
-    const LaneOf<S> raw_up(up[i]);
-    up[i] = limit.up(raw_up).value;
-    const T h = e.up ? value[i] * up[i] : value[i];
-    if (i < q.count) dot = fma(Lane<T>(d[i]), Lane<T>(h), Lane<T>(dot)).value;
-    const T scaled = e.row_weight ? weight * d[i] : d[i];
-    d_gate[i] = scaled * slope[i];
-    if (e.up) d_gate[i] = d_gate[i] * up[i];
-    d_gate[i] = limit.gate_grad(LaneOf<S>(decode(gate_quad.elements[i])), LaneOf<S>(d_gate[i])).value;
-    d_up[i] = limit.up_grad(raw_up, LaneOf<S>(scaled * value[i])).value;
-    d[i] = e.row_weight && e.weigh_h ? weight * h : h;
+    if (i < q.count) dot = fma(Lane<T>(d[i]), Lane<T>(h[i]), Lane<T>(dot)).value;
+    if (e.row_weight && e.weigh_h) h[i] = weight * h[i];
   }
   store_hidden<S>(e, q, d_gate, d_up);
-  store_at<S>(e.h, q, e.pre_stride, d);
+  store_at<S>(e.h, q, e.pre_stride, h);
   return dot;
 }
 

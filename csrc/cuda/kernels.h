@@ -6,7 +6,7 @@
 #include <cstdint>
 
 #include "../common/dtypes.h"
-#include "../common/gate_form.h"
+#include "../common/gate.h"
 
 namespace ffn_ops::cuda {
 
@@ -20,7 +20,7 @@ struct Matrix {
 };
 
 // Element-wise passes over [rows, cols]. What is null is not there.
-struct GatedAct : GateForm {
+struct GatedAct : Gate {
   int64_t rows = 0, cols = 0;
   DType dtype = DType::kFloat32;
   const int64_t* kept = nullptr;     // rows from *kept on are not read, and zero in every output; null: all are there
@@ -146,7 +146,7 @@ struct Operand {
   int64_t gather_limit = 0;
 };
 
-struct Epilogue : GateForm {
+struct Epilogue : Gate {
   enum class Kind {
     kStore,         // out = acc + bias
     kActivate,      // out = act(gate) * up or act(gate), each with its bias; saves gate and up where asked

@@ -143,15 +143,16 @@ inline Tensor view(const Tensor& t, int64_t offset, int64_t rows, int64_t cols, 
 
 inline Tensor transposed(const Tensor& t) { return view(t, 0, t.size(1), t.size(0), t.stride(1), t.stride(0)); }
 
-inline Tensor rows_of(const Tensor& t, int64_t begin, int64_t rows) {
-  return view(t, begin * t.stride(0), rows, t.size(1), t.stride(0), t.stride(1));
+// Every step-th row from `begin` on.
+inline Tensor rows_of(const Tensor& t, int64_t begin, int64_t rows, int64_t step = 1) {
+  return view(t, begin * t.stride(0), rows, t.size(1), step * t.stride(0), t.stride(1));
 }
 
 // Of a vector.
-inline Tensor elements_of(const Tensor& t, int64_t begin, int64_t count) {
-  const int64_t stride = t.stride(0);
+inline Tensor elements_of(const Tensor& t, int64_t begin, int64_t count, int64_t step = 1) {
+  const int64_t stride = step * t.stride(0);
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), 1, &count, &stride, begin * stride, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), 1, &count, &stride, begin * t.stride(0), &handle));
   return Tensor(handle);
 }
 

@@ -54,11 +54,11 @@ void pre_activations(Call& call, const Moe& c, const Tensor& x, const Tensor& w_
 std::tuple<Tensor, Tensor, Tensor> moe(const Tensor& x, MaybeTensor token, MaybeTensor weight, const Tensor& offsets,
                                        MaybeTensor row, MaybeTensor slot_offsets, const Tensor& w_in,
                                        const Tensor& w_down, MaybeTensor b_in, MaybeTensor b_down, bool gated,
-                                       bool interleaved, std::string activation, double beta,
-                                       std::optional<double> limit, double up_shift, bool save) {
+                                       bool interleaved, std::string activation, std::vector<double> params,
+                                       bool save) {
   Call call(x, "x");
   const MoeShape s = check_moe(x, token, weight, offsets, row, slot_offsets, w_in, w_down, b_in, b_down, gated,
-                               interleaved, check_gate_form(activation, beta, limit, up_shift), call.place());
+                               interleaved, check_gate(activation, params), call.place());
   const Moe c = describe(call, s, token, weight, offsets, row, slot_offsets);
   Tensor y = call.fresh({c.T, c.O});
   Tensor gate = save ? call.fresh({c.R, c.F}) : call.nothing();
@@ -151,12 +151,12 @@ Tensor weights_gradient(Call& call, const Moe& c, const Tensor& w, const Operand
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_backward(
     const Tensor& d_y, const Tensor& x, MaybeTensor token, MaybeTensor weight, const Tensor& offsets, MaybeTensor row,
     MaybeTensor slot_offsets, const Tensor& w_in, const Tensor& w_down, MaybeTensor b_in, MaybeTensor b_down,
-    const Tensor& gate, const Tensor& up, bool gated, bool interleaved, std::string activation, double beta,
-    std::optional<double> limit, double up_shift, std::vector<bool> needs) {
+    const Tensor& gate, const Tensor& up, bool gated, bool interleaved, std::string activation,
+    std::vector<double> params, std::vector<bool> needs) {
   check_needs(needs, 6);
   Call call(x, "x");
   const MoeShape s = check_moe(x, token, weight, offsets, row, slot_offsets, w_in, w_down, b_in, b_down, gated,
-                               interleaved, check_gate_form(activation, beta, limit, up_shift), call.place());
+                               interleaved, check_gate(activation, params), call.place());
   check_tensor(d_y, "d_y", s.dtype, {s.T, s.O}, call.place());
   const bool saved = check_saved("moe", gate, up, s.dtype, s.R, s.F, s.gated, call.place());
   const Moe c = describe(call, s, token, weight, offsets, row, slot_offsets);

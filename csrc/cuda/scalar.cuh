@@ -135,6 +135,8 @@ FFN_FN SigmoidPair<Lane<float, true>> sigmoid_pair(Lane<float, true> z) {
 
 #include "../common/activations.h"
 
+#include "../common/gate_math.h"
+
 // ---- storage --------------------------------------------------------------------------------------------------------
 
 template <class S>
@@ -191,12 +193,6 @@ FFN_FN uint32_t encode_pair(float first, float second) {
 struct alignas(16) Words {
   uint32_t word[4];
 };
-
-template <class V>
-FFN_FN GateLimit<V> limit_of(const GateForm& form) {
-  using T = typename V::Scalar;
-  return {form.limited(), V(T(form.bound())), V(T(form.up_shift))};
-}
 
 // N values of storage type S in registers, a multiple of 16 bytes.
 template <class S, int N = 16 / int(sizeof(S))>

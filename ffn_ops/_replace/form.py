@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..reference import ACTIVATIONS
+from .._gate import NAMES, Gate
+from ..reference import UPS, gated_act
 from .probe import Event, ProbeError, Trace
 
 ADD_INPUT = ""  # a step behind the layer: the residual connection
@@ -27,10 +27,7 @@ class Form:
     down: str | None
     halves: str | None  # gate and up are the rows of one layer: "gate first" or "up first"
     up_called_first: bool
-    activation: str
-    beta: float
-    limit: float | None
-    up_shift: float
+    gate: Gate
     head: tuple[str | tuple[int, ...], ...]  # what the input goes through first: children, ``reshape(-1, *sizes)``
     dropout: str | None  # between activation and down
     tail: tuple[str, ...]  # children behind, and ADD_INPUT
@@ -38,22 +35,20 @@ class Form:
     reads_weights: bool
 
     @property
-    def act(self) -> dict[str, Any]:
-        """As the operators take it."""
-        return {"activation": self.activation, "beta": self.beta, "limit": self.limit, "up_shift": self.up_shift}
-
-    @property
     def linears(self) -> tuple[str, ...]:
         return (*self.gates, *self.ups, *(() if self.down is None else (self.down,)))
 
     @property
     def _act(self) -> str:
-        return f"swish(beta={self.beta:g})" if self.activation == "swish" else self.activation
+        return str(self.gate.replace(limit=None, up_shift=0.0))
 
     def _gate(self, gate: str, up: str) -> str:
-        if self.limit is not None:
-            gate, up = f"min({gate}, {self.limit:g})", f"clamp({up}, {self.limit:g})"
-        return f"{self._act}({gate}) * {f'({up} + {self.up_shift:g})' if self.up_shift else up}"
+        limit, shift = self.gate.limit, self.gate.up_shift
+        if self.gate.activation in UPS:
+            return f"{self._act}({gate}, {up})"
+        if limit is not None:
+            gate, up = f"min({gate}, {limit:g})", f"clamp({up}, {limit:g})"
+        return f"{self._act}({gate}) * {f'({up} + {shift:g})' if shift else up}"
 
     def __str__(self) -> str:
         inner = "x"
@@ -72,14 +67,11 @@ class Form:
         return text
 
 
-_Act = tuple[str, float, float | None, float]  # name, beta, limit, up_shift
-
-
 @dataclass(frozen=True)
 class _Found:
     gates: tuple[int, ...]
     ups: tuple[int, ...]
-    act: _Act
+    gate: Gate
 
 
 def explain(trace: Trace, known: Form | None = None) -> Form:
@@ -121,16 +113,16 @@ def explain(trace: Trace, known: Form | None = None) -> Form:
     following = dropout or down or (events[0] if events else None)
     hidden = trace.y if following is None else following.input
     halves = None
-    act = None if known is None else _act_of(known)
+    gate = None if known is None else known.gate
     gates: tuple[str, ...]
     ups: tuple[str, ...] = ()
     if len(first) == 1 and hidden.shape[-1] * 2 == first[0].output.shape[-1]:
         both = first[0].output.double().chunk(2, -1)
-        found = _activation(hidden, both, act)
+        found = _activation(hidden, both, gate)
         halves = "gate first" if found.gates == (0,) else "up first"
         gates = (first[0].path,)
     else:
-        found = _activation(hidden, [event.output.double() for event in first], act)
+        found = _activation(hidden, [event.output.double() for event in first], gate)
         gates = tuple([first[i].path for i in found.gates])
         ups = tuple([first[i].path for i in found.ups])
     if down is None and not (ups and len(gates) >= 1):
@@ -142,7 +134,7 @@ def explain(trace: Trace, known: Form | None = None) -> Form:
         raise ProbeError("it calls a child twice")
     return Form(
         gates, ups, None if down is None else down.path, halves, bool(ups) and found.ups[0] < found.gates[0],
-        *found.act, tuple(head), None if dropout is None else dropout.path,
+        found.gate, tuple(head), None if dropout is None else dropout.path,
         _tail(trace, events, hidden if down is None else down.output), tuple([path for path in trace.run if path]),
         trace.reads_weights,
     )  # fmt: skip
@@ -152,12 +144,8 @@ def explain_between(first: Event, last: Event, run: Sequence[str], known: Form |
     """The form of ``last(act(first(x)))``, where a layer does more around them. Raises: ProbeError."""
     if first.output.shape != last.input.shape:
         raise ProbeError(f"{last.path} is called with another shape than {first.path} gives")
-    found = _activation(last.input, [first.output.double()], _act_of(known) if known else None)
-    return Form((first.path,), (), last.path, None, False, *found.act, (), None, (), tuple(run), False)
-
-
-def _act_of(form: Form) -> _Act:
-    return form.activation, form.beta, form.limit, form.up_shift
+    found = _activation(last.input, [first.output.double()], known.gate if known else None)
+    return Form((first.path,), (), last.path, None, False, found.gate, (), None, (), tuple(run), False)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -184,7 +172,7 @@ def _tail(trace: Trace, events: Sequence[Event], value: Tensor) -> tuple[str, ..
     return tuple(steps)
 
 
-def _activation(hidden: Tensor, outputs: Sequence[Tensor], known: _Act | None) -> _Found:
+def _activation(hidden: Tensor, outputs: Sequence[Tensor], known: Gate | None) -> _Found:
     """Which of the linear children's outputs are gates, which ups, and by which activation they give ``hidden``."""
     n = len(outputs)
     if any(output.shape != hidden.shape for output in outputs):
@@ -201,53 +189,53 @@ def _activation(hidden: Tensor, outputs: Sequence[Tensor], known: _Act | None) -
         pairs: list[tuple[Tensor, Tensor | None]] = [(outputs[0], None)]
         if ups:
             pairs = [(outputs[g], outputs[u]) for g, u in zip(gates, ups, strict=True)]
-        for act in [known] if known else _candidates(hidden, pairs):
-            if _fits(hidden, pairs, act):
-                return _Found(gates, ups, act)
+        for gate in [known] if known else _candidates(hidden, pairs):
+            if _fits(hidden, pairs, gate):
+                return _Found(gates, ups, gate)
     raise ProbeError("no activation that the operators have gives what it computes between its linear children")
 
 
-def _candidates(hidden: Tensor, pairs: Sequence[tuple[Tensor, Tensor | None]]) -> Iterator[_Act]:
-    named = [(name, 1.0) for name in ACTIVATIONS if name != "swish"]
-    yield from [(name, beta, None, 0.0) for name, beta in named]
+def _candidates(hidden: Tensor, pairs: Sequence[tuple[Tensor, Tensor | None]]) -> Iterator[Gate]:
+    named = [Gate(name) for name in NAMES if name != "swish" and name not in UPS]
+    yield from named
     if len(pairs) > 1:
         return
     ((gate, up),) = pairs
     for shift in (0.0,) if up is None else (0.0, 1.0):
         near = torch.ones_like(gate, dtype=torch.bool) if up is None else (up.abs() < 0.5) & (gate < 0.5)
         beta = _beta(hidden[near], gate[near], None if up is None else up[near] + shift)
-        acts = [*named, *([] if beta is None else [("swish", beta)])]
-        yield from [(*act, None, shift) for act in (acts if shift else acts[len(named) :])]
+        acts = [*named, *([] if beta is None else [Gate("swish", beta=beta)])]
+        yield from [act.replace(up_shift=shift) for act in (acts if shift else acts[len(named) :])]
         if up is None:
-            return
-        for name, beta in acts:  # where up is far from zero it is at its limit, which is what the share says
-            value = ACTIVATIONS[name](gate, beta)
+            break
+        for act in acts:  # where up is far from zero it is at its limit, which is what the share says
+            value = gated_act(gate, activation=act)
             far = (up.abs() >= 25) & (gate < 0.5) & (value.abs() > 0.02)
             if far.any():
                 limit = float(f"{((hidden.double() / value)[far] - shift).abs().median().item():.6g}")
                 if 0.5 <= limit <= 25:
-                    yield name, beta, limit, shift
+                    yield act.replace(limit=limit, up_shift=shift)
+    yield from [Gate(name) for name in NAMES if name in UPS]  # with the numbers that models have
 
 
-def _fits(hidden: Tensor, pairs: Sequence[tuple[Tensor, Tensor | None]], act: _Act) -> bool:
+def _fits(hidden: Tensor, pairs: Sequence[tuple[Tensor, Tensor | None]], form: Gate) -> bool:
     """Up to the rounding of several steps in the dtype of ``hidden``.
 
     An activation that is near 0 as a difference of larger terms errs by an epsilon of those: hence ``size``.
     """
-    name, beta, most, shift = act
     eps = torch.finfo(hidden.dtype).eps
     expected = torch.zeros_like(hidden, dtype=torch.float64)
     size = torch.zeros_like(expected)
     for gate, up in pairs:
-        if most is not None and up is not None:
-            gate, up = gate.clamp(max=most), up.clamp(-most, most)
-        value = ACTIVATIONS[name](gate, beta)
-        if shift and up is not None:
-            size += (value * up).abs() + (value * shift).abs()
-            up = up + shift
-        expected += value if up is None else value * up
-        size += (gate if up is None else gate * up).abs()
-        size += (value if up is None else value * up).abs()
+        if form.limit is not None and up is not None:
+            gate, up = gate.clamp(max=form.limit), up.clamp(-form.limit, form.limit)
+        if up is not None and form.up_shift:
+            value = gated_act(gate, activation=form.replace(limit=None, up_shift=0.0))
+            size += (value * up).abs() + (value * form.up_shift).abs()
+        value = gated_act(gate, up, activation=form)
+        expected += value
+        shifted = None if up is None else up + form.up_shift
+        size += (gate if shifted is None else gate * shifted).abs() + value.abs()
     limit = 4 * eps * size + 8 * eps * expected.abs() + torch.finfo(hidden.dtype).tiny
     largest = torch.finfo(hidden.dtype).max
     error = (hidden.double().clamp(-largest, largest) - expected.clamp(-largest, largest)).abs()

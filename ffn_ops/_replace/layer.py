@@ -18,7 +18,7 @@ from .. import _checks as check
 from .. import ops
 from .._library import CUDA_ABSENT
 from ..modules import PLAIN_TENSORS, is_idle, is_plain_linear, is_unhooked
-from ..reference import ACTIVATIONS
+from ..reference import gated_act
 from .form import Form
 
 PLAN = "_ffn_ops_plan"  # of an instance; None: restored; False: changed into something that is not recognised
@@ -186,7 +186,7 @@ def _fits(layer: nn.Module, plan: Plan, x: Any) -> bool:
 
 def _is_torchs(form: Form) -> bool:
     """Without a gate, and an activation that torch has as one operator: alone ours is slower than that."""
-    return not form.ups and form.halves is None and form.activation in _BY_TORCH
+    return not form.ups and form.halves is None and form.gate.activation in _BY_TORCH
 
 
 def _of_dtype(layers: list[Any], dtype: torch.dtype) -> bool:
@@ -258,7 +258,7 @@ def _direct(layer: nn.Module, plan: Plan, x: Tensor, cast: bool) -> Tensor | Non
         return None
     return ops.ffn(
         x, w_in, w_down, w_up=w_up, b_in=first["bias"], b_up=b_up, b_down=last["bias"],
-        gated=True if form.halves is not None else None, **form.act,
+        gated=True if form.halves is not None else None, activation=form.gate,
     )  # fmt: skip
 
 
@@ -298,29 +298,25 @@ def _by_parts(layer: nn.Module, plan: Plan, x: Tensor, cast: bool) -> Tensor | N
 def _whole(form: Form, x: Tensor, gate: Any, up: Any, down: Any) -> Tensor:
     w_in, b_in = _weights(gate)
     w_down, b_down = _weights(down)
-    act = form.act
     if up is not None:
         w_up, b_up = _weights(up)
-        return ops.ffn(x, w_in, w_down, w_up=w_up, b_in=b_in, b_up=b_up, b_down=b_down, **act)
+        return ops.ffn(x, w_in, w_down, w_up=w_up, b_in=b_in, b_up=b_up, b_down=b_down, activation=form.gate)
     if form.halves == "up first":
         w_up, w_in = w_in.chunk(2)
         b_up, b_in = (None, None) if b_in is None else b_in.chunk(2)
-        return ops.ffn(x, w_in, w_down, w_up=w_up, b_in=b_in, b_up=b_up, b_down=b_down, **act)
-    return ops.ffn(x, w_in, w_down, gated=form.halves is not None, b_in=b_in, b_down=b_down, **act)
+        return ops.ffn(x, w_in, w_down, w_up=w_up, b_in=b_in, b_up=b_up, b_down=b_down, activation=form.gate)
+    return ops.ffn(x, w_in, w_down, gated=form.halves is not None, b_in=b_in, b_down=b_down, activation=form.gate)
 
 
 def _hidden(form: Form, x: Tensor, gates: list[Any], ups: list[Any]) -> Tensor:
     """What goes into ``down``: by one operator, or the children called as forward calls them and one operator."""
-    limited = form.limit is not None or form.up_shift != 0
-    if ups and not limited and all(is_plain(layer) for layer in (*gates, *ups)):
+    if ups and all(is_plain(layer) for layer in (*gates, *ups)):
         gate_weights, up_weights = [_weights(g) for g in gates], [_weights(u) for u in ups]
         b_gate = [b for _, b in gate_weights if b is not None]
         b_up = [b for _, b in up_weights if b is not None]
         if len(b_gate) in (0, len(gates)) and len(b_up) in (0, len(ups)):
             w_gate, w_up = [w for w, _ in gate_weights], [w for w, _ in up_weights]
-            return ops.gated_linear(
-                x, w_gate, w_up, b_gate=b_gate, b_up=b_up, activation=form.activation, beta=form.beta
-            )
+            return ops.gated_linear(x, w_gate, w_up, b_gate=b_gate, b_up=b_up, activation=form.gate)
     total: Tensor | None = None
     for i, gate in enumerate(gates):
         if ups and form.up_called_first:  # adapters with dropout draw in the order of the calls
@@ -342,11 +338,8 @@ def _hidden(form: Form, x: Tensor, gates: list[Any], ups: list[Any]) -> Tensor:
 def _between(gate: Tensor, up: Tensor | None, form: Form) -> Tensor:
     both = [gate] if up is None else [gate, up]
     if all(type(t) in PLAIN_TENSORS and t.dtype is gate.dtype and t.dtype in check.DTYPES for t in both):
-        return ops.gated_act(gate, up, **form.act)
-    if form.limit is not None and up is not None:
-        gate, up = gate.clamp(max=form.limit), up.clamp(-form.limit, form.limit)
-    value = ACTIVATIONS[form.activation](gate, form.beta)  # a DTensor, say: by torch's own operators
-    return value if up is None else value * (up + form.up_shift if form.up_shift else up)
+        return ops.gated_act(gate, up, activation=form.gate)
+    return gated_act(gate, up, activation=form.gate)  # a DTensor, say: by torch's own operators
 
 
 def state(layer: nn.Module, plan: Plan) -> tuple[bool, str]:
@@ -375,7 +368,7 @@ def state(layer: nn.Module, plan: Plan) -> tuple[bool, str]:
         called.append(f"{'.'.join(plan.dropout)} is called (p > 0 in training)")
     notes = "; ".join(called)
     if called and _is_torchs(plan.form):
-        return False, f"its own forward runs, with torch's {plan.form.activation}: {notes}"
+        return False, f"its own forward runs, with torch's {plan.form.gate.activation}: {notes}"
     if plan.eval_only:
         notes = "; ".join(filter(None, [notes, f"in training its own forward runs: {plan.eval_only}"]))
     return not called, notes

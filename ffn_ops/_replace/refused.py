@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..reference import ACTIVATIONS
+from .._gate import NAMES
 from .alike import Reads
 from .probe import Event, enough_rows, events_of, linear_shape, original_class, result_of
 from .recognise import Recogniser, bottleneck, linear_children, plausible, widths
@@ -109,7 +109,7 @@ def _stand_alone(layer: nn.Module, *pair: str) -> bool:
 def _has_activation(layer: nn.Module, reads: Reads, most: int | None = None) -> bool:
     """``most``: so many levels below the layer."""
     code: Any = getattr(original_class(layer).forward, "__code__", None)
-    if code is not None and not set(ACTIVATIONS).isdisjoint(code.co_names):
+    if code is not None and not set(NAMES).isdisjoint(code.co_names):
         return True
     functions = _functions(layer)
     return any(_is_activation(f, path, reads) for path, f in functions if most is None or path.count(".") < most)

@@ -111,7 +111,7 @@ def expert_units(layer: nn.Module, x_TD: Tensor) -> Tensor:
     for e, tokens in enumerate(computed.split(routing.offsets.diff().tolist())):
         bias = None if layer.b_in is None else layer.b_in[e]
         hidden = F.linear(x_TD[tokens], layer.w_in[e], bias)
-        outputs.append(ffn_ops.gated_act(hidden, activation=layer.activation, beta=layer.beta))
+        outputs.append(ffn_ops.gated_act(hidden, activation=layer.activation))
     return nn.utils.rnn.pad_sequence(outputs).flatten(1)
 
 

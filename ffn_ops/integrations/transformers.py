@@ -85,7 +85,7 @@ def _entries(model: nn.Module) -> Iterator[ReplaceEntry]:
     for path, module in model.named_modules():
         entry = functools.partial(ReplaceEntry, path, type(module).__name__)
         if isinstance(module, MoEFFN):
-            yield entry("ffn_ops", module.activation)
+            yield entry("ffn_ops", str(module.activation))
         elif _declared(module):
             implementation = getattr(module.config, "_experts_implementation", None)
             if implementation != NAME:
@@ -190,17 +190,12 @@ def experts_forward(self: Any, hidden_states: Any, top_k_index: Tensor, top_k_we
     w_in, w_down = getattr(self, first), self.down_proj
     if self.is_transposed:
         w_in, w_down = w_in.transpose(1, 2), w_down.transpose(1, 2)
-    gate = gate_of(self)
     routing = Routing.from_topk(top_k_index, top_k_weights, self.num_experts)
     experts: dict[str, Any] = {
         "gated": self.has_gate,
-        "interleaved": self.has_gate and not self.is_concatenated,
+        "activation": gate_of(self),
         "b_in": getattr(self, f"{first}_bias") if self.has_bias else None,
         "b_down": self.down_proj_bias if self.has_bias else None,
-        "activation": gate.activation,
-        "beta": gate.beta,
-        "limit": gate.limit,
-        "up_shift": gate.up_shift,
     }
     if not getattr(self, "has_post_expert_norm", False):
         return moe(hidden_states, routing, w_in, w_down, **experts)

@@ -5,13 +5,13 @@ The kernels see two-dimensional tensors; leading dimensions are folded here, as 
 
 import torch.fx
 
+from .._gate import activations
 from ._ffn import ffn
 from ._gated_act import gated_act
 from ._gated_linear import gated_linear
 from ._moe import moe, moe_experts
 from ._route_linear import route_linear
 from ._rows import moe_combine, moe_dispatch
-from ._shared import activations
 
 __all__ = [
     "activations",

@@ -150,5 +150,5 @@ def moe_double_backward(ctx: Any, *grads: Tensor | None) -> Any:
         outer_op(g, by_a, offsets),
         rows.total(by_z) if b_in is not None else None,
         by_b_down,
-        *(None,) * 9,
+        *(None,) * 7,
     )

@@ -1,4 +1,4 @@
-"""What the operators' files share: names, folding of leading dimensions, autocast, pieces of derivatives."""
+"""What the operators' files share: folding of leading dimensions, autocast, pieces of derivatives."""
 
 from __future__ import annotations
 
@@ -7,15 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-from ..reference import ACTIVATIONS
-
-NAMES = tuple(ACTIVATIONS)
-
-
-def activations() -> tuple[str, ...]:
-    """The names that every ``activation=`` takes."""
-    return NAMES
 
 
 def fold(x: Tensor) -> Tensor:
@@ -38,8 +29,15 @@ def autocast(x: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 _CAST_FROM = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def split(x: Tensor | None, width: int) -> tuple[Any, Any]:
-    return (None, None) if x is None else (x[:width], x[width:])
+def halves(rows: Tensor | None, interleaved: bool) -> tuple[Any, Any]:
+    """Those of gate and of up."""
+    if rows is None:
+        return None, None
+    return (rows[::2], rows[1::2]) if interleaved else (rows[: len(rows) // 2], rows[len(rows) // 2 :])
+
+
+def joined(gate: Tensor, up: Tensor, interleaved: bool) -> Tensor:
+    return torch.stack((gate, up), 1).flatten(0, 1) if interleaved else torch.cat((gate, up))
 
 
 def arithmetic(t: Tensor) -> torch.dtype:

@@ -6,6 +6,7 @@
 
 #include "../../csrc/common/dtypes.h"
 #include "../../csrc/cpu/dispatch.h"
+#include "../../csrc/common/gate.h"
 
 namespace ffn_ops {
 
@@ -18,7 +19,7 @@ struct Arithmetic {
   int lanes;
   void (*math[kMathCount])(const T* x, T* out, int64_t count);  // count: a multiple of lanes
   // out: fwd, then value and slope of grad, then value, slope and curvature of grad2.
-  void (*activation)(int index, T beta, const T* z, T* const (&out)[6], int64_t count);
+  void (*activation)(int index, const T* own, const T* z, T* const (&out)[6], int64_t count);
   void (*transpose)(T* square);
   T (*reduce_add)(const T* x);
   // One vector of each result, in the order of `check_basics`.
