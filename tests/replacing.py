@@ -341,7 +341,6 @@ def _noise(m: Any, x: Tensor) -> Tensor:
 NO_ACTIVATION = "no activation"
 BETWEEN = "(act|1), a norm or an activation that learns, is between its linear children"
 OTHERS: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "misplaced parenthesis": (Misplaced, ""),
     "clipped at 7": (lambda: LlamaLike(lambda z: F.silu(z.clamp(max=7.0))), NO_ACTIVATION),
     "clipped at 10000": (lambda: LlamaLike(lambda z: F.silu(z).clamp(max=1e4)), NO_ACTIVATION),
     "relu6": (lambda: Plain(nn.ReLU6()), NO_ACTIVATION),

@@ -83,7 +83,7 @@ DIFFERENT: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module]]] = 
     "a forward of its own": (differs(lambda m: setattr(m, "forward", types.MethodType(swapped, m))), Optional),
     "a child's forward": (differs(lambda m: setattr(m.act_fn[1], "forward", F.silu)), Optional),
     "a child more": (differs(lambda m: m.act_fn.append(nn.SiLU())), Optional),
-    "a tensor": (differs(put("scale", torch.ones(1))), Optional),
+    "a tensor": (differs(lambda m: setattr(m.act_fn[0], "scale", torch.ones(1))), Optional),
     "a buffer": (differs(lambda m: m.act_fn[1].register_buffer("scale", torch.ones(1))), Optional),
     "a width": (differs(put("gate_proj", nn.Linear(D, 1))), Optional),
     "a linear child": (differs(put("gate_proj", nn.Identity())), Optional),

@@ -112,6 +112,21 @@ class TwoTensors(Plain):
         return super().forward(x) + residual
 
 
+class Three(nn.Module):
+    """As SAM's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj_in, self.proj_out = nn.Linear(D, D), nn.Linear(D, D)
+        self.layers = nn.ModuleList([nn.Linear(D, D)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.proj_in(x))
+        for layer in self.layers:
+            x = F.relu(layer(x))
+        return self.proj_out(x)
+
+
 class Nested(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -132,7 +147,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         x = x + self.attention(x) * mask
-        return x + self.fc2(F.gelu(self.fc1(x)))
+        return x + self.fc2(F.gelu(self.fc1(x)) * mask)
 
 
 class Narrow(LlamaLike):
@@ -157,8 +172,8 @@ REFUSED = {
         "1, a norm or an activation that learns, is between its linear children",
     ),
     "three layers": (
-        lambda: nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, D), nn.ReLU(), nn.Linear(D, D)),
-        "4 is one linear layer more than an FFN has",
+        Three,
+        "proj_out is one linear layer more than an FFN has",
     ),
     "two tensors": (
         lambda: TwoTensors(nn.GELU()),
@@ -171,8 +186,7 @@ REFUSED = {
     ),
     "in a block": (
         Block,
-        "fc1 and fc2 are children of a layer that does more than an FFN: what stands between fc1 and fc2 is neither a"
-        " child nor an attribute",
+        "fc1 and fc2 are children of a layer that does more than an FFN: between fc1 and fc2 it also reads mask",
     ),
 }
 

@@ -17,7 +17,7 @@ from torch import nn
 from ..modules import has_own_forward
 from .layer import CALLS, PLAN, Plan, state
 from .probe import ORIGINAL, original_class
-from .recognise import METHODS, OURS, Finding, Recogniser, bottleneck, plausible
+from .recognise import METHODS, OURS, Finding, Recogniser, plausible
 from .refused import has_stacked_experts, is_feed_forward
 from .swap import FUSES, Calls, fused_class
 
@@ -190,13 +190,12 @@ def _site(path: str, module: nn.Module, recognise: Recogniser) -> _Site | None:
     if methods:
         method, finding = methods[0]
         return _Site(path, module, method, Finding(None, f"{method}: {finding.reason}"))
-    pair = bottleneck(module)
     reason = next((f.reason for m, f in refused if m == "forward"), "")
-    if pair is not None:
-        finding = recognise.part(module)
-        if finding.plan is not None:
-            return _Site(path, module, finding.method, finding)
-        reason = reason or f"{' and '.join(pair)} are children of a layer that does more than an FFN: {finding.reason}"
+    inner = recognise.part(module)
+    if inner is not None:
+        if inner.plan is not None and inner.plan.part is not None:
+            return _Site(path, module, inner.plan.part.methods[0], inner)
+        reason = reason or inner.reason
     if reason and (known is False or is_feed_forward(module, recognise)):
         return _Site(path, module, "forward", Finding(None, reason))
     if has_stacked_experts(module):

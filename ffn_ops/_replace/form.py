@@ -148,14 +148,6 @@ def explain(trace: Trace, known: Form | None = None) -> Form:
     )  # fmt: skip
 
 
-def explain_between(first: Event, last: Event, run: Sequence[str], known: Form | None) -> Form:
-    """The form of ``last(act(first(x)))``, where a layer does more around them. Raises: ProbeError."""
-    if first.output.shape != last.input.shape:
-        raise ProbeError(f"{last.path} is called with another shape than {first.path} gives")
-    found = _activation(last.input, [first.output.double()], _act_of(known) if known else None)
-    return Form((first.path,), (), last.path, None, False, *found.act, (), None, (), tuple(run), False)
-
-
 def _act_of(form: Form) -> _Act:
     return form.activation, form.beta, form.limit, form.up_shift
 
@@ -220,13 +212,24 @@ def _candidates(hidden: Tensor, pairs: Sequence[tuple[Tensor, Tensor | None]]) -
         yield from [(*act, None, shift) for act in (acts if shift else acts[len(named) :])]
         if up is None:
             return
-        for name, beta in acts:  # where up is far from zero it is at its limit, which is what the share says
-            value = ACTIVATIONS[name](gate, beta)
-            far = (up.abs() >= 25) & (gate < 0.5) & (value.abs() > 0.02)
-            if far.any():
-                limit = float(f"{((hidden.double() / value)[far] - shift).abs().median().item():.6g}")
+        for name, beta in acts:
+            for limit in _limits(hidden.double(), gate, up, shift, ACTIVATIONS[name](gate, beta)):
                 if 0.5 <= limit <= 25:
-                    yield name, beta, limit, shift
+                    yield name, beta, float(f"{limit:.6g}"), shift
+
+
+def _limits(hidden: Tensor, gate: Tensor, up: Tensor, shift: float, value: Tensor) -> Iterator[float]:
+    """What the limit may be, if ``value`` is the activation of gates that are below it."""
+    far = (up.abs() >= 25) & (gate < 0.5) & (value.abs() > 0.02)  # up is at its limit, which is what the share says
+    if far.any():
+        yield ((hidden / value)[far] - shift).abs().median().item()
+    power = {25.0: 1.0, 625.0: 2.0}.get(value[gate == 25].max().item() if (gate == 25).any() else 0.0)
+    if power is None or shift:
+        return
+    # relu and its square are 0 below 0, so few numbers are there. Where gate is at its limit: up is not, or is, too.
+    at = (gate >= 25) & (hidden != 0)
+    for share, root in ((hidden / up)[at], power), (hidden[at], power + 1):
+        yield from share.abs().pow(1 / root).tolist()
 
 
 def _fits(hidden: Tensor, pairs: Sequence[tuple[Tensor, Tensor | None]], act: _Act) -> bool:

@@ -20,6 +20,7 @@ from .._library import CUDA_ABSENT
 from ..modules import PLAIN_TENSORS, is_idle, is_plain_linear, is_unhooked
 from ..reference import ACTIVATIONS
 from .form import Form
+from .part import Part
 
 PLAN = "_ffn_ops_plan"  # of an instance; None: restored; False: changed into something that is not recognised
 CALLS = "_ffn_ops_calls"  # of an instance: its Calls since it was replaced
@@ -60,7 +61,7 @@ class Plan:
     dropout: Path | None
     tail: tuple[Path, ...]
     direct: tuple[str, str | None, str] | None  # names of gate, up and down, where they are all there is to find
-    part: tuple[str, str, str] | None  # first, activation and last, which forward calls among others
+    part: Part | None  # of a layer that does more
 
 
 def plan(
@@ -72,7 +73,7 @@ def plan(
     widths: tuple[int, ...],
     dtypes: tuple[torch.dtype, ...],
     eval_only: str,
-    part: tuple[str, str, str] | None = None,
+    part: Part | None = None,
 ) -> Plan:
     def path(text: str) -> Path:
         return tuple(text.split(".")) if text else ()
@@ -216,26 +217,6 @@ def fused(layer: nn.Module, plan: Plan, x: Tensor) -> Tensor | None:
     return value
 
 
-def fuses(layer: nn.Module, plan: Plan, x: Any) -> bool:
-    """Whether ``whole`` computes a part of the layer from x."""
-    if not _fits(layer, plan, x):
-        return False
-    assert plan.down is not None
-    linears = [child(layer, path) for path in (*plan.gates, plan.down)]
-    if not all(linear is not None and is_plain(linear) for linear in linears):
-        return False
-    device = x.device.type
-    if torch._C._is_any_autocast_enabled() and device != "meta" and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device) in plan.dtypes
-    return _of_dtype(linears, x.dtype)
-
-
-def whole(layer: nn.Module, plan: Plan, x: Tensor) -> Tensor:
-    """``last(act(first(x)))`` by one operator."""
-    assert plan.down is not None
-    return _whole(plan.form, x, child(layer, plan.gates[0]), None, child(layer, plan.down))
-
-
 def _direct(layer: nn.Module, plan: Plan, x: Tensor, cast: bool) -> Tensor | None:
     """The usual case in few steps, which a small layer feels: plain nn.Linear children, and no dropout between."""
     gate_name, up_name, down_name = plan.direct  # type: ignore[misc]
@@ -365,8 +346,6 @@ def state(layer: nn.Module, plan: Plan) -> tuple[bool, str]:
         why = CUDA_ABSENT if first.device.type == "cuda" else "no kernels for it"
         return False, f"its own forward runs on {first.device.type}: {why}"
     called = [f"{'.'.join(path)} is called ({_why_called(module)})" for path, module in parts if not is_plain(module)]
-    if called and plan.part:
-        return False, f"its own forward runs: {'; '.join(called)}"
     if called and plan.form.reads_weights:
         return False, f"its own forward runs, because it reads weights: {'; '.join(called)}"
     if not called and not _of_dtype([module for _, module in parts], parts[0][1]._parameters["weight"].dtype):
