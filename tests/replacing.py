@@ -103,6 +103,27 @@ class PhiLike(nn.Module):
         return self.down_proj(F.gelu(a) * b if self.gate_first else a * F.gelu(b))
 
 
+class Normed(PhiLike):
+    """As x-transformers' with a norm behind the activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(FF)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(self.norm(F.gelu(a) * b))
+
+
+class Function(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
 class Limited(LlamaLike):
     """Gates with a limit, as DeepSeek-V4 has them, and with a shift, as gpt-oss and MiniMax-M3."""
 
@@ -245,6 +266,15 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "sequential": (sequential, "5(4(3(gelu_tanh(1(0(x))))))", "ffn"),
     "in a method": (BertLike, "output.norm(output.dropout(output.dense(gelu(intermediate.dense(x)))) + x)", "ffn"),
     "with its residual": (T5Like, "dropout(ffn.fc2(ffn.drop(relu(ffn.fc1(norm(x)))))) + x", "ffn"),
+    "a norm behind a gate": (
+        Normed, "down_proj(norm(gelu(gate) * up of gate_up_proj(x), gate first))", "gated_linear"
+    ),
+    "a norm behind relu squared": (
+        lambda: nn.Sequential(
+            nn.Linear(D, FF), Function(lambda z: F.relu(z) ** 2), nn.Dropout(0.0), nn.LayerNorm(FF), nn.Linear(FF, D)
+        ),
+        "4(3(2(relu_squared(0(x)))))", "gated_act",
+    ),
     "guide FeedForward": (
         lambda: reference.FeedForward(D, 30, 4, 0.0), "dropout(w2(silu(w1(x)) * w3(x)))", "ffn",
     ),

@@ -1,4 +1,4 @@
-"""What changes later in a block of which a part is replaced: dropout, hooks, other children; and what tools do with it."""
+"""What changes later in a block of which a part is replaced: dropout, hooks, children; and what tools do."""
 
 from __future__ import annotations
 

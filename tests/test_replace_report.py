@@ -164,8 +164,8 @@ REFUSED = {
     "nested": (Nested, NO_ACTIVATION),
     "nested sequences": (lambda: nn.Sequential(*Nested().children()), NO_ACTIVATION),
     "a norm between": (
-        lambda: nn.Sequential(nn.Linear(D, 20), nn.GELU(), nn.LayerNorm(20), nn.Linear(20, D)),
-        "2, a norm or an activation that learns, is between its linear children",
+        lambda: nn.Sequential(nn.Linear(D, 20), nn.GELU(), nn.Dropout(), nn.LayerNorm(20), nn.Linear(20, D)),
+        "3, a norm or an activation that learns, is between its linear children, and torch has gelu as one operator",
     ),
     "an activation that learns": (
         lambda: nn.Sequential(nn.Linear(D, 20), nn.PReLU(), nn.Linear(20, D)),

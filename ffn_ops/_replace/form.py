@@ -15,6 +15,7 @@ from torch import Tensor
 from ..reference import ACTIVATIONS
 from .probe import Event, ProbeError, Trace
 
+BY_TORCH = ("relu", "sigmoid", "tanh", "gelu", "silu", "identity")  # not gelu_tanh: ours is twice as fast
 ADD_INPUT = ""  # a step behind the layer: the residual connection
 
 
@@ -133,10 +134,8 @@ def explain(trace: Trace, known: Form | None = None) -> Form:
         found = _activation(hidden, [event.output.double() for event in first], act)
         gates = tuple([first[i].path for i in found.gates])
         ups = tuple([first[i].path for i in found.ups])
-    if down is None and not (ups and len(gates) >= 1):
-        if any(event.kind == "linear" for event in events):
-            raise ProbeError(f"{events[0].path}, a norm or an activation that learns, is between its linear children")
-        raise ProbeError("it has an activation behind one linear child, and no second one")
+    if down is None and not ups and halves is None:
+        _check_later(events, found.act[0])
     paths = [event.path for event in first] + ([down.path] if down else [])
     if len(set(paths)) != len(paths):
         raise ProbeError("it calls a child twice")
@@ -146,6 +145,18 @@ def explain(trace: Trace, known: Form | None = None) -> Form:
         _tail(trace, events, hidden if down is None else down.output), tuple([path for path in trace.run if path]),
         trace.reads_weights,
     )  # fmt: skip
+
+
+def _check_later(events: Sequence[Event], act: str) -> None:
+    """An activation that a linear layer follows after more than dropout. Raises: ProbeError where that is no FFN, or
+    nothing would be gained."""
+    later = [i for i, event in enumerate(events) if event.kind == "linear"]
+    if not later:
+        raise ProbeError("it has an activation behind one linear child, and no second one")
+    if act in BY_TORCH:
+        where = next((event.path for event in events[: later[0]] if event.kind != "dropout"), events[0].path)
+        alone = f", and torch has {act} as one operator" if act != "identity" else ""
+        raise ProbeError(f"{where}, a norm or an activation that learns, is between its linear children{alone}")
 
 
 def _act_of(form: Form) -> _Act:

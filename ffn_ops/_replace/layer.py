@@ -19,13 +19,12 @@ from .. import ops
 from .._library import CUDA_ABSENT
 from ..modules import PLAIN_TENSORS, is_idle, is_plain_linear, is_unhooked
 from ..reference import ACTIVATIONS
-from .form import Form
+from .form import BY_TORCH, Form
 from .part import Part
 
 PLAN = "_ffn_ops_plan"  # of an instance; None: restored; False: changed into something that is not recognised
 CALLS = "_ffn_ops_calls"  # of an instance: its Calls since it was replaced
 Path = tuple[str, ...]
-_BY_TORCH = ("relu", "sigmoid", "tanh", "gelu", "silu", "identity")  # not gelu_tanh: ours is twice as fast
 LINEARS: set[Any] = set()  # subclasses of nn.Linear whose forward was seen to be that of nn.Linear
 _OF_LINEARS = vars(nn.Linear(1, 1, device="meta")).keys()
 _TRACES_DICTS = torch.__version__ >= "2.15"  # dynamo of 2.11 does not: such layers are called in its graphs
@@ -187,7 +186,7 @@ def _fits(layer: nn.Module, plan: Plan, x: Any) -> bool:
 
 def _is_torchs(form: Form) -> bool:
     """Without a gate, and an activation that torch has as one operator: alone ours is slower than that."""
-    return not form.ups and form.halves is None and form.activation in _BY_TORCH
+    return not form.ups and form.halves is None and form.activation in BY_TORCH
 
 
 def _of_dtype(layers: list[Any], dtype: torch.dtype) -> bool:
@@ -293,6 +292,13 @@ def _whole(form: Form, x: Tensor, gate: Any, up: Any, down: Any) -> Tensor:
 def _hidden(form: Form, x: Tensor, gates: list[Any], ups: list[Any]) -> Tensor:
     """What goes into ``down``: by one operator, or the children called as forward calls them and one operator."""
     limited = form.limit is not None or form.up_shift != 0
+    if form.halves is not None and not limited and is_plain(gates[0]):
+        halves = [(None, None) if t is None else t.chunk(2) for t in _weights(gates[0])]
+        (w_gate, w_up), (b_gate, b_up) = [(b, a) if form.halves == "up first" else (a, b) for a, b in halves]
+        return ops.gated_linear(
+            x, [w_gate], [w_up], b_gate=[b_gate] if b_gate is not None else None,
+            b_up=[b_up] if b_up is not None else None, activation=form.activation, beta=form.beta,
+        )  # fmt: skip
     if ups and not limited and all(is_plain(layer) for layer in (*gates, *ups)):
         gate_weights, up_weights = [_weights(g) for g in gates], [_weights(u) for u in ups]
         b_gate = [b for _, b in gate_weights if b is not None]
