@@ -5,6 +5,7 @@ Which module is a feed-forward layer is decided in recognise.py, what a call doe
 
 from __future__ import annotations
 
+import inspect
 import logging
 import re
 import warnings
@@ -17,7 +18,7 @@ from torch import nn
 from ..modules import has_own_forward
 from .layer import CALLS, PLAN, Plan, state
 from .probe import ORIGINAL, original_class
-from .recognise import METHODS, OURS, Finding, Recogniser, plausible
+from .recognise import METHODS, OURS, Finding, Recogniser, linear_children, plausible
 from .refused import has_stacked_experts, is_feed_forward
 from .swap import FUSES, Calls, fused_class
 
@@ -184,6 +185,8 @@ def _site(path: str, module: nn.Module, recognise: Recogniser) -> _Site | None:
         if plausible(module) if method == "forward" else callable(getattr(type(module), method, None)):
             finding = recognise(module, method)
             if finding.plan is not None:
+                if method == "forward" and _hands_on(module, recognise):
+                    return None
                 return _Site(path, module, method, finding)
             refused.append((method, finding))
     methods = [(m, f) for m, f in refused if m != "forward" and not f.lacks_child]
@@ -201,6 +204,21 @@ def _site(path: str, module: nn.Module, recognise: Recogniser) -> _Site | None:
     if has_stacked_experts(module):
         return _experts(path, module)
     return None
+
+
+def _hands_on(module: nn.Module, recognise: Recogniser) -> bool:
+    """It takes arguments that it does not name, which may be for a layer in it: that one knows what they do."""
+    kinds = [p.kind for p in inspect.signature(original_class(module).forward).parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL not in kinds and inspect.Parameter.VAR_KEYWORD not in kinds:
+        return False
+    inner: nn.Module | None = module
+    while inner is not None:
+        children = {path.split(".")[0] for path in linear_children(inner, 3)}
+        inner = inner._modules[children.pop()] if len(children) == 1 else None
+        site = None if inner is None else _site("", inner, recognise)
+        if site is not None and site.finding.plan is not None:
+            return True
+    return False
 
 
 def _experts(path: str, module: nn.Module) -> _Site:
