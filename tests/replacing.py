@@ -166,6 +166,13 @@ class Plain(nn.Module):
         return self.fc2(self.drop(self.act(self.fc1(x))))
 
 
+class Early(Plain):
+    """Dropout before the activation, as SAM 3 has it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.drop(self.fc1(x))))
+
+
 class FunctionalDropout(Plain):
     def forward(self, x: Tensor) -> Tensor:
         return F.dropout(self.fc2(self.act(self.fc1(x))), 0.5, self.training)
@@ -266,6 +273,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "sequential": (sequential, "5(4(3(gelu_tanh(1(0(x))))))", "ffn"),
     "in a method": (BertLike, "output.norm(output.dropout(output.dense(gelu(intermediate.dense(x)))) + x)", "ffn"),
     "with its residual": (T5Like, "dropout(ffn.fc2(ffn.drop(relu(ffn.fc1(norm(x)))))) + x", "ffn"),
+    "dropout before": (lambda: Early(nn.ReLU()), "fc2(relu(drop(fc1(x))))", "ffn"),
     "a norm behind a gate": (
         Normed, "down_proj(norm(gelu(gate) * up of gate_up_proj(x), gate first))", "gated_linear"
     ),
@@ -308,16 +316,6 @@ def operators(layer: nn.Module, x: Tensor) -> list[str]:
 
 
 # ---- layers that compute something else -----------------------------------------------------------------------------
-
-
-class Misplaced(reference.FeedForward):
-    """The guide's parenthesis, with widths at which it runs."""
-
-    def __init__(self) -> None:
-        super().__init__(D, 18, 4, 0.0)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.w2(F.silu(self.w1(x))) * self.w3(x))
 
 
 class Scaled(LlamaLike):

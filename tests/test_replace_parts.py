@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from replacing import FF, D, Misplaced, assert_same_function, on, operators, seeded, sequential
+from replacing import FF, D, assert_same_function, on, operators, seeded, sequential
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ffn_ops
+from ffn_ops import reference
 
 
 def decorated(function: Any) -> Any:
@@ -137,6 +138,23 @@ class Inherited(Halves):
         return x, super().boxes(mask)["scale"] * x
 
 
+class Branches(Block):
+    """As Bloom: another way through the last layer for some option, and what is added comes from outside."""
+
+    def __init__(self, slow: bool = False) -> None:
+        super().__init__()
+        self.slow = slow
+
+    def between(self, x: Tensor) -> Tensor:
+        h: Tensor = self.act(self.fc1(x))
+        if self.slow and self.p == 0.0:
+            y = h @ self.fc2.weight.t()
+            y = y * 1.0
+        else:
+            y = self.fc2(h)
+        return y + x
+
+
 HALVES = "fc2(gelu(gate) * up of fc1(x), gate first)"
 TAKEN: dict[str, tuple[Callable[[], Any], str]] = {
     "in a method": (Block, "fc2(gelu(fc1(x)))"),
@@ -149,6 +167,7 @@ TAKEN: dict[str, tuple[Callable[[], Any], str]] = {
     "a gate": (lambda: Gated(nn.SiLU()), "fc2(silu(min(fc1(x), 2)) * clamp(up(x), 2))"),
     "a limit above relu": (lambda: Gated(nn.ReLU()), "fc2(relu(min(fc1(x), 2)) * clamp(up(x), 2))"),
     "halves": (Halves, HALVES),
+    "in a branch": (Branches, "fc2(gelu(fc1(x)))"),
     "super": (Inherited, HALVES),
 }
 
@@ -198,6 +217,16 @@ class _Moved(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x.permute(self.order)
+
+
+class Misplaced(reference.FeedForward):
+    """The guide's parenthesis, with widths at which it runs."""
+
+    def __init__(self) -> None:
+        super().__init__(D, 18, 4, 0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.w2(F.silu(self.w1(x))) * self.w3(x))
 
 
 ALONE: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str]] = {

@@ -198,7 +198,7 @@ def _site(path: str, module: nn.Module, recognise: Recogniser) -> _Site | None:
     if inner is not None:
         if inner.plan is not None and inner.plan.part is not None:
             return _Site(path, module, inner.plan.part.methods[0], inner)
-        reason = reason or inner.reason
+        reason = "" if inner.outside else reason or inner.reason
     if reason and (known is False or is_feed_forward(module, recognise)):
         return _Site(path, module, "forward", Finding(None, reason))
     if has_stacked_experts(module):

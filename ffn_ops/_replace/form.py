@@ -6,7 +6,7 @@ A form is accepted only where it explains every call of a child and every number
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ class Form:
     up_shift: float
     head: tuple[str | tuple[int, ...], ...]  # what the input goes through first: children, ``reshape(-1, *sizes)``
     dropout: str | None  # between activation and down
+    early: bool  # or between the first layer and the activation
     tail: tuple[str, ...]  # children behind, and ADD_INPUT
     run: tuple[str, ...]  # modules whose own forward is stepped over
     reads_weights: bool
@@ -66,8 +67,9 @@ class Form:
             pairs = zip(self.gates, self.ups, strict=True)
             text = " + ".join([self._gate(f"{gate}({inner})", f"{up}({inner})") for gate, up in pairs])
         else:
-            text = f"{self._act}({self.gates[0]}({inner}))"
-        for path in (self.dropout, self.down, *self.tail):
+            text = f"{self.gates[0]}({inner})"
+            text = f"{self._act}({self.dropout}({text}))" if self.early else f"{self._act}({text})"
+        for path in (None if self.early else self.dropout, self.down, *self.tail):
             if path is not None:
                 text = f"{text} + x" if path == ADD_INPUT else f"{path}({text})"
         return text
@@ -113,14 +115,20 @@ def explain(trace: Trace, known: Form | None = None) -> Form:
     if not first:
         raise ProbeError("no linear child is called with its input")
     dropout = None
-    if len(events) > 1 and events[0].kind == "dropout" and events[1].kind == "linear":
+    early = _is_early(first, events)
+    if early:
+        dropout = events.pop(0)
+        first = [replace(first[0], output=dropout.output)]
+    elif len(events) > 1 and events[0].kind == "dropout" and events[1].kind == "linear":
         dropout = events.pop(0)
         if not _same(events[0].input, dropout.output):
             raise ProbeError(f"{events[0].path} is not called with what {dropout.path} gives")
     down = events.pop(0) if events and events[0].kind == "linear" else None
     # What the activation and the gate gave is the input of whoever comes next.
-    following = dropout or down or (events[0] if events else None)
+    following = (None if early else dropout) or down or (events[0] if events else None)
     hidden = trace.y if following is None else following.input
+    if following in events and len(first) == 1 and torch.equal(hidden.reshape(-1), first[0].output.reshape(-1)):
+        _check_later(events, "identity")
     halves = None
     act = None if known is None else _act_of(known)
     gates: tuple[str, ...]
@@ -141,10 +149,17 @@ def explain(trace: Trace, known: Form | None = None) -> Form:
         raise ProbeError("it calls a child twice")
     return Form(
         gates, ups, None if down is None else down.path, halves, bool(ups) and found.ups[0] < found.gates[0],
-        *found.act, tuple(head), None if dropout is None else dropout.path,
+        *found.act, tuple(head), None if dropout is None else dropout.path, early,
         _tail(trace, events, hidden if down is None else down.output), tuple([path for path in trace.run if path]),
         trace.reads_weights,
     )  # fmt: skip
+
+
+def _is_early(first: Sequence[Event], events: Sequence[Event]) -> bool:
+    """Dropout acts on what one linear layer gives, and what it gives is not what the next one gets."""
+    if len(first) != 1 or len(events) < 2 or [event.kind for event in events[:2]] != ["dropout", "linear"]:
+        return False
+    return _same(events[0].input, first[0].output) and not _same(events[1].input, events[0].output)
 
 
 def _check_later(events: Sequence[Event], act: str) -> None:

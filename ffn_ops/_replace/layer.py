@@ -259,7 +259,7 @@ def _by_parts(layer: nn.Module, plan: Plan, x: Tensor, cast: bool) -> Tensor | N
     if dropout is not None and is_idle(dropout):
         dropout = None
     whole = down is not None and dropout is None and len(gates) == 1 and plain
-    if not whole and _is_torchs(plan.form):
+    if not whole and (_is_torchs(plan.form) or (dropout is not None and plan.form.early)):
         return None
     value = x
     for step in plan.head:
@@ -293,12 +293,7 @@ def _hidden(form: Form, x: Tensor, gates: list[Any], ups: list[Any]) -> Tensor:
     """What goes into ``down``: by one operator, or the children called as forward calls them and one operator."""
     limited = form.limit is not None or form.up_shift != 0
     if form.halves is not None and not limited and is_plain(gates[0]):
-        halves = [(None, None) if t is None else t.chunk(2) for t in _weights(gates[0])]
-        (w_gate, w_up), (b_gate, b_up) = [(b, a) if form.halves == "up first" else (a, b) for a, b in halves]
-        return ops.gated_linear(
-            x, [w_gate], [w_up], b_gate=[b_gate] if b_gate is not None else None,
-            b_up=[b_up] if b_up is not None else None, activation=form.activation, beta=form.beta,
-        )  # fmt: skip
+        return _halves(form, x, *_weights(gates[0]))
     if ups and not limited and all(is_plain(layer) for layer in (*gates, *ups)):
         gate_weights, up_weights = [_weights(g) for g in gates], [_weights(u) for u in ups]
         b_gate = [b for _, b in gate_weights if b is not None]
@@ -324,6 +319,14 @@ def _hidden(form: Form, x: Tensor, gates: list[Any], ups: list[Any]) -> Tensor:
         total = hidden if total is None else total + hidden
     assert total is not None
     return total
+
+
+def _halves(form: Form, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    w_gate, w_up = weight.chunk(2)
+    b_gate, b_up = (None, None) if bias is None else bias.chunk(2)
+    if form.halves == "up first":
+        w_gate, b_gate, w_up, b_up = w_up, b_up, w_gate, b_gate
+    return ops.gated_linear(x, w_gate, w_up, b_gate=b_gate, b_up=b_up, activation=form.activation, beta=form.beta)
 
 
 def _between(gate: Tensor, up: Tensor | None, form: Form) -> Tensor:
@@ -359,6 +362,8 @@ def state(layer: nn.Module, plan: Plan) -> tuple[bool, str]:
     if plan.dropout and not is_idle(child(layer, plan.dropout)):
         called.append(f"{'.'.join(plan.dropout)} is called (p > 0 in training)")
     notes = "; ".join(called)
+    if plan.form.early and plan.dropout and not is_idle(child(layer, plan.dropout)):
+        return False, f"its own forward runs: {notes}, before the activation"
     if called and _is_torchs(plan.form):
         return False, f"its own forward runs, with torch's {plan.form.activation}: {notes}"
     if plan.eval_only:

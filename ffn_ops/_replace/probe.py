@@ -321,7 +321,9 @@ def events_of(layer: nn.Module, shape: tuple[int, ...], *, disturbed: bool, read
                 for own in tensors:
                     for name, tensor in own.items():
                         if tensor is not None and tensor.numel() <= _MOST_OWN:
-                            own[name] = probe.numbers(tuple(tensor.shape), tensor.dtype)
+                            shape_of, dtype = tuple(tensor.shape), tensor.dtype
+                            index = not dtype.is_floating_point  # or a mask: 0 is one everywhere
+                            own[name] = torch.zeros(shape_of, dtype=dtype) if index else probe.numbers(shape_of, dtype)
             probe.disturbed = disturbed
             hollow(probe.numbers(shape, torch.float32), *[None] * asked_besides(original_class(layer).forward))
             whole = True

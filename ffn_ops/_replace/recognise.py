@@ -18,7 +18,7 @@ from .form import Form, explain
 from .layer import LINEARS, Plan, child, has_only_weights, plan
 from .part import Part, candidates, cut, methods_with
 from .probe import ProbeError, Run, aside, enough_rows, linear_shape, norm_width, original_class, trace, why_eval_only
-from .segment import Names, named
+from .segment import FromOutsideError, Names, named
 
 # Where a feed-forward has a method of its own: transformers' encoders, torch's nn.TransformerEncoderLayer.
 METHODS = ("forward", "feed_forward_chunk", "feed_forward_chunk_query", "ff_chunk", "_ff_block")
@@ -32,6 +32,7 @@ class Finding:
     plan: Plan | None
     reason: str = ""
     lacks_child: bool = False  # the class's method uses a child that this instance does not have
+    outside: bool = False  # an argument goes in between its linear layers
 
 
 def linear_children(layer: nn.Module, most: int) -> dict[str, tuple[int, int]]:
@@ -86,6 +87,7 @@ class _Seen:
     form: Form | None
     reason: str = ""
     lacks_child: bool = False
+    outside: bool = False
     arguments: tuple[str, ...] = ()
     idle: dict[str, Any] = field(default_factory=dict)
     ranks: tuple[int, ...] = ()
@@ -107,21 +109,22 @@ class Recogniser:
 
     def part(self, layer: nn.Module) -> Finding | None:
         """Whether some children of a layer that does more are a feed-forward; None where none have such shapes."""
-        refused: list[tuple[Names, str]] = []
+        refused: list[tuple[Names, _Seen]] = []
         for names in candidates(layer):
             found: list[tuple[str, _Seen]] = []
             for method in methods_with(original_class(layer), names):
                 seen = self._part(layer, method, names)
                 if seen.form is None:
-                    refused.append((names, seen.reason))
+                    refused.append((names, seen))
                 elif not found or seen == found[0][1]:
                     found.append((method, seen))
             if found:
                 return _finding(layer, found[0][1], Part(names, tuple([method for method, _ in found])))
         if not refused:
             return None
-        names, reason = next((each for each in refused if (each[0][0][0], each[0][1]) == bottleneck(layer)), refused[0])
-        return Finding(None, f"{named(names)} are children of a layer that does more than an FFN: {reason}")
+        names, seen = next((each for each in refused if (each[0][0][0], each[0][1]) == bottleneck(layer)), refused[0])
+        why = f"{named(names)} are children of a layer that does more than an FFN: {seen.reason}"
+        return Finding(None, why, outside=seen.outside)
 
     def _part(self, layer: nn.Module, method: str, names: Names) -> _Seen:
         if _was_set(layer, method):
@@ -132,7 +135,7 @@ class Recogniser:
                 cls: Any = original_class(layer)
                 made = cut(cls, method, names)
             except ProbeError as error:
-                return _Seen(None, str(error))
+                return _Seen(None, str(error), outside=isinstance(error, FromOutsideError))
             width = linear_shape(layer.get_submodule(names[0][0]))[0]  # type: ignore[index]
             narrowest = min(width, linear_shape(layer.get_submodule(names[1]))[0])  # type: ignore[index]
             seen = _recognise(layer, Run(method, made.part, made.children), width, narrowest, reads)
@@ -215,8 +218,13 @@ def _recognise(layer: nn.Module, run: Run, width: int, narrowest: int, reads: Re
     try:
         try:
             base, first = form(full(3, width), False, torch.float32), 3
-        except Exception:
-            base, first = form(full(2, width), False, torch.float32), 2
+        except Exception as error:
+            try:
+                base, first = form(full(2, width), False, torch.float32), 2
+            except Exception:
+                if isinstance(error, ProbeError):
+                    raise error from None
+                raise
     except ProbeError as error:
         return _Seen(None, str(error))
     except Exception as error:  # the layer's own code, called in a way that it may not expect
@@ -250,7 +258,7 @@ def _recognise(layer: nn.Module, run: Run, width: int, narrowest: int, reads: Re
     if idle and not holds(base, full(first, width), False, torch.float32, idle):
         idle = {}
     arguments = (first_name.name, *[p.name for p in named if p.kind is not p.KEYWORD_ONLY])
-    return _Seen(base, "", False, arguments, idle, ranks, widths, dtypes, eval_only)
+    return _Seen(base, "", False, False, arguments, idle, ranks, widths, dtypes, eval_only)
 
 
 def _why_failed(layer: nn.Module, run: Run, error: Exception) -> str:

@@ -22,10 +22,15 @@ _RESULT, _INPUT = "_ffn_ops_y", "_ffn_ops_x"
 _FUTURE = functools.reduce(
     int.__or__, [getattr(__future__, name).compiler_flag for name in __future__.all_feature_names]
 )
+_JUMPS = {*dis.hasjrel, *dis.hasjabs}
 _SIMPLE = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.If, ast.Pass, ast.Assert)
 _REFUSED = (
     ast.Await, ast.Yield, ast.YieldFrom, ast.NamedExpr, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp,
     ast.GeneratorExp,
+)  # fmt: skip
+_CONDITION = (
+    ast.Name, ast.Attribute, ast.Constant, ast.Compare, ast.BoolOp, ast.UnaryOp, ast.cmpop, ast.boolop, ast.unaryop,
+    ast.expr_context,
 )  # fmt: skip
 _ONCE = (ast.Call, ast.keyword, ast.BinOp, ast.UnaryOp, ast.Tuple, ast.List, ast.Attribute, ast.Subscript)
 
@@ -75,10 +80,11 @@ def _same_code(a: Any, b: Any) -> bool:
         steps = [
             (
                 step.opname.replace("LOAD_METHOD", "LOAD_ATTR"),
-                None if "JUMP" in step.opname else (type(step.argval), step.argval),
+                None if step.opcode in _JUMPS else (type(step.argval), step.argval),
             )
             for step in dis.get_instructions(code)
-            if step.opname not in ("PUSH_NULL", "PRECALL") and not isinstance(step.argval, types.CodeType)
+            if step.opname not in ("PUSH_NULL", "PRECALL", "EXTENDED_ARG")
+            and not isinstance(step.argval, types.CodeType)
         ]
         inner = [of(constant) for constant in code.co_consts if isinstance(constant, types.CodeType)]
         return steps, inner, code.co_varnames, code.co_freevars, code.co_cellvars
@@ -108,11 +114,16 @@ def named(names: Names) -> str:
     return f"{', '.join(names[0])} and {names[1]}"
 
 
+class FromOutsideError(ProbeError):
+    """The last linear layer gets what the caller gave besides: this is no feed-forward layer, but a gate."""
+
+
 class Segment:
     """Of a method's source: from what goes into the first layers to what the last one gives."""
 
     def __init__(self, tree: ast.FunctionDef, names: Names, code: Any) -> None:
-        self.tree, self.names = tree, names
+        self.tree, self.names = copy.deepcopy(tree), names
+        tree, self.elsewhere = self.tree, self._push_down()
         self.parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
         self.me = tree.args.args[0].arg
         *self.firsts, self.last = [self._call(name) for name in (*names[0], names[1])]
@@ -126,14 +137,47 @@ class Segment:
         self._check(code)
 
     def _call(self, name: str) -> ast.Call:
-        calls = [
-            n for n in ast.walk(self.tree) if isinstance(n, ast.Call) and (called(n, self.tree) or ("",))[0] == name
-        ]
+        nodes = [node for node in ast.walk(self.tree) if isinstance(node, ast.Call) and node not in self.elsewhere]
+        calls = [node for node in nodes if (called(node, self.tree) or ("",))[0] == name]
         if len(calls) != 1:
             raise ProbeError(f"{name} is called in {len(calls)} places")
         if len(calls[0].args) != 1 or calls[0].keywords or isinstance(calls[0].args[0], ast.Starred):
             raise ProbeError(f"{name} is called with other arguments than one tensor")
         return calls[0]
+
+    def _push_down(self) -> set[ast.AST]:
+        """Moves what is before an ``if`` that does not depend on it into both branches, where one of them calls the
+        last layer. Returns what is in the other one."""
+
+        def calls(node: ast.AST, names: tuple[str, ...]) -> bool:
+            every = [called(each, self.tree) for each in ast.walk(node) if isinstance(each, ast.Call)]
+            return any(each is not None and each[0] in names for each in every)
+
+        for node in ast.walk(self.tree):
+            blocks: list[Any] = [getattr(node, name, None) for name in ("body", "orelse")]
+            for block in [each for each in blocks if isinstance(each, list)]:
+                for end, last in enumerate(block):
+                    begin = next((i for i in range(end) if calls(block[i], self.names[0])), None)
+                    if not isinstance(last, ast.If) or begin is None or not calls(last, (self.names[1],)):
+                        continue
+                    moved = block[begin:end]
+                    stored = {
+                        each.id
+                        for part in moved
+                        for each in ast.walk(part)
+                        if isinstance(each, ast.Name) and not isinstance(each.ctx, ast.Load)
+                    }
+                    if all(
+                        isinstance(each, _CONDITION) and getattr(each, "id", None) not in stored
+                        for each in ast.walk(last.test)
+                    ):
+                        here = last.body if any(calls(each, (self.names[1],)) for each in last.body) else last.orelse
+                        there = last.orelse if here is last.body else last.body
+                        there[:0] = copy.deepcopy(moved)
+                        here[:0] = moved
+                        del block[begin:end]
+                        return {below for each in there for below in ast.walk(each)}
+        return set()
 
     def _above(self, node: ast.AST) -> Iterator[ast.AST]:
         while node in self.parents:
@@ -188,9 +232,11 @@ class Segment:
                 raise ProbeError(f"{between} keeps what it computes: {ast.unparse(node)[:60]}")
         names = [node for node in nodes if isinstance(node, ast.Name)]
         stored = {node.id for node in names if not isinstance(node.ctx, ast.Load)}
-        own = {*code.co_varnames, *code.co_cellvars} - stored - {self.me, self.input}
-        if others := [node.id for node in names if node.id in own]:
-            raise ProbeError(f"{between} also reads {others[0]}")
+        own = {*code.co_varnames, *code.co_cellvars} - {self.me, self.input}
+        skipped = set(nodes)
+        if others := [name for name in self._read_first(self._inside, set(), skipped) if name in own]:
+            given = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+            raise (FromOutsideError if others[0] in given else ProbeError)(f"{between} also reads {others[0]}")
         if self.me in stored or set(code.co_cellvars) & stored:
             raise ProbeError(f"{between} binds {self.me} or what inner functions see")
         if self.begin < self.end:
@@ -198,6 +244,20 @@ class Segment:
                 if self._statement(call) not in self.body:
                     raise ProbeError(f"{named(self.names)} are called in different branches")
             self._check_end(stored, between)
+
+    def _read_first(self, block: list[Any], known: set[str], nodes: set[ast.AST]) -> Iterator[str]:
+        """Names that are read before they are bound here."""
+        for each in block:
+            here = each.test if isinstance(each, ast.If) else each
+            names = [node for node in ast.walk(here) if isinstance(node, ast.Name) and node in nodes]
+            loads = [node.id for node in names if isinstance(node.ctx, ast.Load) or isinstance(each, ast.AugAssign)]
+            yield from [name for name in loads if name not in known]
+            known |= {node.id for node in names if not isinstance(node.ctx, ast.Load)}
+            if isinstance(each, ast.If):
+                branches = [set(known), set(known)]
+                for part, bound in zip((each.body, each.orelse), branches, strict=True):
+                    yield from self._read_first(part, bound, nodes)
+                known |= branches[0] | branches[1]
 
     def _statement(self, node: ast.AST) -> ast.AST:
         return next(each for each in self._above(node) if isinstance(each, ast.stmt))
@@ -220,12 +280,14 @@ class Segment:
             and {node.id for node in ast.walk(statement.target) if isinstance(node, ast.Name)} & stored
         ):
             raise ProbeError(f"{between} computes what {ast.unparse(statement.target)} is added to")
-        targets = statement.targets if isinstance(statement, ast.Assign) else []
+        targets: list[Any] = (
+            statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
+        )
         bound = {node.id for node in targets if isinstance(node, ast.Name)}
         loops = any(isinstance(node, (ast.For, ast.While)) for node in self._above(statement))
         here = set(ast.walk(statement))
         before = {node for each in self.body[self.begin : self.end] for node in ast.walk(each)}
-        for node in ast.walk(self.tree):
+        for node in set(ast.walk(self.tree)) - self.elsewhere:
             if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Store) and node.id in stored:
                 later = loops or (node.lineno, node.col_offset) > (self.last.end_lineno, self.last.end_col_offset)
                 read = node in here or (later and node.id not in bound)
