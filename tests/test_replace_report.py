@@ -95,6 +95,11 @@ class Positions(nn.Module):
         return self.projection(self.act((q @ k.mT + self.biases[self.indices]).softmax(-1) @ v))
 
 
+def levit() -> nn.Module:
+    with torch.device("meta"):
+        return transformers.models.levit.modeling_levit.LevitAttention(16, 4, 2, 2, 3)
+
+
 class Pool(nn.Module):
     """Attention with a query of its own."""
 
@@ -140,13 +145,13 @@ class Recurrent(nn.Module):
         GatedOutput,
         ForgetGate,
         Positions,
-        lambda: Positions().to("meta"),
+        levit,
         Pool,
         lambda: nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 4, 3)),
         lambda: causal("Qwen3", **{**GROUPED, "num_hidden_layers": 1}, head_dim=32)(),
     ],
     ids=["q and o", "cross", "square", "narrow", "two queries", "flux", "stacked", "gated output", "forget gate",
-         "positions", "on meta", "pool", "weight norm", "wide heads"],
+         "positions", "LeViT", "pool", "weight norm", "wide heads"],
 )  # fmt: skip
 def test_what_is_no_feed_forward_layer(make: Any) -> None:
     """Not listed, whatever its linear layers look like."""

@@ -280,9 +280,8 @@ class Segment:
             and {node.id for node in ast.walk(statement.target) if isinstance(node, ast.Name)} & stored
         ):
             raise ProbeError(f"{between} computes what {ast.unparse(statement.target)} is added to")
-        targets: list[Any] = (
-            statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
-        )
+        single: Any = getattr(statement, "target", None)
+        targets: list[Any] = statement.targets if isinstance(statement, ast.Assign) else [single]
         bound = {node.id for node in targets if isinstance(node, ast.Name)}
         loops = any(isinstance(node, (ast.For, ast.While)) for node in self._above(statement))
         here = set(ast.walk(statement))
