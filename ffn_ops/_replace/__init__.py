@@ -9,7 +9,7 @@ import inspect
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -103,14 +103,15 @@ def replace(model: Model) -> Model:
     """
     _check(model)
     replaced = False
-    for site in list(_sites(model)):
+    sites = list(_sites(model))
+    for site in sites:
         replaced |= _is_replaced(site.layer) or site.by_itself
         if site.finding.plan is not None and not _is_replaced(site.layer):
             replaced |= _swap(site, site.finding.plan)
     if not replaced:
-        warnings.warn(f"ffn_ops.replace: no layer was replaced\n{replace_report(model)}", UserWarning, stacklevel=2)
+        warnings.warn(f"ffn_ops.replace: no layer was replaced\n{_report(sites)}", UserWarning, stacklevel=2)
     elif _log.isEnabledFor(logging.INFO):
-        _log.info("%s", replace_report(model))
+        _log.info("%s", _report(sites))
     return model
 
 
@@ -145,7 +146,11 @@ def replace_report(model: nn.Module) -> ReplaceReport:
         TypeError: for what is no ``nn.Module``.
     """
     _check(model)
-    return ReplaceReport(tuple([_entry(site) for site in _sites(model)]))
+    return _report(_sites(model))
+
+
+def _report(sites: Iterable[_Site]) -> ReplaceReport:
+    return ReplaceReport(tuple([_entry(site) for site in sites]))
 
 
 def _check(model: Any) -> None:
@@ -180,6 +185,8 @@ def _site(path: str, module: nn.Module, recognise: Recogniser) -> _Site | None:
         return _Site(path, module, "forward", Finding(None, "one of this package's modules, which fuses itself"), True)
     if known:
         return _Site(path, module, "", Finding(known))
+    if not module._modules:
+        return _experts(path, module)
     refused: list[tuple[str, Finding]] = []
     for method in METHODS:
         if plausible(module) if method == "forward" else callable(getattr(type(module), method, None)):
@@ -201,9 +208,7 @@ def _site(path: str, module: nn.Module, recognise: Recogniser) -> _Site | None:
         reason = "" if inner.outside else reason or inner.reason
     if reason and (known is False or is_feed_forward(module, recognise)):
         return _Site(path, module, "forward", Finding(None, reason))
-    if has_stacked_experts(module):
-        return _experts(path, module)
-    return None
+    return _experts(path, module)
 
 
 def _hands_on(module: nn.Module, recognise: Recogniser) -> bool:
@@ -221,8 +226,10 @@ def _hands_on(module: nn.Module, recognise: Recogniser) -> bool:
     return False
 
 
-def _experts(path: str, module: nn.Module) -> _Site:
-    """Those of transformers say in their configuration who computes them."""
+def _experts(path: str, module: nn.Module) -> _Site | None:
+    """Stacked experts. Those of transformers say in their configuration who computes them."""
+    if not has_stacked_experts(module):
+        return None
     chosen = getattr(getattr(module, "config", None), "_experts_implementation", None)
     if not hasattr(module, "is_concatenated"):  # not exchangeable, whatever the configuration says
         return _Site(path, module, "", Finding(None, "stacked experts: replace() takes no mixtures"))

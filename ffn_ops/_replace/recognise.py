@@ -101,10 +101,16 @@ class Recogniser:
 
     def __init__(self) -> None:
         self._known: Known[Any] = Known()
+        self._structures: dict[int, tuple[nn.Module, int]] = {}  # of a module by its id: which it is, and its structure
+        self._numbers: dict[Hashable, int] = {}
 
     def once(self, layer: nn.Module, what: Hashable, look: Callable[[Reads], Found]) -> Found:
         """``look(reads)`` of this layer, or what it gave for one that is alike."""
-        found: Found = self._known.get(layer, (what, structure(layer, original_class)), look)
+        kept = self._structures.get(id(layer))
+        if kept is None:
+            tree = structure(layer, original_class)
+            kept = self._structures[id(layer)] = layer, self._numbers.setdefault(tree, len(self._numbers))
+        found: Found = self._known.get(layer, (what, kept[1]), look)
         return found
 
     def part(self, layer: nn.Module) -> Finding | None:
