@@ -166,11 +166,13 @@ class Plain(nn.Module):
         return self.fc2(self.drop(self.act(self.fc1(x))))
 
 
-class Early(Plain):
-    """Dropout before the activation, as SAM 3 has it."""
+class Dropouts(Plain):
+    """Before the activation, as SAM 3 has it, or one twice, as XLNet."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.drop(self.fc1(x))))
+        if isinstance(self.act, nn.ReLU):
+            return self.fc2(self.act(self.drop(self.fc1(x))))
+        return self.drop(super().forward(x)) + x
 
 
 class FunctionalDropout(Plain):
@@ -273,7 +275,8 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "sequential": (sequential, "5(4(3(gelu_tanh(1(0(x))))))", "ffn"),
     "in a method": (BertLike, "output.norm(output.dropout(output.dense(gelu(intermediate.dense(x)))) + x)", "ffn"),
     "with its residual": (T5Like, "dropout(ffn.fc2(ffn.drop(relu(ffn.fc1(norm(x)))))) + x", "ffn"),
-    "dropout before": (lambda: Early(nn.ReLU()), "fc2(relu(drop(fc1(x))))", "ffn"),
+    "dropout twice": (lambda: Dropouts(nn.SiLU()), "drop(fc2(drop(silu(fc1(x))))) + x", "ffn"),
+    "dropout before": (lambda: Dropouts(nn.ReLU()), "fc2(relu(drop(fc1(x))))", "ffn"),
     "a norm behind a gate": (
         Normed, "down_proj(norm(gelu(gate) * up of gate_up_proj(x), gate first))", "gated_linear"
     ),

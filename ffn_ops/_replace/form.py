@@ -127,7 +127,8 @@ def explain(trace: Trace, known: Form | None = None) -> Form:
     # What the activation and the gate gave is the input of whoever comes next.
     following = (None if early else dropout) or down or (events[0] if events else None)
     hidden = trace.y if following is None else following.input
-    if following in events and len(first) == 1 and torch.equal(hidden.reshape(-1), first[0].output.reshape(-1)):
+    between = following is not None and following is not dropout and following is not down
+    if between and len(first) == 1 and torch.equal(hidden.reshape(-1), first[0].output.reshape(-1)):
         _check_later(events, "identity")
     halves = None
     act = None if known is None else _act_of(known)
