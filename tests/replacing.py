@@ -103,6 +103,27 @@ class PhiLike(nn.Module):
         return self.down_proj(F.gelu(a) * b if self.gate_first else a * F.gelu(b))
 
 
+class Normed(PhiLike):
+    """As x-transformers' with a norm behind the activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(FF)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(self.norm(F.gelu(a) * b))
+
+
+class Function(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
 class Limited(LlamaLike):
     """Gates with a limit, as DeepSeek-V4 has them, and with a shift, as gpt-oss and MiniMax-M3."""
 
@@ -143,6 +164,15 @@ class Plain(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.drop(self.act(self.fc1(x))))
+
+
+class Dropouts(Plain):
+    """Before the activation, as SAM 3 has it, or one twice, as XLNet."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.act, nn.ReLU):
+            return self.fc2(self.act(self.drop(self.fc1(x))))
+        return self.drop(super().forward(x)) + x
 
 
 class FunctionalDropout(Plain):
@@ -245,6 +275,17 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "sequential": (sequential, "5(4(3(gelu_tanh(1(0(x))))))", "ffn"),
     "in a method": (BertLike, "output.norm(output.dropout(output.dense(gelu(intermediate.dense(x)))) + x)", "ffn"),
     "with its residual": (T5Like, "dropout(ffn.fc2(ffn.drop(relu(ffn.fc1(norm(x)))))) + x", "ffn"),
+    "dropout twice": (lambda: Dropouts(nn.SiLU()), "drop(fc2(drop(silu(fc1(x))))) + x", "ffn"),
+    "dropout before": (lambda: Dropouts(nn.ReLU()), "fc2(relu(drop(fc1(x))))", "ffn"),
+    "a norm behind a gate": (
+        Normed, "down_proj(norm(gelu(gate) * up of gate_up_proj(x), gate first))", "gated_linear"
+    ),
+    "a norm behind relu squared": (
+        lambda: nn.Sequential(
+            nn.Linear(D, FF), Function(lambda z: F.relu(z) ** 2), nn.Dropout(0.0), nn.LayerNorm(FF), nn.Linear(FF, D)
+        ),
+        "4(3(2(relu_squared(0(x)))))", "gated_act",
+    ),
     "guide FeedForward": (
         lambda: reference.FeedForward(D, 30, 4, 0.0), "dropout(w2(silu(w1(x)) * w3(x)))", "ffn",
     ),
@@ -279,16 +320,6 @@ def operators(layer: nn.Module, x: Tensor) -> list[str]:
 
 
 # ---- layers that compute something else -----------------------------------------------------------------------------
-
-
-class Misplaced(reference.FeedForward):
-    """The guide's parenthesis, with widths at which it runs."""
-
-    def __init__(self) -> None:
-        super().__init__(D, 18, 4, 0.0)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.w2(F.silu(self.w1(x))) * self.w3(x))
 
 
 class Scaled(LlamaLike):
@@ -342,7 +373,6 @@ def _noise(m: Any, x: Tensor) -> Tensor:
 NO_ACTIVATION = "no activation"
 BETWEEN = "(act|1), a norm or an activation that learns, is between its linear children"
 OTHERS: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "misplaced parenthesis": (Misplaced, ""),
     "clipped at 7": (lambda: LlamaLike(lambda z: F.silu(z.clamp(max=7.0))), NO_ACTIVATION),
     "clipped at 10000": (lambda: LlamaLike(lambda z: F.silu(z).clamp(max=1e4)), NO_ACTIVATION),
     "relu6": (lambda: Plain(nn.ReLU6()), NO_ACTIVATION),

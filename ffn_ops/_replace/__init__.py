@@ -5,10 +5,11 @@ Which module is a feed-forward layer is decided in recognise.py, what a call doe
 
 from __future__ import annotations
 
+import inspect
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -17,7 +18,7 @@ from torch import nn
 from ..modules import has_own_forward
 from .layer import CALLS, PLAN, Plan, state
 from .probe import ORIGINAL, original_class
-from .recognise import METHODS, OURS, Finding, Recogniser, bottleneck, plausible
+from .recognise import METHODS, OURS, Finding, Recogniser, linear_children, plausible
 from .refused import has_stacked_experts, is_feed_forward
 from .swap import FUSES, Calls, fused_class
 
@@ -102,14 +103,15 @@ def replace(model: Model) -> Model:
     """
     _check(model)
     replaced = False
-    for site in list(_sites(model)):
+    sites = list(_sites(model))
+    for site in sites:
         replaced |= _is_replaced(site.layer) or site.by_itself
         if site.finding.plan is not None and not _is_replaced(site.layer):
             replaced |= _swap(site, site.finding.plan)
     if not replaced:
-        warnings.warn(f"ffn_ops.replace: no layer was replaced\n{replace_report(model)}", UserWarning, stacklevel=2)
+        warnings.warn(f"ffn_ops.replace: no layer was replaced\n{_report(sites)}", UserWarning, stacklevel=2)
     elif _log.isEnabledFor(logging.INFO):
-        _log.info("%s", replace_report(model))
+        _log.info("%s", _report(sites))
     return model
 
 
@@ -144,7 +146,11 @@ def replace_report(model: nn.Module) -> ReplaceReport:
         TypeError: for what is no ``nn.Module``.
     """
     _check(model)
-    return ReplaceReport(tuple([_entry(site) for site in _sites(model)]))
+    return _report(_sites(model))
+
+
+def _report(sites: Iterable[_Site]) -> ReplaceReport:
+    return ReplaceReport(tuple([_entry(site) for site in sites]))
 
 
 def _check(model: Any) -> None:
@@ -179,33 +185,51 @@ def _site(path: str, module: nn.Module, recognise: Recogniser) -> _Site | None:
         return _Site(path, module, "forward", Finding(None, "one of this package's modules, which fuses itself"), True)
     if known:
         return _Site(path, module, "", Finding(known))
+    if not module._modules:
+        return _experts(path, module)
     refused: list[tuple[str, Finding]] = []
     for method in METHODS:
         if plausible(module) if method == "forward" else callable(getattr(type(module), method, None)):
             finding = recognise(module, method)
             if finding.plan is not None:
+                if method == "forward" and _hands_on(module, recognise):
+                    return None
                 return _Site(path, module, method, finding)
             refused.append((method, finding))
     methods = [(m, f) for m, f in refused if m != "forward" and not f.lacks_child]
     if methods:
         method, finding = methods[0]
         return _Site(path, module, method, Finding(None, f"{method}: {finding.reason}"))
-    pair = bottleneck(module)
     reason = next((f.reason for m, f in refused if m == "forward"), "")
-    if pair is not None:
-        finding = recognise.part(module)
-        if finding.plan is not None:
-            return _Site(path, module, finding.method, finding)
-        reason = reason or f"{' and '.join(pair)} are children of a layer that does more than an FFN: {finding.reason}"
+    inner = recognise.part(module)
+    if inner is not None:
+        if inner.plan is not None and inner.plan.part is not None:
+            return _Site(path, module, inner.plan.part.methods[0], inner)
+        reason = "" if inner.outside else reason or inner.reason
     if reason and (known is False or is_feed_forward(module, recognise)):
         return _Site(path, module, "forward", Finding(None, reason))
-    if has_stacked_experts(module):
-        return _experts(path, module)
-    return None
+    return _experts(path, module)
 
 
-def _experts(path: str, module: nn.Module) -> _Site:
-    """Those of transformers say in their configuration who computes them."""
+def _hands_on(module: nn.Module, recognise: Recogniser) -> bool:
+    """It takes arguments that it does not name, which may be for a layer in it: that one knows what they do."""
+    kinds = [p.kind for p in inspect.signature(original_class(module).forward).parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL not in kinds and inspect.Parameter.VAR_KEYWORD not in kinds:
+        return False
+    inner: nn.Module | None = module
+    while inner is not None:
+        children = {path.split(".")[0] for path in linear_children(inner, 3)}
+        inner = inner._modules[children.pop()] if len(children) == 1 else None
+        site = None if inner is None else _site("", inner, recognise)
+        if site is not None and site.finding.plan is not None:
+            return True
+    return False
+
+
+def _experts(path: str, module: nn.Module) -> _Site | None:
+    """Stacked experts. Those of transformers say in their configuration who computes them."""
+    if not has_stacked_experts(module):
+        return None
     chosen = getattr(getattr(module, "config", None), "_experts_implementation", None)
     if not hasattr(module, "is_concatenated"):  # not exchangeable, whatever the configuration says
         return _Site(path, module, "", Finding(None, "stacked experts: replace() takes no mixtures"))

@@ -6,7 +6,7 @@ A form is accepted only where it explains every call of a child and every number
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from .._gate import NAMES, Gate
 from ..reference import UPS, gated_act
 from .probe import Event, ProbeError, Trace
 
+BY_TORCH = ("relu", "sigmoid", "tanh", "gelu", "silu", "identity")  # not gelu_tanh: ours is twice as fast
 ADD_INPUT = ""  # a step behind the layer: the residual connection
 
 
@@ -30,6 +31,7 @@ class Form:
     gate: Gate
     head: tuple[str | tuple[int, ...], ...]  # what the input goes through first: children, ``reshape(-1, *sizes)``
     dropout: str | None  # between activation and down
+    early: bool  # or between the first layer and the activation
     tail: tuple[str, ...]  # children behind, and ADD_INPUT
     run: tuple[str, ...]  # modules whose own forward is stepped over
     reads_weights: bool
@@ -60,8 +62,9 @@ class Form:
             pairs = zip(self.gates, self.ups, strict=True)
             text = " + ".join([self._gate(f"{gate}({inner})", f"{up}({inner})") for gate, up in pairs])
         else:
-            text = f"{self._act}({self.gates[0]}({inner}))"
-        for path in (self.dropout, self.down, *self.tail):
+            text = f"{self.gates[0]}({inner})"
+            text = f"{self._act}({self.dropout}({text}))" if self.early else f"{self._act}({text})"
+        for path in (None if self.early else self.dropout, self.down, *self.tail):
             if path is not None:
                 text = f"{text} + x" if path == ADD_INPUT else f"{path}({text})"
         return text
@@ -104,14 +107,21 @@ def explain(trace: Trace, known: Form | None = None) -> Form:
     if not first:
         raise ProbeError("no linear child is called with its input")
     dropout = None
-    if len(events) > 1 and events[0].kind == "dropout" and events[1].kind == "linear":
+    early = _is_early(first, events)
+    if early:
+        dropout = events.pop(0)
+        first = [replace(first[0], output=dropout.output)]
+    elif len(events) > 1 and events[0].kind == "dropout" and events[1].kind == "linear":
         dropout = events.pop(0)
         if not _same(events[0].input, dropout.output):
             raise ProbeError(f"{events[0].path} is not called with what {dropout.path} gives")
     down = events.pop(0) if events and events[0].kind == "linear" else None
     # What the activation and the gate gave is the input of whoever comes next.
-    following = dropout or down or (events[0] if events else None)
+    following = (None if early else dropout) or down or (events[0] if events else None)
     hidden = trace.y if following is None else following.input
+    between = following is not None and following is not dropout and following is not down
+    if between and len(first) == 1 and torch.equal(hidden.reshape(-1), first[0].output.reshape(-1)):
+        _check_later(events, "identity")
     halves = None
     gate = None if known is None else known.gate
     gates: tuple[str, ...]
@@ -125,27 +135,36 @@ def explain(trace: Trace, known: Form | None = None) -> Form:
         found = _activation(hidden, [event.output.double() for event in first], gate)
         gates = tuple([first[i].path for i in found.gates])
         ups = tuple([first[i].path for i in found.ups])
-    if down is None and not (ups and len(gates) >= 1):
-        if any(event.kind == "linear" for event in events):
-            raise ProbeError(f"{events[0].path}, a norm or an activation that learns, is between its linear children")
-        raise ProbeError("it has an activation behind one linear child, and no second one")
+    if down is None and not ups and halves is None:
+        _check_later(events, found.gate.activation)
     paths = [event.path for event in first] + ([down.path] if down else [])
     if len(set(paths)) != len(paths):
         raise ProbeError("it calls a child twice")
     return Form(
         gates, ups, None if down is None else down.path, halves, bool(ups) and found.ups[0] < found.gates[0],
-        found.gate, tuple(head), None if dropout is None else dropout.path,
+        found.gate, tuple(head), None if dropout is None else dropout.path, early,
         _tail(trace, events, hidden if down is None else down.output), tuple([path for path in trace.run if path]),
         trace.reads_weights,
     )  # fmt: skip
 
 
-def explain_between(first: Event, last: Event, run: Sequence[str], known: Form | None) -> Form:
-    """The form of ``last(act(first(x)))``, where a layer does more around them. Raises: ProbeError."""
-    if first.output.shape != last.input.shape:
-        raise ProbeError(f"{last.path} is called with another shape than {first.path} gives")
-    found = _activation(last.input, [first.output.double()], known.gate if known else None)
-    return Form((first.path,), (), last.path, None, False, found.gate, (), None, (), tuple(run), False)
+def _is_early(first: Sequence[Event], events: Sequence[Event]) -> bool:
+    """Dropout acts on what one linear layer gives, and what it gives is not what the next one gets."""
+    if len(first) != 1 or len(events) < 2 or [event.kind for event in events[:2]] != ["dropout", "linear"]:
+        return False
+    return _same(events[0].input, first[0].output) and not _same(events[1].input, events[0].output)
+
+
+def _check_later(events: Sequence[Event], act: str) -> None:
+    """An activation that a linear layer follows after more than dropout. Raises: ProbeError where that is no FFN, or
+    nothing would be gained."""
+    later = [i for i, event in enumerate(events) if event.kind == "linear"]
+    if not later:
+        raise ProbeError("it has an activation behind one linear child, and no second one")
+    if act in BY_TORCH:
+        where = next((event.path for event in events[: later[0]] if event.kind != "dropout"), events[0].path)
+        alone = f", and torch has {act} as one operator" if act != "identity" else ""
+        raise ProbeError(f"{where}, a norm or an activation that learns, is between its linear children{alone}")
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -208,14 +227,25 @@ def _candidates(hidden: Tensor, pairs: Sequence[tuple[Tensor, Tensor | None]]) -
         yield from [act.replace(up_shift=shift) for act in (acts if shift else acts[len(named) :])]
         if up is None:
             break
-        for act in acts:  # where up is far from zero it is at its limit, which is what the share says
-            value = gated_act(gate, activation=act)
-            far = (up.abs() >= 25) & (gate < 0.5) & (value.abs() > 0.02)
-            if far.any():
-                limit = float(f"{((hidden.double() / value)[far] - shift).abs().median().item():.6g}")
+        for act in acts:
+            for limit in _limits(hidden.double(), gate, up, shift, gated_act(gate, activation=act)):
                 if 0.5 <= limit <= 25:
-                    yield act.replace(limit=limit, up_shift=shift)
+                    yield act.replace(limit=float(f"{limit:.6g}"), up_shift=shift)
     yield from [Gate(name) for name in NAMES if name in UPS]  # with the numbers that models have
+
+
+def _limits(hidden: Tensor, gate: Tensor, up: Tensor, shift: float, value: Tensor) -> Iterator[float]:
+    """What the limit may be, if ``value`` is the activation of gates that are below it."""
+    far = (up.abs() >= 25) & (gate < 0.5) & (value.abs() > 0.02)  # up is at its limit, which is what the share says
+    if far.any():
+        yield ((hidden / value)[far] - shift).abs().median().item()
+    power = {25.0: 1.0, 625.0: 2.0}.get(value[gate == 25].max().item() if (gate == 25).any() else 0.0)
+    if power is None or shift:
+        return
+    # relu and its square are 0 below 0, so few numbers are there. Where gate is at its limit: up is not, or is, too.
+    at = (gate >= 25) & (hidden != 0)
+    for share, root in ((hidden / up)[at], power), (hidden[at], power + 1):
+        yield from share.abs().pow(1 / root).tolist()
 
 
 def _fits(hidden: Tensor, pairs: Sequence[tuple[Tensor, Tensor | None]], form: Gate) -> bool:

@@ -19,12 +19,12 @@ from .. import ops
 from .._library import CUDA_ABSENT
 from ..modules import PLAIN_TENSORS, is_idle, is_plain_linear, is_unhooked
 from ..reference import gated_act
-from .form import Form
+from .form import BY_TORCH, Form
+from .part import Part
 
 PLAN = "_ffn_ops_plan"  # of an instance; None: restored; False: changed into something that is not recognised
 CALLS = "_ffn_ops_calls"  # of an instance: its Calls since it was replaced
 Path = tuple[str, ...]
-_BY_TORCH = ("relu", "sigmoid", "tanh", "gelu", "silu", "identity")  # not gelu_tanh: ours is twice as fast
 LINEARS: set[Any] = set()  # subclasses of nn.Linear whose forward was seen to be that of nn.Linear
 _OF_LINEARS = vars(nn.Linear(1, 1, device="meta")).keys()
 _TRACES_DICTS = torch.__version__ >= "2.15"  # dynamo of 2.11 does not: such layers are called in its graphs
@@ -60,7 +60,7 @@ class Plan:
     dropout: Path | None
     tail: tuple[Path, ...]
     direct: tuple[str, str | None, str] | None  # names of gate, up and down, where they are all there is to find
-    part: tuple[str, str, str] | None  # first, activation and last, which forward calls among others
+    part: Part | None  # of a layer that does more
 
 
 def plan(
@@ -72,7 +72,7 @@ def plan(
     widths: tuple[int, ...],
     dtypes: tuple[torch.dtype, ...],
     eval_only: str,
-    part: tuple[str, str, str] | None = None,
+    part: Part | None = None,
 ) -> Plan:
     def path(text: str) -> Path:
         return tuple(text.split(".")) if text else ()
@@ -186,7 +186,7 @@ def _fits(layer: nn.Module, plan: Plan, x: Any) -> bool:
 
 def _is_torchs(form: Form) -> bool:
     """Without a gate, and an activation that torch has as one operator: alone ours is slower than that."""
-    return not form.ups and form.halves is None and form.gate.activation in _BY_TORCH
+    return not form.ups and form.halves is None and form.gate.activation in BY_TORCH
 
 
 def _of_dtype(layers: list[Any], dtype: torch.dtype) -> bool:
@@ -214,26 +214,6 @@ def fused(layer: nn.Module, plan: Plan, x: Tensor) -> Tensor | None:
     for path in plan.tail:
         value = child(layer, path)(value) if path else value + x
     return value
-
-
-def fuses(layer: nn.Module, plan: Plan, x: Any) -> bool:
-    """Whether ``whole`` computes a part of the layer from x."""
-    if not _fits(layer, plan, x):
-        return False
-    assert plan.down is not None
-    linears = [child(layer, path) for path in (*plan.gates, plan.down)]
-    if not all(linear is not None and is_plain(linear) for linear in linears):
-        return False
-    device = x.device.type
-    if torch._C._is_any_autocast_enabled() and device != "meta" and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device) in plan.dtypes
-    return _of_dtype(linears, x.dtype)
-
-
-def whole(layer: nn.Module, plan: Plan, x: Tensor) -> Tensor:
-    """``last(act(first(x)))`` by one operator."""
-    assert plan.down is not None
-    return _whole(plan.form, x, child(layer, plan.gates[0]), None, child(layer, plan.down))
 
 
 def _direct(layer: nn.Module, plan: Plan, x: Tensor, cast: bool) -> Tensor | None:
@@ -279,7 +259,7 @@ def _by_parts(layer: nn.Module, plan: Plan, x: Tensor, cast: bool) -> Tensor | N
     if dropout is not None and is_idle(dropout):
         dropout = None
     whole = down is not None and dropout is None and len(gates) == 1 and plain
-    if not whole and _is_torchs(plan.form):
+    if not whole and (_is_torchs(plan.form) or (dropout is not None and plan.form.early)):
         return None
     value = x
     for step in plan.head:
@@ -310,6 +290,8 @@ def _whole(form: Form, x: Tensor, gate: Any, up: Any, down: Any) -> Tensor:
 
 def _hidden(form: Form, x: Tensor, gates: list[Any], ups: list[Any]) -> Tensor:
     """What goes into ``down``: by one operator, or the children called as forward calls them and one operator."""
+    if form.halves is not None and is_plain(gates[0]):
+        return _halves(form, x, *_weights(gates[0]))
     if ups and all(is_plain(layer) for layer in (*gates, *ups)):
         gate_weights, up_weights = [_weights(g) for g in gates], [_weights(u) for u in ups]
         b_gate = [b for _, b in gate_weights if b is not None]
@@ -335,6 +317,14 @@ def _hidden(form: Form, x: Tensor, gates: list[Any], ups: list[Any]) -> Tensor:
     return total
 
 
+def _halves(form: Form, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    w_gate, w_up = weight.chunk(2)
+    b_gate, b_up = (None, None) if bias is None else bias.chunk(2)
+    if form.halves == "up first":
+        w_gate, b_gate, w_up, b_up = w_up, b_up, w_gate, b_gate
+    return ops.gated_linear(x, w_gate, w_up, b_gate=b_gate, b_up=b_up, activation=form.gate)
+
+
 def _between(gate: Tensor, up: Tensor | None, form: Form) -> Tensor:
     both = [gate] if up is None else [gate, up]
     if all(type(t) in PLAIN_TENSORS and t.dtype is gate.dtype and t.dtype in check.DTYPES for t in both):
@@ -358,8 +348,6 @@ def state(layer: nn.Module, plan: Plan) -> tuple[bool, str]:
         why = CUDA_ABSENT if first.device.type == "cuda" else "no kernels for it"
         return False, f"its own forward runs on {first.device.type}: {why}"
     called = [f"{'.'.join(path)} is called ({_why_called(module)})" for path, module in parts if not is_plain(module)]
-    if called and plan.part:
-        return False, f"its own forward runs: {'; '.join(called)}"
     if called and plan.form.reads_weights:
         return False, f"its own forward runs, because it reads weights: {'; '.join(called)}"
     if not called and not _of_dtype([module for _, module in parts], parts[0][1]._parameters["weight"].dtype):
@@ -367,6 +355,8 @@ def state(layer: nn.Module, plan: Plan) -> tuple[bool, str]:
     if plan.dropout and not is_idle(child(layer, plan.dropout)):
         called.append(f"{'.'.join(plan.dropout)} is called (p > 0 in training)")
     notes = "; ".join(called)
+    if plan.form.early and plan.dropout and not is_idle(child(layer, plan.dropout)):
+        return False, f"its own forward runs: {notes}, before the activation"
     if called and _is_torchs(plan.form):
         return False, f"its own forward runs, with torch's {plan.form.gate.activation}: {notes}"
     if plan.eval_only:

@@ -57,6 +57,23 @@ class Trace:
     y: Any = None
 
 
+@dataclass(frozen=True)
+class Run:
+    """What is looked at of a layer: a method, or a function of the layer and one tensor."""
+
+    name: str
+    function: Any = None
+    children: frozenset[str] | None = None  # that the function may ask for; None: any
+
+    def signature(self, layer: nn.Module) -> inspect.Signature:
+        return inspect.signature(self.function or getattr(original_class(layer), self.name))
+
+    def __call__(self, hollow: Any, x: Tensor, given: dict[str, Any]) -> Any:
+        if self.function is not None:
+            return self.function(hollow, x)
+        return hollow(x, **given) if self.name == "forward" else getattr(hollow, self.name)(x, **given)
+
+
 def original_class(module: nn.Module) -> type[nn.Module]:
     return getattr(type(module), ORIGINAL, type(module))
 
@@ -153,10 +170,9 @@ class Probe:
         seed: int,
         reads: Reads,
         *,
-        dropout_is_stub: bool = True,
-        disturbed: bool = False,
+        of: Run | None = None,
     ) -> None:
-        self.dropout_is_stub, self.disturbed = dropout_is_stub, disturbed
+        self.of, self.disturbed = of, False
         self.dtype, self.training, self.reads = dtype, training, reads
         self.generator = torch.Generator("cpu").manual_seed(seed)
         self.hollow: dict[int, nn.Module] = {}
@@ -193,7 +209,7 @@ class Probe:
     def _make(self, module: nn.Module, path: str) -> nn.Module:
         if path and linear_shape(module) is not None:
             return _Stub("linear", path, module, self)
-        if type(module) is nn.Dropout and self.dropout_is_stub:
+        if type(module) is nn.Dropout:
             return _Stub("dropout", path, module, self)
         if path and not module._modules and (module._parameters or module._buffers):
             return _Stub("other" if norm_width(module) is None else "norm", path, module, self)
@@ -208,8 +224,15 @@ class Probe:
             copy.__dict__[name] = type(vars(copy)[name])()
         copy.__dict__.update(training=self.training, _compiled_call_impl=None)
         copy._forward_pre_hooks[-1] = lambda *_: self._ran(path)
+        only = None
+        if self.of is not None and self.of.function is not None and not path:  # of the rest nothing is there
+            only = self.of.children
+            for name in [name for name, value in copy.__dict__.items() if isinstance(value, Tensor)]:
+                del copy.__dict__[name]
+            for kind in ("_parameters", "_buffers", "_modules"):
+                copy.__dict__[kind] = {}
         for name, child in module._modules.items():
-            if child is not None:
+            if child is not None and (only is None or name in only):
                 copy._modules[name] = self.hollow_of(child, f"{path}.{name}" if path else name)
         return copy
 
@@ -256,7 +279,7 @@ def aside() -> Iterator[None]:
 
 def trace(
     layer: nn.Module,
-    method: str,
+    run: Run,
     shape: tuple[int, ...],
     *,
     dtype: torch.dtype,
@@ -265,21 +288,17 @@ def trace(
     given: dict[str, Any],
     reads: Reads,
 ) -> Trace:
-    """What ``method`` of the layer does with one tensor of that shape; ``reads`` gets the attributes that it reads.
+    """What ``run`` of the layer does with one tensor of that shape; ``reads`` gets the attributes that it reads.
 
     ``given``: further arguments, by name.
 
     Raises: ProbeError, or whatever the layer's own code raises.
     """
-    probe = Probe(dtype, training, seed, reads)
+    probe = Probe(dtype, training, seed, reads, of=run)
     with aside():
         x = probe.numbers(shape, dtype)
         probe.trace.x = x.clone()
-        hollow = probe.hollow_of(layer, "")
-        if method == "forward":
-            probe.trace.y = hollow(x, **given)
-        else:
-            probe.trace.y = getattr(hollow, method)(x, **given)
+        probe.trace.y = run(probe.hollow_of(layer, ""), x, given)
         if not torch.equal(x, probe.trace.x):
             raise ProbeError("it writes into its input")
     if not isinstance(probe.trace.y, Tensor):
@@ -293,7 +312,7 @@ def events_of(layer: nn.Module, shape: tuple[int, ...], *, disturbed: bool, read
 
     ``disturbed``: the first row of x and of every child's output has other numbers.
     """
-    probe = Probe(torch.float32, False, 0, reads, disturbed=disturbed)
+    probe = Probe(torch.float32, False, 0, reads)
     with aside():
         try:
             hollow = probe.hollow_of(layer, "")
@@ -302,7 +321,10 @@ def events_of(layer: nn.Module, shape: tuple[int, ...], *, disturbed: bool, read
                 for own in tensors:
                     for name, tensor in own.items():
                         if tensor is not None and tensor.numel() <= _MOST_OWN:
-                            own[name] = probe.numbers(tuple(tensor.shape), tensor.dtype)
+                            shape_of, dtype = tuple(tensor.shape), tensor.dtype
+                            index = not dtype.is_floating_point  # or a mask: 0 is one everywhere
+                            own[name] = torch.zeros(shape_of, dtype=dtype) if index else probe.numbers(shape_of, dtype)
+            probe.disturbed = disturbed
             hollow(probe.numbers(shape, torch.float32), *[None] * asked_besides(original_class(layer).forward))
             whole = True
         except Exception:  # the layer's own code, called in a way that it may not expect

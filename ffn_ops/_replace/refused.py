@@ -20,6 +20,7 @@ from .probe import Event, enough_rows, events_of, linear_shape, original_class, 
 from .recognise import Recogniser, bottleneck, linear_children, plausible, widths
 
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
+_LONGEST = 1 << 10  # rows
 _MOST_LINEARS = 3  # gate, up and down, where nothing but shapes can be seen
 
 
@@ -64,15 +65,16 @@ def _fit(layer: nn.Module) -> bool:
 
 def _seen(layer: nn.Module, width: int, narrowest: int, down: str | None, reads: Reads) -> bool | None:
     """Whether the layer is seen to be one, with ``down`` as its last linear; None where it is not seen, as it fails."""
-    for rank in (3, 2):
+    called = len(linear_children(layer, _MOST_LINEARS))
+    for lead in (enough_rows(3, narrowest), enough_rows(2, narrowest), *_lengths(layer)):
         (first, whole), (second, _) = (
-            events_of(layer, (*enough_rows(rank, narrowest), width), disturbed=disturbed, reads=reads)
-            for disturbed in (False, True)
+            events_of(layer, (*lead, width), disturbed=disturbed, reads=reads) for disturbed in (False, True)
         )
         linears = [i for i, event in enumerate(first) if event.kind == "linear"]
         if len(linears) < 2 or len(first) != len(second):
             continue
-        mixing = next((a for a, b in zip(first, second, strict=True) if not _row_by_row(a, b)), None)
+        rows = first[linears[0]].input.shape[:-1].numel()
+        mixing = next((a for a, b in zip(first, second, strict=True) if not _row_by_row(a, b, rows)), None)
         if mixing is not None:
             return False if down in (None, mixing.path) else None  # else what mixes is beside the pair
         raw = [first[0].input, *[event.output for event in first]]
@@ -84,15 +86,24 @@ def _seen(layer: nn.Module, width: int, narrowest: int, down: str | None, reads:
                 by_child = any(e.kind != "linear" and _same(event.input, e.output) for e in behind)
                 if computed or by_child:
                     return True
+        if whole and down is None and len({first[i].path for i in linears}) == called:
+            return False  # all were called, and nothing is between them
     return None
 
 
-def _row_by_row(a: Event, b: Event) -> bool:
-    """The first row of x and of every child's output differs between the runs: no other row may."""
-    if a.input.shape != b.input.shape:
+def _lengths(layer: nn.Module) -> Iterator[tuple[int, int]]:
+    """Two sequences as long as a square table of the layer's own says, which attention has for its positions."""
+    own = [t for t in (*layer._parameters.values(), *layer._buffers.values()) if t is not None and not is_lazy(t)]
+    shapes = [tuple(t.shape) for t in own if t.dim() >= 2]
+    yield from dict.fromkeys((2, shape[-1]) for shape in shapes if shape[-1] == shape[-2] < _LONGEST)
+
+
+def _row_by_row(a: Event, b: Event, rows: int) -> bool:
+    """The first row of x and of every child's output differs between the runs: no other row may, and none may be gone
+    or come, as in a pool."""
+    if a.input.shape != b.input.shape or (a.kind == "linear" and a.input.shape[:-1].numel() != rows):
         return False
-    rows = [t.reshape(-1, t.shape[-1])[1:] for t in (a.input, b.input)]
-    return torch.equal(*rows)
+    return torch.equal(*[t.reshape(-1, t.shape[-1])[1:] for t in (a.input, b.input)])
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
