@@ -205,9 +205,8 @@ def _ours(inputs: Inputs, shape: Shape, recompute: bool = False) -> Inputs:
     with torch.device("meta"):
         module = ffn_ops.FeedForward(
             shape.D,
-            -(-3 * shape.F // 2),  # two thirds of it, rounded down, are F
-            1,
-            shape.dropout,
+            d_ff=shape.F,
+            dropout=shape.dropout,
             activation=shape.activation,
             bias=shape.bias,
             recompute=recompute,

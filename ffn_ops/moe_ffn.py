@@ -125,9 +125,8 @@ class MoEFFN(nn.Module):
         self._draw_experts()
         self.shared: nn.Module | None = None
         if num_shared and gated:
-            width = num_shared * d_ff  # two thirds of (3 width + 1) / 2, rounded down, are the width
             self.shared = FeedForward(
-                d_model, (3 * width + 1) // 2, 1, 0.0, activation=activation, beta=beta, bias=bias, recompute=recompute
+                d_model, d_ff=num_shared * d_ff, activation=activation, beta=beta, bias=bias, recompute=recompute
             )
         elif num_shared:
             self.shared = PlainFFN(
