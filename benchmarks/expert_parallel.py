@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from ffn_ops import Routing, expert_parallel, reference
+from ffn_ops._accuracy import limit, worst
 from ffn_ops._files import file_name
 
 from .command import ROOT, machine, save
 from .harness import Timed
 from .report import machine_text, table, time_text
-from .verify import limit, worst
 
 RANKS = (1, 2, 4)
 TIME_LIMIT = 600.0  # seconds of one number of processes

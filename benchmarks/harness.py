@@ -14,10 +14,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ffn_ops._accuracy import Limit, WrongResultError, limit, worst
+
 from . import peak
 from .providers import COMPILING, HUGE, PROVIDERS, Inputs, Provider, converted, eager_inputs, groups, limit_inputs
 from .runners import Local, Remote, Runner
-from .verify import Limit, WrongResultError, limit, worst
 from .worker import HugePageProcess, norms
 from .workloads import Mode, Row, Shape
 

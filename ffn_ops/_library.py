@@ -181,7 +181,7 @@ def _asked_for(ctx: Any, grads: Sequence[Any]) -> tuple[bool, ...]:
 
 
 _will_run = getattr(torch._C, "_will_engine_execute_node", None)
-_GRADS_BATCHED: Any = torch._C._parse_dispatch_key("VmapMode")  # active in the vmap of is_grads_batched=True
+GRADS_BATCHED: Any = torch._C._parse_dispatch_key("VmapMode")  # active in the vmap of is_grads_batched=True
 _IMPLEMENTATIONS = torch.library.Library("ffn_ops", "IMPL")
 
 
@@ -193,6 +193,7 @@ def differentiable(
 ) -> Callable[..., Any]:
     """Registers ``formula`` as the operator's backward and returns the function that calls it.
 
+    ``formula(ctx, *grads)`` gives the gradients of the operator's arguments; the last ones may be left out for None.
     ``tangent(ctx, *tangents)`` is its forward mode: from the inputs' tangents, None where there is none, those of the
     outputs; ``ctx`` is as in backward. The operator's kernel for autograd serves raw calls, torch.func, forward mode,
     compile and export; the function returned steps over the dispatcher in eager mode, as its way through python takes
@@ -224,12 +225,13 @@ def differentiable(
         lengths, needs = ctx.arg_lengths, _asked_for(ctx, grads)
         if lengths is None:
             asked = ctx if needs == ctx.needs_input_grad else ContextWith(ctx, needs_input_grad=needs)
-            return *without_autocast(asked, *grads), None
+            result = without_autocast(asked, *grads)
+            return *result, *(None,) * (len(needs) - len(result))
         result = without_autocast(ContextWith(ctx, needs_input_grad=_unflatten(needs[:-1], lengths)), *grads)
         flat: list[Any] = []
-        for grad, length in zip(result, lengths, strict=True):
+        for grad, length in zip(result, lengths, strict=False):
             flat.extend([grad] if length is None else grad if isinstance(grad, (list, tuple)) else [grad] * length)
-        return *flat, None
+        return *flat, *(None,) * (len(needs) - len(flat))
 
     def flat_tangent(ctx: Any, *flat: Any) -> Any:
         if tangent is None:
@@ -283,7 +285,7 @@ def differentiable(
             torch.compiler.is_compiling()
             or torch._C._are_functorch_transforms_active()
             or forward_ad._current_level >= 0
-            or torch._C._dispatch_tls_is_dispatch_key_included(_GRADS_BATCHED)
+            or torch._C._dispatch_tls_is_dispatch_key_included(GRADS_BATCHED)
         ):
             return op(*args)
         if not (grad and torch.is_grad_enabled()):

@@ -101,16 +101,32 @@ def _check_dropout(value: object) -> None:
         raise ValueError(f"dropout: expected a probability between 0 and 1, got {value}")
 
 
+def _gated_width(hidden_dim: int | None, multiple_of: int, d_ff: int | None) -> int:
+    if d_ff is not None:
+        check.positive("d_ff", d_ff)
+        if hidden_dim is not None or multiple_of != 1:
+            given = f"{d_ff} with hidden_dim {hidden_dim} and multiple_of {multiple_of}"
+            raise ValueError(f"d_ff: expected it alone or hidden_dim and multiple_of in its place, got {given}")
+        return d_ff
+    check.positive("hidden_dim", hidden_dim)
+    check.positive("multiple_of", multiple_of)
+    width: int = multiple_of * ((2 * hidden_dim // 3 + multiple_of - 1) // multiple_of)  # type: ignore[operator]
+    if width < 1:
+        raise ValueError(f"hidden_dim: expected at least 2, so that two thirds of it are a width, got {hidden_dim}")
+    return width
+
+
 class FeedForward(_OfLinears):
     """``dropout(w2(act(w1 x) * w3 x))``: SwiGLU by default; ``activation=`` gives GeGLU, GLU and the others.
 
     Args:
         dim: width D of input and output.
-        hidden_dim: width of the plain FFN that this one stands for; two thirds of it, rounded up to a multiple of
+        hidden_dim: width of the plain FFN that this one replaces; two thirds of it, rounded up to a multiple of
             ``multiple_of``, is the width F here, so that the number of parameters stays.
-        multiple_of: what F is a multiple of.
+        multiple_of: F is a multiple of it.
         dropout: probability of the dropout behind ``w2``.
         activation: a name or a :class:`ffn_ops.Gate`.
+        d_ff: the width F itself, in place of ``hidden_dim`` and ``multiple_of``.
         bias: whether the three layers have biases.
         recompute: save x alone for backward, see :func:`ffn_ops.ffn`.
 
@@ -124,23 +140,21 @@ class FeedForward(_OfLinears):
     def __init__(
         self,
         dim: int,
-        hidden_dim: int,
-        multiple_of: int,
-        dropout: float,
+        hidden_dim: int | None = None,
+        multiple_of: int = 1,
+        dropout: float = 0.0,
         *,
+        d_ff: int | None = None,
         activation: str | Gate = "silu",
         bias: bool = True,
         recompute: bool = False,
     ) -> None:
         super().__init__()
-        for name, value in (("dim", dim), ("hidden_dim", hidden_dim), ("multiple_of", multiple_of)):
-            check.positive(name, value)
+        check.positive("dim", dim)
+        hidden = _gated_width(hidden_dim, multiple_of, d_ff)
         _check_dropout(dropout)
         as_gate(activation, gated=True)
         check.flag("recompute", recompute)
-        hidden = multiple_of * ((2 * hidden_dim // 3 + multiple_of - 1) // multiple_of)
-        if hidden < 1:
-            raise ValueError(f"hidden_dim: expected at least 2, so that two thirds of it are a width, got {hidden_dim}")
         self.w1 = nn.Linear(dim, hidden, bias=bias)
         self.w2 = nn.Linear(hidden, dim, bias=bias)
         self.w3 = nn.Linear(dim, hidden, bias=bias)

@@ -125,11 +125,13 @@ class MoEFFN(nn.Module):
         self._draw_experts()
         self.shared: nn.Module | None = None
         if num_shared and gated:
-            width = num_shared * d_ff  # two thirds of (3 width + 1) / 2, rounded down, are the width
             self.shared = FeedForward(
-                d_model, (3 * width + 1) // 2, 1, 0.0, activation=gate.replace(interleaved=False), bias=bias,
+                d_model,
+                d_ff=num_shared * d_ff,
+                activation=gate.replace(interleaved=False),
+                bias=bias,
                 recompute=recompute,
-            )  # fmt: skip
+            )
         elif num_shared:
             self.shared = PlainFFN(d_model, num_shared * d_ff, activation=activation, bias=bias, recompute=recompute)
         self.register_load_state_dict_pre_hook(_stack_experts)

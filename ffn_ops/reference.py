@@ -102,10 +102,17 @@ class FeedForward(nn.Module):
     """``dropout(w2(act(w1 x) * w3 x))``: the guide's SwiGLU block with its parenthesis put right."""
 
     def __init__(
-        self, dim: int, hidden_dim: int, multiple_of: int, dropout: float, activation: str | Gate = "silu"
+        self,
+        dim: int,
+        hidden_dim: int = 0,
+        multiple_of: int = 1,
+        dropout: float = 0.0,
+        activation: str | Gate = "silu",
+        *,
+        d_ff: int | None = None,
     ) -> None:
         super().__init__()
-        hidden = multiple_of * ((2 * hidden_dim // 3 + multiple_of - 1) // multiple_of)
+        hidden = d_ff or multiple_of * ((2 * hidden_dim // 3 + multiple_of - 1) // multiple_of)
         self.w1 = nn.Linear(dim, hidden)
         self.w2 = nn.Linear(hidden, dim)
         self.w3 = nn.Linear(dim, hidden)

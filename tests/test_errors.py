@@ -243,6 +243,10 @@ def test_module_sizes_and_inputs(module: Callable[..., Any], sizes: dict[str, An
         ),
         (lambda: ffn_ops.FeedForward(4, 6, 2, "0"), TypeError, "dropout: expected a number, got str"),
         (lambda: ffn_ops.FeedForward(4, 6, 2, math.nan), ValueError, "dropout: expected a finite number, got nan"),
+        (lambda: ffn_ops.FeedForward(4, d_ff=0), ValueError, "d_ff: expected at least 1, got 0"),
+        (lambda: ffn_ops.FeedForward(4), TypeError, "hidden_dim: expected an integer, got NoneType"),
+        (lambda: ffn_ops.FeedForward(4, 6, d_ff=4), ValueError, "d_ff: expected it alone .* got 4 with hidden_dim 6"),
+        (lambda: ffn_ops.FeedForward(4, multiple_of=2, d_ff=4), ValueError, "d_ff: expected it alone"),
         (lambda: ffn_ops.FeedForward(4, 1, 2, 0.0), ValueError, "hidden_dim: expected at least 2"),
         (lambda: ffn_ops.FeedForward(4, 6, 2, 0.0, activation="x"), ValueError, "activation: expected one of"),
         (

@@ -23,6 +23,7 @@ from ffn_ops.ops import _shared
 # Ours, and the guide's own code for the same layer.
 PAIRS: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module]]] = {
     "FeedForward": (lambda: ffn_ops.FeedForward(12, 30, 8, 0.0), lambda: reference.FeedForward(12, 30, 8, 0.0)),
+    "FeedForward by width": (lambda: ffn_ops.FeedForward(12, d_ff=7), lambda: reference.FeedForward(12, 11, 1)),
     "FeedForward GeGLU": (
         lambda: ffn_ops.FeedForward(12, 30, 8, 0.0, activation="gelu"),
         lambda: reference.FeedForward(12, 30, 8, 0.0, activation="gelu"),

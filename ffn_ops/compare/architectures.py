@@ -70,11 +70,6 @@ def _units(gate_layers: Callable[[nn.Module], list[nn.Module]], activation: str)
     return units
 
 
-def _guide_width(d_ff: int) -> int:
-    """``hidden_dim`` that makes the guide's FeedForward (multiple_of 1) ``d_ff`` wide: 2 * hidden_dim // 3 == d_ff."""
-    return (3 * d_ff + 1) // 2
-
-
 def _plain(key: str, name: str, formula: str, fused: Build, claim: Claim) -> Architecture:
     return Architecture(
         key,
@@ -92,9 +87,9 @@ def _gated(key: str, name: str, formula: str, activation: str, claim: Claim) -> 
         key,
         name,
         formula,
-        lambda d_model, d_ff: modules.FeedForward(d_model, _guide_width(d_ff), 1, 0.0, activation=activation),
+        lambda d_model, d_ff: modules.FeedForward(d_model, d_ff=d_ff, activation=activation),
         _units(lambda layer: [layer.get_submodule("w1")], activation),
-        lambda d_model, d_ff: reference.FeedForward(d_model, _guide_width(d_ff), 1, 0.0, activation=activation),
+        lambda d_model, d_ff: reference.FeedForward(d_model, d_ff=d_ff, activation=activation),
         claim,
     )
 

@@ -15,13 +15,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from .._accuracy import PLENTY, WrongResultError, limit, worst
 from .architectures import LAYERS, Architecture, count_parameters, disagreement, state
 from .settings import Settings
 
 COMPILED_BY_DEFAULT = ("gelu", "swiglu", "gated_ffn")
-# Times eager's own error against float64, and never below a few roundings: on few tokens eager may be lucky.
-ERROR_FACTOR = 3.0
-ERROR_FLOOR = 8 * torch.finfo(torch.float32).eps
 WARM_UPS = 2
 # torch.compile keeps one entry per layer instance and grad mode for a forward shared by all; its default limit is 8.
 RECOMPILE_LIMIT = 64
@@ -140,16 +138,18 @@ def _forward(layer: nn.Module, x: Tensor) -> Call:
     return call
 
 
-def _inputs(settings: Settings) -> tuple[Tensor, Tensor]:
-    """``x`` and the gradient of the output, both [T, D]."""
+def _inputs(settings: Settings, least: int = 1) -> tuple[Tensor, Tensor]:
+    """``x`` and the gradient of the output, both [T, D], of at least ``least`` numbers each."""
     generator = torch.Generator().manual_seed(0)
-    shape = (settings.layer.tokens, settings.layer.d_model)
+    D = settings.layer.d_model
+    shape = (max(settings.layer.tokens, -(-least // D)), D)
     x, dy = (torch.randn(shape, generator=generator) for _ in range(2))
     return x.to(settings.device), dy.to(settings.device)
 
 
-def prepare(architecture: Architecture, settings: Settings, x: Tensor, dy: Tensor) -> Prepared:
+def prepare(architecture: Architecture, settings: Settings) -> Prepared:
     """Build the providers and keep those that agree; a fused layer that does not is marked refused."""
+    x, dy = _inputs(settings, PLENTY)
     size, device = settings.layer, torch.device(settings.device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -166,8 +166,9 @@ def prepare(architecture: Architecture, settings: Settings, x: Tensor, dy: Tenso
         fused.load_state_dict(state(eager))
     exact_layer.load_state_dict(eager.state_dict())
     exact = _gradients(exact_layer, x.double(), dy.double())
-    errors = {"eager": _error(_gradients(eager, x, dy), exact)}
-    limit = max(ERROR_FACTOR * errors["eager"], ERROR_FLOOR)
+    plain = _gradients(eager, x, dy)
+    errors = {"eager": _error(plain, exact)}
+    limits = [limit(ours, right) for ours, right in zip(plain, exact, strict=True)]
     if architecture.key in compiled_keys(settings.compile):
         compiled = torch.compile(eager)
         assert isinstance(compiled, nn.Module)
@@ -178,17 +179,18 @@ def prepare(architecture: Architecture, settings: Settings, x: Tensor, dy: Tenso
         )
     for name in [n for n in layers if n != "eager"]:
         try:
-            errors[name] = _error(_gradients(layers[name], x, dy), exact)
+            found = _gradients(layers[name], x, dy)
+            errors[name] = _error(found, exact)
+            worst(("y", "d_x"), found, exact, limits)
+        except WrongResultError as wrong:
+            result.refused = result.refused or name == "fused"
+            result.notes.append(f"{name} refused, against float64: {wrong}")
+            del layers[name]
         except Exception as error:  # torch.compile fails in many ways (no compiler, no Triton); the rest goes on
             if name != "compile":
                 raise
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             result.notes.append(f"torch.compile failed: {reason}")
-            del layers[name]
-            continue
-        if not errors[name] <= limit:
-            result.refused = result.refused or name == "fused"
-            result.notes.append(f"{name} refused: error {errors[name]:.1e} against float64, limit {limit:.1e}")
             del layers[name]
     return Prepared(layers, errors, result)
 
@@ -203,10 +205,10 @@ def measure(settings: Settings, advance: Call) -> list[LayerResult]:
     x, dy = _inputs(settings)
     prepared: dict[str, Prepared] = {}
     # one setting's name differs between the torch versions served
-    limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
-    with torch._dynamo.config.patch({limit: RECOMPILE_LIMIT}):
+    most = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
+    with torch._dynamo.config.patch({most: RECOMPILE_LIMIT}):
         for architecture in LAYERS:
-            prepared[architecture.key] = prepare(architecture, settings, x, dy)
+            prepared[architecture.key] = prepare(architecture, settings)
             advance()
         layers = {(key, name): layer for key, p in prepared.items() for name, layer in p.layers.items()}
         forward_calls = {at: _forward(layer, x) for at, layer in layers.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,15 +12,15 @@ from torch.nn import functional as F
 from .. import _checks as check
 from .._gate import Gate, as_gate, check_gate
 from .._library import differentiable, fake, vmap_by_loop
-from ._gated_act import act_tangent, gated_act, gated_act_backward, gated_act_double_backward, gated_act_op
+from ._gated_act import act_tangent, gated_act, gated_act_op
 from ._shared import (
     autocast,
     backward_tangents,
     dense,
+    double_backward,
     fold,
     given,
     halves,
-    joined,
     linear_cotangent,
     needs_grad,
     not_asked_for,
@@ -245,62 +246,14 @@ def _ffn_backward_setup(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _ffn_double_backward(ctx: Any, *grads: Tensor | None) -> Any:
-    """Differentiates the backward, with gate and up as functions of x, weights and biases."""
-    d_y, x, w_in, w_up, w_down, b_in, b_up, gate, up = ctx.saved_tensors
-    dd_x, dd_w_in, dd_w_up, dd_w_down, dd_b_in, dd_b_up, dd_b_down = (given(g) for g in grads)
-    fused = ctx.gated and w_up is None
-    w_g, w_u = halves(w_in, ctx.interleaved) if fused else (w_in, w_up)
-    if fused:
-        dd_w_in, dd_w_up = halves(dd_w_in, ctx.interleaved)
-        dd_b_in, dd_b_up = halves(dd_b_in, ctx.interleaved)
-    if gate.dim() == 1:  # not saved
-        b_g, b_u = halves(b_in, ctx.interleaved) if fused else (b_in, b_up)
-        gate = F.linear(x, w_g, b_g)
-        up = None if w_u is None else F.linear(x, w_u, b_u)
-    elif w_u is None:
-        up = None
-    act = ctx.form
+    d_y, *inputs = ctx.saved_tensors[:7]
+    directions = [given(grad) for grad in grads]
 
-    d_h = d_y @ w_down
-    d_g, d_u = gated_act_backward(d_h, gate, up, *act, [True, True])
-    dd_g = linear_cotangent(x, w_g, dd_x, dd_w_in, dd_b_in)
-    dd_u = None if w_u is None else linear_cotangent(x, w_u, dd_x, dd_w_up, dd_b_up)
-    by_d_h, by_g, by_u = gated_act_double_backward(dd_g, dd_u, d_h, gate, up, *act)
-    by_d_y = by_d_h @ w_down.t()
-    if dd_w_down is not None:  # d_w_down = d_y^T h
-        by_d_y = by_d_y + gated_act_op(gate, up, *act) @ dd_w_down.t()
-        more_g, more_u = gated_act_backward(d_y @ dd_w_down, gate, up, *act, [True, True])
-        by_g = by_g + more_g
-        by_u = by_u if w_u is None else by_u + more_u
-    if dd_b_down is not None:
-        by_d_y = by_d_y + dd_b_down
+    def along(inputs: Sequence[Any]) -> Tensor:
+        return _along(ctx, inputs, directions)
 
-    def by_linear(by_z: Tensor, d_z: Tensor, weight: Tensor, dd_w: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        by_x, by_w = by_z @ weight, by_z.t() @ x
-        if dd_w is not None:
-            by_x = by_x + d_z @ dd_w
-        if dd_x is not None:
-            by_w = by_w + d_z.t() @ dd_x
-        return by_x, by_w, by_z.sum(0)
-
-    by_x, by_w_in, by_b_in = by_linear(by_g, d_g, w_g, dd_w_in)
-    by_w_up = by_b_up = None
-    if w_u is not None:
-        by_x_up, by_w_up, by_b_up = by_linear(by_u, d_u, w_u, dd_w_up)
-        by_x = by_x + by_x_up
-        if fused:
-            by_w_in, by_w_up = joined(by_w_in, by_w_up, ctx.interleaved), None
-            by_b_in, by_b_up = joined(by_b_in, by_b_up, ctx.interleaved), None
-    return (
-        by_d_y,
-        by_x,
-        by_w_in,
-        by_w_up,
-        d_y.t() @ by_d_h,
-        by_b_in if b_in is not None else None,
-        by_b_up if b_up is not None else None,
-        *(None,) * 7,
-    )
+    by_d_y, by = double_backward(ctx, along, d_y, inputs, directions, ctx.needs_input_grad[1:7])
+    return by_d_y, *by
 
 
 def _ffn_backward_tangent(ctx: Any, *tangents: Any) -> Any:
@@ -311,20 +264,23 @@ def _ffn_backward_tangent(ctx: Any, *tangents: Any) -> Any:
 
 
 def _ffn_tangent(ctx: Any, *tangents: Any) -> Any:
-    x, w_in, w_up, w_down, b_in, b_up, _gate, _up = ctx.saved_tensors
-    x_t, w_in_t, w_up_t, w_down_t, b_in_t, b_up_t, b_down_t = tangents[:7]
-    fused = ctx.gated and w_up is None
-    w_g, w_u = halves(w_in, ctx.interleaved) if fused else (w_in, w_up)
-    b_g, b_u = halves(b_in, ctx.interleaved) if fused else (b_in, b_up)
-    gate = F.linear(x, w_g, b_g)  # the saved one is a constant to other levels
-    up = None if w_u is None else F.linear(x, w_u, b_u)
-    if fused:
+    return _along(ctx, ctx.saved_tensors[:6], tangents[:7]), None, None
+
+
+def _along(ctx: Any, inputs: Sequence[Any], directions: Sequence[Any]) -> Tensor:
+    """The tangent of the output. It computes the pre-activations again: the saved ones are constants to autograd."""
+    x, w_in, w_up, w_down, b_in, b_up = inputs
+    x_t, w_in_t, w_up_t, w_down_t, b_in_t, b_up_t, b_down_t = directions
+    if ctx.gated and w_up is None:
+        (w_in, w_up), (b_in, b_up) = (halves(t, ctx.interleaved) for t in (w_in, b_in))
         (w_in_t, w_up_t), (b_in_t, b_up_t) = (halves(t, ctx.interleaved) for t in (w_in_t, b_in_t))
-    gate_t = linear_cotangent(x, w_g, x_t, w_in_t, b_in_t)
-    up_t = None if w_u is None else linear_cotangent(x, w_u, x_t, w_up_t, b_up_t)
+    gate = F.linear(x, w_in, b_in)
+    up = None if w_up is None else F.linear(x, w_up, b_up)
+    gate_t = linear_cotangent(x, w_in, x_t, w_in_t, b_in_t)
+    up_t = None if w_up is None else linear_cotangent(x, w_up, x_t, w_up_t, b_up_t)
     h_t = act_tangent(gate, up, ctx.form, gate_t, up_t)
     h = h_t if w_down_t is None else gated_act_op(gate, up, *ctx.form)
-    return linear_cotangent(h, w_down, h_t, w_down_t, b_down_t), None, None
+    return linear_cotangent(h, w_down, h_t, w_down_t, b_down_t)
 
 
 _ffn_backward = differentiable("ffn_backward", _ffn_backward_setup, _ffn_double_backward, _ffn_backward_tangent)

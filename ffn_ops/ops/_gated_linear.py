@@ -13,11 +13,12 @@ from torch.nn import functional as F
 from .. import _checks as check
 from .._gate import Gate, as_gate, check_gate
 from .._library import differentiable, fake, vmap_by_loop
-from ._gated_act import act_tangent, gated_act, gated_act_backward, gated_act_double_backward
+from ._gated_act import act_tangent, gated_act
 from ._shared import (
     autocast,
     backward_tangents,
     dense,
+    double_backward,
     fold,
     given,
     linear_cotangent,
@@ -193,30 +194,20 @@ def _gated_linear_backward_setup(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _gated_linear_double_backward(ctx: Any, *grads: Tensor | None) -> Any:
-    """Differentiates the backward, with gate and up as functions of x, weights and biases."""
-    d_y, x, gate, up, *weights = ctx.saved_tensors
-    G, _G, gate_biases, up_biases = ctx.lengths
-    w_gate, w_up, *_ = _lists(weights, ctx.lengths)
-    dd_x, dd_w_gate, dd_w_up, dd_b_gate, dd_b_up = (given(g) for g in grads)
-    by_d_y, by_x = torch.zeros_like(d_y), torch.zeros_like(x)
-    by_w_gate, by_w_up, by_b_gate, by_b_up = [], [], [], []
-    for i in range(G):
-        part = [None if t is None else t[i] for t in (dd_w_gate, dd_w_up, dd_b_gate, dd_b_up)]
-        dd_g = linear_cotangent(x, w_gate[i], dd_x, part[0], part[2])
-        dd_u = linear_cotangent(x, w_up[i], dd_x, part[1], part[3])
-        d_g, d_u = gated_act_backward(d_y, gate[i], up[i], *ctx.form, [True, True])
-        by_d, by_g, by_u = gated_act_double_backward(dd_g, dd_u, d_y, gate[i], up[i], *ctx.form)
-        by_d_y = by_d_y + by_d
-        by_x = by_x + by_g @ w_gate[i] + by_u @ w_up[i]
-        if part[0] is not None:
-            by_x = by_x + d_g @ part[0]
-        if part[1] is not None:
-            by_x = by_x + d_u @ part[1]
-        by_w_gate.append(by_g.t() @ x if dd_x is None else by_g.t() @ x + d_g.t() @ dd_x)
-        by_w_up.append(by_u.t() @ x if dd_x is None else by_u.t() @ x + d_u.t() @ dd_x)
-        by_b_gate.append(by_g.sum(0))
-        by_b_up.append(by_u.sum(0))
-    return by_d_y, by_x, by_w_gate, by_w_up, by_b_gate[:gate_biases], by_b_up[:up_biases], *(None,) * 5
+    d_y, x, _gate, _up, *others = ctx.saved_tensors
+    x_t, *stacked = (given(grad) for grad in grads)
+    lists_t: list[list[Any]] = [
+        [None] * n if t is None else list(t.unbind(0)) for t, n in zip(stacked, ctx.lengths, strict=True)
+    ]
+
+    def along(inputs: Sequence[Any]) -> Tensor:
+        return _along(inputs[0], _lists(inputs[1:], ctx.lengths), x_t, lists_t, ctx.form)
+
+    needs = [ctx.needs_input_grad[1]]
+    for each, length in zip(ctx.needs_input_grad[2:6], ctx.lengths, strict=True):
+        needs.extend(each if isinstance(each, list) else [each] * length)
+    by_d_y, (by_x, *by_others) = double_backward(ctx, along, d_y, [x, *others], [x_t, *stacked], needs)
+    return by_d_y, by_x, *_lists(by_others, ctx.lengths)
 
 
 def _gated_linear_backward_tangent(ctx: Any, d_t: Tensor | None, *tangents: Any) -> Any:
@@ -242,16 +233,21 @@ def _stacked(tangents: Sequence[Tensor | None], like: Sequence[Tensor]) -> Tenso
 
 def _gated_linear_tangent(ctx: Any, x_t: Tensor | None, *lists_t: Any) -> Any:
     x, _gate, _up, *others = ctx.saved_tensors
-    w_gate, w_up, b_gate, b_up = _lists(others, ctx.lengths)
-    w_gate_t, w_up_t, b_gate_t, b_up_t = lists_t[:4]
+    return _along(x, _lists(others, ctx.lengths), x_t, lists_t[:4], ctx.form), None, None
+
+
+def _along(x: Tensor, lists: Sequence[Any], x_t: Tensor | None, lists_t: Sequence[Any], form: Sequence[Any]) -> Any:
+    """The tangent of the output. It computes the pre-activations again: the saved ones are constants to autograd."""
+    w_gate, w_up, b_gate, b_up = lists
+    w_gate_t, w_up_t, b_gate_t, b_up_t = lists_t
     y_t = None
     for i in range(len(w_gate)):
-        gate = F.linear(x, w_gate[i], b_gate[i] if b_gate else None)  # the saved one is a constant to other levels
+        gate = F.linear(x, w_gate[i], b_gate[i] if b_gate else None)
         up = F.linear(x, w_up[i], b_up[i] if b_up else None)
         gate_t = linear_cotangent(x, w_gate[i], x_t, w_gate_t[i], b_gate_t[i] if b_gate else None)
         up_t = linear_cotangent(x, w_up[i], x_t, w_up_t[i], b_up_t[i] if b_up else None)
-        y_t = plus(y_t, act_tangent(gate, up, ctx.form, gate_t, up_t))
-    return y_t, None, None
+        y_t = plus(y_t, act_tangent(gate, up, form, gate_t, up_t))
+    return y_t
 
 
 _gated_linear_backward = differentiable(

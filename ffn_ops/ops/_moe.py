@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import _checks as check
 from .._gate import Gate, as_gate, check_gate
 from .._library import differentiable, fake, vmap_by_loop
-from ._moe_derivatives import moe_double_backward, moe_tangent
+from ._moe_derivatives import PLACES, moe_double_backward, moe_tangent
 from ._rows import check_routing
 from ._shared import arithmetic, autocast, backward_tangents, dense, fold, needs_grad, not_asked_for
 
@@ -232,17 +232,13 @@ def _moe_setup(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(*tensors, gate, up)
 
 
-# Places of x, weight, w_in, w_down, b_in and b_down among the arguments of moe.
-_PLACES = (0, 2, 6, 7, 8, 9)
-
-
 def _moe_backward_formula(ctx: Any, d_y: Tensor | None, _gate: Any, _up: Any) -> Any:
     result: list[Any] = [None] * 15
     if d_y is None:
         return tuple(result)
-    needs = [ctx.needs_input_grad[place] for place in _PLACES]
+    needs = [ctx.needs_input_grad[place] for place in PLACES]
     grads = moe_backward_op(d_y, *ctx.saved_tensors, ctx.gated, ctx.interleaved, *ctx.form, needs)
-    for place, grad, need in zip(_PLACES, grads, needs, strict=True):
+    for place, grad, need in zip(PLACES, grads, needs, strict=True):
         result[place] = grad if need else None
     return tuple(result)
 
@@ -259,7 +255,7 @@ def _moe_backward_tangent(ctx: Any, *tangents: Any) -> Any:
     def again(d: Tensor) -> Any:
         return moe_backward_op(d, *ctx.saved_tensors[1:], ctx.gated, ctx.interleaved, *ctx.form, ctx.needs)
 
-    return backward_tangents(ctx, tangents, again, moe_double_backward, [1 + place for place in _PLACES])
+    return backward_tangents(ctx, tangents, again, moe_double_backward, [1 + place for place in PLACES])
 
 
 moe_backward_op = differentiable("moe_backward", _moe_backward_setup, moe_double_backward, _moe_backward_tangent)

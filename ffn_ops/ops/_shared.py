@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.eager_transforms import enable_inplace_requires_grad
+
+from .._library import GRADS_BATCHED, ContextWith
 
 
 def fold(x: Tensor) -> Tensor:
@@ -86,6 +89,50 @@ def linear_cotangent(
     return total if dd_b is None else total + dd_b
 
 
+def double_backward(
+    ctx: Any,
+    along: Callable[[Sequence[Any]], Tensor],
+    d: Tensor,
+    inputs: Sequence[Tensor | None],
+    directions: Sequence[Tensor | None],
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """Differentiates the gradients of <d, f(inputs)>, f an operator: gives the derivatives by d and by each input.
+
+    The cotangents of those gradients, ``directions``, are a direction in the space of the inputs, and ``along(inputs)``
+    is the tangent of f in it. The derivative by d is that tangent. Those by the inputs are the gradient of
+    <d, tangent>, as Hessians are symmetric: autograd finds it, through the functions of which ``along`` consists.
+    """
+    places = [i for i, (t, need) in enumerate(zip(inputs, needs, strict=True)) if need and t is not None]
+    if all(t is None for t in directions):
+        return None, [None] * len(inputs)
+    if not places:
+        return along(inputs), [None] * len(inputs)
+
+    def of_needed(*needed: Tensor) -> Tensor:
+        values = dict(zip(places, needed, strict=True))
+        return along([values.get(i, t) for i, t in enumerate(inputs)])
+
+    needed: list[Any] = [inputs[place] for place in places]
+    grads: Sequence[Any] = [None] * len(needed)
+    batched = torch._C._dispatch_tls_is_dispatch_key_included(GRADS_BATCHED)
+    if not getattr(ctx, "in_forward_mode", False) and (batched or torch._C._are_functorch_transforms_active()):
+        # In reach of vmap, which torch.autograd.grad refuses; and saved tensors may be those of a level that has ended.
+        tangent, pull = torch.func.vjp(of_needed, *needed)  # type: ignore[misc]
+        grads = pull(d, retain_graph=False)
+    else:  # torch.func.vjp fails within forward mode and under hooks on saved tensors, and takes small layers longer
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad(), enable_inplace_requires_grad(True):
+            needed = [t.view_as(t) for t in needed]  # one input may be a function of another
+            needed = [t if t.requires_grad else t.requires_grad_() for t in needed]
+            tangent = of_needed(*needed)
+            if tangent.requires_grad:
+                grads = torch.autograd.grad(tangent, needed, d, create_graph=create_graph, allow_unused=True)
+        tangent = tangent if create_graph else tangent.detach()
+    found = dict(zip(places, grads, strict=True))
+    return tangent, [found.get(i) for i in range(len(inputs))]
+
+
 def plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a + b
 
@@ -107,7 +154,7 @@ def backward_tangents(
     of_d: Sequence[Tensor | None] = [None] * len(places) if tangents[0] is None else again(tangents[0])
     by: Sequence[Any] = ()
     if any(t is not None for t in given):
-        by = second(ctx, *given)
+        by = second(ContextWith(ctx, needs_input_grad=[True] * len(tangents), in_forward_mode=True), *given)
     result: list[Tensor | None] = []
     zeros: Sequence[Tensor] = ()
     for i, (place, need) in enumerate(zip(places, ctx.needs, strict=True)):
