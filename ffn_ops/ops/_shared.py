@@ -39,10 +39,6 @@ def halves(rows: Tensor | None, interleaved: bool) -> tuple[Any, Any]:
     return (rows[::2], rows[1::2]) if interleaved else (rows[: len(rows) // 2], rows[len(rows) // 2 :])
 
 
-def joined(gate: Tensor, up: Tensor, interleaved: bool) -> Tensor:
-    return torch.stack((gate, up), 1).flatten(0, 1) if interleaved else torch.cat((gate, up))
-
-
 def arithmetic(t: Tensor) -> torch.dtype:
     """What a tensor is computed in, and what its routing weights are."""
     return torch.float64 if t.dtype is torch.float64 else torch.float32
