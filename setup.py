@@ -150,10 +150,11 @@ class BuildLibraries(build_ext):
             versions.update({name: os.environ.get(name, "") for name in NVCC_ENVIRONMENT})
             libraries.append(cuda_library(versions, choice.archs))
         build = Build(ROOT, places, int(os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0))))
-        with build.alone(OBJECTS):
-            compiled = build.run([step for compile_steps, _ in libraries for step in compile_steps])
-            build.run([link for _, link in libraries])
-        print(f"ffn_ops: {len(compiled)} of {sum(len(steps) for steps, _ in libraries)} objects compiled")
+        for compile_steps, link in libraries:
+            with build.alone(f"{link.output}.lock"):
+                compiled = build.run(compile_steps)
+                build.run([link])
+            print(f"ffn_ops: {len(compiled)} of {len(compile_steps)} objects of {Path(link.output).name} compiled")
         return [ROOT / link.output for _, link in libraries], record
 
     def install(self, folder, made, record):

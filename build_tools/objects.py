@@ -56,11 +56,11 @@ class Build:
         return [step.output for step in stale]
 
     @contextmanager
-    def alone(self, folder: str) -> Iterator[None]:
-        """Until the other build of the same tree has ended."""
-        (self.root / folder).mkdir(parents=True, exist_ok=True)
-        with (self.root / folder / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    def alone(self, lock: str) -> Iterator[None]:
+        """Once another build of the same in this tree has ended."""
+        (self.root / lock).parent.mkdir(parents=True, exist_ok=True)
+        with (self.root / lock).open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
     def _record(self, step: Step) -> Path:

@@ -50,7 +50,7 @@ class Tree:
         objects = ("build/one.o", "build/two.o")
         link = Step("build/lib.so", (*CXX, "-shared", *objects, "-o", "build/lib.so"), objects, {}, compiles=False)
         build = Build(self.root, {"torch": str(self.elsewhere)}, jobs=2)
-        with build.alone("build"):
+        with build.alone("build/lock"):
             return [Path(made).name for made in build.run([compiled("one"), compiled("two")]) + build.run([link])]
 
 
@@ -204,3 +204,11 @@ def test_torch_is_found_from_an_isolated_environment(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     found = environment.find_torch()
     assert found == Torch(Path(torch.__file__).parent, str(torch.__version__), torch.version.cuda)
+
+
+def test_pre_commit_runs_the_pinned_linters() -> None:
+    pins = (ROOT / "pyproject.toml").read_text()
+    hooks = dict(re.findall(r"repo: \S+/(\S+)\n\s+rev: v(\S+)", (ROOT / ".pre-commit-config.yaml").read_text()))
+    assert hooks.keys() == {"ruff-pre-commit", "mirrors-clang-format"}
+    assert f'"ruff=={hooks["ruff-pre-commit"]}"' in pins
+    assert f'"clang-format=={hooks["mirrors-clang-format"]}"' in pins
