@@ -85,7 +85,7 @@ class Build:
         output.parent.mkdir(parents=True, exist_ok=True)
         self._record(step).unlink(missing_ok=True)
         read = f"{step.output}.d"
-        command = [re.sub(r"\{(\w+)\}", lambda m: self.places[m[1]], word) for word in step.command]
+        command = [re.sub(r"\{(\w+)\}", lambda m: self.places[str(m[1])], word) for word in step.command]
         command += ["-MMD", "-MF", read] if step.compiles else []
         before = self._contents(step.inputs)
         done = subprocess.run(command, cwd=self.root, capture_output=True, text=True)
