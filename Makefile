@@ -73,11 +73,11 @@ simt:
 
 # Compiles every CUDA source for each architecture (no GPU needed) and says how many registers each kernel takes.
 cuda:
-	rm -rf build/cuda build/temp*/csrc/cuda
 	mkdir -p build/cuda
 	FFN_OPS_CUDA=1 FFN_OPS_NVCCFLAGS=-Xptxas=-v $(PYTHON) setup.py build_ext --build-lib build/cuda > build/cuda/log 2>&1 || \
 	  { tail -n 40 build/cuda/log; exit 1; }
-	$(PYTHON) tests/cuda_registers.py build/cuda/log
+	cat build/objects/csrc/cuda/*.cu.o.log > build/cuda/registers
+	$(PYTHON) tests/cuda_registers.py build/cuda/registers
 
 # The grouped products alone, for a Hopper GPU; see benchmarks/products.cu.
 products:

@@ -12,12 +12,11 @@ from ._info import info
 from ._memory import empty_cache, set_cache_limit
 from ._replace import ReplaceEntry, ReplaceReport, replace, replace_report, restore
 from ._upcycle import upcycle
+from ._version import __version__ as __version__
 from .modules import GELUFFN, GLU, FeedForward, GatedFFN, PlainFFN, ReLUFFN, SwishFFN
 from .moe_ffn import MoEFFN
 from .ops import activations, ffn, gated_act, gated_linear, moe, moe_combine, moe_dispatch, moe_experts, route_linear
 from .routing import Routing
-
-__version__ = "0.1.0"
 
 __all__ = [
     "GELUFFN",

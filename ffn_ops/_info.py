@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import platform
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ._library import CUDA_ABSENT, cuda_build
+from ._version import __version__
 
 
 def _cpu_name() -> str:
@@ -37,12 +37,8 @@ def info() -> dict[str, Any]:
         (16-bit layers go through torch's products), ``threads``, ``cuda`` (the CUDA library's architectures, or why
         there is none).
     """
-    try:
-        version = metadata.version("ffn_ops")
-    except metadata.PackageNotFoundError:
-        version = "not installed"
     return {
-        "version": version,
+        "version": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "cpu": _cpu_name(),

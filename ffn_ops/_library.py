@@ -20,6 +20,7 @@ from . import _checks as check
 
 LIBRARY = Path(__file__).with_name("libffn_ops_cpu.so")
 CUDA_LIBRARY = Path(__file__).with_name("libffn_ops_cuda.so")
+HOW_TO_GET_CUDA = "Run `FFN_OPS_CUDA=1 pip install -e .` in the source folder, with a CUDA toolkit, to build it."
 CUDA_BUILD = Path(__file__).with_name("cuda_build.json")  # what setup.py built, or why not, and how large
 
 
@@ -46,7 +47,7 @@ def _load() -> None:
 def _load_cuda() -> str | None:
     """Adds the CUDA kernels, for which neither a GPU nor its driver is needed. Returns why there are none, or None."""
     if not CUDA_LIBRARY.exists():
-        return f"not built: {cuda_build().get('reason', 'nothing is known about the build')}"
+        return f"not built: {cuda_build().get('reason', 'nothing is known about the build')}. {HOW_TO_GET_CUDA}"
     wrong = _wrong_size(CUDA_LIBRARY)
     if wrong is not None:
         return f"does not load: {wrong}"
