@@ -1,4 +1,4 @@
-"""Routers: functions from logits ``[T, E]`` to a :class:`Routing`. One file each; any callable that gives a Routing
+"""Routers: functions from logits ``[T, E]`` to a :class:`ffn_ops.Routing`. One file each; any callable that gives a Routing
 will do in their place.
 
 z are the logits in float32 (float64 for float64), p = softmax(z). Ties go to the lowest index; NaN logits rank last and

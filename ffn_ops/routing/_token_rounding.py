@@ -27,7 +27,7 @@ def token_rounding(
         mask: see :func:`top_k`; padded tokens join no expert, so a count may then be lower.
 
     Returns:
-        A :class:`Routing` with R = T * k + E * min(tile // 2, T).
+        A :class:`ffn_ops.Routing` with R = T * k + E * min(tile // 2, T).
 
     Source: SonicMoE (2025), token rounding.
     """

@@ -40,11 +40,11 @@ def top_k(
         scale: factor of all weights.
         capacity_factor, min_capacity: an expert takes at most ``C = ceil(capacity_factor * T * k / E)`` rows, at least
             ``min_capacity``, at most T; the others are dropped. None: dropless.
-        drop: see :meth:`Routing.from_topk`.
+        drop: see :meth:`ffn_ops.Routing.from_topk`.
         mask: bool, one for each token, False for padding: no rows, no part in C's queue.
 
     Returns:
-        A :class:`Routing` with R = T * k. The gradient of the weights reaches the logits through the chosen entries.
+        A :class:`ffn_ops.Routing` with R = T * k. The gradient of the weights reaches the logits through the chosen entries.
 
     Raises:
         TypeError, ValueError: name of the argument, what was expected and what came.
