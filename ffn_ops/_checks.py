@@ -139,7 +139,7 @@ def routing(value: Any, like: Tensor | None = None, of: str = "x") -> None:
     indices("routing.row", value.row, (rows,))
     if not isinstance(value.weight, Tensor) or value.weight.dtype not in DTYPES:
         got = _dtype(value.weight) if isinstance(value.weight, Tensor) else type(value.weight).__name__
-        raise TypeError(f"routing.weight: expected a tensor of float32 or float64 (or 16 bits, widened), got {got}")
+        raise TypeError(f"routing.weight: expected a tensor of float32, float64, float16 or bfloat16, got {got}")
     _shape("routing.weight", value.weight, (rows,))
     for name in ("offsets", "slot_offsets"):
         if getattr(value, name).shape[0] < 1:
@@ -164,5 +164,5 @@ def leaf(module: Any, proxy: Proxy) -> Any:
     tracer: Any = proxy.tracer
     path = tracer.path_of_module(module)
     if not path:
-        raise TypeError(f"{type(module).__name__}: symbolic_trace takes it as a part of a model, not alone")
+        raise TypeError(f"{type(module).__name__}: torch.fx.symbolic_trace cannot trace this module alone; trace a model that contains it")
     return lambda *args, **kwargs: tracer.create_proxy("call_module", path, args, kwargs)

@@ -46,7 +46,7 @@ def upcycle(
     if not all(is_plain_linear(layer) for layer in layers):
         raise ValueError("ffn: expected plain nn.Linear children without adapters and hooks")
     if isinstance(ffn, FeedForward) and ffn.dropout.p > 0:
-        raise ValueError(f"ffn: expected dropout 0, which experts do not have, got {ffn.dropout.p}")
+        raise ValueError(f"ffn: expected dropout 0, because experts have no dropout, got {ffn.dropout.p}")
     if router is None:
         router = functools.partial(_top_k, k=top_k, renormalize=True)
     else:

@@ -211,8 +211,8 @@ def exchange(tensors: Sequence[Tensor], send: list[int] | None, receive: list[in
         return [collectives.wait_tensor(t) for t in pending]
     except RuntimeError as error:
         raise RuntimeError(
-            f"expert parallelism: an all-to-all of {group.size()} ranks failed: a rank ended or raised an error of its"
-            " own, came with other shapes, or did not come within the group's time limit"
+            f"expert parallelism: an all-to-all of {group.size()} ranks failed: a rank ended, raised an error of its"
+            " own, sent other shapes, or did not join within the group's time limit"
         ) from error
 
 

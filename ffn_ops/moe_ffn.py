@@ -327,8 +327,8 @@ def _check_local(router: Callable[..., Any] | None) -> None:
         router = router.func
     if router in (base, expert_choice):
         raise ValueError(
-            f"router: expected one that chooses for each token, got {router.__name__}, which weighs all tokens of the"
-            " batch against each other: with expert_mesh a rank has only its own"
+            f"router: expected one that chooses for each token, got {router.__name__}, which compares all tokens of the"
+            " batch: with expert_mesh a rank has only its own tokens"
         )
 
 

@@ -339,7 +339,7 @@ def _noise(m: Any, x: Tensor) -> Tensor:
 
 
 NO_ACTIVATION = "no activation"
-BETWEEN = "(act|1), a norm or an activation that learns, is between its linear children"
+BETWEEN = "(act|1), a norm or an activation with parameters, is between its linear children"
 OTHERS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "misplaced parenthesis": (Misplaced, ""),
     "clipped at 7": (lambda: LlamaLike(lambda z: F.silu(z.clamp(max=7.0))), NO_ACTIVATION),

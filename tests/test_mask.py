@@ -183,7 +183,7 @@ def test_hash_never_looks_at_padding() -> None:
             lambda ids=ids: routing.hash(ids, TABLE, E, mask=MASK),
             lambda ids=ids: routing.hash(ids[3:4], TABLE, E),
         ):
-            with pytest.raises(ValueError, match=f"token_ids: expected ids of 0 to 49 .*, got {bad}"):
+            with pytest.raises(ValueError, match=f"token_ids: expected ids from 0 to 49 .*, got {bad}"):
                 call()
     layer = ffn_ops.MoEFFN(D, 7, E, router=lambda z, token_ids, mask: routing.hash(token_ids, TABLE, E, mask=mask))
     assert not copy.deepcopy(layer)(torch.randn(T, D), token_ids=TOKEN_IDS, mask=MASK)[~MASK].any()

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import ffn_ops
 
 transformers = pytest.importorskip("transformers")
-NO_ACTIVATION = "no activation that the operators have gives what it computes between its linear children"
+NO_ACTIVATION = "no activation of the operators matches what it computes between its linear children"
 
 
 class Attention(nn.Module):
@@ -150,15 +150,15 @@ REFUSED = {
     "nested sequences": (lambda: nn.Sequential(*Nested().children()), NO_ACTIVATION),
     "a norm between": (
         lambda: nn.Sequential(nn.Linear(D, 20), nn.GELU(), nn.LayerNorm(20), nn.Linear(20, D)),
-        "2, a norm or an activation that learns, is between its linear children",
+        "2, a norm or an activation with parameters, is between its linear children",
     ),
     "an activation that learns": (
         lambda: nn.Sequential(nn.Linear(D, 20), nn.PReLU(), nn.Linear(20, D)),
-        "1, a norm or an activation that learns, is between its linear children",
+        "1, a norm or an activation with parameters, is between its linear children",
     ),
     "three layers": (
         lambda: nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, D), nn.ReLU(), nn.Linear(D, D)),
-        "4 is one linear layer more than an FFN has",
+        "4 is an additional linear layer",
     ),
     "two tensors": (
         lambda: TwoTensors(nn.GELU()),

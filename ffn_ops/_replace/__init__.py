@@ -222,7 +222,7 @@ def _swap(site: _Site, plan: Plan) -> bool:
             original: Any = original_class(site.layer)
             site.layer.__class__ = fused_class(original, site.method, plan.part)
         elif getattr(kind, FUSES) != (site.method, plan.part):
-            raise TypeError(f"{kind.__name__} is another library's, above a class that fuses something else")
+            raise TypeError(f"{kind.__name__} is another library's subclass of a class that fuses other children")
     except TypeError as error:  # classes of another memory layout, or that refuse subclasses
         _log.warning("%s is left alone: its class cannot be replaced: %s", site.path, error)
         return False

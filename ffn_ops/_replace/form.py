@@ -103,19 +103,19 @@ def explain(trace: Trace, known: Form | None = None) -> Form:
         if events[0].kind == "linear":
             break
         if events[0].kind == "other":
-            raise ProbeError(f"{events[0].path}, which goes first, may give another shape than it is given")
+            raise ProbeError(f"{events[0].path}, the first step, may change the shape")
         head.append(events[0].path)
         x = events.pop(0).output
     first = []
     while events and events[0].kind == "linear" and _same(events[0].input, x):
         first.append(events.pop(0))
     if not first:
-        raise ProbeError("no linear child is called with its input")
+        raise ProbeError("no linear child is called with the layer's input")
     dropout = None
     if len(events) > 1 and events[0].kind == "dropout" and events[1].kind == "linear":
         dropout = events.pop(0)
         if not _same(events[0].input, dropout.output):
-            raise ProbeError(f"{events[0].path} is not called with what {dropout.path} gives")
+            raise ProbeError(f"{events[0].path} is not called with the output of {dropout.path}")
     down = events.pop(0) if events and events[0].kind == "linear" else None
     # What the activation and the gate gave is the input of whoever comes next.
     following = dropout or down or (events[0] if events else None)
@@ -135,8 +135,8 @@ def explain(trace: Trace, known: Form | None = None) -> Form:
         ups = tuple([first[i].path for i in found.ups])
     if down is None and not (ups and len(gates) >= 1):
         if any(event.kind == "linear" for event in events):
-            raise ProbeError(f"{events[0].path}, a norm or an activation that learns, is between its linear children")
-        raise ProbeError("it has an activation behind one linear child, and no second one")
+            raise ProbeError(f"{events[0].path}, a norm or an activation with parameters, is between its linear children")
+        raise ProbeError("an activation follows one linear child, and there is no second one")
     paths = [event.path for event in first] + ([down.path] if down else [])
     if len(set(paths)) != len(paths):
         raise ProbeError("it calls a child twice")
@@ -151,7 +151,7 @@ def explain(trace: Trace, known: Form | None = None) -> Form:
 def explain_between(first: Event, last: Event, run: Sequence[str], known: Form | None) -> Form:
     """The form of ``last(act(first(x)))``, where a layer does more around them. Raises: ProbeError."""
     if first.output.shape != last.input.shape:
-        raise ProbeError(f"{last.path} is called with another shape than {first.path} gives")
+        raise ProbeError(f"{last.path} is called with another shape than {first.path} returns")
     found = _activation(last.input, [first.output.double()], _act_of(known) if known else None)
     return Form((first.path,), (), last.path, None, False, *found.act, (), None, (), tuple(run), False)
 
@@ -171,15 +171,15 @@ def _tail(trace: Trace, events: Sequence[Event], value: Tensor) -> tuple[str, ..
         if not _same(event.input, value):
             if added or value.shape != trace.x.shape or not _same(event.input, value + trace.x):
                 if event.kind == "linear":
-                    raise ProbeError(f"{event.path} is one linear layer more than an FFN has")
-                raise ProbeError(f"{event.path} is called with something else than the result so far")
+                    raise ProbeError(f"{event.path} is an additional linear layer")
+                raise ProbeError(f"{event.path} is not called with the previous result")
             steps.append(ADD_INPUT)
             added = True
         steps.append(event.path)
         value = event.output
     if not _same(trace.y, value):
         if added or value.shape != trace.x.shape or not _same(trace.y, value + trace.x):
-            raise ProbeError("what it returns is not what its last child gave")
+            raise ProbeError("it does not return the output of its last child")
         steps.append(ADD_INPUT)
     return tuple(steps)
 
@@ -188,7 +188,7 @@ def _activation(hidden: Tensor, outputs: Sequence[Tensor], known: _Act | None) -
     """Which of the linear children's outputs are gates, which ups, and by which activation they give ``hidden``."""
     n = len(outputs)
     if any(output.shape != hidden.shape for output in outputs):
-        raise ProbeError("what follows its first linear children is of another shape than they give")
+        raise ProbeError("what follows its first linear children has another shape than their output")
     pairings: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
     if n == 1:
         pairings = [((0,), ())]
@@ -204,7 +204,7 @@ def _activation(hidden: Tensor, outputs: Sequence[Tensor], known: _Act | None) -
         for act in [known] if known else _candidates(hidden, pairs):
             if _fits(hidden, pairs, act):
                 return _Found(gates, ups, act)
-    raise ProbeError("no activation that the operators have gives what it computes between its linear children")
+    raise ProbeError("no activation of the operators matches what it computes between its linear children")
 
 
 def _candidates(hidden: Tensor, pairs: Sequence[tuple[Tensor, Tensor | None]]) -> Iterator[_Act]:

@@ -385,7 +385,7 @@ def _why_called(module: Any) -> str:
     if not isinstance(module, nn.Linear) and not _is_conv1d(module):
         return f"{type(module).__module__.split('.')[0]}'s {type(module).__name__}"
     if not is_unhooked(module):
-        return "hooks, or a forward of its own"
+        return "hooks, or a forward set on the instance"
     weight = module._parameters.get("weight")
     if type(weight) not in PLAIN_TENSORS:
         return "its weight is computed" if weight is None else f"its weight is a {type(weight).__name__}"

@@ -157,9 +157,9 @@ class Part:
             others = [x.clone() if self.given_again else None for _ in range(self.required)]
             probe.trace.y = getattr(hollow, self.method)(x, *others)
             if own.keys() != before.keys() or any(before[k] is not v for k, v in own.items()):
-                raise ProbeError("it sets attributes of its own when it is called")
+                raise ProbeError("it sets attributes of its own in its forward")
             if not torch.equal(x, probe.trace.x):
-                raise ProbeError("it writes into its input")
+                raise ProbeError("it modifies its input in place")
         return probe.trace
 
     def _check_alike(self, seen: Trace, parted: Trace, given: Event) -> None:

@@ -125,7 +125,7 @@ class _Stub(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
-            raise ProbeError(f"{self.path} is called with other arguments than one tensor")
+            raise ProbeError(f"{self.path} is called with arguments other than one tensor")
         given = args[0]
         width = given.shape[-1] if given.dim() else 0
         if self.shape is not None:
@@ -281,7 +281,7 @@ def trace(
         else:
             probe.trace.y = getattr(hollow, method)(x, **given)
         if not torch.equal(x, probe.trace.x):
-            raise ProbeError("it writes into its input")
+            raise ProbeError("it modifies its input in place")
     if not isinstance(probe.trace.y, Tensor):
         raise ProbeError(f"it returns a {type(probe.trace.y).__name__}, not one tensor")
     return probe.trace

@@ -208,7 +208,7 @@ def _recognise(layer: nn.Module, method: str, width: int, narrowest: int, reads:
     dtype = next((t.dtype for t in layer.parameters() if t.dtype in check.DTYPES), torch.float32)
     dtypes = tuple([each for each in check.DTYPES if holds(base, full(first, width), False, each)])
     if dtype not in dtypes:
-        return _Seen(None, f"in {str(dtype).removeprefix('torch.')} it computes something else than in float32")
+        return _Seen(None, f"in {str(dtype).removeprefix('torch.')} it computes something other than in float32")
     laid = [step[-1] for step in base.head if not isinstance(step, str)]  # rows side by side: how wide they are then
 
     def both(rank: int, width: int, training: bool = False) -> bool:
@@ -241,7 +241,7 @@ def _why_failed(layer: nn.Module, method: str, error: Exception) -> str:
         if not path or (method == "forward" and module._modules and linear_shape(module) is None):
             own = [name for name, value in (*module._parameters.items(), *module._buffers.items()) if value is not None]
             if own:
-                return f"it has a tensor of its own, {path}{'.' if path else ''}{own[0]}"
+                return f"it holds a tensor of its own, {path}{'.' if path else ''}{own[0]}"
     if isinstance(error, NotImplementedError) and 'required "forward"' in str(error):
         return "it has no forward: the layer around it calls its children"
     return f"{method} does not run with one tensor [..., D] alone: {_first_line(error)}"
@@ -290,6 +290,6 @@ def _check_stateless(layer: nn.Module, form: Form, own: bool = True) -> None:
         where = f"{path}." if path else ""
         for name, value in (*module._parameters.items(), *module._buffers.items(), *vars(module).items()):
             if isinstance(value, Tensor):
-                raise ProbeError(f"it has a tensor of its own, {where}{name}")
+                raise ProbeError(f"it holds a tensor of its own, {where}{name}")
         if path and not has_own_forward(module):
             raise ProbeError(f"{where}forward was set on the instance")

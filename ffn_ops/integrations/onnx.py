@@ -314,7 +314,7 @@ def _moe_sort(
 
 def _balanced_assignment(scores: Any, mask: Optional[Any] = None) -> Any:
     raise NotImplementedError(
-        "ffn_ops: BASE's balanced assignment has no translation to ONNX; in eval it takes the best"
+        "ffn_ops: BASE's balanced assignment has no translation to ONNX; call eval(), where it takes the best expert"
     )
 
 

@@ -132,4 +132,4 @@ def third_setup(ctx: Any, inputs: Any, output: Any) -> None:
 
 def third_order(ctx: Any, *grads: Any) -> Any:
     """Without this torch would only warn and drop the third derivative."""
-    raise NotImplementedError("ffn_ops: third derivatives are not implemented, gradients and their gradients are")
+    raise NotImplementedError("ffn_ops: third derivatives are not implemented; first and second derivatives are")

@@ -34,7 +34,7 @@ def expert_choice(
     if causal and not torch.compiler.is_compiling():
         warnings.warn(
             "expert_choice: a token's experts depend on later tokens, which leaks the future in causal models;"
-            " causal=False says that the data are not causal",
+            " pass causal=False if the data are not causal",
             UserWarning,
             stacklevel=2,
         )

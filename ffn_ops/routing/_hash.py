@@ -62,7 +62,7 @@ def hash(
 def _check_inside(tokens: Tensor, vocabulary: int) -> None:
     """An id below 0 would count from the table's end."""
     inside = (tokens >= 0) & (tokens < vocabulary)
-    wrong = f"token_ids: expected ids of 0 to {vocabulary - 1} where the mask is not False"
+    wrong = f"token_ids: expected ids from 0 to {vocabulary - 1} outside of padding"
     if tokens.is_cuda or not has_values(tokens):
         torch._assert_async(inside.all(), wrong)
     elif not torch._C._functorch.is_batchedtensor(inside) and not inside.all():  # else index_select says it

@@ -160,7 +160,7 @@ def mask_of(routing: Routing, mask: Any, tokens: Tensor) -> Tensor | None:
     if mask is None:
         return own
     mask = check_mask(mask, tokens)
-    wrong = "mask: expected the routing's own, which is what counts for it, or None; got another"
+    wrong = "mask: expected the routing's own mask or None, got another mask"
     if tokens.shape[0] and own is None:
         raise ValueError(f"{wrong}: the routing was made without one")
     if own is None:
