@@ -164,5 +164,8 @@ def leaf(module: Any, proxy: Proxy) -> Any:
     tracer: Any = proxy.tracer
     path = tracer.path_of_module(module)
     if not path:
-        raise TypeError(f"{type(module).__name__}: torch.fx.symbolic_trace cannot trace this module alone; trace a model that contains it")
+        raise TypeError(
+            f"{type(module).__name__}: torch.fx.symbolic_trace cannot trace this module alone; trace a model that"
+            " contains it"
+        )
     return lambda *args, **kwargs: tracer.create_proxy("call_module", path, args, kwargs)

@@ -36,6 +36,10 @@ def info() -> dict[str, Any]:
         ``version``, ``torch``, ``python``, ``cpu``, ``isa`` (chosen), ``isas`` (that this machine has), ``amx``
         (16-bit layers go through torch's products), ``threads``, ``cuda`` (the CUDA library's architectures, or why
         there is none).
+
+    Example:
+        >>> ffn_ops.info()["isa"] in ffn_ops.info()["isas"]
+        True
     """
     try:
         version = metadata.version("ffn_ops")

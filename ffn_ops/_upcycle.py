@@ -36,6 +36,10 @@ def upcycle(
         ValueError: for adapters, hooks or dropout in the layer, which experts do not have.
 
     Source: Komatsuzaki et al., Sparse Upcycling (2022).
+
+    Example:
+        >>> dense, x = ffn_ops.GELUFFN(8, 16), torch.randn(5, 8)
+        >>> torch.testing.assert_close(ffn_ops.upcycle(dense, num_experts=4)(x), dense(x))
     """
     check.positive("num_experts", num_experts)
     check.positive("top_k", top_k)

@@ -32,13 +32,24 @@ _UNIT = 64  # a message has a multiple of so many numbers, so that most that dif
 
 
 def experts_of(num_experts: int, ranks: int, rank: int) -> tuple[int, int]:
-    """First and last + 1 expert of a rank: ``Shard(0)``'s own rule, ceil(E / ranks) to each until none is left."""
+    """First and last + 1 expert of a rank: ``Shard(0)``'s own rule, ceil(E / ranks) to each until none is left.
+
+    Example:
+        >>> [ffn_ops.expert_parallel.experts_of(5, 4, rank) for rank in range(4)]
+        [(0, 2), (2, 4), (4, 5), (5, 5)]
+    """
     each = -(-num_experts // ranks)
     return min(rank * each, num_experts), min((rank + 1) * each, num_experts)
 
 
 def shard(local: Tensor, num_experts: int, mesh: DeviceMesh) -> Tensor:
-    """A ``Shard(0)`` DTensor ``[E, ...]`` of this rank's experts ``[E_local, ...]``. Nothing is sent."""
+    """A ``Shard(0)`` DTensor ``[E, ...]`` of this rank's experts ``[E_local, ...]``. Nothing is sent.
+
+    Example::
+
+        first, end = ffn_ops.expert_parallel.experts_of(8, mesh.size(), mesh.get_local_rank())
+        w_in = ffn_ops.expert_parallel.shard(torch.randn(end - first, 16, 8), 8, mesh)
+    """
     from torch.distributed.tensor import DTensor, Shard
 
     local = local.contiguous()
@@ -86,6 +97,12 @@ def moe(
 
     Source:
         Lepikhin et al., GShard (2020), section 3.2; the dropless form: Gale et al., MegaBlocks (2023).
+
+    Example::
+
+        mesh = init_device_mesh("cpu", (2,))  # run by torchrun on two processes
+        routing = ffn_ops.routing.top_k(x @ w_router.T, k=2)  # this rank's tokens
+        y = ffn_ops.expert_parallel.moe(x, routing, w_in, w_down, mesh=mesh)  # this rank's experts
     """
     check_mesh(mesh)
     check.tensor("x", x)

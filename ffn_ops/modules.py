@@ -118,6 +118,13 @@ class FeedForward(_OfLinears):
     Raises: TypeError, ValueError for sizes, names and inputs that do not fit.
 
     Source: Shazeer, GLU Variants Improve Transformer (2020), equation 6; Touvron et al., LLaMA (2023), section 2.2.
+
+    Example:
+        >>> layer = ffn_ops.FeedForward(dim=8, hidden_dim=48, multiple_of=16, dropout=0.0)
+        >>> layer.w1.out_features  # two thirds of 48
+        32
+        >>> layer(torch.randn(4, 8)).shape
+        torch.Size([4, 8])
     """
 
     def __init__(
@@ -174,6 +181,10 @@ class PlainFFN(_OfLinears):
     Raises: TypeError, ValueError for sizes, names and inputs that do not fit.
 
     Source: Vaswani et al., Attention Is All You Need (2017), equation 2.
+
+    Example:
+        >>> ffn_ops.PlainFFN(8, 32, activation="silu")(torch.randn(4, 8)).shape
+        torch.Size([4, 8])
     """
 
     def __init__(
@@ -213,21 +224,36 @@ class PlainFFN(_OfLinears):
 
 
 class ReLUFFN(PlainFFN):
-    """``linear2(relu(linear1 x))``, the original transformer's FFN. See :class:`PlainFFN`."""
+    """``linear2(relu(linear1 x))``, the original transformer's FFN. See :class:`PlainFFN`.
+
+    Example:
+        >>> ffn_ops.ReLUFFN(8, 32)(torch.randn(4, 8)).shape
+        torch.Size([4, 8])
+    """
 
     def __init__(self, d_model: int, d_ff: int, *, recompute: bool = False) -> None:
         super().__init__(d_model, d_ff, activation="relu", recompute=recompute)
 
 
 class GELUFFN(PlainFFN):
-    """``linear2(gelu(linear1 x))`` with the erf form, as BERT and GPT have it. See :class:`PlainFFN`."""
+    """``linear2(gelu(linear1 x))`` with the erf form, as BERT and GPT have it. See :class:`PlainFFN`.
+
+    Example:
+        >>> ffn_ops.GELUFFN(8, 32)(torch.randn(4, 8)).shape
+        torch.Size([4, 8])
+    """
 
     def __init__(self, d_model: int, d_ff: int, *, recompute: bool = False) -> None:
         super().__init__(d_model, d_ff, activation="gelu", recompute=recompute)
 
 
 class SwishFFN(PlainFFN):
-    """``linear2(swish(linear1 x))`` with ``swish(z) = z * sigmoid(beta * z)``. See :class:`PlainFFN`."""
+    """``linear2(swish(linear1 x))`` with ``swish(z) = z * sigmoid(beta * z)``. See :class:`PlainFFN`.
+
+    Example:
+        >>> ffn_ops.SwishFFN(8, 32, beta=1.5)(torch.randn(4, 8)).shape
+        torch.Size([4, 8])
+    """
 
     def __init__(self, d_model: int, d_ff: int, beta: float = 1.0, *, recompute: bool = False) -> None:
         super().__init__(d_model, d_ff, activation="swish", beta=beta, recompute=recompute)
@@ -241,6 +267,10 @@ class GLU(_OfLinears):
     Raises: TypeError, ValueError for sizes, names and inputs that do not fit.
 
     Source: Dauphin et al., Language Modeling with Gated Convolutional Networks (2017), equation 1.
+
+    Example:
+        >>> ffn_ops.GLU(8, 32)(torch.randn(4, 8)).shape
+        torch.Size([4, 32])
     """
 
     def __init__(self, d_in: int, d_out: int, *, activation: str = "sigmoid", beta: float = 1.0) -> None:
@@ -277,6 +307,10 @@ class GatedFFN(_OfLinears):
     Raises: TypeError, ValueError for sizes, names and inputs that do not fit.
 
     Source: the study guide's multi-gate FFN; each branch is Dauphin et al. (2017), equation 1.
+
+    Example:
+        >>> ffn_ops.GatedFFN(8, 32, num_gates=2, out_proj=True)(torch.randn(4, 8)).shape
+        torch.Size([4, 8])
     """
 
     def __init__(

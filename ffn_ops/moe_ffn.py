@@ -64,6 +64,12 @@ class MoEFFN(nn.Module):
     Raises: TypeError, ValueError for sizes, names and inputs that do not fit.
 
     Source: the study guide's MoEFFN; Shazeer et al., Outrageously Large Neural Networks (2017), equation 1.
+
+    Example:
+        >>> layer = ffn_ops.MoEFFN(d_model=8, d_ff=16, num_experts=4, top_k=2)
+        >>> y, routing, logits = layer(torch.randn(5, 8), return_routing=True)
+        >>> routing.counts.sum()  # 5 tokens, 2 experts each
+        tensor(10)
     """
 
     def __init__(

@@ -41,6 +41,7 @@ METHODS: dict[str, Callable[..., Any]] = {
 }
 
 
+@pytest.mark.cpu_only("a printed tensor of a GPU has its device")
 @pytest.mark.parametrize("name", [*PUBLIC, *METHODS])
 def test_example_of_docstring(name: str) -> None:
     """It has one, which runs and gives what it says; expert parallelism takes processes, which its own tests have."""
@@ -49,6 +50,8 @@ def test_example_of_docstring(name: str) -> None:
     if name in ("ffn_ops.expert_parallel.moe", "ffn_ops.expert_parallel.shard"):
         assert "::\n" in text
         return
+    if "onnx" in name:
+        pytest.importorskip("onnxscript")
     names = {"torch": torch, "ffn_ops": ffn_ops, "nn": torch.nn}
     example = doctest.DocTestParser().get_doctest(text, names, name, None, None)
     assert example.examples, f"{name}: no example"
@@ -60,7 +63,7 @@ def test_example_of_docstring(name: str) -> None:
 
 @pytest.mark.parametrize("field", ["token", "weight", "offsets", "row", "slot_offsets", "counts", "mask"])
 def test_help_explains_the_fields_of_a_routing(field: str) -> None:
-    assert re.search(rf"^ *{field}: .*\[.*\]", ffn_ops.Routing.__doc__ or "", re.M)
+    assert re.search(rf"^ *{field}: ``\[.*\]``", ffn_ops.Routing.__doc__ or "", re.M)
 
 
 @pytest.mark.cpu_only("the pages' examples make their tensors without a device")

@@ -136,5 +136,8 @@ def test_jit_script_is_refused(name: str) -> None:
 
 @pytest.mark.parametrize("name", MIXTURES)
 def test_mixtures_are_parts_of_a_traced_model(name: str) -> None:
-    with pytest.raises(TypeError, match="MoEFFN: torch.fx.symbolic_trace cannot trace this module alone; trace a model that contains it"):
+    with pytest.raises(
+        TypeError,
+        match=r"MoEFFN: torch.fx.symbolic_trace cannot trace this module alone; trace a model that contains it",
+    ):
         torch.fx.symbolic_trace(LAYERS[name]())

@@ -32,6 +32,12 @@ class ReplaceEntry:
 
     ``status`` is "replaced", "partly" (replaced; ``why`` says what is not fused at present), "replaceable", "left", or
     "fused": it uses the operators by itself, as this package's modules do.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
+        >>> (entry,) = ffn_ops.replace_report(model).entries
+        >>> entry.status, entry.computes
+        ('replaceable', '2(gelu(0(x)))')
     """
 
     path: str
@@ -45,7 +51,13 @@ class ReplaceEntry:
 
 @dataclass(frozen=True)
 class ReplaceReport:
-    """What :func:`replace_report` finds, readable with ``print``: layers alike stand in one line."""
+    """What :func:`replace_report` finds, readable with ``print``: layers alike stand in one line.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
+        >>> ffn_ops.replace_report(model).paths("replaceable")
+        ['']
+    """
 
     entries: tuple[ReplaceEntry, ...]
 
@@ -99,6 +111,11 @@ def replace(model: Model) -> Model:
         TypeError: for what is no ``nn.Module``.
     Warns:
         UserWarning: where no layer was recognised.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
+        >>> print(ffn_ops.replace_report(ffn_ops.replace(model)))
+        replaced    the model itself (Sequential): 2(gelu(0(x)))
     """
     _check(model)
     replaced = False
@@ -122,6 +139,12 @@ def restore(model: Model) -> Model:
 
     Raises:
         TypeError: for what is no ``nn.Module``.
+
+    Example:
+        >>> model, x = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8)), torch.randn(4, 8)
+        >>> y = model(x)
+        >>> torch.equal(ffn_ops.restore(ffn_ops.replace(model))(x), y)
+        True
     """
     _check(model)
     for module in model.modules():
@@ -142,6 +165,11 @@ def replace_report(model: nn.Module) -> ReplaceReport:
 
     Raises:
         TypeError: for what is no ``nn.Module``.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
+        >>> print(ffn_ops.replace_report(model))
+        replaceable the model itself (Sequential): 2(gelu(0(x)))
     """
     _check(model)
     return ReplaceReport(tuple([_entry(site) for site in _sites(model)]))

@@ -135,7 +135,9 @@ def explain(trace: Trace, known: Form | None = None) -> Form:
         ups = tuple([first[i].path for i in found.ups])
     if down is None and not (ups and len(gates) >= 1):
         if any(event.kind == "linear" for event in events):
-            raise ProbeError(f"{events[0].path}, a norm or an activation with parameters, is between its linear children")
+            raise ProbeError(
+                f"{events[0].path}, a norm or an activation with parameters, is between its linear children"
+            )
         raise ProbeError("an activation follows one linear child, and there is no second one")
     paths = [event.path for event in first] + ([down.path] if down else [])
     if len(set(paths)) != len(paths):

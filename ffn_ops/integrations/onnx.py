@@ -24,6 +24,12 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
 
     Raises:
         ImportError: without onnxscript (``pip install "ffn_ops[onnx]"``).
+
+    Example:
+        >>> from ffn_ops.integrations.onnx import translation_table
+        >>> layer = ffn_ops.GELUFFN(8, 16).eval().requires_grad_(False)
+        >>> options = {"dynamo": True, "custom_translation_table": translation_table(), "verbose": False}
+        >>> program = torch.onnx.export(layer, (torch.randn(4, 8),), **options)
     """
     import onnxscript  # noqa: F401  (torch's exporter needs it as well)
 

@@ -34,6 +34,13 @@ def register() -> None:
         ImportError: transformers is missing or older than 5.23.
 
     Source: ``ExpertsInterface`` of ``transformers/integrations/moe.py``.
+
+    Example:
+        >>> from ffn_ops.integrations.transformers import register
+        >>> register()
+        >>> from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+        >>> "ffn_ops" in ALL_EXPERTS_FUNCTIONS.valid_keys()
+        True
     """
     try:
         transformers = importlib.import_module("transformers")
@@ -51,7 +58,13 @@ def register() -> None:
 
 
 class ExpertsReport(ReplaceReport):
-    """What :func:`report` finds, readable with ``print``: layers alike stand in one line."""
+    """What :func:`report` finds, readable with ``print``: layers alike stand in one line.
+
+    Example:
+        >>> from ffn_ops.integrations.transformers import report
+        >>> report(nn.Linear(2, 2)).entries
+        ()
+    """
 
     def __str__(self) -> str:
         return super().__str__() if self.entries else "no mixture of experts found"
@@ -75,6 +88,11 @@ def report(model: nn.Module) -> ExpertsReport:
 
     Raises:
         TypeError: for what is no ``nn.Module``.
+
+    Example:
+        >>> from ffn_ops.integrations.transformers import report
+        >>> print(report(nn.Linear(2, 2)))
+        no mixture of experts found
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")

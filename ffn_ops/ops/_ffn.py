@@ -64,6 +64,13 @@ def ffn(
     Source:
         Vaswani et al., Attention Is All You Need (2017), equation 2; Shazeer, GLU Variants Improve Transformer (2020),
         equation 6.
+
+    Example:
+        >>> x, w_gate, w_up, w_down = torch.randn(4, 8), torch.randn(16, 8), torch.randn(16, 8), torch.randn(8, 16)
+        >>> ffn_ops.ffn(x, w_gate, w_down, w_up=w_up).shape  # SwiGLU
+        torch.Size([4, 8])
+        >>> y = ffn_ops.ffn(x, w_gate, w_down, activation="relu")  # no gate
+        >>> torch.testing.assert_close(y, torch.relu(x @ w_gate.T) @ w_down.T)
     """
     check.tensor("x", x)
     x, w_in, w_up, w_down, b_in, b_up, b_down = autocast(x, w_in, w_up, w_down, b_in, b_up, b_down)  # type: ignore[assignment]

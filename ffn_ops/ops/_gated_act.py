@@ -46,6 +46,11 @@ def gated_act(
     Source:
         Shazeer, GLU Variants Improve Transformer (2020), equations 5 and 6 without their products; the limit and the
         shift: gpt-oss-120b & gpt-oss-20b Model Card (2025).
+
+    Example:
+        >>> gate, up = torch.randn(4, 8), torch.randn(4, 8)
+        >>> y = ffn_ops.gated_act(gate, up, activation="gelu")
+        >>> torch.testing.assert_close(y, nn.functional.gelu(gate) * up)
     """
     if check.is_dtensor(gate):
         options = {"activation": activation, "beta": beta, "limit": limit, "up_shift": up_shift}

@@ -55,6 +55,11 @@ def gated_linear(
 
     Source:
         Dauphin et al., Language Modeling with Gated Convolutional Networks (2017), equation 1.
+
+    Example:
+        >>> x, w_gate, w_up = torch.randn(4, 8), torch.randn(16, 8), torch.randn(16, 8)
+        >>> y = ffn_ops.gated_linear(x, w_gate, w_up)
+        >>> torch.testing.assert_close(y, torch.sigmoid(x @ w_gate.T) * (x @ w_up.T))
     """
     lists = [_as_list(n, v) for n, v in (("w_gate", w_gate), ("w_up", w_up), ("b_gate", b_gate), ("b_up", b_up))]
     check.tensor("x", x)

@@ -60,6 +60,12 @@ def moe(
     Source:
         Shazeer et al., Outrageously Large Neural Networks (2017), equation 1; the gradient of the weight as <dA', A>:
         SonicMoE (2025).
+
+    Example:
+        >>> x, w_in, w_down = torch.randn(5, 8), torch.randn(4, 16, 8), torch.randn(4, 8, 16)  # E 4, F 16
+        >>> routing = ffn_ops.routing.top_k(torch.randn(5, 4), k=2)
+        >>> ffn_ops.moe(x, routing, w_in, w_down).shape
+        torch.Size([5, 8])
     """
     check.tensor("x", x)
     x, w_in, w_down, b_in, b_down = autocast(x, w_in, w_down, b_in, b_down)  # type: ignore[assignment]
@@ -106,6 +112,12 @@ def moe_experts(
 
     Source:
         See :func:`moe`.
+
+    Example:
+        >>> x, w_in, w_down = torch.randn(5, 8), torch.randn(4, 16, 8), torch.randn(4, 8, 16)
+        >>> routing = ffn_ops.routing.top_k(torch.randn(5, 4), k=2)
+        >>> rows = ffn_ops.moe_experts(ffn_ops.moe_dispatch(x, routing), routing.offsets, w_in, w_down)
+        >>> torch.testing.assert_close(ffn_ops.moe_combine(rows, routing), ffn_ops.moe(x, routing, w_in, w_down))
     """
     check.tensor("rows", rows, ("R", "D"))
     rows, w_in, w_down, b_in, b_down = autocast(rows, w_in, w_down, b_in, b_down)  # type: ignore[assignment]

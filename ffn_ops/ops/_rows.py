@@ -34,6 +34,12 @@ def moe_dispatch(x: Tensor, routing: Routing) -> Tensor:
 
     Source:
         GShard, Lepikhin et al. (2020), algorithm 1, without its one-hot products.
+
+    Example:
+        >>> x = torch.randn(5, 8)
+        >>> routing = ffn_ops.routing.top_k(torch.randn(5, 4), k=2)
+        >>> torch.equal(ffn_ops.moe_dispatch(x, routing), x[routing.token])
+        True
     """
     check.tensor("x", x)
     (x,) = autocast(x)  # type: ignore[assignment]
@@ -56,6 +62,11 @@ def moe_combine(rows: Tensor, routing: Routing) -> Tensor:
 
     Source:
         Shazeer et al., Outrageously Large Neural Networks (2017), equation 1.
+
+    Example:
+        >>> x = torch.randn(5, 8)
+        >>> routing = ffn_ops.routing.top_k(torch.randn(5, 4), k=2, renormalize=True)  # weights of a token sum to 1
+        >>> torch.testing.assert_close(ffn_ops.moe_combine(ffn_ops.moe_dispatch(x, routing), routing), x)
     """
     check.tensor("rows", rows)
     (rows,) = autocast(rows)  # type: ignore[assignment]

@@ -14,7 +14,12 @@ NAMES = tuple(ACTIVATIONS)
 
 
 def activations() -> tuple[str, ...]:
-    """The names that every ``activation=`` takes."""
+    """The names that every ``activation=`` takes.
+
+    Example:
+        >>> "silu" in ffn_ops.activations()
+        True
+    """
     return NAMES
 
 

@@ -24,6 +24,11 @@ def base(logits: Tensor, *, training: bool = True, mask: Tensor | None = None) -
         mask: see :func:`top_k`; only real tokens are balanced.
 
     Source: Lewis et al., BASE Layers (2021), equations 1 and 2.
+
+    Example:
+        >>> routing = ffn_ops.routing.base(torch.randn(10, 4))
+        >>> sorted(routing.counts.tolist())  # 10 / 4
+        [2, 2, 3, 3]
     """
     check.flag("training", training)
     z, mask = fold_logits(logits, mask)

@@ -34,6 +34,12 @@ def update_bias(bias: Tensor, routing: Routing, rate: float = 1e-3, *, group: Gr
         TypeError, ValueError: name of the argument, what was expected and what came.
 
     Source: DeepSeek-V3 (2024), section 2.1.2; Wang et al., Auxiliary-Loss-Free Load Balancing (2024), algorithm 1.
+
+    Example:
+        >>> bias = torch.zeros(2)
+        >>> ffn_ops.routing.update_bias(bias, ffn_ops.routing.top_k(torch.tensor([[1.0, 0.0]]), k=1), rate=0.5)
+        >>> bias
+        tensor([-0.5000,  0.5000])
     """
     check.wide("bias", bias)
     check.routing(routing, bias, "bias")
@@ -54,6 +60,12 @@ class BiasedTopK(nn.Module):
         options: further options of :func:`top_k`; the defaults are DeepSeek-V3's, sigmoid scores renormalised.
 
     State: ``bias`` ``[E]``, float32 whatever the model's dtype or the checkpoint's: casts leave its values alone.
+
+    Example:
+        >>> router = ffn_ops.routing.BiasedTopK(num_experts=4, k=2)
+        >>> layer = ffn_ops.MoEFFN(8, 16, num_experts=4, router=router)
+        >>> y, routing, logits = layer(torch.randn(5, 8), return_routing=True)
+        >>> layer.choose.update(routing)
     """
 
     bias: Tensor
@@ -73,7 +85,14 @@ class BiasedTopK(nn.Module):
         return top_k(logits, self.k, bias=self.bias, **{**self.options, **options})
 
     def update(self, routing: Routing, rate: float = 1e-3, *, group: Group | None = None) -> None:
-        """See :func:`update_bias`. Under data or expert parallelism a collective of ``group``, which it needs there."""
+        """See :func:`update_bias`. Under data or expert parallelism a collective of ``group``, which it needs there.
+
+        Example:
+            >>> router = ffn_ops.routing.BiasedTopK(num_experts=2, k=1)
+            >>> router.update(router(torch.tensor([[1.0, 0.0]])))
+            >>> router.bias
+            tensor([-0.0010,  0.0010])
+        """
         update_bias(self.bias, routing, rate, group=group)
 
     def reset_parameters(self) -> None:

@@ -28,6 +28,11 @@ def expert_choice(
         mask: see :func:`top_k`; T counts padding too, padded tokens' places stay empty.
 
     Source: Zhou et al., Mixture-of-Experts with Expert Choice Routing (2022), equation 2.
+
+    Example:
+        >>> routing = ffn_ops.routing.expert_choice(torch.randn(16, 4), capacity_factor=1.0, causal=False)
+        >>> routing.counts
+        tensor([4, 4, 4, 4])
     """
     check.flag("causal", causal)
     z, mask = fold_logits(logits, mask)

@@ -33,6 +33,11 @@ def glam_top2(
             weight, drawn from ``generator``. Training only.
 
     Source: Lepikhin et al., GShard (2020), algorithm 1; Du et al., GLaM (2021), section 4.
+
+    Example:
+        >>> routing = ffn_ops.routing.glam_top2(torch.randn(16, 4), capacity_factor=2.0)
+        >>> routing.counts.sum()
+        tensor(32)
     """
     check.choice("renormalize", renormalize, ("none", "before_drop", "after_drop"))
     check.flag("random_second", random_second)

@@ -12,7 +12,12 @@ from ._routing import Routing, check_mask, fold_logits, has_values, wide
 def hash_table(vocabulary: int, num_experts: int, *, seed: int = 0) -> Tensor:
     """A random table ``[vocabulary]`` in which every expert has floor or ceil of ``vocabulary / num_experts`` ids.
 
-    The same on every device; it stands on torch's default device."""
+    The same on every device; it stands on torch's default device.
+
+    Example:
+        >>> ffn_ops.routing.hash_table(vocabulary=100, num_experts=4).bincount()
+        tensor([25, 25, 25, 25])
+    """
     check.at_least("vocabulary", vocabulary, 1)
     check.at_least("num_experts", num_experts, 1)
     order = torch.randperm(vocabulary, generator=torch.Generator().manual_seed(seed), device="cpu")
@@ -36,6 +41,11 @@ def hash(
             or in a compiled graph an assertion says so, as nothing waits for values there.
 
     Source: Roller et al., Hash Layers (2021), section 3.
+
+    Example:
+        >>> table = ffn_ops.routing.hash_table(vocabulary=100, num_experts=4)
+        >>> ffn_ops.routing.hash(torch.tensor([7, 7, 8]), table, num_experts=4).counts.sum()
+        tensor(3)
     """
     for name, value in (("token_ids", token_ids), ("table", table)):
         if not isinstance(value, Tensor):

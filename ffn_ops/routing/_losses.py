@@ -47,6 +47,12 @@ def load_balancing_loss(
 
     Source: Fedus, Zoph, Shazeer, Switch Transformers (2021), equations 4 to 6; f over a group: Qiu et al., Demons in
         the Detail (2025).
+
+    Example:
+        >>> logits = torch.zeros(4, 4)
+        >>> balanced = ffn_ops.Routing.from_topk(torch.arange(4)[:, None], torch.ones(4, 1), num_experts=4)
+        >>> ffn_ops.routing.load_balancing_loss(logits, balanced)
+        tensor(1.)
     """
     z, _ = fold_logits(logits)
     check.routing(routing, z, "logits")
@@ -71,6 +77,10 @@ def z_loss(logits: Tensor, *, mask: Tensor | None = None) -> Tensor:
         mask: bool, one for each token, False for padding.
 
     Source: Zoph et al., ST-MoE (2022), equation 5.
+
+    Example:
+        >>> ffn_ops.routing.z_loss(torch.zeros(3, 1))
+        tensor(0.)
     """
     z, real = fold_logits(logits, mask)
     return _mean(torch.logsumexp(wide(z), 1).square().unsqueeze(1), real).sum()

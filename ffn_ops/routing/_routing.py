@@ -16,26 +16,62 @@ from ..ops._shared import arithmetic
 
 
 class Statistics(NamedTuple):
-    """Float32, on the routing's device."""
+    """The load of the experts, in float32, on the routing's device.
 
-    tokens_per_expert: Tensor  # [E], computed, after dropping
-    dropped_fraction: Tensor  # of the rows that chose an expert
-    load_entropy: Tensor  # of tokens_per_expert in nats, divided by log E: 1 is uniform; 1 for one expert
-    max_over_mean: Tensor  # of tokens_per_expert: 1 is uniform
+    Attributes:
+        tokens_per_expert: ``[E]``, rows that each expert computes, after dropping.
+        dropped_fraction: scalar, the share of dropped rows among those that chose an expert.
+        load_entropy: scalar, the entropy of ``tokens_per_expert`` divided by log E: 1 is uniform (1 for E = 1).
+        max_over_mean: scalar, the largest load over the mean load: 1 is uniform.
+
+    Example:
+        >>> routing = ffn_ops.routing.switch(torch.randn(16, 4), capacity_factor=None)
+        >>> routing.statistics().dropped_fraction
+        tensor(0.)
+    """
+
+    tokens_per_expert: Tensor
+    dropped_fraction: Tensor
+    load_entropy: Tensor
+    max_over_mean: Tensor
 
 
 class Routing(NamedTuple):
-    """Rows: pairs of a token and an expert, sorted by expert and, within it, by token. A pytree of tensors whose shapes
-    do not depend on data; R = T * K for top-k. One whose fields contradict each other is an error on the CPU:
-    each kept row stands in ``row`` once, under its token."""
+    """Which token goes to which expert, with which weight: rows (pairs of a token and an expert), sorted by expert and,
+    within an expert, by token.
 
-    token: Tensor  # [R] int64, the source of each row
-    weight: Tensor  # [R] float32 (float64 for float64 logits), differentiable; 16 bits, as casts leave it, are widened
-    offsets: Tensor  # [E + 1] int64: rows of expert e are offsets[e] .. offsets[e + 1], from offsets[E] on dropped
-    row: Tensor  # [R] int64: the rows of token t are row[slot_offsets[t]] .. row[slot_offsets[t + 1]]
-    slot_offsets: Tensor  # [T + 1] int64
-    counts: Tensor  # [E] int64, rows that chose each expert, before dropping
-    mask: Tensor | None = None  # [T] bool, False for the tokens that were left out; [0] or None: there is no mask
+    It is a pytree of tensors whose shapes do not depend on data. R is T * K for top-k. Dropped rows stand last.
+
+    Attributes:
+        token: ``[R]`` int64, the token of each row.
+        weight: ``[R]`` float32 (float64 for float64 logits), the factor of each row's output; differentiable.
+            Operators widen 16-bit weights, as casts of arguments leave them.
+        offsets: ``[E + 1]`` int64. Rows ``offsets[e]`` to ``offsets[e + 1]`` are those of expert e; rows from
+            ``offsets[E]`` on are dropped.
+        row: ``[R]`` int64, the inverse of ``token``: the rows of token t are ``row[slot_offsets[t]]`` to
+            ``row[slot_offsets[t + 1]]``.
+        slot_offsets: ``[T + 1]`` int64, see ``row``.
+        counts: ``[E]`` int64, how many rows chose each expert, before dropping.
+        mask: ``[T]`` bool, False for tokens that were left out; None or of shape ``[0]`` without a mask.
+
+    Raises:
+        RuntimeError: from an operator on the CPU, where the fields contradict each other. ``row`` must list each kept
+            row once, under its token.
+
+    Example:
+        >>> ids = torch.tensor([[1], [0], [1]])
+        >>> routing = ffn_ops.Routing.from_topk(ids, torch.ones(3, 1), num_experts=2)
+        >>> routing.token, routing.offsets  # token 1 goes to expert 0, tokens 0 and 2 to expert 1
+        (tensor([1, 0, 2]), tensor([0, 1, 3]))
+    """
+
+    token: Tensor
+    weight: Tensor
+    offsets: Tensor
+    row: Tensor
+    slot_offsets: Tensor
+    counts: Tensor
+    mask: Tensor | None = None
 
     @classmethod
     def from_topk(
@@ -61,6 +97,11 @@ class Routing(NamedTuple):
 
         Raises:
             TypeError, ValueError: name of the argument, what was expected and what came.
+
+        Example:
+            >>> weights, ids = torch.randn(5, 4).softmax(-1).topk(2)
+            >>> ffn_ops.Routing.from_topk(ids, weights, num_experts=4).offsets[-1]  # 5 * 2 rows, none dropped
+            tensor(10)
         """
         if not isinstance(ids, Tensor):
             raise TypeError(f"ids: expected a torch.Tensor, got {type(ids).__name__}")
@@ -79,7 +120,13 @@ class Routing(NamedTuple):
         return sorted_rows(ids, None, weights, num_experts, ids.shape[0], capacity, drop, mask)
 
     def statistics(self) -> Statistics:
-        """Counts of this routing, without a synchronisation."""
+        """Counts of this routing, without a synchronisation.
+
+        Example:
+            >>> ids = torch.tensor([[0], [0], [1]])
+            >>> ffn_ops.Routing.from_topk(ids, torch.ones(3, 1), num_experts=2).statistics().tokens_per_expert
+            tensor([2., 1.])
+        """
         load = self.offsets.diff().float()
         kept, wanted, experts = load.sum(), self.counts.sum().float(), load.shape[0]
         share = load / kept.clamp(min=1)

@@ -30,6 +30,11 @@ def token_rounding(
         A :class:`ffn_ops.Routing` with R = T * k + E * min(tile // 2, T).
 
     Source: SonicMoE (2025), token rounding.
+
+    Example:
+        >>> routing = ffn_ops.routing.token_rounding(torch.randn(64, 4), k=2, tile=16)
+        >>> routing.statistics().tokens_per_expert % 16
+        tensor([0., 0., 0., 0.])
     """
     check.at_least("tile", tile, 1)
     check.flag("renormalize", renormalize)

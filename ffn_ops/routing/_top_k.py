@@ -44,7 +44,8 @@ def top_k(
         mask: bool, one for each token, False for padding: no rows, no part in C's queue.
 
     Returns:
-        A :class:`ffn_ops.Routing` with R = T * k. The gradient of the weights reaches the logits through the chosen entries.
+        A :class:`ffn_ops.Routing` with R = T * k. The gradient of the weights reaches the logits through the chosen
+        entries.
 
     Raises:
         TypeError, ValueError: name of the argument, what was expected and what came.
@@ -52,6 +53,11 @@ def top_k(
     Source:
         Shazeer et al., Outrageously Large Neural Networks (2017); Jiang et al., Mixtral of Experts (2024), section 2.1;
         DeepSeek-V3 (2024), equations 13 to 16.
+
+    Example:
+        >>> routing = ffn_ops.routing.top_k(torch.randn(5, 4), k=2, renormalize=True)
+        >>> routing.weight.sum()  # 1 for each token
+        tensor(5.0000)
     """
     z, mask = fold_logits(logits, mask)
     tokens, experts = z.shape
