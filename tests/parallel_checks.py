@@ -295,7 +295,7 @@ def benchmark(rank: int) -> dict[str, Any]:
 
 
 def lines(rank: int, blocks: list[str]) -> None:
-    """README's lines, one block after the other as in one session; each layer then makes a step."""
+    """The lines of docs/distributed.md, one block after the other as in one session; each layer then makes a step."""
     names: dict[str, Any] = {
         "torch": torch,
         "ffn_ops": ffn_ops,

@@ -82,6 +82,13 @@ def test_every_page_is_reachable() -> None:
     assert sorted(names) == sorted(Path(page).stem for page in PAGES[1:] if page != "docs/index.md")
 
 
+def test_chart_is_that_of_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import chart
+
+    assert (ROOT / "docs" / "speed.svg").read_text(encoding="utf-8") == chart.svg()
+
+
 def explained() -> set[str]:
     page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
     rows = [line.split(" | ")[0] for line in page.splitlines() if line.startswith("| `")]
@@ -92,6 +99,7 @@ def plain(text: str) -> str:
     return " ".join(text.replace("`", "").split())
 
 
+@pytest.mark.skipif(not (ROOT / "csrc").exists(), reason="the sources are not beside the tests")
 def test_every_message_is_explained() -> None:
     known = explained()
     missing, used = [], set()
