@@ -47,10 +47,7 @@ def svg() -> str:
         f'<rect width="{width}" height="{height}" fill="#fff"/>',
         '<text x="12" y="22" font-weight="bold">Speed in eager mode (dashed line: PyTorch\'s fastest form)</text>',
     ]
-    bottom = 38 + step * len(BARS)
-    text.append(
-        f'<line x1="{left + unit}" x2="{left + unit}" y1="32" y2="{bottom}" stroke="#000" stroke-dasharray="3 3"/>'
-    )
+    labels = []
     for i, (label, machine, file, row, peers) in enumerate(BARS):
         value, y = ratio(file, row, peers), 38 + step * i
         colour = "#0072b2" if value >= 1 else "#d55e00"
@@ -58,9 +55,12 @@ def svg() -> str:
             f'<text x="{left - 8}" y="{y + 13}" text-anchor="end">{label} <tspan fill="#666">({machine})</tspan></text>'
         )
         text.append(f'<rect x="{left}" y="{y}" width="{value * unit:.0f}" height="17" fill="{colour}"/>')
-        text.append(f'<rect x="{left + value * unit + 3:.0f}" y="{y}" width="32" height="17" fill="#fff"/>')
-        text.append(f'<text x="{left + value * unit + 5:.0f}" y="{y + 13}">{value:.2f}</text>')
-    text.append("</svg>\n")
+        labels.append(f'<text x="{left + max(value, 1) * unit + 5:.0f}" y="{y + 13}">{value:.2f}</text>')
+    bottom = 38 + step * len(BARS)
+    text.append(
+        f'<line x1="{left + unit}" x2="{left + unit}" y1="32" y2="{bottom}" stroke="#000" stroke-dasharray="3 3"/>'
+    )
+    text += [*labels, "</svg>\n"]
     return "\n".join(text)
 
 
