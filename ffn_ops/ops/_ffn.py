@@ -50,16 +50,16 @@ def ffn(
             ``gated=True`` and no ``w_up``, ``[2F, D]``, gate rows first.
         w_down: ``[D_out, F]``.
         w_up: ``[F, D]``: makes the FFN gated.
-        gated: None stands for "``w_up`` is given".
+        gated: None means True if ``w_up`` is given.
         b_in, b_up, b_down: biases of the same widths as their weights' rows, or None.
         activation, beta, limit, up_shift: see :func:`gated_act`.
-        recompute: save x alone for backward and compute the pre-activations again there. Same bits, less memory.
+        recompute: save only x for backward, and compute the pre-activations again there. Same bits, less memory.
 
     Returns:
-        ``[..., D_out]``. For backward x and the pre-activations (``[T, F]``, two where gated) are saved, no more.
+        ``[..., D_out]``. Saved for backward: x and the pre-activations (``[T, F]``, two if gated).
 
     Raises:
-        TypeError, ValueError: name of the argument, what was expected and what came.
+        TypeError, ValueError: with the argument, what was expected and what came.
 
     Source:
         Vaswani et al., Attention Is All You Need (2017), equation 2; Shazeer, GLU Variants Improve Transformer (2020),
@@ -98,11 +98,11 @@ def ffn(
         y = _ffn(fold(x), *args, grad=grad)[0]
     except Exception as error:
         refused = error
-    if refused is not None:  # the operator checks as strictly, and before any work; the words are found here
+    if refused is not None:  # the operator checks as strictly, before any work; these checks find the message
         try:
             _check_ffn(x, w_in, w_up, w_down, b_in, b_up, b_down, gated, activation)
             raise refused
-        finally:  # else the error, its traceback and this frame would keep each other, and the tensors
+        finally:  # breaks the cycle of error, traceback and frame, which would keep the tensors alive
             del refused
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], w_down.shape[0])  # type: ignore[no-any-return]
 

@@ -31,7 +31,7 @@ def update_bias(bias: Tensor, routing: Routing, rate: float = 1e-3, *, group: Gr
             joins, also without tokens.
 
     Raises:
-        TypeError, ValueError: name of the argument, what was expected and what came.
+        TypeError, ValueError: with the argument, what was expected and what came.
 
     Source: DeepSeek-V3 (2024), section 2.1.2; Wang et al., Auxiliary-Loss-Free Load Balancing (2024), algorithm 1.
 

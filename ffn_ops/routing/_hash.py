@@ -37,7 +37,7 @@ def hash(
         mask: see :func:`top_k`.
 
     Raises:
-        TypeError, ValueError: name of the argument, what was expected and what came. Of ids outside the table on a GPU
+        TypeError, ValueError: with the argument, what was expected and what came. Of ids outside the table on a GPU
             or in a compiled graph an assertion says so, as nothing waits for values there.
 
     Source: Roller et al., Hash Layers (2021), section 3.

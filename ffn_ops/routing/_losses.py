@@ -43,7 +43,7 @@ def load_balancing_loss(
         A scalar; 0 for T = 0.
 
     Raises:
-        TypeError, ValueError: name of the argument, what was expected and what came.
+        TypeError, ValueError: with the argument, what was expected and what came.
 
     Source: Fedus, Zoph, Shazeer, Switch Transformers (2021), equations 4 to 6; f over a group: Qiu et al., Demons in
         the Detail (2025).

@@ -96,7 +96,7 @@ class Routing(NamedTuple):
             mask: ``[T]`` bool, False for tokens to leave out, whatever their ids and weights are.
 
         Raises:
-            TypeError, ValueError: name of the argument, what was expected and what came.
+            TypeError, ValueError: with the argument, what was expected and what came.
 
         Example:
             >>> weights, ids = torch.randn(5, 4).softmax(-1).topk(2)
