@@ -1,6 +1,7 @@
-"""What a traced layer computes, as a Form: which children are gate, up and down, which activation, what stands around.
+"""What a traced layer computes, as a Form: which children are gate, up and down, which activation, and what surrounds
+them.
 
-A form is accepted only where it explains every call of a child and every number that flowed.
+A form is accepted only if it explains every call of a child and every value.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 from ..reference import ACTIVATIONS
 from .probe import Event, ProbeError, Trace
 
-ADD_INPUT = ""  # a step behind the layer: the residual connection
+ADD_INPUT = ""  # a step after the layer: the residual connection
 
 
 @dataclass(frozen=True)
@@ -31,15 +32,15 @@ class Form:
     beta: float
     limit: float | None
     up_shift: float
-    head: tuple[str | tuple[int, ...], ...]  # what the input goes through first: children, ``reshape(-1, *sizes)``
+    head: tuple[str | tuple[int, ...], ...]  # steps before the layer: children, ``reshape(-1, *sizes)``
     dropout: str | None  # between activation and down
-    tail: tuple[str, ...]  # children behind, and ADD_INPUT
-    run: tuple[str, ...]  # modules whose own forward is stepped over
+    tail: tuple[str, ...]  # steps after the layer: children, and ADD_INPUT
+    run: tuple[str, ...]  # modules whose own forward is bypassed
     reads_weights: bool
 
     @property
     def act(self) -> dict[str, Any]:
-        """As the operators take it."""
+        """The gate's arguments for the operators."""
         return {"activation": self.activation, "beta": self.beta, "limit": self.limit, "up_shift": self.up_shift}
 
     @property
@@ -83,10 +84,10 @@ class _Found:
 
 
 def explain(trace: Trace, known: Form | None = None) -> Form:
-    """The form of a trace; ``known`` says which is expected, where rounding leaves several activations and a reshape
-    does nothing.
+    """Returns the form of a trace. ``known`` is the expected form; it decides where rounding would allow several
+    activations, or where a reshape does nothing.
 
-    Raises: ProbeError, with what does not fit.
+    Raises: ProbeError, with the reason.
     """
     events = list(trace.events)
     x = trace.x
@@ -117,7 +118,7 @@ def explain(trace: Trace, known: Form | None = None) -> Form:
         if not _same(events[0].input, dropout.output):
             raise ProbeError(f"{events[0].path} is not called with the output of {dropout.path}")
     down = events.pop(0) if events and events[0].kind == "linear" else None
-    # What the activation and the gate gave is the input of whoever comes next.
+    # The output of the activation and the gate is the input of the next child.
     following = dropout or down or (events[0] if events else None)
     hidden = trace.y if following is None else following.input
     halves = None
@@ -151,7 +152,7 @@ def explain(trace: Trace, known: Form | None = None) -> Form:
 
 
 def explain_between(first: Event, last: Event, run: Sequence[str], known: Form | None) -> Form:
-    """The form of ``last(act(first(x)))``, where a layer does more around them. Raises: ProbeError."""
+    """Returns the form of ``last(act(first(x)))`` in a layer that does more around them. Raises: ProbeError."""
     if first.output.shape != last.input.shape:
         raise ProbeError(f"{last.path} is called with another shape than {first.path} returns")
     found = _activation(last.input, [first.output.double()], _act_of(known) if known else None)
@@ -187,7 +188,7 @@ def _tail(trace: Trace, events: Sequence[Event], value: Tensor) -> tuple[str, ..
 
 
 def _activation(hidden: Tensor, outputs: Sequence[Tensor], known: _Act | None) -> _Found:
-    """Which of the linear children's outputs are gates, which ups, and by which activation they give ``hidden``."""
+    """Finds which linear children's outputs are gates and ups, and which activation makes ``hidden`` of them."""
     n = len(outputs)
     if any(output.shape != hidden.shape for output in outputs):
         raise ProbeError("what follows its first linear children has another shape than their output")
@@ -222,7 +223,7 @@ def _candidates(hidden: Tensor, pairs: Sequence[tuple[Tensor, Tensor | None]]) -
         yield from [(*act, None, shift) for act in (acts if shift else acts[len(named) :])]
         if up is None:
             return
-        for name, beta in acts:  # where up is far from zero it is at its limit, which is what the share says
+        for name, beta in acts:  # where up is far from zero it is at its limit
             value = ACTIVATIONS[name](gate, beta)
             far = (up.abs() >= 25) & (gate < 0.5) & (value.abs() > 0.02)
             if far.any():
@@ -232,9 +233,9 @@ def _candidates(hidden: Tensor, pairs: Sequence[tuple[Tensor, Tensor | None]]) -
 
 
 def _fits(hidden: Tensor, pairs: Sequence[tuple[Tensor, Tensor | None]], act: _Act) -> bool:
-    """Up to the rounding of several steps in the dtype of ``hidden``.
+    """Equality up to the rounding of several steps in the dtype of ``hidden``.
 
-    An activation that is near 0 as a difference of larger terms errs by an epsilon of those: hence ``size``.
+    ``size``: an activation near 0 that is a difference of larger terms has an error of an epsilon of these terms.
     """
     name, beta, most, shift = act
     eps = torch.finfo(hidden.dtype).eps
@@ -257,7 +258,7 @@ def _fits(hidden: Tensor, pairs: Sequence[tuple[Tensor, Tensor | None]], act: _A
 
 
 def _beta(hidden: Tensor, gate: Tensor, up: Tensor | None) -> float | None:
-    """The factor of ``z * sigmoid(beta * z)``, to six digits: the median of what single numbers say."""
+    """The factor in ``z * sigmoid(beta * z)``, to six digits: the median over single values."""
     share = hidden.double() / (gate if up is None else gate * up)
     telling = (gate.abs() > 0.3) & (gate.abs() < 3) & (share > 1e-3) & (share < 1 - 1e-3)
     if not telling.any():

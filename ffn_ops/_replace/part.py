@@ -1,9 +1,9 @@
-"""A feed-forward that is a part of a layer which does more: its two linear layers and its activation are children of a
-block with attention and norms (BART, Whisper, OPT). Which part, and what a call does with it.
+"""A feed-forward layer inside a block that does more: its two linear layers and its activation are children of a block
+with attention and norms (BART, Whisper, OPT). This file finds the part and defines a call.
 
-The block's own forward runs, in a copy that asks for three methods in place of the three children. The first hands its
-input on, the activation too, with one dimension more to show that it was asked, and the last computes all three by one
-operator.
+A copy of the block's own forward runs, which calls three methods in place of the three children. The first returns its
+input. The activation returns it with one more dimension, as a sign that it was called. The last computes all three by
+one operator.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ Names = tuple[str, str, str]  # children: first, activation (or an attribute), l
 
 
 def renamed(function: Any, names: Names) -> Any:
-    """The same function, which asks for FIRST, BETWEEN and LAST where it asked for attributes of these names.
+    """Copies a function so that it reads the attributes FIRST, BETWEEN and LAST in place of the given names.
 
-    Of a decorated one the decorator's function is copied too, with the copy of the decorated one in its closure.
+    For a decorated function, it also copies the decorator's function, with the copy in its closure.
     """
     code, closure = function.__code__, function.__closure__
     if names[0] in code.co_names:
@@ -60,7 +60,7 @@ def renamed(function: Any, names: Names) -> Any:
 
 
 def undecorated(function: Any, first: str, last: str) -> Any:
-    """The function whose own code asks for both children, below decorators that hold it in their closure, or None."""
+    """The function whose own code reads both children, below decorators that hold it in their closure, or None."""
     while isinstance(function, types.FunctionType):
         if {first, last} <= set(function.__code__.co_names):
             return function
@@ -72,7 +72,7 @@ def undecorated(function: Any, first: str, last: str) -> Any:
 
 
 def method_with(cls: type, first: str, last: str) -> str | None:
-    """The method whose own code asks for both children."""
+    """The method whose own code reads both children."""
     for name in ("forward", *[name for name in dir(cls) if not name.startswith("__")]):
         if undecorated(inspect.getattr_static(cls, name, None), first, last) is not None:
             return name
@@ -80,7 +80,7 @@ def method_with(cls: type, first: str, last: str) -> str | None:
 
 
 class Part:
-    """One look at the part of a layer. Raises: ProbeError, or whatever the layer's own code raises."""
+    """Probes the part of a layer once. Raises: ProbeError, or any error of the layer's own code."""
 
     def __init__(self, layer: nn.Module, method: str, first: str, last: str, reads: Reads) -> None:
         self.layer, self.method, self.reads = layer, method, reads
@@ -90,7 +90,7 @@ class Part:
         self.function = inspect.getattr_static(original_class(layer), method)
         self.required = asked_besides(self.function)
         full = (*enough_rows(3, self.width), self.width)
-        self.given_again = False  # what forward asks for besides is None, or the input again (a residual, say)
+        self.given_again = False  # forward's further arguments are None, or the input again (such as a residual)
         try:
             base = self._holds(full, False, torch.float32, None)
         except ProbeError:
@@ -148,7 +148,7 @@ class Part:
             x = probe.numbers(shape, dtype)
             probe.trace.x = x.clone()
             hollow = probe.hollow_of(self.layer, "")
-            # Through nn.Module, this and what follows would count as a look at every attribute.
+            # Through nn.Module, the following would count as reading every attribute.
             if names:
                 cls: Any = original_class(self.layer)
                 object.__setattr__(hollow, "__class__", _hollow_class(cls, self.method, names))
@@ -163,7 +163,7 @@ class Part:
         return probe.trace
 
     def _check_alike(self, seen: Trace, parted: Trace, given: Event) -> None:
-        """All that is called, and the result, is as it was, with the part's input in the place of what is in it."""
+        """All calls and the result are as before, with the part's input in place of its children's."""
         both = list(zip(seen.events, parted.events, strict=False))
         ok = len(seen.events) == len(parted.events)
         for a, b in both:
@@ -184,7 +184,7 @@ def _same(a: Tensor, b: Any) -> bool:
 
 @functools.cache
 def _hollow_class(cls: Any, method: str, names: Names) -> Any:
-    """Of a hollow copy: the stubs of first and last draw the numbers that they draw in the layer's own forward."""
+    """For a stub copy: the stubs of first and last draw the same numbers as in the layer's own forward."""
 
     def first(self: Any, x: Tensor) -> Tensor:
         self._modules[names[0]](x)
@@ -203,7 +203,7 @@ def _hollow_class(cls: Any, method: str, names: Names) -> Any:
 
 
 def methods(names: Names, cls: Any, method: str) -> dict[str, Any]:
-    """Of the class that stands in a block's place: its forward, and what that calls in the place of the children."""
+    """For the class that replaces a block's: its forward, and the methods that this calls in place of the children."""
     own = inspect.getattr_static(cls, method)
     inner = renamed(own, names)
     name, activation, _ = names
@@ -228,7 +228,7 @@ def methods(names: Names, cls: Any, method: str) -> dict[str, Any]:
             return self._modules[names[2]](h)
         if asked == 1:
             return whole(self, plan, h[0])
-        h = self._modules[name](h[(0,) * asked])  # other arguments, another way through forward
+        h = self._modules[name](h[(0,) * asked])  # other arguments may take another path through forward
         for _ in range(asked):
             h = _child(self, activation)(h)
         return self._modules[names[2]](h)
@@ -241,5 +241,5 @@ def _child(layer: nn.Module, name: str) -> Any:
 
 
 def _passed(plan: Plan, x: Any) -> bool:
-    """The input of the part, and not what the first layer gives, which is wider."""
+    """Passes on the part's input, which is narrower than the first layer's output."""
     return type(x) in PLAIN_TENSORS and x.shape[-1] == plan.widths[0]

@@ -1,4 +1,4 @@
-"""From a module to its plan, or to the reason why it is left alone. Nothing is changed here."""
+"""Finds the plan of a module, or the reason why it is left alone. It changes nothing."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from .layer import LINEARS, Plan, child, has_only_weights, plan
 from .part import Part, method_with
 from .probe import ProbeError, aside, enough_rows, linear_shape, norm_width, original_class, trace, why_eval_only
 
-# Where a feed-forward has a method of its own: transformers' encoders, torch's nn.TransformerEncoderLayer.
+# Methods that hold a feed-forward: of transformers' encoders and torch's nn.TransformerEncoderLayer.
 METHODS = ("forward", "feed_forward_chunk", "feed_forward_chunk_query", "ff_chunk", "_ff_block")
-OURS = (FeedForward, PlainFFN, GLU, GatedFFN)  # which fuse themselves
+OURS = (FeedForward, PlainFFN, GLU, GatedFFN)  # these fuse themselves
 _MOST_BRANCHES = 16
-_MANY = 512  # modules below a layer that is looked at
+_MANY = 512  # most modules inside a candidate layer
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Finding:
 
 
 def linear_children(layer: nn.Module, most: int) -> dict[str, tuple[int, int]]:
-    """Paths and (in, out) of the outermost linear layers below; at most one more than ``most``."""
+    """Paths and (in, out) of the outermost linear layers inside; stops at one more than ``most``."""
     found: dict[str, tuple[int, int]] = {}
 
     def look(module: nn.Module, prefix: str) -> None:
@@ -54,7 +54,7 @@ def linear_children(layer: nn.Module, most: int) -> dict[str, tuple[int, int]]:
 
 
 def plausible(layer: nn.Module) -> bool:
-    """The shapes of the linear layers below could be those of one feed-forward layer."""
+    """True if the linear layers inside have the shapes of one feed-forward layer."""
     most = 2 * _MOST_BRANCHES + 1
     shapes = list(linear_children(layer, most).values())
     if not 2 <= len(shapes) <= most or sum(1 for _ in layer.modules()) > _MANY:
@@ -82,7 +82,7 @@ def bottleneck(layer: nn.Module) -> tuple[str, str] | None:
 
 @dataclass(frozen=True)
 class _Seen:
-    """What holds for a layer and for all that are alike."""
+    """The finding for a layer and for all layers that are alike."""
 
     form: Form | None
     reason: str = ""
@@ -96,18 +96,18 @@ class _Seen:
 
 
 class Recogniser:
-    """Recognises the layers of one model, those that are alike once."""
+    """Recognises the layers of one model, looking at identical layers once."""
 
     def __init__(self) -> None:
         self._known: Known[Any] = Known()
 
     def once(self, layer: nn.Module, what: Hashable, look: Callable[[Reads], Found]) -> Found:
-        """``look(reads)`` of this layer, or what it gave for one that is alike."""
+        """Returns ``look(reads)`` of this layer, or its result for a layer that is alike."""
         found: Found = self._known.get(layer, (what, structure(layer, original_class)), look)
         return found
 
     def part(self, layer: nn.Module) -> Finding:
-        """Whether two linear children and an activation of a layer that does more are a feed-forward."""
+        """Decides whether two linear children and an activation form a feed-forward inside a larger layer."""
         first, last = bottleneck(layer) or ("", "")
         cls = original_class(layer)
         method = method_with(cls, first, last)
@@ -136,7 +136,7 @@ class Recogniser:
         return Finding(plan(layer, found.form, (), {}, *options), method=method)
 
     def __call__(self, layer: nn.Module, method: str) -> Finding:
-        """What ``method`` of the layer computes, from runs on a hollow copy: ranks, training and eval, dtypes."""
+        """Finds what ``method`` of the layer computes, from runs on a stub copy: ranks, training and eval, dtypes."""
         cls = original_class(layer)
         if not callable(getattr(cls, method, None)):
             return Finding(None, f"it has no {method}")
@@ -209,10 +209,10 @@ def _recognise(layer: nn.Module, method: str, width: int, narrowest: int, reads:
     dtypes = tuple([each for each in check.DTYPES if holds(base, full(first, width), False, each)])
     if dtype not in dtypes:
         return _Seen(None, f"in {str(dtype).removeprefix('torch.')} it computes something other than in float32")
-    laid = [step[-1] for step in base.head if not isinstance(step, str)]  # rows side by side: how wide they are then
+    laid = [step[-1] for step in base.head if not isinstance(step, str)]  # layers that merge rows: the merged widths
 
     def both(rank: int, width: int, training: bool = False) -> bool:
-        """With several rows and with the fewest, which a squeeze, say, would treat differently."""
+        """Runs with several rows and with the fewest, which a squeeze would treat differently."""
         fewest = (*[1] * (rank - 2), max([1, *[-(-wide // width) for wide in laid]]), width)[-rank:]
         return holds(base, full(rank, width), training, torch.float32) and holds(base, fewest, training, torch.float32)
 
@@ -228,7 +228,7 @@ def _recognise(layer: nn.Module, method: str, width: int, narrowest: int, reads:
     eval_only = why_eval_only(in_training, "which is no child")
     first_name, *names = list(inspect.signature(getattr(cls, method)).parameters.values())[1:]
     named = [p for p in names if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    # Given as they are without being given they do nothing, unless forward asks whether they are given.
+    # Passing the defaults has no effect, unless forward checks whether an argument was passed.
     idle = {p.name: p.default for p in named if isinstance(p.default, (bool, int, float, str, type(None)))}
     if idle and not holds(base, full(first, width), False, torch.float32, idle):
         idle = {}
@@ -248,7 +248,7 @@ def _why_failed(layer: nn.Module, method: str, error: Exception) -> str:
 
 
 def _look_at_class(linear: nn.Module) -> None:
-    """Into LINEARS with a subclass of nn.Linear that computes the same (as openai-whisper's, which casts weights)."""
+    """Adds a subclass of nn.Linear to LINEARS if it computes the same (as openai-whisper's, which casts weights)."""
     cls: Any = type(linear)
     if cls is not nn.Linear and isinstance(linear, nn.Linear) and has_only_weights(linear) and _is_linear_class(cls):
         LINEARS.add(cls)
@@ -284,7 +284,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _check_stateless(layer: nn.Module, form: Form, own: bool = True) -> None:
-    """What is stepped over may not hold numbers of its own: they would be frozen as they are today."""
+    """Checks that bypassed modules hold no tensors of their own, whose present values would be frozen."""
     for path in ("", *form.run) if own else form.run:
         module = child(layer, tuple(path.split(".")) if path else ())
         where = f"{path}." if path else ""

@@ -1,4 +1,4 @@
-"""What a router gives: which tokens go to which experts, with which weights. No router stands here."""
+"""The result of a router: which tokens go to which experts, with which weights. This file has no router."""
 
 from __future__ import annotations
 
@@ -84,15 +84,15 @@ class Routing(NamedTuple):
         drop: str = "position",
         mask: Tensor | None = None,
     ) -> Routing:
-        """A routing from any router's choice.
+        """Makes a routing from the choice of any router.
 
         Args:
             ids: ``[T, K]`` integers; those below 0 or >= ``num_experts`` mean "not on this rank" and are skipped.
             weights: ``[T, K]``; float32 or float64 are kept, others become float32.
             num_experts: E.
-            capacity: the most rows an expert takes; the others are dropped. None for no limit.
-            drop: who is dropped: ``"position"`` keeps earlier tokens, all first slots before any second;
-                ``"weight"`` the largest weights, ties in that order.
+            capacity: the largest number of rows of an expert; other rows are dropped. None for no limit.
+            drop: which rows are dropped: ``"position"`` keeps earlier tokens, and all first slots before any second;
+                ``"weight"`` keeps the largest weights, ties in that order.
             mask: ``[T]`` bool, False for tokens to leave out, whatever their ids and weights are.
 
         Raises:
@@ -120,7 +120,7 @@ class Routing(NamedTuple):
         return sorted_rows(ids, None, weights, num_experts, ids.shape[0], capacity, drop, mask)
 
     def statistics(self) -> Statistics:
-        """Counts of this routing, without a synchronisation.
+        """Statistics of the load, computed without a synchronisation.
 
         Example:
             >>> ids = torch.tensor([[0], [0], [1]])
@@ -139,7 +139,7 @@ class Routing(NamedTuple):
         )
 
 
-# So that torch.export.save writes programs that take or return them, and torch.load(weights_only=True) reads them.
+# torch.export.save can then write programs that take or return them, and torch.load(weights_only=True) reads them.
 for _kind in (Routing, Statistics):
     pytree._register_namedtuple(_kind, serialized_type_name=f"ffn_ops.{_kind.__name__}")
 torch.serialization.add_safe_globals([Routing, Statistics])
@@ -155,7 +155,8 @@ def sorted_rows(
     drop: str = "position",
     mask: Tensor | None = None,
 ) -> Routing:
-    """Of entries: ``expert`` [T, K], or ``expert`` and ``token`` [R]. Experts and tokens out of range are skipped."""
+    """Sorts entries into a Routing: ``expert`` [T, K], or ``expert`` and ``token`` [R]. It skips experts and tokens
+    out of range."""
     if capacity is not None:
         check.at_least("capacity", capacity, 0)
     check.choice("drop", drop, ("position", "weight"))
@@ -171,7 +172,8 @@ def sorted_rows(
 
 
 def fold_logits(logits: Any, mask: Any = None) -> tuple[Tensor, Tensor | None]:
-    """``[T, E]`` and ``[T]``. Padding gets zeros and a gradient of exactly 0: NaN there must not meet a product."""
+    """Returns logits ``[T, E]`` and mask ``[T]``. Logits of padding become 0 with a gradient of exactly 0, because NaN
+    there must not enter a product."""
     check.tensor("logits", logits)
     if logits.dim() < 2 or logits.shape[-1] < 1:
         raise ValueError(f"logits: expected shape [..., T, E] with E >= 1, got {list(logits.shape)}")
@@ -183,7 +185,7 @@ def fold_logits(logits: Any, mask: Any = None) -> tuple[Tensor, Tensor | None]:
 
 
 def check_mask(mask: Any, tokens: Tensor, name: str = "mask") -> Tensor:
-    """``[T]``, for ``tokens`` [T, ...]."""
+    """Returns the mask as ``[T]``, for ``tokens`` [T, ...]."""
     if not isinstance(mask, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(mask).__name__}")
     if mask.dtype is not torch.bool:
@@ -195,12 +197,12 @@ def check_mask(mask: Any, tokens: Tensor, name: str = "mask") -> Tensor:
 
 
 def has_values(t: Tensor) -> bool:
-    """Whether Python may look at them: not while a graph is made of the call."""
+    """Whether Python may read the values: not while the call is traced."""
     return type(t) is Tensor and not t.is_meta and not torch.compiler.is_compiling()
 
 
 def mask_of(routing: Routing, mask: Any, tokens: Tensor) -> Tensor | None:
-    """The mask that ``routing`` was made with, or None; ``mask``, where it is given, must be the same."""
+    """The mask that ``routing`` was made with, or None. ``mask``, if given, must be the same."""
     own = routing.mask if routing.mask is not None and routing.mask.dim() == 1 and routing.mask.shape[0] else None
     if own is not None:
         own = check_mask(own, tokens, "routing.mask")
@@ -220,7 +222,7 @@ def mask_of(routing: Routing, mask: Any, tokens: Tensor) -> Tensor | None:
 
 
 def wide(logits: Tensor) -> Tensor:
-    """What scores are computed in: float32, float64 for float64; autocast does not lower it."""
+    """Casts to the dtype of scores: float32, or float64 for float64. Autocast does not lower it."""
     return logits.to(arithmetic(logits))
 
 
@@ -232,10 +234,10 @@ def expert_capacity(tokens: Any, k: int, num_experts: int, capacity_factor: floa
     check.number("capacity_factor", capacity_factor)
     if capacity_factor < 0:
         raise ValueError(f"capacity_factor: expected 0 or more, got {capacity_factor}")
-    # In integers: exact for the decimal fraction that was meant, and a graph with symbolic T can be stored.
-    if torch._C._get_tracing_state() is not None:  # sizes are tensors there, and what its graph holds are numbers
+    # Integers are exact for the decimal fraction that the caller meant, and a graph with symbolic T can store them.
+    if torch._C._get_tracing_state() is not None:  # sizes are tensors there, but its graph holds numbers
         tokens, num_experts = int(tokens), int(num_experts)
     factor = Fraction(capacity_factor).limit_denominator(10**6)
     divisor = factor.denominator * num_experts
-    wanted = (factor.numerator * tokens * k + divisor - 1) // divisor  # of what is below 0 ONNX's quotients round up
+    wanted = (factor.numerator * tokens * k + divisor - 1) // divisor  # ONNX rounds negative quotients up
     return torch.sym_min(tokens, torch.sym_max(min_capacity, wanted))

@@ -37,7 +37,7 @@ def switch(
 
 
 def jitter(x: Tensor, epsilon: float = 0.01, generator: torch.Generator | None = None) -> Tensor:
-    """``x * U(1 - epsilon, 1 + epsilon)``, element by element: for the router's input, in training only.
+    """``x * U(1 - epsilon, 1 + epsilon)``, element by element, for the router's input in training.
 
     Source: Fedus, Zoph, Shazeer, Switch Transformers (2021), section 2.4.
 

@@ -1,4 +1,4 @@
-"""Top-k routing: the documents' router, Mixtral's, Qwen3's, gpt-oss's and DeepSeek-V3's are its options."""
+"""Top-k routing. Its options give the routers of Mixtral, Qwen3, gpt-oss and DeepSeek-V3."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def top_k(
         capacity_factor, min_capacity: an expert takes at most ``C = ceil(capacity_factor * T * k / E)`` rows, at least
             ``min_capacity``, at most T; the others are dropped. None: dropless.
         drop: see :meth:`ffn_ops.Routing.from_topk`.
-        mask: bool, one for each token, False for padding: no rows, no part in C's queue.
+        mask: bool, one for each token, False for padding, which gets no rows and does not count for the capacity.
 
     Returns:
         A :class:`ffn_ops.Routing` with R = T * k. The gradient of the weights reaches the logits through the chosen
