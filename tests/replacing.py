@@ -349,18 +349,18 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "leaky": (lambda: Plain(nn.LeakyReLU()), NO_ACTIVATION),
     "nearly gelu": (lambda: Plain(lambda z: F.gelu(z) * (1 + 2e-5)), NO_ACTIVATION),
     "learned slope": (lambda: Plain(nn.PReLU()), BETWEEN),
-    "buffer": (Scaled, "scale|returns"),
+    "buffer": (Scaled, "scale|return"),
     "learned beta": (Learned, "tensor of its own, beta"),
     "a child twice": (lambda: Forward(_twice), "twice|no activation"),
     "reads its weights": (lambda: Forward(_reads_weights), "no linear child"),
-    "writes its input": (lambda: Forward(_writes), "writes into its input|no activation|called with"),
+    "writes its input": (lambda: Forward(_writes), "modifies its input|no activation|called with"),
     "noise": (lambda: Forward(_noise), NO_ACTIVATION),
     "two results": (lambda: Forward(lambda m, x: (LlamaLike.forward(m, x), x)), "not one tensor"),
     "norm between": (
         lambda: nn.Sequential(nn.Linear(D, FF), nn.LayerNorm(FF), nn.GELU(), nn.Linear(FF, D)), BETWEEN
     ),
-    "pooled": (lambda: Forward(lambda m, x: LlamaLike.forward(m, x).mean(-2)), "returns"),
-    "output scaled": (lambda: Forward(lambda m, x: 0.5 * LlamaLike.forward(m, x)), "returns"),
+    "pooled": (lambda: Forward(lambda m, x: LlamaLike.forward(m, x).mean(-2)), "does not return"),
+    "output scaled": (lambda: Forward(lambda m, x: 0.5 * LlamaLike.forward(m, x)), "does not return"),
     "bf16 only": (lambda: Forward(_bf16_differs).bfloat16(), "in bfloat16"),
 }  # fmt: skip
 
