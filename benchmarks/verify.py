@@ -27,7 +27,7 @@ class WrongResultError(ValueError):
 
 @dataclass(frozen=True)
 class Limit:
-    """Of one tensor: the largest and the root-mean-square error that are right."""
+    """The allowed errors of one tensor: largest and root-mean-square."""
 
     largest: float
     rms: float
@@ -45,7 +45,7 @@ def sizes(t: Tensor) -> tuple[float, float]:
 
 
 def limit(eager: Tensor, exact: Tensor) -> Limit:
-    """What a right result may be off by, given eager's."""
+    """The allowed error, given eager's."""
     largest, rms = errors(eager, exact)
     rounding = torch.finfo(eager.dtype).eps / 2
     size, size_rms = sizes(exact)

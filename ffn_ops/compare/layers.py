@@ -19,7 +19,7 @@ from .architectures import LAYERS, Architecture, count_parameters, disagreement,
 from .settings import Settings
 
 COMPILED_BY_DEFAULT = ("gelu", "swiglu", "gated_ffn")
-# Times eager's own error against float64, and never below a few roundings: on few tokens eager may be lucky.
+# A multiple of eager's own error against float64, at least a few roundings, because eager may be lucky on few tokens.
 ERROR_FACTOR = 3.0
 ERROR_FLOOR = 8 * torch.finfo(torch.float32).eps
 WARM_UPS = 2
@@ -72,9 +72,9 @@ def synchronize(device: torch.device) -> None:
 
 
 def interleaved(calls: dict[Name, Call], repeats: int, device: torch.device, advance: Call) -> dict[Name, Timing]:
-    """Time every call once per round, so that a slow moment of the machine hits all alike.
+    """Times every call once per round, so that slow moments of the machine affect all equally.
 
-    Every other round runs backwards: what a call leaves in the caches favours no fixed neighbour.
+    Every other round runs in reverse order, so that the contents of caches favour no provider.
     """
     times: dict[Name, list[float]] = {name: [] for name in calls}
     order = list(calls.items())
@@ -96,7 +96,7 @@ def _timing(values: list[float]) -> Timing:
 
 
 def saved_for_backward(layer: nn.Module, *inputs: Tensor) -> int:
-    """Bytes of the distinct storages that the forward keeps for the backward, parameters left out, inputs included."""
+    """Bytes of the distinct storages that forward keeps for backward, with inputs, without parameters."""
     parameters = {p.untyped_storage().data_ptr() for p in layer.parameters()}
     kept: dict[int, int] = {}
 
@@ -104,7 +104,7 @@ def saved_for_backward(layer: nn.Module, *inputs: Tensor) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in parameters:
             kept[storage.data_ptr()] = storage.nbytes()
-        # Detached: an output of the operator that keeps it would hold the graph that holds it, as would one in `kept`.
+        # Detached, because an output that is kept would hold the graph that holds it.
         return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -126,7 +126,7 @@ def _error(got: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor]) -> float:
 
 
 def _step(layer: nn.Module, x: Tensor, dy: Tensor) -> Call:
-    """Forward and backward for the input and every parameter; the plain loop leaves an idle expert's out."""
+    """Forward and backward for the input and every parameter; the plain loop skips experts without tokens."""
     leaf = x.detach().requires_grad_()
     wanted = [leaf, *layer.parameters()]
     return lambda: torch.autograd.grad(layer(leaf), wanted, dy, allow_unused=True)
@@ -149,7 +149,7 @@ def _inputs(settings: Settings) -> tuple[Tensor, Tensor]:
 
 
 def prepare(architecture: Architecture, settings: Settings, x: Tensor, dy: Tensor) -> Prepared:
-    """Build the providers and keep those that agree; a fused layer that does not is marked refused."""
+    """Builds the providers and keeps those that agree with float64; marks a fused layer that does not as refused."""
     size, device = settings.layer, torch.device(settings.device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -179,7 +179,8 @@ def prepare(architecture: Architecture, settings: Settings, x: Tensor, dy: Tenso
     for name in [n for n in layers if n != "eager"]:
         try:
             errors[name] = _error(_gradients(layers[name], x, dy), exact)
-        except Exception as error:  # torch.compile fails in many ways (no compiler, no Triton); the rest goes on
+        # torch.compile can fail in many ways (no compiler, no Triton); the other providers go on
+        except Exception as error:
             if name != "compile":
                 raise
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
