@@ -1,4 +1,4 @@
-// The instruction set in use, what `info` reports of this build and machine, and the memory that is kept.
+// The instruction set in use, the facts that `info` reports, and the functions of the kept workspace.
 #include <atomic>
 #include <string>
 

@@ -23,7 +23,7 @@ GatedAct elementwise(const Tensor& gate, const std::optional<Tensor>& up, const 
 
 using ElementwiseKernel = void (*)(const GatedAct&, const Range&);
 
-// Cuts rows, or the columns of a few long rows, into stretches of about 32 Ki elements.
+// Cuts rows, or the columns of a few long rows, into ranges of about 32 Ki elements.
 void run_elementwise(GatedAct& g, ElementwiseKernel kernel) {
   constexpr int64_t kStretch = 1 << 15;
   if (g.rows == 0 || g.cols == 0) return;

@@ -1,4 +1,4 @@
-// The one place that names the table of every instruction set.
+// The only place that names the table of every instruction set.
 #include "kernels.h"
 
 namespace ffn_ops {

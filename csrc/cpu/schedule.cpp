@@ -1,4 +1,4 @@
-// See schedule.h. The only file that owns threads; kernels get pointers and ranges.
+// See schedule.h. Only this file uses threads; kernels get pointers and ranges.
 #include "schedule.h"
 
 #include <algorithm>
@@ -124,7 +124,7 @@ void Steps::run() {
     }
     most_packed = std::max(most_packed, packed);
   }
-  constexpr double kParallelWork = 1 << 17;  // weights read once that are worth waking a second thread for
+  constexpr double kParallelWork = 1 << 17;  // bytes of weights, read once, that are worth waking a second thread
   const int64_t workers = work < kParallelWork ? 1 : workers_;
   char* packed = static_cast<char*>(workspace_.take(most_packed, "packed operands"));
   char* scratch =
