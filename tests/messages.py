@@ -1,4 +1,4 @@
-"""Every error message and warning of the sources, with … for what a call fills in. No test stands here."""
+"""Every error message and warning of the sources, with … for what a call fills in. No tests here."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-OF_COMMANDS = {"compare", "verify.py", "_verify_steps.py", "_files.py"}  # they say in their own output what is wrong
+OF_COMMANDS = {"compare", "verify.py", "_verify_steps.py", "_files.py"}  # commands, whose output explains itself
 
 
 def of_python() -> Iterator[tuple[str, str]]:
-    """Place and text of what is raised or warned of in ``ffn_ops/``."""
+    """Place and text of every error and warning in ``ffn_ops/``."""
     for path in sorted((ROOT / "ffn_ops").rglob("*.py")):
         if OF_COMMANDS & set(path.relative_to(ROOT).parts):
             continue
@@ -59,7 +59,7 @@ def of_cpp() -> Iterator[tuple[str, str]]:
 
 
 def _arguments(source: str, at: int) -> list[str]:
-    """Of a call whose first argument begins at ``at``."""
+    """The arguments of a call, the first of which begins at ``at``."""
     depth, start, found = 0, at, []
     while depth >= 0:
         if source[at] == '"':

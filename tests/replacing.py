@@ -1,5 +1,5 @@
-"""What the tests of ``ffn_ops.replace`` share: layers as people write them, and two models compared by the rule of
-accuracy. No test stands here."""
+"""Helpers for the tests of ``ffn_ops.replace``: layers as people write them, and a comparison of two models by the rule
+of accuracy. No tests here."""
 
 from __future__ import annotations
 
@@ -281,7 +281,7 @@ def operators(layer: nn.Module, x: Tensor) -> list[str]:
 
 
 class Misplaced(reference.FeedForward):
-    """The guide's parenthesis, with widths at which it runs."""
+    """The guides' misplaced parenthesis, with widths at which it runs."""
 
     def __init__(self) -> None:
         super().__init__(D, 18, 4, 0.0)

@@ -46,7 +46,7 @@ def test_benchmark_counts_what_it_sends(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_document_has_the_models_tables(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is computed stands in the document as the script computes it, and the sums can be done by hand."""
+    """The document has the tables that the script computes, and simple cases agree with sums by hand."""
     root = Path(__file__).parents[1]
     monkeypatch.syspath_prepend(str(root))
     from benchmarks import expert_parallel_model as model

@@ -44,7 +44,7 @@ METHODS: dict[str, Callable[..., Any]] = {
 @pytest.mark.cpu_only("a printed tensor of a GPU has its device")
 @pytest.mark.parametrize("name", [*PUBLIC, *METHODS])
 def test_example_of_docstring(name: str) -> None:
-    """It has one, which runs and gives what it says; expert parallelism takes processes, which its own tests have."""
+    """Its example runs and prints the stated result. Expert parallelism needs processes, so its own tests run it."""
     value = {**PUBLIC, **METHODS}[name]
     text = inspect.getdoc(value) or ""
     if name in ("ffn_ops.expert_parallel.moe", "ffn_ops.expert_parallel.shard"):

@@ -1,4 +1,4 @@
-"""``mask=`` leaves padding out of everything: whatever stands there reaches no output, gradient, loss or statistic."""
+"""``mask=`` leaves padding out of everything: its values reach no output, gradient, loss or statistic."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_operators_do_not_read_padding() -> None:
 
 @pytest.mark.parametrize("name", MASKED)
 def test_loss_takes_the_routings_mask(name: str) -> None:
-    """What f counts, P means over: a mask given to the loss alone, or another one, is refused."""
+    """f and P use the same tokens: a mask given only to the loss, or another mask, raises an error."""
     logits = torch.randn(T, E, generator=generator(2))
     r = MASKED[name](logits, mask=MASK)
     loss = routing.load_balancing_loss(logits, r)

@@ -271,7 +271,7 @@ def test_another_activation() -> None:
 
 
 def test_counted_calls(dynamo: None) -> None:
-    """Where the last of the three is reached, fused or not; compiled code does not come by the counter."""
+    """Counts calls that reach the last of the three, fused or not; compiled code is not counted."""
     layer = ffn_ops.replace(seeded(Block))
     x = torch.randn(2, 5, D)
 

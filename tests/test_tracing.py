@@ -1,4 +1,5 @@
-"""Graphs of torch's older tracers hold our calls: torch.fx.symbolic_trace and torch.jit.trace; not torch.jit.script."""
+"""Graphs of torch's older tracers keep our calls: torch.fx.symbolic_trace and torch.jit.trace; torch.jit.script
+refuses."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ void add_pre_activations(Steps& steps, Experts& c, const Tensor& x, const Tensor
 void add_combined_product(Steps& steps, Workspace& workspace, Experts& c, const RowsOf& rows, int64_t K, int64_t N,
                           const WeightsFrom& weights, const void* bias, const void* row_weight, void* out);
 
-// d_hidden [R, 2F] (d_gate, then d_up, or in turns) and h, times the row's weight where there is one; parts of the
+// d_hidden [R, 2F] (d_gate, then d_up, or alternating) and h, times the row's weight where there is one; parts of the
 // gradient of the weight (null: not routed).
 void add_hidden_gradient(Steps& steps, Experts& c, const Tensor& d_y, const Tensor& w_down, const void* gate,
                          const void* up, void* d_hidden, void* h, DType h_dtype, void* parts, int64_t num_parts);
