@@ -9,7 +9,7 @@
 namespace ffn_ops {
 
 // M rows times weights of N rows along k, or of rows along N in stretches of K each. What lies behind a row
-// along k, and behind the last row along N, is NaN: it must not get in.
+// along k, and behind the last row along N, is NaN, which must not enter the result.
 inline void test_ways(const char* isa, const KernelTable& table, DType dtype, const Shape& s, int64_t stretches) {
   constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
   const int64_t parts = stretches > 0 ? stretches : 1, K = parts * s.K;

@@ -1,4 +1,4 @@
-// The kernels for any CPU: no target region, as the compiler's own baseline is meant.
+// The kernels for any CPU, without a target region: they use the compiler's baseline.
 #include <stdint.h>
 
 #include <utility>

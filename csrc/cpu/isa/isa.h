@@ -1,4 +1,4 @@
-// The instruction sets: their one list, what this machine supports, and the choice that FFN_OPS_ISA makes.
+// The one list of instruction sets, what this machine supports, and dispatch, with FFN_OPS_ISA.
 // No torch, no vectors.
 #pragma once
 
@@ -13,7 +13,7 @@ inline constexpr const char* kIsaNames[] = {"baseline", "avx2", "avx512", "avx51
 
 constexpr const char* isa_name(Isa isa) { return kIsaNames[static_cast<int>(isa)]; }
 
-// Whether this CPU and operating system run code of that set.
+// Whether this CPU and operating system can run code of that set.
 bool isa_supported(Isa isa);
 
 // Whether they have AMX tiles with bfloat16 products; FFN_OPS_AMX=1 or 0 answers instead.
