@@ -10,7 +10,7 @@ KERNEL_FLAGS := -std=c++20 -ffp-contract=off -fno-math-errno -fno-trapping-math 
 SANITIZERS := -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined
 TMP := build/kernels
 
-.PHONY: build test isas lint bench sanitize aarch64 simt simt-operators cuda products kernels format
+.PHONY: build test isas lint bench docs sanitize aarch64 simt simt-operators cuda products kernels format
 
 build:
 	$(PYTHON) -m pip install -e ".[compare,test,lint]"
@@ -37,6 +37,10 @@ format:
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
 	clang-format -i $(CPP_SOURCES)
+
+# The documentation site, into docs/_build/html; needs the extra `docs` and no network.
+docs:
+	$(PYTHON) -m sphinx -q -W --keep-going -b html docs docs/_build/html
 
 bench:
 	$(PYTHON) -m benchmarks.dense

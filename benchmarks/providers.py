@@ -29,7 +29,7 @@ GROUPED = "grouped_mm"
 GROUPED_FLOAT32 = "grouped_mm via float32"
 GROUPED_COMPILE = "grouped_mm compiled"
 TORCH_ROUTING = "torch"
-ENOUGH = 512  # numbers of a result, for its error to be judged
+ENOUGH = 512  # least number of elements of a result for which its error can be judged
 COMPILING = (COMPILE, GROUPED_COMPILE)  # whose first call is no sample
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu}
@@ -53,7 +53,7 @@ class Eager(nn.Module):
 
 
 class EagerWithDropout(Eager):
-    """The study guides' module."""
+    """The module of the two study guides."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__(shape)

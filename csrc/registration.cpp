@@ -82,7 +82,7 @@ STABLE_TORCH_LIBRARY(ffn_ops, m) {
   m.def("_isas() -> str");
   m.def("_use_isa(str name) -> ()");
   m.def("_has_amx() -> bool");
-  // Memory that is kept for later calls on the CPU.
+  // Workspace that the CPU keeps for later calls.
   m.def("_empty_cache() -> ()");
   m.def("_cached_bytes() -> int");
   m.def("_cache_limit() -> int");

@@ -1,4 +1,4 @@
-"""Fused feed-forward layers for PyTorch: one schema per operator, a kernel for each device behind it.
+"""Fused feed-forward layers for PyTorch: one schema per operator, with a CPU and a CUDA kernel behind it.
 
 Letters in names and docstrings: T tokens, D model width (d_model), F FFN width (d_ff), E experts, K experts per token,
 R routed rows (T * K), G gate branches.

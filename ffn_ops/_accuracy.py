@@ -25,7 +25,7 @@ class WrongResultError(ValueError):
 
 @dataclass(frozen=True)
 class Limit:
-    """Of one tensor: the largest and the root-mean-square error that are right."""
+    """The allowed errors of one tensor: largest and root-mean-square."""
 
     largest: float
     rms: float

@@ -1,4 +1,4 @@
-"""FLOP formulas for torch.utils.flop_counter: 2 M N K for a product, as torch counts; activations count nothing.
+"""FLOP formulas for torch.utils.flop_counter: 2 M N K for a product, as torch counts. Activations are not counted.
 
 Each argument is the shape of the operator's argument of that name; the letters are those of ``ffn_ops/__init__.py``.
 """
@@ -69,7 +69,7 @@ def moe_flops(
     x: Any, token: Any, weight: Any, offsets: Any, row: Any, slot_offsets: Any, w_in: Any, w_down: Any, *_: Any,
     out_shape: Any = None, **__: Any
 ) -> int:  # fmt: skip
-    """Of all R rows, the most that can be computed: how many are dropped is not known from shapes."""
+    """Counts all R rows, an upper bound: shapes do not say how many rows are dropped."""
     R = x[0] if token is None else token[0]
     return 2 * R * (x[1] * w_in[1] + w_down[1] * w_down[2])  # type: ignore[no-any-return]
 

@@ -54,10 +54,11 @@ class Gate:
         Shazeer, GLU Variants Improve Transformer (2020); the limit and the shift: gpt-oss-120b & gpt-oss-20b Model Card
         (2025). ``situ`` is Kimi K3's and Inkling 2's gate, ``swiglu_step`` that of Step-3.7.
 
-    >>> Gate("swiglu_oai")
-    Gate('swish', beta=1.702, limit=7.0, up_shift=1.0)
-    >>> Gate("clamped_silu", limit=7.0) == Gate("silu", limit=7.0)
-    True
+    Example:
+        >>> ffn_ops.Gate("swiglu_oai")
+        Gate('swish', beta=1.702, limit=7.0, up_shift=1.0)
+        >>> ffn_ops.Gate("clamped_silu", limit=7.0) == ffn_ops.Gate("silu", limit=7.0)
+        True
     """
 
     activation: str
@@ -168,8 +169,12 @@ torch.serialization.add_safe_globals([Gate])  # as strings are
 
 
 def activations() -> tuple[str, ...]:
-    """The names of the activations that every ``activation=`` takes. Their parameters and the gates that models use:
-    :class:`Gate`."""
+    """Returns the names of all activations. :class:`Gate` has their parameters, and the gates of models.
+
+    Example:
+        >>> "silu" in ffn_ops.activations()
+        True
+    """
     return NAMES
 
 

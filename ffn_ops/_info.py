@@ -30,12 +30,16 @@ def _cuda() -> str:
 
 
 def info() -> dict[str, Any]:
-    """What this installation is and what it runs on.
+    """Describes this installation and this machine.
 
     Returns:
-        ``version``, ``torch``, ``python``, ``cpu``, ``isa`` (chosen), ``isas`` (that this machine has), ``amx``
-        (16-bit layers go through torch's products), ``threads``, ``cuda`` (the CUDA library's architectures, or why
-        there is none).
+        ``version``, ``torch``, ``python``, ``cpu``, ``isa`` (chosen), ``isas`` (available here), ``amx``
+        (whether 16-bit layers use torch's products), ``threads``, ``cuda`` (the CUDA library's architectures, or the
+        reason for its absence).
+
+    Example:
+        >>> ffn_ops.info()["isa"] in ffn_ops.info()["isas"]
+        True
     """
     return {
         "version": __version__,

@@ -19,12 +19,13 @@ from . import ops
 from ._gate import Gate, as_gate
 
 # A small layer feels every look-up by nn.Module.__getattr__, so forward reads _modules and _parameters directly.
-PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor)  # fake: torch.export. DTensors and others act on their own
+# FakeTensor: torch.export. DTensors and other subclasses have behaviour of their own
+PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor)
 
 
 def has_own_forward(module: nn.Module) -> bool:
-    """True where no other forward than its class's is set on ``module``: a library that takes its own away may leave
-    the class's there, bound, as accelerate does."""
+    """True if the instance ``module`` has no ``forward`` but its class's. A library that removes its own may leave the
+    class's bound method there, as accelerate does."""
     forward = module.__dict__.get("forward")
     return forward is None or (
         getattr(forward, "__func__", None) is type(module).forward and forward.__self__ is module
@@ -32,7 +33,7 @@ def has_own_forward(module: nn.Module) -> bool:
 
 
 def is_unhooked(module: nn.Module) -> bool:
-    """True where calling ``module`` runs its class's forward and nothing else."""
+    """True if calling ``module`` runs only its class's forward."""
     return (
         ("forward" not in module.__dict__ or has_own_forward(module))
         and not module._forward_hooks
@@ -43,7 +44,7 @@ def is_unhooked(module: nn.Module) -> bool:
 
 
 def is_plain_linear(layer: nn.Module) -> bool:
-    """True where calling ``layer`` computes ``F.linear(x, layer.weight, layer.bias)`` and nothing else."""
+    """True if calling ``layer`` computes only ``F.linear(x, layer.weight, layer.bias)``."""
     weight: Any = layer._parameters.get("weight")
     return (
         type(layer) is nn.Linear
@@ -54,8 +55,9 @@ def is_plain_linear(layer: nn.Module) -> bool:
 
 
 def called(name: str, child: Any, x: Tensor) -> Tensor:
-    """``child(x)``. From a weight on meta torch would make memory that nobody wrote; hooks may bring weights first."""
-    looks = isinstance(x, Tensor) and not torch.compiler.is_compiling()  # torch.fx's symbolic_trace has no tensors
+    """Returns ``child(x)``. Refuses weights on meta, with which torch would return uninitialised memory; hooks may load
+    them first."""
+    looks = isinstance(x, Tensor) and not torch.compiler.is_compiling()  # torch.fx.symbolic_trace passes proxies
     if looks and not x.is_meta and is_unhooked(child):
         for path, part in child.named_modules(prefix=name):
             for each, p in part._parameters.items():
@@ -65,19 +67,19 @@ def called(name: str, child: Any, x: Tensor) -> Tensor:
 
 
 def is_idle(dropout: nn.Module) -> bool:
-    """True where calling ``dropout`` returns its input and does nothing else."""
+    """True if calling ``dropout`` only returns its input."""
     kind = type(dropout)
     idle = kind is nn.Identity or (kind is nn.Dropout and not (dropout.training and dropout.p > 0))  # type: ignore[operator]
     return idle and is_unhooked(dropout)
 
 
 def _alike(layers: list[nn.Linear]) -> bool:
-    """All with a bias or none, as the operator takes them."""
+    """True if all have a bias or none has, as the operator needs it."""
     return len({layer.bias is None for layer in layers}) == 1
 
 
 def reset(module: nn.Module) -> None:
-    """Fresh values for all of ``module``: by its own ``reset_parameters``, else child by child."""
+    """Initialises all of ``module``, by its own ``reset_parameters`` or child by child."""
     own = getattr(module, "reset_parameters", None)
     if callable(own):
         own()
@@ -87,10 +89,10 @@ def reset(module: nn.Module) -> None:
 
 
 class _OfLinears(nn.Module):
-    """A layer whose parameters are its children's."""
+    """Base of layers whose parameters are those of their children."""
 
     def reset_parameters(self) -> None:
-        """Fresh values, drawn in the constructor's order, as after ``to_empty``."""
+        """Initialises the parameters in the constructor's order; for use after ``to_empty``."""
         for child in self.children():
             reset(child)
 
@@ -124,7 +126,7 @@ class FeedForward(_OfLinears):
         hidden_dim: width of the plain FFN that this one replaces; two thirds of it, rounded up to a multiple of
             ``multiple_of``, is the width F here, so that the number of parameters stays.
         multiple_of: F is a multiple of it.
-        dropout: probability of the dropout behind ``w2``.
+        dropout: probability of the dropout after ``w2``.
         activation: a name or a :class:`ffn_ops.Gate`.
         d_ff: the width F itself, in place of ``hidden_dim`` and ``multiple_of``.
         bias: whether the three layers have biases.
@@ -135,6 +137,13 @@ class FeedForward(_OfLinears):
     Raises: TypeError, ValueError for sizes, names and inputs that do not fit.
 
     Source: Shazeer, GLU Variants Improve Transformer (2020), equation 6; Touvron et al., LLaMA (2023), section 2.2.
+
+    Example:
+        >>> layer = ffn_ops.FeedForward(dim=8, hidden_dim=48, multiple_of=16, dropout=0.0)
+        >>> layer.w1.out_features  # two thirds of 48
+        32
+        >>> layer(torch.randn(4, 8)).shape
+        torch.Size([4, 8])
     """
 
     def __init__(
@@ -175,7 +184,7 @@ class FeedForward(_OfLinears):
         else:
             h = ops.gated_act(called("w1", w1, x), called("w3", w3, x), activation=self.activation)
             y = called("w2", w2, h)
-        # torch.fx's symbolic_trace, whose y is no tensor, keeps the call: the mode may change after it.
+        # Under torch.fx.symbolic_trace y is a proxy; the graph keeps the call, because the mode may change later.
         return y if is_idle(dropout) and isinstance(y, Tensor) else dropout(y)  # type: ignore[no-any-return]
 
 
@@ -187,6 +196,10 @@ class PlainFFN(_OfLinears):
     Raises: TypeError, ValueError for sizes, names and inputs that do not fit.
 
     Source: Vaswani et al., Attention Is All You Need (2017), equation 2.
+
+    Example:
+        >>> ffn_ops.PlainFFN(8, 32, activation="silu")(torch.randn(4, 8)).shape
+        torch.Size([4, 8])
     """
 
     def __init__(
@@ -224,21 +237,36 @@ class PlainFFN(_OfLinears):
 
 
 class ReLUFFN(PlainFFN):
-    """``linear2(relu(linear1 x))``, the original transformer's FFN. See :class:`PlainFFN`."""
+    """``linear2(relu(linear1 x))``, the FFN of the original Transformer. See :class:`PlainFFN`.
+
+    Example:
+        >>> ffn_ops.ReLUFFN(8, 32)(torch.randn(4, 8)).shape
+        torch.Size([4, 8])
+    """
 
     def __init__(self, d_model: int, d_ff: int, *, recompute: bool = False) -> None:
         super().__init__(d_model, d_ff, activation="relu", recompute=recompute)
 
 
 class GELUFFN(PlainFFN):
-    """``linear2(gelu(linear1 x))`` with the erf form, as BERT and GPT have it. See :class:`PlainFFN`."""
+    """``linear2(gelu(linear1 x))`` with the erf form of GELU, as in BERT. See :class:`PlainFFN`.
+
+    Example:
+        >>> ffn_ops.GELUFFN(8, 32)(torch.randn(4, 8)).shape
+        torch.Size([4, 8])
+    """
 
     def __init__(self, d_model: int, d_ff: int, *, recompute: bool = False) -> None:
         super().__init__(d_model, d_ff, activation="gelu", recompute=recompute)
 
 
 class SwishFFN(PlainFFN):
-    """``linear2(swish(linear1 x))`` with ``swish(z) = z * sigmoid(beta * z)``. See :class:`PlainFFN`."""
+    """``linear2(swish(linear1 x))`` with ``swish(z) = z * sigmoid(beta * z)``. See :class:`PlainFFN`.
+
+    Example:
+        >>> ffn_ops.SwishFFN(8, 32, beta=1.5)(torch.randn(4, 8)).shape
+        torch.Size([4, 8])
+    """
 
     def __init__(self, d_model: int, d_ff: int, beta: float = 1.0, *, recompute: bool = False) -> None:
         super().__init__(d_model, d_ff, activation=Gate("swish", beta=beta), recompute=recompute)
@@ -252,6 +280,10 @@ class GLU(_OfLinears):
     Raises: TypeError, ValueError for sizes, names and inputs that do not fit.
 
     Source: Dauphin et al., Language Modeling with Gated Convolutional Networks (2017), equation 1.
+
+    Example:
+        >>> ffn_ops.GLU(8, 32)(torch.randn(4, 8)).shape
+        torch.Size([4, 32])
     """
 
     def __init__(self, d_in: int, d_out: int, *, activation: str | Gate = "sigmoid") -> None:
@@ -286,7 +318,12 @@ class GatedFFN(_OfLinears):
 
     Raises: TypeError, ValueError for sizes, names and inputs that do not fit.
 
-    Source: the study guide's multi-gate FFN; each branch is Dauphin et al. (2017), equation 1.
+    Source: the multi-gate FFN of the two guides (see the documentation, Getting started); each branch is Dauphin et
+        al. (2017), equation 1.
+
+    Example:
+        >>> ffn_ops.GatedFFN(8, 32, num_gates=2, out_proj=True)(torch.randn(4, 8)).shape
+        torch.Size([4, 8])
     """
 
     def __init__(

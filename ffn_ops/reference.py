@@ -1,7 +1,7 @@
-"""Plain PyTorch: the formulas of every operator and the study guides' modules as a user would write them.
+"""Plain PyTorch formulas of every operator, and the modules of the two guides as a user would write them.
 
-Tests and benchmarks compare with this file; nothing here calls an ffn_ops operator, and nothing in the package's
-operators falls back to it. Shapes use the letters of ``ffn_ops/__init__.py``.
+Tests and benchmarks compare with this file. It calls no ffn_ops operator, and no operator falls back to it. Shapes use
+the letters of ``ffn_ops/__init__.py``.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def ffn(
 
 
 class FeedForward(nn.Module):
-    """``dropout(w2(act(w1 x) * w3 x))``: the guide's SwiGLU block with its parenthesis put right."""
+    """``dropout(w2(act(w1 x) * w3 x))``: the guides' SwiGLU block with its parenthesis corrected."""
 
     def __init__(
         self,
@@ -124,7 +124,7 @@ class FeedForward(nn.Module):
 
 
 class PlainFFN(nn.Module):
-    """``linear2(act(linear1 x))``: the guide's ReLUFFN, GELUFFN and Swish FFN."""
+    """``linear2(act(linear1 x))``: the guides' ReLUFFN, GELUFFN and Swish FFN."""
 
     def __init__(self, d_model: int, d_ff: int, activation: str | Gate = "relu") -> None:
         super().__init__()
@@ -207,7 +207,7 @@ def _ranked(values: Tensor) -> Tensor:
     """Indices of each row from the best to the worst."""
     smallest = torch.where(values.isnan(), torch.full_like(values, -torch.inf), values)
     order = torch.sort(smallest, dim=1, descending=True, stable=True).indices
-    worst = values.isnan().gather(1, order)  # NaN behind -inf
+    worst = values.isnan().gather(1, order)  # NaN ranks after -inf
     return order.gather(1, torch.sort(worst.int(), dim=1, stable=True).indices)
 
 
@@ -236,7 +236,7 @@ def moe(
 
 
 class MoEFFN(nn.Module):
-    """The study guide's mixture of experts: softmax, top-k without renormalisation, a loop over the experts."""
+    """The guides' mixture of experts: softmax, top-k without renormalisation, a loop over the experts."""
 
     def __init__(self, d_model: int, d_ff: int, num_experts: int = 8, top_k: int = 2) -> None:
         super().__init__()

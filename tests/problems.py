@@ -1,6 +1,5 @@
-"""What the tests run: every operator in its forms, as ours and as the plain formula, on the same named tensors.
-
-The plain side is ffn_ops/reference.py; no tolerance and no test stands here.
+"""The problems that the tests run: every operator in its forms, as ours and as the plain formula, on the same named
+tensors. The plain formulas are in ffn_ops/reference.py. No tolerances and no tests here.
 """
 
 from __future__ import annotations
@@ -19,9 +18,9 @@ from ffn_ops import Gate, reference
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 ACTIVATIONS = ffn_ops.activations()
 BETA = 1.7  # not the default, so that a forgotten parameter shows
-LIMITS = {"limit": 1.1, "up_shift": 0.6}  # of a gate: a quarter of its pre-activations lie beyond
+LIMITS = {"limit": 1.1, "up_shift": 0.6}  # limit of a gate: a quarter of the pre-activations are beyond it
 FFN_FORMS = ("plain", "gated", "fused")
-MOE_FORMS = ("moe", "moe_gated", "moe_limited")  # the last one with gate and up rows in turns
+MOE_FORMS = ("moe", "moe_gated", "moe_limited")  # in the last one gate and up rows alternate
 RECOMPUTING = (*FFN_FORMS, *MOE_FORMS)
 FORMS = ("act", "gated_act", "gated_linear", "branches", *RECOMPUTING)
 # Those whose bits depend on neither the batch nor strides: on a GPU dense layers take cuBLAS's products, which choose
@@ -167,8 +166,8 @@ def assert_same_bits(actual: dict[str, Tensor], expected: dict[str, Tensor], wha
 
 
 def assert_same_numbers(form: str, actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Of the same operands lying elsewhere: the same bits where the form promises it, else but for a few roundings of
-    the largest number or of 1, the size of what is summed, as sums in another order may differ by them."""
+    """Compares results for equal operands at other addresses: the same bits if the form promises it, else up to a few
+    roundings of the largest value or of 1, by which sums in another order may differ."""
     if form in INVARIANT_FORMS:
         return assert_same_bits(actual, expected)
     for name, value in expected.items():

@@ -1,5 +1,5 @@
-"""What the tests of ``ffn_ops.replace`` share: layers as people write them, and two models compared by the rule of
-accuracy. No test stands here."""
+"""Helpers for the tests of ``ffn_ops.replace``: layers as people write them, and a comparison of two models by the rule
+of accuracy. No tests here."""
 
 from __future__ import annotations
 
@@ -371,7 +371,7 @@ def _noise(m: Any, x: Tensor) -> Tensor:
 
 
 NO_ACTIVATION = "no activation"
-BETWEEN = "(act|1), a norm or an activation that learns, is between its linear children"
+BETWEEN = "(act|1), a norm or an activation with parameters, is between its linear children"
 OTHERS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "clipped at 7": (lambda: LlamaLike(lambda z: F.silu(z.clamp(max=7.0))), NO_ACTIVATION),
     "clipped at 10000": (lambda: LlamaLike(lambda z: F.silu(z).clamp(max=1e4)), NO_ACTIVATION),
@@ -380,18 +380,18 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "leaky": (lambda: Plain(nn.LeakyReLU()), NO_ACTIVATION),
     "nearly gelu": (lambda: Plain(lambda z: F.gelu(z) * (1 + 2e-5)), NO_ACTIVATION),
     "learned slope": (lambda: Plain(nn.PReLU()), BETWEEN),
-    "buffer": (Scaled, "scale|returns"),
+    "buffer": (Scaled, "scale|return"),
     "learned beta": (Learned, "tensor of its own, beta"),
     "a child twice": (lambda: Forward(_twice), "twice|no activation"),
     "reads its weights": (lambda: Forward(_reads_weights), "no linear child"),
-    "writes its input": (lambda: Forward(_writes), "writes into its input|no activation|called with"),
+    "writes its input": (lambda: Forward(_writes), "modifies its input|no activation|called with"),
     "noise": (lambda: Forward(_noise), NO_ACTIVATION),
     "two results": (lambda: Forward(lambda m, x: (LlamaLike.forward(m, x), x)), "not one tensor"),
     "norm between": (
         lambda: nn.Sequential(nn.Linear(D, FF), nn.LayerNorm(FF), nn.GELU(), nn.Linear(FF, D)), BETWEEN
     ),
-    "pooled": (lambda: Forward(lambda m, x: LlamaLike.forward(m, x).mean(-2)), "returns"),
-    "output scaled": (lambda: Forward(lambda m, x: 0.5 * LlamaLike.forward(m, x)), "returns"),
+    "pooled": (lambda: Forward(lambda m, x: LlamaLike.forward(m, x).mean(-2)), "does not return"),
+    "output scaled": (lambda: Forward(lambda m, x: 0.5 * LlamaLike.forward(m, x)), "does not return"),
     "bf16 only": (lambda: Forward(_bf16_differs).bfloat16(), "in bfloat16"),
 }  # fmt: skip
 

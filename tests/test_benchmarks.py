@@ -76,7 +76,7 @@ def quick_limits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 
 
 class Changed(nn.Module):
-    """Eager with something done to its output."""
+    """Eager with a changed output."""
 
     def __init__(self, layer: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
         super().__init__()

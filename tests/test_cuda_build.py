@@ -86,8 +86,8 @@ def test_who_calls_it_without_a_library_is_told_why(tmp_path: Path) -> None:
 import sys, torch, ffn_ops
 assert ffn_ops.info()["cuda"] == "not built: no CUDA toolkit found. " + sys.argv[1], ffn_ops.info()
 assert ffn_ops.gated_act(torch.ones(3)).shape == (3,)
-x, none, act = torch.ones(2, 3), (None, None, None), ("silu", 1.0, None, 0.0)
-for op, args in (("gated_act", (x, None, *act)), ("ffn", (x, x, None, x.t(), *none, False, *act, True))):
+x, none, act = torch.ones(2, 3), (None, None, None), ("silu", [0.0, 0.0])
+for op, args in (("gated_act", (x, None, *act)), ("ffn", (x, x, None, x.t(), *none, False, False, *act, True))):
     overload = getattr(torch.ops.ffn_ops, op).default
     try:
         overload.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), *args)

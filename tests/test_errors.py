@@ -1,4 +1,4 @@
-"""Promise 7: a wrong argument is answered before any work by TypeError or ValueError: its name, expected, actual."""
+"""Promise 7: a wrong argument raises TypeError or ValueError before any work, with its name, expected and actual."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., Tensor], str]] = {
 }
 TENSORS = [(function, name) for function, (_, form) in FUNCTIONS.items() for name in good(form)]
 
-# What a wrong tensor is, made from the right one; the error; what the message must say besides the argument's name.
+# How to make a wrong tensor from a right one; the error; what the message must contain besides the argument's name.
 WRONG: dict[str, tuple[Callable[[Tensor], Any], type[Exception], str]] = {
     "list": (lambda t: t.tolist(), TypeError, "expected a torch.Tensor"),
     "array": (lambda t: t.cpu().numpy(), TypeError, "expected a torch.Tensor.*got ndarray"),
@@ -91,7 +91,7 @@ class NoWork(TorchDispatchMode):
 
 
 def refused(call: Callable[..., Any], arguments: dict[str, Any], error: type[Exception], message: str) -> None:
-    """In eager, and with fake tensors as compilers have them."""
+    """In eager mode, and with fake tensors, as compilers use them."""
     with NoWork(), pytest.raises(error, match=f"^{message}") as caught:
         call(**arguments)
     assert type(caught.value) is error
@@ -193,7 +193,7 @@ def test_gated_linear_combinations(kind: str) -> None:
 
 
 def test_the_right_arguments_pass() -> None:
-    """The other tests change one thing in what passes here."""
+    """Valid calls; the other tests change one thing in them."""
     for call, form in FUNCTIONS.values():
         assert torch.isfinite(call(**good(form))).all()
 
@@ -266,7 +266,7 @@ def test_module_options(make: Callable[[], Any], error: type[Exception], message
 
 
 def raw_calls() -> dict[str, Callable[[], Any]]:
-    """What only torch.ops lets through to C++."""
+    """Arguments that reach C++ only through torch.ops."""
     x, w, down, h = torch.ones(3, 4), torch.ones(6, 4), torch.ones(5, 6), torch.ones(3, 6)
     none, act = torch.empty(0), ("silu", [0.0, 0.0])
     seven = [True] * 7
@@ -349,7 +349,7 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.cpu_only("instruction sets are the CPU's")
 def test_unknown_instruction_set_in_the_environment() -> None:
-    """A wrong FFN_OPS_ISA fails at import and lists what there is."""
+    """A wrong FFN_OPS_ISA fails at import, and the error lists the available ones."""
     done = python("import ffn_ops", FFN_OPS_ISA="avx1024")
     assert done.returncode == 1 and "FFN_OPS_ISA" in done.stderr and "baseline" in done.stderr, done.stderr
 
@@ -361,7 +361,8 @@ def test_instruction_set_from_the_environment() -> None:
 
 
 def test_a_refused_call_keeps_nothing() -> None:
-    """The error, its traceback and the frame form no cycle: tensors go at once, as they must after lack of memory."""
+    """The error, its traceback and the frame form no cycle: tensors are freed at once, which matters after running out
+    of memory."""
     gc.disable()
     try:
         x = torch.randn(3, 4)

@@ -1,4 +1,4 @@
-"""Gates with a limit and a shift, and experts whose weights are transposed or hold gate and up rows in turns."""
+"""Gates with a limit and a shift, and experts whose weights are transposed or have alternating gate and up rows."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def mixture(dtype: torch.dtype = torch.float64, F: int = F) -> tuple[Tensor, Rou
 
 
 def turns(halves: Tensor) -> Tensor:
-    """Rows of gate and of up, in turns."""
+    """Alternating rows of gate and up."""
     return halves.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
 
 

@@ -1,4 +1,4 @@
-"""Derivatives on the real kernels: first and second order, every subset of inputs, nothing that nobody asked for."""
+"""Derivatives on the real kernels: first and second order, every subset of inputs, no gradients that are not needed."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def test_everything_reaches_hooks() -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_no_gradient_no_backward(form: str) -> None:
-    """Without a tensor that requires grad nothing is saved and the output has no history; the bits are the same."""
+    """If no tensor requires grad, nothing is saved and the output has no history; the bits are the same."""
     problem = Problem(form, T=5, D=4, F=9, O=6)
     tensors, d_y = problem.draw(dtype=torch.float32)
     expected = results(problem.ours, tensors, d_y)["y"]
@@ -246,7 +246,7 @@ def test_overwritten_input_is_noticed() -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_third_order_is_refused(form: str) -> None:
-    """Not a zero with a warning: an error that says so."""
+    """An error, not a zero with a warning."""
     names, inputs = leaves(problem := Problem(form, **SMALL, activation="tanh"))
     y = problem.ours(**dict(zip(names, inputs, strict=True)))
     (d,) = torch.autograd.grad(y.square().sum(), inputs[0], create_graph=True)

@@ -1,4 +1,4 @@
-"""The modules: the guides' example, checkpoints and seeds of plain PyTorch, and children that are no plain Linear."""
+"""The modules: the guides' example, checkpoints and seeds of plain PyTorch, and children other than plain Linear."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import ffn_ops
 from ffn_ops import reference
 from ffn_ops.ops import _shared
 
-# Ours, and the guide's own code for the same layer.
+# Ours, and the guides' code for the same layer.
 PAIRS: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module]]] = {
     "FeedForward": (lambda: ffn_ops.FeedForward(12, 30, 8, 0.0), lambda: reference.FeedForward(12, 30, 8, 0.0)),
     "FeedForward by width": (lambda: ffn_ops.FeedForward(12, d_ff=7), lambda: reference.FeedForward(12, 11, 1)),
@@ -71,7 +71,7 @@ def test_example_of_the_guide() -> None:
     expected = wide.w2(nn.functional.silu(wide.w1(x.double())) * wide.w3(x.double()))
     assert layer(x).shape == (4, 128)
     torch.testing.assert_close(layer(x), expected.float())
-    with pytest.raises(RuntimeError, match="must match"):  # the guide's parenthesis: width 128 times width 176
+    with pytest.raises(RuntimeError, match="must match"):  # the guides' parenthesis: width 128 times width 176
         _ = wide.w2(nn.functional.silu(wide.w1(x.double()))) * wide.w3(x.double())
 
 

@@ -244,7 +244,7 @@ def test_routing_weights_stay_wide(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_name)
 def test_rounded_routing_weights_are_widened(dtype: torch.dtype) -> None:
-    """As a cast of arguments leaves them: the bits of the same numbers in float32, in moe and in combine."""
+    """16-bit weights, as casts of arguments leave them: the same bits as with these values in float32."""
     x, e = torch.randn(20, 8), experts(4, 8, dtype=torch.float32)
     r = routing.top_k(torch.randn(20, 4), 2)
     low = r._replace(weight=r.weight.to(dtype).requires_grad_())

@@ -1,4 +1,4 @@
-"""Exported to ONNX with our table and run by onnxruntime: what the modules compute, for every T."""
+"""Models exported to ONNX with our table and run by onnxruntime compute the same as the modules, for every T."""
 
 from __future__ import annotations
 

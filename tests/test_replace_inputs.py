@@ -1,5 +1,5 @@
-"""Whatever input the untouched layer takes, the replaced one takes too and computes the same: other widths and ranks,
-one row, rows laid side by side, other layouts, also in vision models of transformers."""
+"""The replaced layer takes every input that the untouched one takes, and computes the same: other widths and ranks, one
+row, merged rows, other layouts, also in vision models of transformers."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_shapes(name: str) -> None:
 @pytest.mark.filterwarnings("ignore:.*prototype|.*beta state")
 @pytest.mark.parametrize("layout", ["to_sparse", "to_sparse_csr", "nested"])
 def test_layouts(layout: str) -> None:
-    """Sparse and nested inputs go the layer's own way."""
+    """Sparse and nested inputs run the layer's own forward."""
     layer, plain = (seeded(LlamaLike) for _ in range(2))
     ffn_ops.replace(layer)
     x = torch.randn(5, D)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import ffn_ops
 
 transformers = pytest.importorskip("transformers")
-NO_ACTIVATION = "no activation that the operators have gives what it computes between its linear children"
+NO_ACTIVATION = "no activation of the operators matches what it computes between its linear children"
 
 
 class Attention(nn.Module):
@@ -233,22 +233,23 @@ class Owning(Plain):
 
 
 REFUSED = {
-    "numbers of its own": (Owning, "it has a tensor of its own, most"),
+    "numbers of its own": (Owning, "it holds a tensor of its own, most"),
     "narrow": (Narrow, NO_ACTIVATION),
     "gate_up": (GateUp, NO_ACTIVATION),
     "nested": (Nested, NO_ACTIVATION),
     "nested sequences": (lambda: nn.Sequential(*Nested().children()), NO_ACTIVATION),
     "a norm between": (
         lambda: nn.Sequential(nn.Linear(D, 20), nn.GELU(), nn.Dropout(), nn.LayerNorm(20), nn.Linear(20, D)),
-        "3, a norm or an activation that learns, is between its linear children, and torch has gelu as one operator",
+        "3, a norm or an activation with parameters, is between its linear children, and torch has gelu as one"
+        " operator",
     ),
     "an activation that learns": (
         lambda: nn.Sequential(nn.Linear(D, 20), nn.PReLU(), nn.Linear(20, D)),
-        "1, a norm or an activation that learns, is between its linear children",
+        "1, a norm or an activation with parameters, is between its linear children",
     ),
     "three layers": (
         Three,
-        "proj_out is one linear layer more than an FFN has",
+        "proj_out is an additional linear layer",
     ),
     "two tensors": (
         lambda: TwoTensors(nn.GELU()),

@@ -155,7 +155,7 @@ def test_meta_tensors() -> None:
 
 @pytest.mark.parametrize("name", CALLS)
 def test_one_tensor_on_meta(name: str) -> None:
-    """Each tensor in turn: an error, where the fake kernel would return memory that nobody wrote. (A regression.)"""
+    """Each tensor in turn: an error instead of uninitialised memory from the fake kernel. (A regression.)"""
     op, args = CALLS[name]
     tensors = sum(isinstance(t, Tensor) for arg in args for t in (arg if isinstance(arg, list) else [arg]))
     for place, arg in enumerate(args):
@@ -189,7 +189,7 @@ def called_on_meta() -> dict[str, tuple[torch.nn.Module, str]]:
 
 @pytest.mark.parametrize("case", ["FeedForward", "GELUFFN", "GLU", "GatedFFN", "GatedFFN out_proj"])
 def test_called_child_on_meta(case: str) -> None:
-    """Refused as a plain child is, unless a hook brings its weights, as offloading does. (A regression.)"""
+    """Refused like a plain child, unless a hook loads its weights, as offloading does. (A regression.)"""
     layer, name = called_on_meta()[case]
     x = torch.randn(3, 4)
     with pytest.raises(ValueError, match=rf"{name}\.weight: expected device {x.device} as x has, got meta"):

@@ -180,7 +180,7 @@ def test_gradient_checkpointing(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
 def test_saved_and_loaded(name: str, tmp_path: Path) -> None:
-    """The file is transformers' own: the implementation is the reader's choice, and no part of it."""
+    """The checkpoint is transformers' own and does not contain the implementation, which the loader chooses."""
     eager, ours = pair(name, torch.float32)
     ours.save_pretrained(tmp_path)
     assert "ffn_ops" not in (tmp_path / "config.json").read_text()
@@ -380,7 +380,7 @@ def test_other_parameters_are_refused() -> None:
 
 
 def test_numbers_are_read_again() -> None:
-    """A changed limit is another gate, not the one that was found before."""
+    """A changed limit makes a new gate; the cached one is not used."""
     module = experts(gate=held)
     args = (torch.randn(5, D, dtype=torch.float64), torch.zeros(5, K, dtype=torch.long), torch.ones(5, K))
     before = module(*args)

@@ -1,5 +1,5 @@
-"""Which experts of a transformers model are computed here: what the report says is what runs, and who might believe
-otherwise is warned."""
+"""Which experts of a transformers model this package computes: the report says what runs, and experts that run their
+own code cause a warning."""
 
 from __future__ import annotations
 
@@ -194,7 +194,7 @@ def test_experts_of_eight_bits() -> None:
 
 
 def test_a_forward_that_another_library_has_put_in_the_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is declared proves nothing: the class's forward is asked."""
+    """The report checks the class's forward, not its declaration."""
     model = nn.Sequential(experts())
     assert report(model).paths("ffn_ops") == ["0"]
     monkeypatch.setattr(type(model[0]), "forward", lambda self, x, ids, weights: x)

@@ -1,5 +1,5 @@
-// What the boundary asserts before any work, on every device: dtype, device, rank and extent of each tensor, with name,
-// expected and actual in the message. The Python functions check first and raise ValueError or TypeError; this guards
+// Checks before any work, on every device: dtype, device, rank and extents of each tensor. Messages give the name, the
+// expected and the actual value. The Python functions check first and raise ValueError or TypeError; these checks guard
 // torch.ops. The checks of whole operators are in shapes.h.
 #pragma once
 
@@ -23,7 +23,7 @@ inline std::string shape_text(const Tensor& t) {
   return text + "]";
 }
 
-// As torch's Python names it.
+// The name that torch has in Python.
 inline const char* scalar_type_text(torch::headeronly::ScalarType type) {
   using torch::headeronly::ScalarType;
   switch (type) {
@@ -79,14 +79,14 @@ inline DType storage_dtype(const Tensor& t, const char* name) {
   }
 }
 
-// Of a tensor on a GPU; by the C interface, which is the same in every torch.
+// The device of a tensor on a GPU, by the C interface, which is the same in every torch.
 inline int32_t gpu_index(const Tensor& t) {
   int32_t index = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &index));
   return index;
 }
 
-// Where all tensors of a call live: a GPU, or the CPU.
+// The device of all tensors of a call: a GPU, or the CPU.
 struct Place {
   int32_t gpu = -1;
   bool holds(const Tensor& t) const { return gpu < 0 ? t.is_cpu() : t.is_cuda() && gpu_index(t) == gpu; }
@@ -98,7 +98,7 @@ inline std::string place_text(const Tensor& t) {
   return t.is_cuda() ? "cuda:" + std::to_string(gpu_index(t)) : "another device";
 }
 
-// A defined, strided tensor of the place and dtype of the call with these extents (-1: any).
+// Checks for a defined, strided tensor with the device and dtype of the call and these extents (-1: any).
 inline void check_tensor(const Tensor& t, const char* name, DType dtype, const std::vector<int64_t>& sizes,
                          Place place = {}) {
   STD_TORCH_CHECK(t.defined(), name, ": expected a tensor, got none");
@@ -114,7 +114,7 @@ inline void check_tensor(const Tensor& t, const char* name, DType dtype, const s
   STD_TORCH_CHECK(fits, name, ": expected shape ", expected, "], got ", shape_text(t));
 }
 
-// Indices [size] (-1: any); what they say is not looked at.
+// Checks for indices [size] (-1: any), without their values.
 inline void check_index_vector(const Tensor& t, const char* name, int64_t size, Place place = {}) {
   STD_TORCH_CHECK(
       t.defined() && place.holds(t) && t.scalar_type() == torch::headeronly::ScalarType::Long && t.dim() == 1, name,

@@ -1,5 +1,5 @@
-// The checks of whole operators, for every device: each gives the extents of a call, or says which argument does not
-// fit. What indices and offsets say is for the device to judge.
+// Checks of whole operators, for every device. Each returns the extents of a call, or reports the argument that does
+// not fit. The device checks the values of indices and offsets.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -194,8 +194,8 @@ inline MoeShape check_moe(const Tensor& x, const MaybeTensor& token, const Maybe
   return s;
 }
 
-// The gradient of a weight [E, N, K] is dense, and stored as [E, K, N] where the weight is: a transposed parameter gets
-// a gradient that needs no copy.
+// The gradient of a weight [E, N, K] is dense, and stored as [E, K, N] if the weight is, so that a transposed parameter
+// gets a gradient without a copy.
 inline bool is_transposed(const Tensor& w) { return w.stride(1) == 1 && w.stride(2) != 1; }
 
 // Rows [2F] or [N, 2F] of gate and up alternating, as all gates and then all ups of each row; or the other way round.
@@ -231,7 +231,7 @@ inline void check_integers(const Tensor& t, const char* name, const std::vector<
                   scalar_type_text(t.scalar_type()), " of shape ", shape_text(t), " on ", place_text(t));
 }
 
-// Fills what descriptions of a choice of experts have on every device.
+// Fills the fields that a choice of experts has on every device.
 template <class TopK>
 TopK check_top_k(const Tensor& logits, int64_t k, const std::string& score, bool renormalize, bool softmax_after,
                  int64_t num_groups, int64_t top_groups, double scale, Place place = {}) {

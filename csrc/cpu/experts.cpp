@@ -7,7 +7,7 @@
 namespace ffn_ops {
 namespace {
 
-// What a product over experts writes is held for a slab of columns of at most this size until tokens gather from it.
+// The output of a product over experts is held for a slab of columns of at most this size, until tokens gather from it.
 constexpr int64_t kSlabBytes = int64_t{64} << 20;
 
 }  // namespace

@@ -72,7 +72,7 @@ std::tuple<Tensor, Tensor, Tensor> ffn(const Tensor& x, const Tensor& w_in, std:
   Tensor up = save && c.gated ? fresh(x, {c.T, c.F}) : nothing(x);
   const Operand down = lanes_are_rows(matrix(w_down, c.dtype));
 
-  // Blocks of tokens, so that h and the packed operands of a block stay in the last-level cache.
+  // Cuts tokens into blocks, so that h and the packed operands of a block stay in the last-level cache.
   constexpr int64_t kBlockBytes = int64_t{32} << 20;
   const int64_t row_bytes = (c.D + 2 * c.F) * (c.dtype == DType::kFloat64 ? 8 : 4);
   const int64_t most = std::max<int64_t>(256, kBlockBytes / std::max<int64_t>(1, row_bytes));

@@ -1,5 +1,5 @@
 // moe on the CPU: every expert's feed-forward layer over its routed rows, gathered on the fly and combined per token,
-// and its backward. Without a routing the rows stand in order already and nothing is combined.
+// and its backward. Without a routing the rows are already in order, and nothing is combined.
 #include <tuple>
 
 #include <torch/csrc/stable/library.h>
@@ -91,7 +91,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_backward(
   const bool need_hidden = need_x || need_in || need_b_in || need_weight;
   const int64_t element = storage_size(c.dtype);
   const DType arithmetic = arithmetic_dtype(c.dtype);
-  // The row's weight times h can be too small for float16, which dY alone and h alone are not.
+  // The row's weight times h can be too small for float16, while dY and h themselves are not.
   const DType h_dtype = c.weight && c.dtype == DType::kFloat16 ? arithmetic : c.dtype;
 
   Workspace workspace;
@@ -159,7 +159,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_backward(
   return {d_x, d_weight, d_w_in, d_w_down, d_b_in, d_b_down};
 }
 
-// rows[r] w[e]^T, rows behind the experts' zero.
+// rows[r] w[e]^T, rows after the experts' are zero.
 Tensor moe_linear(const Tensor& rows, const Tensor& w, const Tensor& offsets) {
   Experts c;
   c.dtype = storage_dtype(rows, "rows");

@@ -45,8 +45,8 @@ void Phases::run(int64_t workers) const {
       for (int64_t t = phase.begin; t < phase.end; ++t) phase.run(t - phase.begin, 0);
     return;
   }
-  // Tasks are handed out in order, so whoever waits for an earlier phase waits for tasks that are already running:
-  // this ends even where all workers run one after the other on a single thread.
+  // Workers take tasks in order, so a worker that waits for an earlier phase waits for tasks that already run. This
+  // ends even if all workers run one after the other on a single thread.
   std::atomic<int64_t> next{0};
   std::atomic<int64_t> done{0};
   const auto work = [&](int64_t worker) {
@@ -124,7 +124,7 @@ void Steps::run() {
     }
     most_packed = std::max(most_packed, packed);
   }
-  constexpr double kParallelWork = 1 << 17;  // weights read once that are worth waking a second thread for
+  constexpr double kParallelWork = 1 << 17;  // bytes of weights, read once, that are worth waking a second thread
   const int64_t workers = work < kParallelWork ? 1 : workers_;
   char* packed = static_cast<char*>(workspace_.take(most_packed, "packed operands"));
   char* scratch =

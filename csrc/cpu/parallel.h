@@ -1,4 +1,4 @@
-// Threads of one operator call: phases of tasks in a single parallel region. Nothing here changes a bit of a result.
+// Threads of one operator call: phases of tasks in a single parallel region. It never changes a bit of a result.
 #pragma once
 
 #include <cstddef>

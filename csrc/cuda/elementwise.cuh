@@ -8,7 +8,7 @@
 
 namespace ffn_ops::cuda {
 
-// What a thread works on in its steps u = 0, 1, ...: rows, first columns, and how many columns there are (0: none).
+// The part of a thread in its steps u = 0, 1, ...: rows, first columns, and numbers of columns (0: none).
 struct PackCoord {
   int64_t row, col;
   int n;
@@ -101,7 +101,7 @@ FFN_FN GatedActValues<S, N> load_gated_act(const GatedAct& g, const PackCoord& a
   return v;
 }
 
-// The arithmetic on what was loaded, and the stores. Where nothing was loaded the results are 0.
+// Computes and stores. Results are 0 if nothing was loaded.
 template <class S, class Act, class Pass, bool kPlain, int N>
 FFN_FN void finish_gated_act(const GatedAct& g, const PackCoord& at, const GatedActValues<S, N>& v) {
   using T = ComputeOf<S>;
@@ -167,7 +167,7 @@ __global__ void gated_act_kernel(GatedAct g, PackGrid grid) {
 
 // ---- sums over rows -------------------------------------------------------------------------------------------------
 
-// Rows of a segment. Offsets may be anyone's: they are held within the rows, and never fall.
+// Rows of a segment. Offsets may be hand-made, so they are clamped to the rows and made non-decreasing.
 struct Segment {
   int64_t begin, end;
 };
@@ -180,7 +180,7 @@ FFN_FN Segment segment_of(const ColumnSum& s, int64_t e) {
 
 FFN_FN int64_t first_slot(const Segment& segment, int64_t e) { return segment.begin / kPartRows + e; }
 
-// The segment whose parts `slot` lies among: the last one whose first slot is not behind it.
+// The segment of `slot`: the last one whose first slot is not after it.
 FFN_FN int64_t segment_of_slot(const ColumnSum& s, int64_t slot) {
   int64_t low = 0, high = s.experts - 1;
   while (low < high) {

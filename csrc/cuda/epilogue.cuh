@@ -1,5 +1,5 @@
-// What happens to a finished tile of accumulators in shared memory: bias, activation or its gradient, and the one
-// rounding to the storage dtype. A thread takes four neighbouring columns of a row: global memory is read and written
+// Processes a finished tile of accumulators in shared memory: bias, activation or its gradient, and the one rounding
+// to the storage dtype. A thread takes four neighbouring columns of a row: global memory is read and written
 // in whole lines, and gate and up of a column meet in one thread.
 #pragma once
 
@@ -234,7 +234,7 @@ FFN_FN void finish_activate_grad(const GroupedGemm& g, const FinishedTile<Comput
   const auto saved = [&](void* matrix, const QuadCoord& q) {
     return matrix && q.count > 0 ? read_quad(quad_at<S>(matrix, q.row, e.pre_stride, q.col), q.count) : QuadOf<S>{};
   };
-  // Gate and up of several rows are on their way at a time: else every row would wait for memory.
+  // Loads gate and up of several rows at a time, so that not every row waits for memory.
   constexpr int kAtOnce = 4;
   for (int first = quads.first(); first < rows; first += kAtOnce * quads.step()) {
     QuadOf<S> gates[kAtOnce], ups[kAtOnce];
@@ -271,7 +271,7 @@ FFN_FN void finish_tile(const GroupedGemm& g, const FinishedTile<ComputeOf<S>>& 
   }
 }
 
-// kRows: what would have been written for rows that no expert has is zero. `cols`: output columns of the tile.
+// kRows: writes zeros for rows without an expert. `cols`: output columns of the tile.
 template <class S>
 FFN_FN void zero_tile(const GroupedGemm& g, const FinishedTile<ComputeOf<S>>& t, int rows, int cols) {
   using T = ComputeOf<S>;

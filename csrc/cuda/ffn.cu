@@ -35,7 +35,7 @@ struct PreActivations {
   Tensor gate, up;  // up: empty where plain
 };
 
-// The same products whether they are saved or computed again for backward: the same bits.
+// Forward and recomputation in backward use the same products, so they have the same bits.
 PreActivations pre_activations(const Call& call, const FfnShape& s, const Tensor& x,
                                const std::vector<Weight>& weights) {
   PreActivations pre{call.fresh({s.T, s.F}), s.gated ? call.fresh({s.T, s.F}) : call.nothing()};
@@ -96,7 +96,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_backward(
     PreActivations pre{gate, up};
     if (!saved) pre = pre_activations(call, s, x, input_weights(s, w_in, w_up, b_in, b_up));
     GatedAct a = describe(s, pre.gate, pre.up);
-    a.d_out = a.gate;  // any: without d_hidden it goes into nothing
+    a.d_out = a.gate;  // any value: without d_hidden nothing uses it
     Tensor d_h = need_hidden ? call.fresh({s.T, s.F}) : call.nothing();
     if (need_hidden) {
       product(d_y, w_down, d_h);

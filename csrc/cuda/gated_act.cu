@@ -19,7 +19,7 @@ GatedAct describe(const GatedActShape& s, const Tensor& gate, const MaybeTensor&
   return g;
 }
 
-// A new output of the call, in its place among those of the pass; empty where it is not asked for.
+// A new output of the call, entered into the pass; empty if it is not needed.
 Tensor output(const Call& call, GatedAct& g, int place, bool asked) {
   if (!asked) return call.nothing();
   Tensor out = call.fresh({g.rows, g.cols});

@@ -31,7 +31,7 @@ std::tuple<Tensor, Tensor, Tensor> gated_linear(const Tensor& x, std::vector<Ten
   const GatedLinearShape s =
       check_gated_linear(x, w_gate, w_up, b_gate, b_up, check_gate(activation, params), call.place());
   Tensor y = call.fresh({s.T, s.F});
-  const int64_t kept = save ? s.G : 1;  // else each branch takes the place of the one before
+  const int64_t kept = save ? s.G : 1;  // else each branch overwrites the previous one
   Tensor gate = call.fresh({kept, s.T, s.F}), up = call.fresh({kept, s.T, s.F});
   void* sum = s.G > 1 ? call.workspace(s.T * s.F * storage_size(arithmetic_dtype(s.dtype))) : nullptr;
   for (int64_t i = 0; i < s.G; ++i) {

@@ -1,5 +1,5 @@
 // The grouped product's one kernel: a block finds its tile, streams operands through shared memory in stages, and hands
-// the finished tile to the epilogue. And the choice among its instances, which launches and tests share.
+// the finished tile to the epilogue. Also the choice among its instances, which launches and tests share.
 #pragma once
 
 #include "epilogue.cuh"
@@ -36,7 +36,7 @@ struct GemmInstance {
   static constexpr int64_t kSharedBytes = gemm_shared_bytes(Codec<S>::kDType, kShape, kHopper);
   static_assert(kTile.stages * kStageBytes <= kSharedBytes);
   static_assert(BLOCK_M * (BLOCK_N + kTilePadding) * int(sizeof(typename Core::Scalar)) <= kSharedBytes);
-  // Products in flight (Hopper) while the next stage is awaited. Where two blocks share a multiprocessor, one's
+  // Products in flight (Hopper) while the next stage loads. If two blocks share a multiprocessor, one's
   // products fill the other's waiting.
   static constexpr int kRunning = kHopper && kTile.blocks == 1 ? 1 : 0;
 };
@@ -55,8 +55,8 @@ FFN_FN OperandPart part_b(const GroupedGemm& job, const TileCoord& coord) {
   return {job.b, job.b_up, job.gated ? I::BLOCK_N / 2 : I::BLOCK_N, rows.expert, coord.n, job.N, 0, job.K, false};
 }
 
-// core += the product over all of k. While one stage is multiplied, the next kAhead are on their way, and the last
-// kRunning before it are still read.
+// core += the product over all of k. While one stage is multiplied, the next kAhead are loading, and products may still
+// read the last kRunning before it.
 template <class I>
 FFN_FN void run_stages(const GroupedGemm& job, const TileCoord& coord, typename I::Core& core) {
   char* const shared = dynamic_shared();
@@ -80,7 +80,7 @@ FFN_FN void run_stages(const GroupedGemm& job, const TileCoord& coord, typename 
   const auto step = [&] {
     cp_async_wait<kAhead - 1>();
     if constexpr (I::kHopper) fence_async();
-    __syncthreads();  // the stage in `slot` is there for all, and the one that `ahead` held is no longer read
+    __syncthreads();  // all threads see the stage in `slot`, and nobody reads the one in `ahead` any more
     if constexpr (I::kHopper) core.start(a_of(slot), b_of(slot));
     const bool more = left > kAhead * I::BLOCK_K;
     if (more) {
@@ -138,7 +138,7 @@ FFN_FN void make_tile(const GroupedGemm& job, const GemmPlan& plan, const RowTil
   finish_tile<S>(job, tile, I::BLOCK_M);
 }
 
-// Of 16 bits, each GPU has one way to multiply: the other is not compiled for it.
+// For 16 bits each GPU uses one kind of product; the other is not compiled for it.
 template <class I>
 __global__ void FFN_KERNEL_BOUNDS(kGemmThreads, I::kTile.blocks)
     grouped_gemm_kernel(GroupedGemm job, GemmPlan plan, const RowTile* table) {

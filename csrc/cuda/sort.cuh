@@ -7,13 +7,13 @@
 
 namespace ffn_ops::cuda {
 
-// a / b for a >= 0, b > 0: 64-bit division takes a GPU several times as long.
+// a / b for a >= 0, b > 0, because 64-bit division is several times slower on a GPU.
 FFN_FN int64_t divide(int64_t a, int64_t b) {
   if (((a | b) >> 32) == 0) return uint32_t(a) / uint32_t(b);
   return a / b;
 }
 
-// Ascending as integers where the values descend; all NaN are behind everything, and 0 and -0 are equal.
+// Maps descending values to ascending integers. All NaN come last; 0 and -0 are equal.
 template <class T>
 FFN_FN uint64_t descending_key(T value) {
   constexpr int kBits = 8 * sizeof(T);
@@ -88,7 +88,7 @@ struct SortEntries {
       s.out_token[position] = divide(i, s.K);
     }
   }
-  // What is left to write when all entries are finished, in pieces for each thread.
+  // Writes the rest after all entries are finished; each thread writes a part.
   FFN_FN void finish_rest(SortKey key, int64_t thread, int64_t threads) const {
     if (key != SortKey::kKept || s.token) return;
     for (int64_t t = thread; t <= s.T; t += threads) s.out_slot_offsets[t] = t * s.K;
@@ -132,7 +132,7 @@ FFN_FN void add_total(int64_t* total, uint32_t count) {
   atomicAdd(reinterpret_cast<unsigned long long*>(total), static_cast<unsigned long long>(count));
 }
 
-// Counts the digits of one chunk, and where asked for all values of the key: a digit that is the whole key serves both.
+// Counts the digits of one chunk and, if asked, all values of the key; one count serves both if the digit is the key.
 template <class Entries>
 __global__ void sort_count_kernel(Entries entries, SortPass pass) {
   uint32_t* const counts = reinterpret_cast<uint32_t*>(dynamic_shared());
@@ -255,7 +255,7 @@ __global__ void mark_choices_kernel(RoundTokens r, Flag* chose) {
   if (e >= 0 && e < r.E) chose[e * r.T + divide(i, r.K)] = 1;
 }
 
-// One block for each expert: how many tokens it is to have.
+// One block for each expert: computes its rounded number of tokens.
 template <class Flag>
 __global__ void round_counts_kernel(RoundTokens r, const Flag* chose, int64_t* wanted) {
   unsigned long long* const count = reinterpret_cast<unsigned long long*>(dynamic_shared());

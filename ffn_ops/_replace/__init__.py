@@ -1,6 +1,6 @@
-"""replace, restore, replace_report: feed-forward layers of anybody's model computed by this package's operators.
+"""replace, restore, replace_report: run the feed-forward layers of any model with this package's operators.
 
-Which module is a feed-forward layer is decided in recognise.py, what a call does in layer.py.
+recognise.py decides which module is a feed-forward layer; layer.py defines a call.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .refused import has_stacked_experts, is_feed_forward
 from .swap import FUSES, Calls, fused_class
 
 _log = logging.getLogger("ffn_ops.replace")
-EXPERTS = "ffn_ops"  # the name under which integrations/transformers.py registers
+EXPERTS = "ffn_ops"  # registered by integrations/transformers.py
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -31,8 +31,14 @@ Model = TypeVar("Model", bound=nn.Module)
 class ReplaceEntry:
     """One feed-forward layer of a model.
 
-    ``status`` is "replaced", "partly" (replaced; ``why`` says what is not fused at present), "replaceable", "left", or
-    "fused": it uses the operators by itself, as this package's modules do.
+    ``status`` is "replaced", "partly" (replaced, but ``why`` says what is not fused at present), "replaceable", "left"
+    (for the reason in ``why``), or "fused" (it uses the operators by itself, as this package's modules do).
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
+        >>> (entry,) = ffn_ops.replace_report(model).entries
+        >>> entry.status, entry.computes
+        ('replaceable', '2(gelu(0(x)))')
     """
 
     path: str
@@ -40,18 +46,24 @@ class ReplaceEntry:
     status: str
     computes: str
     why: str = ""
-    fused_calls: int = 0  # since it was replaced, but for those of compiled code
-    own_calls: int = 0  # the layer's own forward ran
+    fused_calls: int = 0  # since it was replaced, without calls of compiled code
+    own_calls: int = 0  # calls of the layer's own forward
 
 
 @dataclass(frozen=True)
 class ReplaceReport:
-    """What :func:`replace_report` finds, readable with ``print``: layers alike stand in one line."""
+    """The result of :func:`replace_report`. ``print`` shows identical layers in one line.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
+        >>> ffn_ops.replace_report(model).paths("replaceable")
+        ['']
+    """
 
     entries: tuple[ReplaceEntry, ...]
 
     def paths(self, *statuses: str) -> list[str]:
-        """Of the entries with one of these statuses."""
+        """Paths of the entries with one of these statuses."""
         return [entry.path for entry in self.entries if entry.status in statuses]
 
     def __str__(self) -> str:
@@ -81,25 +93,31 @@ class _Site:
 
 
 def replace(model: Model) -> Model:
-    """Lets this package's operators compute the feed-forward layers of ``model``, in place, and returns it.
+    """Makes this package's operators compute the feed-forward layers of ``model``, in place, and returns it.
 
-    A layer is recognised by what its forward does with its children: run on a hollow copy whose linear layers return
-    random numbers, it must compute ``down(act(gate x) * up x)``, ``down(act(first x))``, or a GLU layer without
-    ``down``, with dropout, normalisation and a residual connection at most around it. Else it is left alone.
+    A layer is recognised by what its forward does with its children. ``replace`` runs it on a stub copy of the layer,
+    whose linear layers return random values. It must compute ``down(act(gate x) * up x)``, ``down(act(first x))``, or a
+    GLU layer without ``down``, with only dropout, normalisation and a residual connection around it. Other layers are
+    left alone.
 
-    Parameters, their names, the state dict, hooks, dtypes, devices and ``requires_grad`` stay as they are: an instance
-    gets a subclass of its class whose forward calls an operator on the same parameters. In every call it looks at what
-    may have changed since: where adapters (LoRA), hooks, quantised weights, parametrisations or dropout act on a child,
-    that child is called and only what is between is fused; where the activation has hooks or is another one, the
-    layer's own forward runs. :func:`replace_report` says what holds now.
+    Parameters, their names, the state dict, hooks, dtypes, devices and ``requires_grad`` stay as they are. The instance
+    gets a subclass of its class, whose forward calls an operator on the same parameters. Every call checks what may
+    have changed. If adapters (LoRA), hooks, quantised weights, parametrisations or dropout act on a child, that child
+    is called, and only the part between is fused. If the activation has hooks or was exchanged, the layer's own forward
+    runs. :func:`replace_report` says what is fused at present.
 
-    deepcopy, pickle (in an environment that has this package) and ``torch.compile(fullgraph=True)`` work as before;
-    :func:`restore` gives the classes back.
+    deepcopy, pickle (in an environment that has this package) and ``torch.compile(fullgraph=True)`` work as before.
+    :func:`restore` restores the classes.
 
     Raises:
-        TypeError: for what is no ``nn.Module``.
+        TypeError: if ``model`` is not an ``nn.Module``.
     Warns:
-        UserWarning: where no layer was recognised.
+        UserWarning: if no layer was recognised.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
+        >>> print(ffn_ops.replace_report(ffn_ops.replace(model)))
+        replaced    the model itself (Sequential): 2(gelu(0(x)))
     """
     _check(model)
     replaced = False
@@ -116,14 +134,20 @@ def replace(model: Model) -> Model:
 
 
 def restore(model: Model) -> Model:
-    """Undoes :func:`replace`, in place, and returns ``model``: every layer is of its class again, and computes the bits
-    that it computed before.
+    """Undoes :func:`replace`, in place, and returns ``model``. Every layer has its class again, and computes the same
+    bits as before.
 
-    Where another library has made a subclass of ours since (as FSDP2's ``fully_shard`` does), the class stays, and its
-    forward is the original one.
+    If another library has subclassed our class since (as FSDP2's ``fully_shard`` does), that class stays, with the
+    original forward.
 
     Raises:
-        TypeError: for what is no ``nn.Module``.
+        TypeError: if ``model`` is not an ``nn.Module``.
+
+    Example:
+        >>> model, x = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8)), torch.randn(4, 8)
+        >>> y = model(x)
+        >>> torch.equal(ffn_ops.restore(ffn_ops.replace(model))(x), y)
+        True
     """
     _check(model)
     for module in model.modules():
@@ -137,13 +161,18 @@ def restore(model: Model) -> Model:
 
 
 def replace_report(model: nn.Module) -> ReplaceReport:
-    """Every feed-forward layer of ``model``: replaced, partly fused at present, replaceable, or left, and why.
+    """Lists every feed-forward layer of ``model``: replaced, partly fused at present, replaceable, or left, and why.
 
-    It looks at the model as it is now: adapters and hooks added since, training or eval. Nothing is changed. Entries
-    of replaced layers count the calls since then, fused and not; the calls of compiled code are not counted.
+    It reports the present state: adapters and hooks, training or eval. It changes nothing. Entries of replaced layers
+    count the calls since the replacement, fused and not, without calls of compiled code.
 
     Raises:
-        TypeError: for what is no ``nn.Module``.
+        TypeError: if ``model`` is not an ``nn.Module``.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
+        >>> print(ffn_ops.replace_report(model))
+        replaceable the model itself (Sequential): 2(gelu(0(x)))
     """
     _check(model)
     return _report(_sites(model))
@@ -163,7 +192,7 @@ def _is_replaced(module: nn.Module) -> bool:
 
 
 def _sites(model: nn.Module) -> Iterator[_Site]:
-    """Outermost layers first; what belongs to one is not looked at again."""
+    """Yields outermost layers first, and skips modules inside them."""
     taken: set[int] = set()
     recognise = Recogniser()
     for path, module in model.named_modules():
@@ -227,11 +256,11 @@ def _hands_on(module: nn.Module, recognise: Recogniser) -> bool:
 
 
 def _experts(path: str, module: nn.Module) -> _Site | None:
-    """Stacked experts. Those of transformers say in their configuration who computes them."""
+    """Stacked experts. Those of transformers name their implementation in the configuration."""
     if not has_stacked_experts(module):
         return None
     chosen = getattr(getattr(module, "config", None), "_experts_implementation", None)
-    if not hasattr(module, "is_concatenated"):  # not exchangeable, whatever the configuration says
+    if not hasattr(module, "is_concatenated"):  # transformers cannot exchange it
         return _Site(path, module, "", Finding(None, "stacked experts: replace() takes no mixtures"))
     if chosen == EXPERTS:
         return _Site(path, module, "", Finding(None, f'experts computed by experts_implementation="{EXPERTS}"'), True)
@@ -246,7 +275,7 @@ def _swap(site: _Site, plan: Plan) -> bool:
             original: Any = original_class(site.layer)
             site.layer.__class__ = fused_class(original, site.method, plan.part)
         elif getattr(kind, FUSES) != (site.method, plan.part):
-            raise TypeError(f"{kind.__name__} is another library's, above a class that fuses something else")
+            raise TypeError(f"{kind.__name__} is another library's subclass of a class that fuses other children")
     except TypeError as error:  # classes of another memory layout, or that refuse subclasses
         _log.warning("%s is left alone: its class cannot be replaced: %s", site.path, error)
         return False

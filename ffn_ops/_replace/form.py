@@ -1,6 +1,7 @@
-"""What a traced layer computes, as a Form: which children are gate, up and down, which activation, what stands around.
+"""What a traced layer computes, as a Form: which children are gate, up and down, which activation, and what surrounds
+them.
 
-A form is accepted only where it explains every call of a child and every number that flowed.
+A form is accepted only if it explains every call of a child and every value.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from ..reference import UPS, gated_act
 from .probe import Event, ProbeError, Trace
 
 BY_TORCH = ("relu", "sigmoid", "tanh", "gelu", "silu", "identity")  # not gelu_tanh: ours is twice as fast
-ADD_INPUT = ""  # a step behind the layer: the residual connection
+ADD_INPUT = ""  # a step after the layer: the residual connection
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,11 @@ class Form:
     halves: str | None  # gate and up are the rows of one layer: "gate first" or "up first"
     up_called_first: bool
     gate: Gate
-    head: tuple[str | tuple[int, ...], ...]  # what the input goes through first: children, ``reshape(-1, *sizes)``
+    head: tuple[str | tuple[int, ...], ...]  # steps before the layer: children, ``reshape(-1, *sizes)``
     dropout: str | None  # between activation and down
     early: bool  # or between the first layer and the activation
-    tail: tuple[str, ...]  # children behind, and ADD_INPUT
-    run: tuple[str, ...]  # modules whose own forward is stepped over
+    tail: tuple[str, ...]  # steps after the layer: children, and ADD_INPUT
+    run: tuple[str, ...]  # modules whose own forward is bypassed
     reads_weights: bool
 
     @property
@@ -78,10 +79,10 @@ class _Found:
 
 
 def explain(trace: Trace, known: Form | None = None) -> Form:
-    """The form of a trace; ``known`` says which is expected, where rounding leaves several activations and a reshape
-    does nothing.
+    """Returns the form of a trace. ``known`` is the expected form; it decides where rounding would allow several
+    activations, or where a reshape does nothing.
 
-    Raises: ProbeError, with what does not fit.
+    Raises: ProbeError, with the reason.
     """
     events = list(trace.events)
     x = trace.x
@@ -98,14 +99,14 @@ def explain(trace: Trace, known: Form | None = None) -> Form:
         if events[0].kind == "linear":
             break
         if events[0].kind == "other":
-            raise ProbeError(f"{events[0].path}, which goes first, may give another shape than it is given")
+            raise ProbeError(f"{events[0].path}, the first step, may change the shape")
         head.append(events[0].path)
         x = events.pop(0).output
     first = []
     while events and events[0].kind == "linear" and _same(events[0].input, x):
         first.append(events.pop(0))
     if not first:
-        raise ProbeError("no linear child is called with its input")
+        raise ProbeError("no linear child is called with the layer's input")
     dropout = None
     early = _is_early(first, events)
     if early:
@@ -114,9 +115,9 @@ def explain(trace: Trace, known: Form | None = None) -> Form:
     elif len(events) > 1 and events[0].kind == "dropout" and events[1].kind == "linear":
         dropout = events.pop(0)
         if not _same(events[0].input, dropout.output):
-            raise ProbeError(f"{events[0].path} is not called with what {dropout.path} gives")
+            raise ProbeError(f"{events[0].path} is not called with the output of {dropout.path}")
     down = events.pop(0) if events and events[0].kind == "linear" else None
-    # What the activation and the gate gave is the input of whoever comes next.
+    # The output of the activation and the gate is the input of the next child.
     following = (None if early else dropout) or down or (events[0] if events else None)
     hidden = trace.y if following is None else following.input
     between = following is not None and following is not dropout and following is not down
@@ -160,11 +161,11 @@ def _check_later(events: Sequence[Event], act: str) -> None:
     nothing would be gained."""
     later = [i for i, event in enumerate(events) if event.kind == "linear"]
     if not later:
-        raise ProbeError("it has an activation behind one linear child, and no second one")
+        raise ProbeError("an activation follows one linear child, and there is no second one")
     if act in BY_TORCH:
         where = next((event.path for event in events[: later[0]] if event.kind != "dropout"), events[0].path)
         alone = f", and torch has {act} as one operator" if act != "identity" else ""
-        raise ProbeError(f"{where}, a norm or an activation that learns, is between its linear children{alone}")
+        raise ProbeError(f"{where}, a norm or an activation with parameters, is between its linear children{alone}")
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -178,24 +179,24 @@ def _tail(trace: Trace, events: Sequence[Event], value: Tensor) -> tuple[str, ..
         if not _same(event.input, value):
             if added or value.shape != trace.x.shape or not _same(event.input, value + trace.x):
                 if event.kind == "linear":
-                    raise ProbeError(f"{event.path} is one linear layer more than an FFN has")
-                raise ProbeError(f"{event.path} is called with something else than the result so far")
+                    raise ProbeError(f"{event.path} is an additional linear layer")
+                raise ProbeError(f"{event.path} is not called with the previous result")
             steps.append(ADD_INPUT)
             added = True
         steps.append(event.path)
         value = event.output
     if not _same(trace.y, value):
         if added or value.shape != trace.x.shape or not _same(trace.y, value + trace.x):
-            raise ProbeError("what it returns is not what its last child gave")
+            raise ProbeError("it does not return the output of its last child")
         steps.append(ADD_INPUT)
     return tuple(steps)
 
 
 def _activation(hidden: Tensor, outputs: Sequence[Tensor], known: Gate | None) -> _Found:
-    """Which of the linear children's outputs are gates, which ups, and by which activation they give ``hidden``."""
+    """Finds which linear children's outputs are gates and ups, and which activation makes ``hidden`` of them."""
     n = len(outputs)
     if any(output.shape != hidden.shape for output in outputs):
-        raise ProbeError("what follows its first linear children is of another shape than they give")
+        raise ProbeError("what follows its first linear children has another shape than their output")
     pairings: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
     if n == 1:
         pairings = [((0,), ())]
@@ -211,7 +212,7 @@ def _activation(hidden: Tensor, outputs: Sequence[Tensor], known: Gate | None) -
         for gate in [known] if known else _candidates(hidden, pairs):
             if _fits(hidden, pairs, gate):
                 return _Found(gates, ups, gate)
-    raise ProbeError("no activation that the operators have gives what it computes between its linear children")
+    raise ProbeError("no activation of the operators matches what it computes between its linear children")
 
 
 def _candidates(hidden: Tensor, pairs: Sequence[tuple[Tensor, Tensor | None]]) -> Iterator[Gate]:
@@ -249,9 +250,9 @@ def _limits(hidden: Tensor, gate: Tensor, up: Tensor, shift: float, value: Tenso
 
 
 def _fits(hidden: Tensor, pairs: Sequence[tuple[Tensor, Tensor | None]], form: Gate) -> bool:
-    """Up to the rounding of several steps in the dtype of ``hidden``.
+    """Equality up to the rounding of several steps in the dtype of ``hidden``.
 
-    An activation that is near 0 as a difference of larger terms errs by an epsilon of those: hence ``size``.
+    ``size``: an activation near 0 that is a difference of larger terms has an error of an epsilon of these terms.
     """
     eps = torch.finfo(hidden.dtype).eps
     expected = torch.zeros_like(hidden, dtype=torch.float64)
@@ -273,7 +274,7 @@ def _fits(hidden: Tensor, pairs: Sequence[tuple[Tensor, Tensor | None]], form: G
 
 
 def _beta(hidden: Tensor, gate: Tensor, up: Tensor | None) -> float | None:
-    """The factor of ``z * sigmoid(beta * z)``, to six digits: the median of what single numbers say."""
+    """The factor in ``z * sigmoid(beta * z)``, to six digits: the median over single values."""
     share = hidden.double() / (gate if up is None else gate * up)
     telling = (gate.abs() > 0.3) & (gate.abs() < 3) & (share > 1e-3) & (share < 1 - 1e-3)
     if not telling.any():

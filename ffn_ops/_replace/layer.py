@@ -1,7 +1,7 @@
-"""A recognised layer's plan, and what a call of it does.
+"""The plan of a recognised layer, and what a call of it does.
 
-What may change behind our back (adapters, hooks, quantised weights, training, dropout, the activation) is looked at in
-every call: then less is fused, or the layer's own forward runs. Which, says ``state``.
+Every call checks what other code may have changed (adapters, hooks, quantised weights, training, dropout, the
+activation), and then fuses less or runs the layer's own forward. ``state`` reports which.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from ..reference import gated_act
 from .form import BY_TORCH, Form
 from .part import Part
 
-PLAN = "_ffn_ops_plan"  # of an instance; None: restored; False: changed into something that is not recognised
-CALLS = "_ffn_ops_calls"  # of an instance: its Calls since it was replaced
+PLAN = "_ffn_ops_plan"  # attribute of an instance; None: restored; False: changed, and no longer recognised
+CALLS = "_ffn_ops_calls"  # attribute of an instance: its Calls since it was replaced
 Path = tuple[str, ...]
-LINEARS: set[Any] = set()  # subclasses of nn.Linear whose forward was seen to be that of nn.Linear
+LINEARS: set[Any] = set()  # subclasses of nn.Linear whose forward is that of nn.Linear
 _OF_LINEARS = vars(nn.Linear(1, 1, device="meta")).keys()
-_TRACES_DICTS = torch.__version__ >= "2.15"  # dynamo of 2.11 does not: such layers are called in its graphs
+_TRACES_DICTS = torch.__version__ >= "2.15"  # dynamo of 2.11 does not: its graphs call such layers
 _DEVICES = ("cpu", "meta") if CUDA_ABSENT else ("cpu", "meta", "cuda")
 _SCALARS = (bool, int, float, str, type(None), types.FunctionType, types.BuiltinFunctionType)
 
 
 @dataclass(frozen=True)
 class Guard:
-    """A module whose own forward is stepped over, as it was when the layer was recognised."""
+    """The state, at recognition, of a module whose own forward is bypassed."""
 
     path: Path
     cls: Any
@@ -45,12 +45,12 @@ class Guard:
 @dataclass(frozen=True)
 class Plan:
     form: Form
-    arguments: tuple[str, ...]  # names of forward's: one tensor first
-    idle: dict[str, Any]  # further ones by name, with the value that does nothing
+    arguments: tuple[str, ...]  # forward's parameters: one tensor first
+    idle: dict[str, Any]  # further parameters, with the value that has no effect
     ranks: tuple[int, ...]  # numbers of dimensions for which the form holds
-    widths: tuple[int, ...]  # and numbers of columns
+    widths: tuple[int, ...]  # and input widths
     dtypes: tuple[torch.dtype, ...]
-    eval_only: str  # what forward does otherwise in training, or nothing
+    eval_only: str  # what forward does differently in training, or nothing
     children: int
     guards: tuple[Guard, ...]
     gates: tuple[Path, ...]
@@ -59,7 +59,7 @@ class Plan:
     head: tuple[Path | tuple[int, ...], ...]
     dropout: Path | None
     tail: tuple[Path, ...]
-    direct: tuple[str, str | None, str] | None  # names of gate, up and down, where they are all there is to find
+    direct: tuple[str, str | None, str] | None  # names of gate, up and down, if the layer has nothing else
     part: Part | None  # of a layer that does more
 
 
@@ -85,7 +85,7 @@ def plan(
         direct = (form.gates[0], form.ups[0] if form.ups else None, form.down)
     if "." in "".join(form.linears):
         direct = None
-    # Those that ran, and those that only hold others.
+    # Modules whose forward ran, and modules that only hold others.
     holders = {p[:i] for p in paths(form.linears) for i in range(1, len(p))}
     stepped_over = sorted({*paths(form.run), *holders})
     return Plan(
@@ -116,7 +116,7 @@ def child(module: nn.Module, path: Path) -> Any:
 
 
 def _is_conv1d(layer: Any) -> bool:
-    """transformers' layer of GPT-2: a Linear whose weight is [in, out]. Known by name: it need not be imported."""
+    """transformers' layer of GPT-2: a Linear whose weight is [in, out]. Recognised by name, without importing it."""
     cls = type(layer)
     return (
         cls.__name__ == "Conv1D"
@@ -127,12 +127,12 @@ def _is_conv1d(layer: Any) -> bool:
 
 
 def is_plain(layer: Any) -> bool:
-    """Its weight and bias say all that calling it does."""
+    """True if weight and bias define everything that a call does."""
     return is_plain_linear(layer) or _is_conv1d(layer) or (type(layer) in LINEARS and has_only_weights(layer))
 
 
 def has_only_weights(layer: Any) -> bool:
-    """Nothing stands in it by which it could differ from an nn.Linear but its class."""
+    """True if only its class distinguishes it from an nn.Linear."""
     weight = layer._parameters.get("weight")
     return (
         (_TRACES_DICTS or not torch.compiler.is_compiling())
@@ -153,7 +153,7 @@ def _weights(layer: Any) -> tuple[Tensor, Tensor | None]:
 
 
 def changed(layer: nn.Module, plan: Plan) -> str | None:
-    """Why the children that would be stepped over must be called, or None."""
+    """The reason why children that would be bypassed must be called, or None."""
     if len(layer._modules) != plan.children:
         return "it has other children than before"
     for guard in plan.guards:
@@ -185,12 +185,12 @@ def _fits(layer: nn.Module, plan: Plan, x: Any) -> bool:
 
 
 def _is_torchs(form: Form) -> bool:
-    """Without a gate, and an activation that torch has as one operator: alone ours is slower than that."""
+    """True without a gate, if torch has the activation as one operator, which alone is faster than ours."""
     return not form.ups and form.halves is None and form.gate.activation in BY_TORCH
 
 
 def _of_dtype(layers: list[Any], dtype: torch.dtype) -> bool:
-    """Where weights are of another dtype, a forward may cast between its children, so its own must run."""
+    """True if weights have another dtype: the forward may cast between its children, so it must run itself."""
     for layer in layers:
         weight = layer._parameters.get("weight")
         if weight is not None and weight.dtype is not dtype:
@@ -199,7 +199,7 @@ def _of_dtype(layers: list[Any], dtype: torch.dtype) -> bool:
 
 
 def fused(layer: nn.Module, plan: Plan, x: Tensor) -> Tensor | None:
-    """The layer's result with as much fused as may be; None where its own forward must run."""
+    """The layer's result, with as much fused as is correct; None if its own forward must run."""
     if not _fits(layer, plan, x):
         return None
     device = x.device.type
@@ -217,7 +217,7 @@ def fused(layer: nn.Module, plan: Plan, x: Tensor) -> Tensor | None:
 
 
 def _direct(layer: nn.Module, plan: Plan, x: Tensor, cast: bool) -> Tensor | None:
-    """The usual case in few steps, which a small layer feels: plain nn.Linear children, and no dropout between."""
+    """The usual case, short because small layers feel every step: plain nn.Linear children, no dropout between."""
     gate_name, up_name, down_name = plan.direct  # type: ignore[misc]
     modules: Any = layer._modules
     gate, down = modules.get(gate_name), modules.get(down_name)
@@ -243,7 +243,7 @@ def _direct(layer: nn.Module, plan: Plan, x: Tensor, cast: bool) -> Tensor | Non
 
 
 def _by_parts(layer: nn.Module, plan: Plan, x: Tensor, cast: bool) -> Tensor | None:
-    """Any form, any children: all but the tail. None where the layer's own forward must run."""
+    """The general case: computes all but the tail. None if the layer's own forward must run."""
     gates = [child(layer, path) for path in plan.gates]
     ups = [child(layer, path) for path in plan.ups]
     down = None if plan.down is None else child(layer, plan.down)
@@ -289,7 +289,7 @@ def _whole(form: Form, x: Tensor, gate: Any, up: Any, down: Any) -> Tensor:
 
 
 def _hidden(form: Form, x: Tensor, gates: list[Any], ups: list[Any]) -> Tensor:
-    """What goes into ``down``: by one operator, or the children called as forward calls them and one operator."""
+    """Computes the input of ``down``: by one operator, or by calling the children as forward does and one operator."""
     if form.halves is not None and is_plain(gates[0]):
         return _halves(form, x, *_weights(gates[0]))
     if ups and all(is_plain(layer) for layer in (*gates, *ups)):
@@ -301,7 +301,7 @@ def _hidden(form: Form, x: Tensor, gates: list[Any], ups: list[Any]) -> Tensor:
             return ops.gated_linear(x, w_gate, w_up, b_gate=b_gate, b_up=b_up, activation=form.gate)
     total: Tensor | None = None
     for i, gate in enumerate(gates):
-        if ups and form.up_called_first:  # adapters with dropout draw in the order of the calls
+        if ups and form.up_called_first:  # adapters with dropout draw random numbers in the order of the calls
             up = ups[i](x)
             value = gate(x)
         else:
@@ -329,11 +329,11 @@ def _between(gate: Tensor, up: Tensor | None, form: Form) -> Tensor:
     both = [gate] if up is None else [gate, up]
     if all(type(t) in PLAIN_TENSORS and t.dtype is gate.dtype and t.dtype in check.DTYPES for t in both):
         return ops.gated_act(gate, up, activation=form.gate)
-    return gated_act(gate, up, activation=form.gate)  # a DTensor, say: by torch's own operators
+    return gated_act(gate, up, activation=form.gate)  # such as a DTensor: uses torch's own operators
 
 
 def state(layer: nn.Module, plan: Plan) -> tuple[bool, str]:
-    """Whether all that was recognised is fused now, and if not, what is and why."""
+    """Returns whether everything recognised is fused at present, and if not, what is fused and why."""
     if reason := changed(layer, plan):
         return False, f"its own forward runs: {reason}"
     if _has_any_global_hook():
@@ -368,7 +368,7 @@ def _why_called(module: Any) -> str:
     if not isinstance(module, nn.Linear) and not _is_conv1d(module):
         return f"{type(module).__module__.split('.')[0]}'s {type(module).__name__}"
     if not is_unhooked(module):
-        return "hooks, or a forward of its own"
+        return "hooks, or a forward set on the instance"
     weight = module._parameters.get("weight")
     if type(weight) not in PLAIN_TENSORS:
         return "its weight is computed" if weight is None else f"its weight is a {type(weight).__name__}"

@@ -1,4 +1,4 @@
-"""From a module to its plan, or to the reason why it is left alone. Nothing is changed here."""
+"""Finds the plan of a module, or the reason why it is left alone. It changes nothing."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from .part import Part, candidates, cut, methods_with
 from .probe import ProbeError, Run, aside, enough_rows, linear_shape, norm_width, original_class, trace, why_eval_only
 from .segment import FromOutsideError, Names, named
 
-# Where a feed-forward has a method of its own: transformers' encoders, torch's nn.TransformerEncoderLayer.
+# Methods that hold a feed-forward: of transformers' encoders and torch's nn.TransformerEncoderLayer.
 METHODS = ("forward", "feed_forward_chunk", "feed_forward_chunk_query", "ff_chunk", "_ff_block")
-OURS = (FeedForward, PlainFFN, GLU, GatedFFN)  # which fuse themselves
+OURS = (FeedForward, PlainFFN, GLU, GatedFFN)  # these fuse themselves
 _MOST_BRANCHES = 16
-_MANY = 512  # modules below a layer that is looked at
+_MANY = 512  # most modules inside a candidate layer
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Finding:
 
 
 def linear_children(layer: nn.Module, most: int) -> dict[str, tuple[int, int]]:
-    """Paths and (in, out) of the outermost linear layers below; at most one more than ``most``."""
+    """Paths and (in, out) of the outermost linear layers inside; stops at one more than ``most``."""
     found: dict[str, tuple[int, int]] = {}
 
     def look(module: nn.Module, prefix: str) -> None:
@@ -54,7 +54,7 @@ def linear_children(layer: nn.Module, most: int) -> dict[str, tuple[int, int]]:
 
 
 def plausible(layer: nn.Module) -> bool:
-    """The shapes of the linear layers below could be those of one feed-forward layer."""
+    """True if the linear layers inside have the shapes of one feed-forward layer."""
     most = 2 * _MOST_BRANCHES + 1
     shapes = list(linear_children(layer, most).values())
     if not 2 <= len(shapes) <= most or sum(1 for _ in layer.modules()) > _MANY:
@@ -82,7 +82,7 @@ def bottleneck(layer: nn.Module) -> tuple[str, str] | None:
 
 @dataclass(frozen=True)
 class _Seen:
-    """What holds for a layer and for all that are alike."""
+    """The finding for a layer and for all layers that are alike."""
 
     form: Form | None
     reason: str = ""
@@ -97,7 +97,7 @@ class _Seen:
 
 
 class Recogniser:
-    """Recognises the layers of one model, those that are alike once."""
+    """Recognises the layers of one model, looking at identical layers once."""
 
     def __init__(self) -> None:
         self._known: Known[Any] = Known()
@@ -105,7 +105,7 @@ class Recogniser:
         self._numbers: dict[Hashable, int] = {}
 
     def once(self, layer: nn.Module, what: Hashable, look: Callable[[Reads], Found]) -> Found:
-        """``look(reads)`` of this layer, or what it gave for one that is alike."""
+        """Returns ``look(reads)`` of this layer, or its result for a layer that is alike."""
         kept = self._structures.get(id(layer))
         if kept is None:
             tree = structure(layer, original_class)
@@ -152,7 +152,7 @@ class Recogniser:
         return self.once(layer, (method, names), look)
 
     def __call__(self, layer: nn.Module, method: str) -> Finding:
-        """What ``method`` of the layer computes, from runs on a hollow copy: ranks, training and eval, dtypes."""
+        """Finds what ``method`` of the layer computes, from runs on a stub copy: ranks, training and eval, dtypes."""
         cls = original_class(layer)
         if not callable(getattr(cls, method, None)):
             return Finding(None, f"it has no {method}")
@@ -239,11 +239,11 @@ def _recognise(layer: nn.Module, run: Run, width: int, narrowest: int, reads: Re
     dtype = next((t.dtype for t in layer.parameters() if t.dtype in check.DTYPES), torch.float32)
     dtypes = tuple([each for each in check.DTYPES if holds(base, full(first, width), False, each)])
     if dtype not in dtypes:
-        return _Seen(None, f"in {str(dtype).removeprefix('torch.')} it computes something else than in float32")
-    laid = [step[-1] for step in base.head if not isinstance(step, str)]  # rows side by side: how wide they are then
+        return _Seen(None, f"in {str(dtype).removeprefix('torch.')} it computes something other than in float32")
+    laid = [step[-1] for step in base.head if not isinstance(step, str)]  # layers that merge rows: the merged widths
 
     def both(rank: int, width: int, training: bool = False) -> bool:
-        """With several rows and with the fewest, which a squeeze, say, would treat differently."""
+        """Runs with several rows and with the fewest, which a squeeze would treat differently."""
         fewest = (*[1] * (rank - 2), max([1, *[-(-wide // width) for wide in laid]]), width)[-rank:]
         return holds(base, full(rank, width), training, torch.float32) and holds(base, fewest, training, torch.float32)
 
@@ -259,7 +259,7 @@ def _recognise(layer: nn.Module, run: Run, width: int, narrowest: int, reads: Re
     eval_only = why_eval_only(in_training, "which is no child")
     first_name, *names = list(run.signature(layer).parameters.values())[1:]
     named = [p for p in names if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    # Given as they are without being given they do nothing, unless forward asks whether they are given.
+    # Passing the defaults has no effect, unless forward checks whether an argument was passed.
     idle = {p.name: p.default for p in named if isinstance(p.default, (bool, int, float, str, type(None)))}
     if idle and not holds(base, full(first, width), False, torch.float32, idle):
         idle = {}
@@ -275,14 +275,14 @@ def _why_failed(layer: nn.Module, run: Run, error: Exception) -> str:
         if not path or (method == "forward" and module._modules and linear_shape(module) is None):
             own = [name for name, value in (*module._parameters.items(), *module._buffers.items()) if value is not None]
             if own:
-                return f"it has a tensor of its own, {path}{'.' if path else ''}{own[0]}"
+                return f"it holds a tensor of its own, {path}{'.' if path else ''}{own[0]}"
     if isinstance(error, NotImplementedError) and 'required "forward"' in str(error):
         return "it has no forward: the layer around it calls its children"
     return f"{method} does not run with one tensor [..., D] alone: {_first_line(error)}"
 
 
 def _look_at_class(linear: nn.Module) -> None:
-    """Into LINEARS with a subclass of nn.Linear that computes the same (as openai-whisper's, which casts weights)."""
+    """Adds a subclass of nn.Linear to LINEARS if it computes the same (as openai-whisper's, which casts weights)."""
     cls: Any = type(linear)
     if cls is not nn.Linear and isinstance(linear, nn.Linear) and has_only_weights(linear) and _is_linear_class(cls):
         LINEARS.add(cls)
@@ -318,12 +318,12 @@ def _first_line(error: Exception) -> str:
 
 
 def _check_stateless(layer: nn.Module, form: Form, own: bool = True) -> None:
-    """What is stepped over may not hold numbers of its own: they would be frozen as they are today."""
+    """Checks that bypassed modules hold no tensors of their own, whose present values would be frozen."""
     for path in ("", *form.run) if own else form.run:
         module = child(layer, tuple(path.split(".")) if path else ())
         where = f"{path}." if path else ""
         for name, value in (*module._parameters.items(), *module._buffers.items(), *vars(module).items()):
             if isinstance(value, Tensor):
-                raise ProbeError(f"it has a tensor of its own, {where}{name}")
+                raise ProbeError(f"it holds a tensor of its own, {where}{name}")
         if path and not has_own_forward(module):
             raise ProbeError(f"{where}forward was set on the instance")

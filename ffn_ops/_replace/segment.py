@@ -142,7 +142,7 @@ class Segment:
         if len(calls) != 1:
             raise ProbeError(f"{name} is called in {len(calls)} places")
         if len(calls[0].args) != 1 or calls[0].keywords or isinstance(calls[0].args[0], ast.Starred):
-            raise ProbeError(f"{name} is called with other arguments than one tensor")
+            raise ProbeError(f"{name} is called with arguments other than one tensor")
         return calls[0]
 
     def _push_down(self) -> set[ast.AST]:

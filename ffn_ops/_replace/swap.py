@@ -1,4 +1,4 @@
-"""The class that stands in the place of a layer's own, so that an instance computes what its plan says.
+"""The class that replaces a layer's own, so that the instance computes its plan.
 
 A subclass of an instance's class survives deepcopy, pickle and the compiler, where a forward set on it would not.
 """
@@ -19,16 +19,16 @@ from .part import Part, cut, part_name
 from .probe import ORIGINAL
 from .recognise import Recogniser
 
-FUSES = "_ffn_ops_fuses"  # of a class: which method, and which part of it
+FUSES = "_ffn_ops_fuses"  # attribute of a class: which method, and which part of it
 
 
 @dataclass
 class Calls:
-    """Of one replaced layer, since it was replaced. Calls of compiled code do not come by here."""
+    """Counts calls of one replaced layer since it was replaced. Calls of compiled code are not counted."""
 
     fused: int = 0  # an operator of this package computed the layer or a part of it
     own: int = 0  # the layer's own forward ran
-    arguments: str = ""  # what the last of these was given besides one tensor
+    arguments: str = ""  # further arguments of the last such call
 
     def missed(self, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.own += 1
@@ -41,7 +41,7 @@ def _fusing(own: Any) -> Any:
 
     @functools.wraps(own)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        plan = getattr(self, PLAN, None)  # none where restore() found this forward in another library's hands
+        plan = getattr(self, PLAN, None)  # None if another library held this forward when restore() ran
         if plan:
             x = args[0] if len(args) == 1 and not kwargs else only_tensor(plan, args, kwargs)
             if x is not None:
@@ -88,7 +88,7 @@ def fused_class(original: Any, method: str, part: Part | None = None) -> Any:
 
     def reduce(self: Any, protocol: Any) -> Any:
         function, arguments, *rest = original.__reduce_ex__(self, max(2, protocol))
-        if arguments and arguments[0] is fused_class(original, method, part):  # other processes know the original
+        if arguments and arguments[0] is fused_class(original, method, part):  # other processes only know the original
             function, arguments = _new, (original, method, part, *arguments[1:])
         return function, arguments, *rest
 
@@ -107,7 +107,7 @@ def fused_class(original: Any, method: str, part: Part | None = None) -> Any:
 
 
 def only_tensor(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """forward's one tensor, or None where it is given something else that may do something."""
+    """Returns forward's one tensor, or None if other arguments may have an effect."""
     names = plan.arguments
     if len(args) > len(names):
         return None

@@ -70,9 +70,9 @@ def synchronize(device: torch.device) -> None:
 
 
 def interleaved(calls: dict[Name, Call], repeats: int, device: torch.device, advance: Call) -> dict[Name, Timing]:
-    """Time every call once per round, so that a slow moment of the machine hits all alike.
+    """Times every call once per round, so that slow moments of the machine affect all equally.
 
-    Every other round runs backwards: what a call leaves in the caches favours no fixed neighbour.
+    Every other round runs in reverse order, so that the contents of caches favour no provider.
     """
     times: dict[Name, list[float]] = {name: [] for name in calls}
     order = list(calls.items())
@@ -94,7 +94,7 @@ def _timing(values: list[float]) -> Timing:
 
 
 def saved_for_backward(layer: nn.Module, *inputs: Tensor) -> int:
-    """Bytes of the distinct storages that the forward keeps for the backward, parameters left out, inputs included."""
+    """Bytes of the distinct storages that forward keeps for backward, with inputs, without parameters."""
     parameters = {p.untyped_storage().data_ptr() for p in layer.parameters()}
     kept: dict[int, int] = {}
 
@@ -102,7 +102,7 @@ def saved_for_backward(layer: nn.Module, *inputs: Tensor) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in parameters:
             kept[storage.data_ptr()] = storage.nbytes()
-        # Detached: an output of the operator that keeps it would hold the graph that holds it, as would one in `kept`.
+        # Detached, because an output that is kept would hold the graph that holds it.
         return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -124,7 +124,7 @@ def _error(got: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor]) -> float:
 
 
 def _step(layer: nn.Module, x: Tensor, dy: Tensor) -> Call:
-    """Forward and backward for the input and every parameter; the plain loop leaves an idle expert's out."""
+    """Forward and backward for the input and every parameter; the plain loop skips experts without tokens."""
     leaf = x.detach().requires_grad_()
     wanted = [leaf, *layer.parameters()]
     return lambda: torch.autograd.grad(layer(leaf), wanted, dy, allow_unused=True)
@@ -148,7 +148,7 @@ def _inputs(settings: Settings, least: int = 1) -> tuple[Tensor, Tensor]:
 
 
 def prepare(architecture: Architecture, settings: Settings) -> Prepared:
-    """Build the providers and keep those that agree; a fused layer that does not is marked refused."""
+    """Builds the providers and keeps those that agree with float64; marks a fused layer that does not as refused."""
     x, dy = _inputs(settings, PLENTY)
     size, device = settings.layer, torch.device(settings.device)
     with torch.random.fork_rng(devices=[]):
@@ -186,7 +186,8 @@ def prepare(architecture: Architecture, settings: Settings) -> Prepared:
             result.refused = result.refused or name == "fused"
             result.notes.append(f"{name} refused, against float64: {wrong}")
             del layers[name]
-        except Exception as error:  # torch.compile fails in many ways (no compiler, no Triton); the rest goes on
+        # torch.compile can fail in many ways (no compiler, no Triton); the other providers go on
+        except Exception as error:
             if name != "compile":
                 raise
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,4 +1,4 @@
-"""Which gate a transformers experts module computes, found by calling it: names of classes prove nothing.
+"""Finds which gate a transformers experts module computes, by calling it, because names of classes prove nothing.
 
 A :class:`ffn_ops.Gate` with numbers that the module holds is accepted where it gives the module's own values on a grid
 that covers signs, saturation and both sides of every limit.
@@ -19,27 +19,27 @@ from torch.utils._python_dispatch import _disable_current_modes
 from .._gate import MODEL_GATES, NAMES, Gate, gate_from
 from ..reference import UPS, gated_act
 
-# What the operator reads; a module that holds more computes more.
+# Parameters that the operator reads. A module with more parameters computes something else.
 READ = frozenset(f"{name}{kind}" for name in ("gate_up_proj", "up_proj", "down_proj") for kind in ("", "_bias"))
-# torch's prune and weight_norm keep a parameter in such parts, and set an attribute of its name before each call.
+# torch's prune and weight_norm split a parameter into such parts, and set an attribute of its name before each call.
 PARTS = ("orig", "mask", "g", "v")
-# Float32 inside a module's gate passes; gelu and its tanh form are 5e-4 apart.
+# Large enough for float32 inside a module's gate; gelu and its tanh form differ by 5e-4.
 TOLERANCE = 2e-6
 _POINTS = (0.0, 1e-3, 0.17, 0.4, 0.9, 1.3, 2.1, 3.3, 6.0, 11.0, 30.0, 300.0, 1e4, 1e6)
 _known: dict[Any, Gate | None] = {}
 
 
 def gate_of(experts: Any) -> Gate:
-    """The gate of a module with transformers' ``use_experts_implementation``.
+    """Returns the gate of a module with transformers' ``use_experts_implementation``.
 
     Raises:
-        ValueError: its gate is none of these, or it holds parameters that the operator does not read.
+        ValueError: if the gate has another form, or the module has parameters that the operator does not read.
     """
     activation, params = _form_of(experts)
     return gate_from(activation, params, experts.has_gate and not experts.is_concatenated)
 
 
-@torch.compiler.assume_constant_result  # a trace takes what it finds, and asks again for another module
+@torch.compiler.assume_constant_result  # tracing uses the cached gate, and looks again for another module
 def _form_of(experts: Any) -> tuple[str, tuple[float, ...]]:
     for name in (*experts._parameters, *experts._buffers):
         whole, _, part = name.rpartition("_")
@@ -48,7 +48,7 @@ def _form_of(experts: Any) -> tuple[str, tuple[float, ...]]:
                 f"{type(experts).__name__}: expected no parameters besides those of the experts, got {name}"
             )
     act = getattr(experts, "act_fn", None)
-    # peft parametrises the weights anew in each call, which makes a new class.
+    # peft adds the parametrisation again in each call, which makes a new class.
     parametrized = "parametrizations" in experts._modules
     cls = parametrize.type_before_parametrizations(experts) if parametrized else type(experts)
     held = tuple(map(_settings, act.modules())) if isinstance(act, nn.Module) else act
@@ -72,8 +72,8 @@ def _settings(module: nn.Module) -> tuple[tuple[str, Any], ...]:
 
 def _recognise(experts: Any, act: Any) -> Gate | None:
     if isinstance(act, nn.Module) and next(iter(act.state_dict()), None) is not None:
-        return None  # it learns: what it computes now is not what it will compute
-    # Eager numbers on the CPU, also while a model is traced, exported or built on another device.
+        return None  # it learns, so its function will change
+    # Computes eagerly on the CPU, even while a model is traced, exported or built on another device.
     with _disable_current_modes(), torch.no_grad():
         held = [experts, *(act.modules() if isinstance(act, nn.Module) else ())]
         values = [v for module in held for _, v in _settings(module) if type(v) in (int, float)]
@@ -89,7 +89,7 @@ def _recognise(experts: Any, act: Any) -> Gate | None:
         try:
             actual = function(together).double()
         except Exception:
-            return None  # it is no function of gate and up alone
+            return None  # not a function of gate and up alone
         for candidate in candidates:
             if _agrees(candidate, gate, up if experts.has_gate else None, actual):
                 return candidate
@@ -97,7 +97,7 @@ def _recognise(experts: Any, act: Any) -> Gate | None:
 
 
 def _grid(numbers: list[float]) -> tuple[Tensor, Tensor]:
-    """Every gate with every up, ``[1, N * N]`` each."""
+    """All pairs of a gate and an up value, ``[1, N * N]`` each."""
     points = {*_POINTS, *(factor * number for number in numbers for factor in (0.5, 0.99, 1.01, 3.0))}
     signed = torch.tensor(sorted({*points, *(-p for p in points)}), dtype=torch.float64, device="cpu")
     gate, up = torch.meshgrid(signed, signed, indexing="ij")

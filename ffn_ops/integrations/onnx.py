@@ -1,4 +1,4 @@
-"""ONNX: what the operators compute, in ONNX's own, for ``torch.onnx.export``. Backward operators are not there."""
+"""ONNX: translates the operators to ONNX's own, for ``torch.onnx.export``. Inference only."""
 
 # ruff: noqa: UP045
 
@@ -12,22 +12,29 @@ from torch.nn import functional as F
 from .._gate import gate_from
 from ..reference import gated_act
 
-# No `from __future__ import annotations` here, and Optional: torch reads the types of arguments to tell attributes
-# from tensors. A tensor is Any: what arrives is a value of the graph.
+# Without `from __future__ import annotations`, and with Optional: torch reads the types of arguments to tell attributes
+# from tensors. Tensors have type Any, because they arrive as values of the graph.
 
-_FLOAT, _INT64 = 1, 7  # ONNX's numbers of dtypes
+_FLOAT, _INT64 = 1, 7  # ONNX's dtype numbers
 
 
 def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """For ``torch.onnx.export(model, args, dynamo=True, custom_translation_table=translation_table())``.
+    """Returns the translations for ``torch.onnx.export(..., dynamo=True,
+    custom_translation_table=translation_table())``.
 
-    Inference only: gates, dense layers, mixtures and their parts, top-k and the sort, for every T. Arithmetic is
-    float32 (float64 for float64), rounded once, as the operators'; sums are in the runtime's order. NaN logits rank as
-    -inf. What ONNX cannot express raises a ``NotImplementedError`` that says so: BASE's assignment, rounding to tiles,
-    drops by weight, rows given as pairs (Expert Choice).
+    They cover inference: gates, dense layers, mixtures and their parts, top-k and the sort, for every T. Arithmetic is
+    float32 (float64 for float64) and rounded once, like the operators'. Sums are in the runtime's order. NaN logits
+    rank as -inf. ONNX cannot express BASE's assignment, rounding to tiles, drops by weight and rows given as pairs
+    (Expert Choice): these raise ``NotImplementedError``.
 
     Raises:
         ImportError: without onnxscript (``pip install "ffn_ops[onnx]"``).
+
+    Example:
+        >>> from ffn_ops.integrations.onnx import translation_table
+        >>> layer = ffn_ops.GELUFFN(8, 16).eval().requires_grad_(False)
+        >>> options = {"dynamo": True, "custom_translation_table": translation_table(), "verbose": False}
+        >>> program = torch.onnx.export(layer, (torch.randn(4, 8),), **options)
     """
     import onnxscript  # noqa: F401  (torch's exporter needs it as well)
 
@@ -64,12 +71,12 @@ def _number(value: float, like: Any) -> Any:
 
 
 def _wide(t: Any) -> Any:
-    """What is computed in: float32, float64 for float64."""
+    """Casts to the dtype of the arithmetic: float32, or float64 for float64."""
     return t if str(t.dtype) in ("DOUBLE", "FLOAT") else _op().Cast(t, to=_FLOAT)
 
 
 def _none(like: Any) -> Any:
-    """In the place of a saved pre-activation."""
+    """A placeholder for a pre-activation that is not saved."""
     op = _op()
     return op.Expand(_number(0.0, like), _numbers([0]))
 
@@ -183,7 +190,7 @@ def _moe(
     slot_offsets: Optional[Any], w_in: Any, w_down: Any, b_in: Optional[Any], b_down: Optional[Any], gated: bool,
     interleaved: bool, activation: str, params: Sequence[float], save: bool,
 ) -> Any:  # fmt: skip
-    """Expert by expert, each on its rows: as many products as there are experts stand in the graph."""
+    """Computes each expert on its rows. The graph has one product for each expert."""
     op = _op()
     rows = _wide(x) if token is None else op.Gather(_wide(x), _inside(token, x))
     axis, parts = _numbers([0]), []
@@ -206,14 +213,14 @@ def _moe(
 
 
 def _inside(token: Any, x: Any) -> Any:
-    """Dropped rows may name no token."""
+    """The token of dropped rows may be out of range."""
     op = _op()
     last = op.Sub(op.Shape(x, start=0, end=1), _numbers([1]))
     return op.Max(op.Min(token, last), _numbers([0]))
 
 
 def _summed(rows: Any, token: Any, weight: Any, slot_offsets: Any) -> Any:
-    """Of each token, over the first rows of a routing, weighted."""
+    """The weighted sum of each token's rows, over the first rows of a routing."""
     op = _op()
     kept, zero = op.Shape(rows, start=0, end=1), _numbers([0])
     if weight is not None:
@@ -294,19 +301,19 @@ def _moe_sort(
     place = _range(count)
 
     def counts_of(chosen: Any) -> tuple[Any, Any]:
-        """[E], and [E + 1] where rows begin."""
+        """Counts [E], and offsets [E + 1]."""
         is_expert = op.Equal(op.Unsqueeze(chosen, _numbers([1])), _numbers(range(experts)))
         counts = op.ReduceSum(op.Cast(is_expert, to=_INT64), _numbers([0]), keepdims=0)
         return counts, op.Concat(_numbers([0]), op.CumSum(counts, op.Constant(value_int=0)), axis=0)
 
     def sorted_by(chosen: Any, then: Any) -> Any:
-        """Places by expert and, within it, by ``then``: different numbers below the count."""
+        """Sorts places by expert and, within an expert, by ``then``, whose numbers differ and lie below the count."""
         keys = op.Add(op.Mul(chosen, count), then)
         _, order = op.TopK(keys, count, axis=0, largest=0)
         return order
 
     def rank_of(order: Any) -> Any:
-        """Where each place stands in an order."""
+        """The inverse of a permutation."""
         return op.ScatterElements(place, order, place, axis=0)
 
     counts, offsets = counts_of(flat)
@@ -327,7 +334,7 @@ def _moe_sort(
 
 def _balanced_assignment(scores: Any, mask: Optional[Any] = None) -> Any:
     raise NotImplementedError(
-        "ffn_ops: BASE's balanced assignment has no translation to ONNX; in eval it takes the best"
+        "ffn_ops: BASE's balanced assignment has no translation to ONNX; call eval(), where it takes the best expert"
     )
 
 

@@ -1,6 +1,6 @@
 """The public functions. One file per operator: public function, fake kernel, autograd.
 
-The kernels see two-dimensional tensors; leading dimensions are folded here, as views where strides allow.
+The kernels see two-dimensional tensors. These functions fold leading dimensions, as views if strides allow.
 """
 
 import torch.fx

@@ -50,20 +50,27 @@ def ffn(
             gate is ``interleaved``.
         w_down: ``[D_out, F]``.
         w_up: ``[F, D]``: makes the FFN gated.
-        gated: None stands for "``w_up`` is given".
+        gated: None means True if ``w_up`` is given.
         b_in, b_up, b_down: biases of the same widths as their weights' rows, or None.
         activation: a name or a :class:`ffn_ops.Gate`.
-        recompute: save x alone for backward and compute the pre-activations again there. Same bits, less memory.
+        recompute: save only x for backward, and compute the pre-activations again there. Same bits, less memory.
 
     Returns:
-        ``[..., D_out]``. For backward x and the pre-activations (``[T, F]``, two where gated) are saved, no more.
+        ``[..., D_out]``. Saved for backward: x and the pre-activations (``[T, F]``, two if gated).
 
     Raises:
-        TypeError, ValueError: name of the argument, what was expected and what came.
+        TypeError, ValueError: with the argument, what was expected and what came.
 
     Source:
         Vaswani et al., Attention Is All You Need (2017), equation 2; Shazeer, GLU Variants Improve Transformer (2020),
         equation 6.
+
+    Example:
+        >>> x, w_gate, w_up, w_down = torch.randn(4, 8), torch.randn(16, 8), torch.randn(16, 8), torch.randn(8, 16)
+        >>> ffn_ops.ffn(x, w_gate, w_down, w_up=w_up).shape  # SwiGLU
+        torch.Size([4, 8])
+        >>> y = ffn_ops.ffn(x, w_gate, w_down, activation="relu")  # no gate
+        >>> torch.testing.assert_close(y, torch.relu(x @ w_gate.T) @ w_down.T)
     """
     check.tensor("x", x)
     x, w_in, w_up, w_down, b_in, b_up, b_down = autocast(x, w_in, w_up, w_down, b_in, b_up, b_down)  # type: ignore[assignment]
@@ -89,11 +96,11 @@ def ffn(
         y = _ffn(fold(x), *args, grad=grad)[0]
     except Exception as error:
         refused = error
-    if refused is not None:  # the operator checks as strictly, and before any work; the words are found here
+    if refused is not None:  # the operator checks as strictly, before any work; these checks find the message
         try:
             _check_ffn(x, w_in, w_up, w_down, b_in, b_up, b_down, gated)
             raise refused
-        finally:  # else the error, its traceback and this frame would keep each other, and the tensors
+        finally:  # breaks the cycle of error, traceback and frame, which would keep the tensors alive
             del refused
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], w_down.shape[0])  # type: ignore[no-any-return]
 

@@ -27,10 +27,15 @@ def gated_act(gate: Tensor, up: Tensor | None = None, *, activation: str | Gate 
         A tensor like ``gate``. Arithmetic is float32 (float64 for float64), rounded once.
 
     Raises:
-        TypeError, ValueError: name of the argument, what was expected and what came.
+        TypeError, ValueError: with the argument, what was expected and what came.
 
     Source:
         Shazeer, GLU Variants Improve Transformer (2020), equations 5 and 6 without their products.
+
+    Example:
+        >>> gate, up = torch.randn(4, 8), torch.randn(4, 8)
+        >>> y = ffn_ops.gated_act(gate, up, activation="gelu")
+        >>> torch.testing.assert_close(y, nn.functional.gelu(gate) * up)
     """
     if check.is_dtensor(gate):
         return on_shards(functools.partial(gated_act, activation=activation), gate, up)
@@ -52,7 +57,7 @@ def gated_act(gate: Tensor, up: Tensor | None = None, *, activation: str | Gate 
 
 
 def on_shards(function: Callable[..., Tensor], gate: Any, up: Any) -> Tensor:
-    """An element-wise ``function`` of DTensors, whose placements may be any that hold whole elements."""
+    """Applies an element-wise ``function`` to DTensors, with any placements that hold whole elements."""
     from torch.distributed.tensor import DTensor, Replicate
 
     if up is not None and (not isinstance(up, DTensor) or up.device_mesh != gate.device_mesh):
@@ -156,7 +161,7 @@ def _gated_act_backward_tangent(ctx: Any, *tangents: Any) -> Any:
 
 
 def act_tangent(gate: Tensor, up: Tensor | None, form: Any, gate_t: Tensor | None, up_t: Tensor | None) -> Any:
-    """``act'(gate) * up * gate_t + act(gate) * up_t``, None where both tangents are."""
+    """``act'(gate) * up * gate_t + act(gate) * up_t``, or None if both tangents are None."""
     by_gate = by_up = None
     if gate_t is not None:
         by_gate = gated_act_backward(gate_t, gate, up, *form, [True, False])[0]

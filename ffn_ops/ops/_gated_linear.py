@@ -47,14 +47,19 @@ def gated_linear(
         activation: a name or a :class:`ffn_ops.Gate`, of every branch.
 
     Returns:
-        ``[..., F]``. The activation and the sum over branches happen on the accumulators; nothing of shape ``[T, F]``
-        but the result is written in inference, and two pre-activations per branch are saved for backward.
+        ``[..., F]``. The activation and the sum over branches are computed on the accumulators. Inference writes
+        nothing of shape ``[T, F]`` but the result; training saves two pre-activations per branch for backward.
 
     Raises:
-        TypeError, ValueError: name of the argument, what was expected and what came.
+        TypeError, ValueError: with the argument, what was expected and what came.
 
     Source:
         Dauphin et al., Language Modeling with Gated Convolutional Networks (2017), equation 1.
+
+    Example:
+        >>> x, w_gate, w_up = torch.randn(4, 8), torch.randn(16, 8), torch.randn(16, 8)
+        >>> y = ffn_ops.gated_linear(x, w_gate, w_up)
+        >>> torch.testing.assert_close(y, torch.sigmoid(x @ w_gate.T) * (x @ w_up.T))
     """
     lists = [_as_list(n, v) for n, v in (("w_gate", w_gate), ("w_up", w_up), ("b_gate", b_gate), ("b_up", b_up))]
     check.tensor("x", x)
@@ -172,13 +177,14 @@ def _lists(tensors: Sequence[Any], lengths: Sequence[int]) -> list[list[Any]]:
 
 
 def _gated_linear_backward_formula(ctx: Any, d_y: Tensor | None, _gate: Any, _up: Any) -> Any:
-    none = [[None] * length for length in ctx.lengths]  # torch wants a list for a list, asked for or not
+    # torch expects a list for a list, whether or not gradients are needed
+    none = [[None] * length for length in ctx.lengths]
     if d_y is None:
         return None, *none, None, None, None
     x, gate, up, *others = ctx.saved_tensors
     needs = [_any(each) for each in ctx.needs_input_grad[:5]]
     lists = _lists(others, ctx.lengths)
-    if not ctx.save:  # as where a graph cannot know that another level of torch.func asks
+    if not ctx.save:  # a graph cannot know whether another level of torch.func needs them
         _, gate, up = _gated_linear(x, *lists, *ctx.form, True)
     grads = _gated_linear_backward(d_y, x, *lists, gate, up, *ctx.form, needs)
     lists = [list(g.unbind(0)) if need else n for g, need, n in zip(grads[1:], needs[1:], none, strict=True)]

@@ -36,27 +36,34 @@ def moe(
 
     Args:
         x: ``[..., D]`` with T tokens; float64, float32, float16 or bfloat16.
-        routing: who computes what, see :mod:`ffn_ops.routing`. Its weights get a gradient; they are float32 (float64
-            for float64), also under autocast; 16-bit ones, as casts of arguments leave them, are widened.
+        routing: which expert computes which token, see :mod:`ffn_ops.routing`. Its weights get a gradient. They are
+            float32 (float64 for float64), even under autocast; 16-bit weights, as casts of arguments leave them, are
+            widened.
         w_in: ``[E, F, D]``; gated ``[E, 2F, D]``, gate rows first, or alternating with those of up where the gate is
             ``interleaved``, as are those of ``b_in`` then.
-        w_down: ``[E, D_out, F]``. Weights may have any strides; the gradient of one that is the transpose of a dense
-            tensor is stored in its order.
+        w_down: ``[E, D_out, F]``. Weights may have any strides. The gradient of a transposed dense tensor is stored in
+            that tensor's order.
         gated: whether ``w_in`` holds gate and up weights.
         b_in, b_down: ``[E, F]`` (gated ``[E, 2F]``) and ``[E, D_out]``, or None.
         activation: a name or a :class:`ffn_ops.Gate`.
-        recompute: save x and the routing alone for backward. Same bits, less memory.
+        recompute: save only x and the routing for backward. Same bits, less memory.
 
     Returns:
-        ``[..., D_out]``, zeros for a token all of whose rows are dropped. For backward x, the pre-activations
-        (``[R, F]``, two where gated) and the routing are saved.
+        ``[..., D_out]``, zeros for a token whose rows are all dropped. Saved for backward: x, the pre-activations
+        (``[R, F]``, two if gated) and the routing.
 
     Raises:
-        TypeError, ValueError: name of the argument, what was expected and what came.
+        TypeError, ValueError: with the argument, what was expected and what came.
 
     Source:
         Shazeer et al., Outrageously Large Neural Networks (2017), equation 1; the gradient of the weight as <dA', A>:
         SonicMoE (2025).
+
+    Example:
+        >>> x, w_in, w_down = torch.randn(5, 8), torch.randn(4, 16, 8), torch.randn(4, 8, 16)  # E 4, F 16
+        >>> routing = ffn_ops.routing.top_k(torch.randn(5, 4), k=2)
+        >>> ffn_ops.moe(x, routing, w_in, w_down).shape
+        torch.Size([5, 8])
     """
     check.tensor("x", x)
     x, w_in, w_down, b_in, b_down = autocast(x, w_in, w_down, b_in, b_down)  # type: ignore[assignment]
@@ -83,22 +90,27 @@ def moe_experts(
     activation: str | Gate = "gelu",
     recompute: bool = False,
 ) -> Tensor:
-    """The experts of :func:`moe` on rows that are sorted already: expert e computes rows ``offsets[e]`` to
-    ``offsets[e + 1]``.
+    """The experts of :func:`moe` on sorted rows: expert e computes rows ``offsets[e]`` to ``offsets[e + 1]``.
 
     Args:
-        rows: ``[R, D]``, as :func:`moe_dispatch` gives them or a collective brings them.
-        offsets: ``[E + 1]`` int64, from 0, never falling. Rows from ``offsets[E]`` on are not read.
+        rows: ``[R, D]``, from :func:`moe_dispatch` or from a collective.
+        offsets: ``[E + 1]`` int64, starting at 0, non-decreasing. Rows from ``offsets[E]`` on are not read.
         w_in, w_down, gated, b_in, b_down, activation, recompute: see :func:`moe`.
 
     Returns:
         ``[R, D_out]``, zeros from ``offsets[E]`` on.
 
     Raises:
-        TypeError, ValueError: name of the argument, what was expected and what came.
+        TypeError, ValueError: with the argument, what was expected and what came.
 
     Source:
         See :func:`moe`.
+
+    Example:
+        >>> x, w_in, w_down = torch.randn(5, 8), torch.randn(4, 16, 8), torch.randn(4, 8, 16)
+        >>> routing = ffn_ops.routing.top_k(torch.randn(5, 4), k=2)
+        >>> rows = ffn_ops.moe_experts(ffn_ops.moe_dispatch(x, routing), routing.offsets, w_in, w_down)
+        >>> torch.testing.assert_close(ffn_ops.moe_combine(rows, routing), ffn_ops.moe(x, routing, w_in, w_down))
     """
     check.tensor("rows", rows, ("R", "D"))
     rows, w_in, w_down, b_in, b_down = autocast(rows, w_in, w_down, b_in, b_down)  # type: ignore[assignment]
@@ -217,7 +229,7 @@ def _(
 
 
 def _as_stored(w: Tensor) -> Tensor:
-    """A dense tensor in the order of the weight, where that is the transpose's."""
+    """Allocates a dense tensor, in the order of the weight if that is transposed."""
     if w.stride(1) == 1 and w.stride(2) != 1:
         return dense(w, w.shape[0], w.shape[2], w.shape[1]).transpose(1, 2)
     return dense(w, *w.shape)

@@ -1,4 +1,4 @@
-"""What mixtures of experts differentiate beyond backward: its own derivative, and forward mode."""
+"""Derivatives of mixtures of experts beyond backward: double backward and forward mode."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ._shared import double_backward, given, plus
 
 
 class _Rows:
-    """Moves between tokens, rows and experts of one call, and between pre-activations and their halves."""
+    """Moves data between tokens, rows and experts of one call, and splits pre-activations into gate and up."""
 
     def __init__(
         self, ctx: Any, x: Tensor, token: Tensor | None, offsets: Tensor, row: Tensor | None, slots: Tensor | None

@@ -19,7 +19,7 @@ def fold(x: Tensor) -> Tensor:
 
 
 def autocast(x: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Casts what a native matrix product under autocast casts; the rest, right or wrong, is left to the checks."""
+    """Casts what torch's own matrix product casts under autocast. The checks look at everything else."""
     if not torch._C._is_any_autocast_enabled():
         return (x, *tensors)
     device = x.device.type
@@ -40,13 +40,13 @@ def halves(rows: Tensor | None, interleaved: bool) -> tuple[Any, Any]:
 
 
 def arithmetic(t: Tensor) -> torch.dtype:
-    """What a tensor is computed in, and what its routing weights are."""
+    """The dtype of a tensor's arithmetic and of its routing weights."""
     return torch.float64 if t.dtype is torch.float64 else torch.float32
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
-    """Also where another level of torch.func may ask, and where torch.jit.trace checks its graph without gradients,
-    which must come out the same."""
+    """True also if another level of torch.func may need it, and while torch.jit.trace checks its graph without
+    gradients, which must give the same graph."""
     if torch.is_grad_enabled() or torch._C._get_tracing_state() is not None:
         for t in tensors:
             if t is not None and t.requires_grad:
@@ -60,7 +60,8 @@ def dense(like: Tensor, *shape: Any) -> Tensor:
 
 
 def prefers_torch(x: Tensor) -> bool:
-    """16-bit layers on a CPU with AMX: torch's own products are far ahead there, and our gate goes between them."""
+    """True for 16-bit layers on a CPU with AMX: torch's own products are much faster there; our gate runs between
+    them."""
     return x.element_size() == 2 and x.device.type == "cpu" and _HAS_AMX
 
 
@@ -68,7 +69,7 @@ _HAS_AMX: bool = torch.ops.ffn_ops._has_amx()
 
 
 def given(grad: Tensor | None) -> Tensor | None:
-    """A cotangent of a gradient that was not asked for is empty: the same as none."""
+    """The cotangent of a gradient that was not asked for is empty, which means None."""
     return None if grad is None or grad.numel() == 0 else grad
 
 
@@ -155,7 +156,7 @@ def backward_tangents(
     zeros: Sequence[Tensor] = ()
     for i, (place, need) in enumerate(zip(places, ctx.needs, strict=True)):
         t = plus(of_d[i], by[place] if by and place is not None else None) if need else None
-        if need and t is None:  # torch wants zeros there
+        if need and t is None:  # torch expects zeros there
             zeros = zeros or again(torch.zeros_like(ctx.saved_tensors[0]))
             t = zeros[i]
         result.append(t)
@@ -163,7 +164,7 @@ def backward_tangents(
 
 
 def not_asked_for(ctx: Any, output: Sequence[Tensor]) -> None:
-    """The empty gradients of a backward operator have no derivative."""
+    """Empty gradients of a backward operator have no derivative."""
     ctx.mark_non_differentiable(*(t for t, need in zip(output, ctx.needs, strict=True) if not need))
 
 
@@ -172,5 +173,5 @@ def third_setup(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def third_order(ctx: Any, *grads: Any) -> Any:
-    """Without this torch would only warn and drop the third derivative."""
-    raise NotImplementedError("ffn_ops: third derivatives are not implemented, gradients and their gradients are")
+    """Without it torch would only warn, and drop the third derivative."""
+    raise NotImplementedError("ffn_ops: third derivatives are not implemented; first and second derivatives are")

@@ -1,4 +1,4 @@
-// What the kernel tests share of products: a plain description of one, and its run as the boundary would schedule it.
+// Products for the kernel tests: a plain description, and a run as the scheduler would make it.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,4 @@
-// Measures the functions and activations of every instruction set against the references, and holds them to their
-// bounds.
+// Compares the functions and activations of every instruction set with the references, and checks their bounds.
 #pragma once
 
 #include <array>

@@ -1,5 +1,5 @@
-// What vector_test.cpp calls of each instruction set: plain functions over arrays, so that the test itself is compiled
-// for the baseline only. No vectors.
+// The functions of each instruction set that vector_test.cpp calls: plain functions over arrays, so that the test
+// itself is compiled for the baseline only. No vectors.
 #pragma once
 
 #include <stdint.h>

@@ -1,5 +1,5 @@
-// One grouped product for tests/simt/gemm_test.cpp: its operands, what the kernels make of them, and the same in double
-// from naive loops.
+// One grouped product for tests/simt/gemm_test.cpp: its operands, the kernels' results, and the same in double from
+// naive loops.
 #pragma once
 
 #include <array>

@@ -1,4 +1,4 @@
-// The kernels for any CPU: no target region, as the compiler's own baseline is meant.
+// The kernels for any CPU, without a target region: they use the compiler's baseline.
 #define FFN_OPS_ISA baseline
 #include "begin.h"
 
