@@ -75,6 +75,12 @@ def test_a_token_alone_and_in_a_batch(dtype: torch.dtype, isa: str) -> None:
             assert torch.equal(part[0], whole[0][rows]) and torch.equal(part[1], whole[1][rows]), T
 
 
+def test_every_expert_has_its_own_bias_where_the_weights_are_packed_in_parts(isa: str) -> None:
+    bias = torch.arange(8.0)
+    logits = ffn_ops.route_linear(torch.zeros(9, 1_500_000), torch.zeros(8, 1_500_000), bias)
+    assert torch.equal(logits, bias.expand(9, 8))
+
+
 @every_dtype
 @pytest.mark.parametrize("router", ["linear", "no bias", "wide"])
 def test_a_token_alone_and_in_a_batch_of_the_layer(dtype: torch.dtype, router: str, isa: str) -> None:
