@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 # The project's commands; CI runs the same ones.
 PYTHON ?= python
 CXX ?= g++

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // Every operator's schema on one screen. Kernels are registered for their device in cpu/ and cuda/.
 //
 // Shapes: x [T, D], weights [out, in] as nn.Linear has them, gate and up [T, F]. `save` asks for the pre-activations

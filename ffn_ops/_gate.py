@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Gate: which activation stands between two linear layers, and its numbers. Values are computed elsewhere."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """``python -m ffn_ops verify``: tests, sanitizers and benchmarks on one device, in steps that each save their result.
 
 _verify_steps.py says which tool a step runs and how it reads the output.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Helpers for the tests of ``ffn_ops.replace``: layers as people write them, and a comparison of two models by the rule
 of accuracy. No tests here."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The benchmark harness: what it refuses to time, its budgets and its verdicts."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The documentation: every public name has an example that runs, every message of the sources is explained."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Other libraries and torch's tools on our modules: offloading, adapters, per-sample gradients, weight norm and
 pruning of stacked weights, averages. Each result is that of the layer without them."""
 

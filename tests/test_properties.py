@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Random shapes, layouts, dtypes and options from hypothesis: accurate by the rule, and invariant."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """replace and restore on layers as people write them: what is recognised, what is left, what stays as it is."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Layers that are alike are looked at once, and what differs in anything that its forward depends on is seen."""
 
 from __future__ import annotations

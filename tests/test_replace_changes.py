@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Replaced layers that change later: hooks, dropout, activations, dtypes and arguments are looked at in every call."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The replaced layer takes every input that the untouched one takes, and computes the same: other widths and ranks, one
 row, merged rows, other layouts, also in vision models of transformers."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """replace on models of transformers and torch with random weights: logits and gradients of the untouched model,
 generation, compilation, checkpointing, and what each report says."""
 

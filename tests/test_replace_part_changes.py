@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """What changes later in a block of which a part is replaced: dropout, hooks, children; and what tools do."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Feed-forward layers whose linears are children of a block that does more: what is taken, left, and what a block that
 was taken still does by itself."""
 

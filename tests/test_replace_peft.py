@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """replace beside peft, torchao and torch's parametrisations, before it and after: every result is that of the untouched
 model with the same change, and the report says what is fused."""
 

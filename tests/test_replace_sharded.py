@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """replace beside sharded weights, on a mesh of one process: DTensors, FSDP2, and accelerate's hooks. More processes are
 tested with what this package has for them."""
 

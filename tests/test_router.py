@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The router of a mixture: bits that do not depend on the batch, float32 whatever the layer's dtype, any module."""
 
 from __future__ import annotations

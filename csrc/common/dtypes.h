@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // The one list of storage dtypes, and the scalar conversions that define the result of every vector load and store.
 // This normal header is included before any target region, so it must not use intrinsics.
 #pragma once

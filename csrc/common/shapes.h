@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // Checks of whole operators, for every device. Each returns the extents of a call, or reports the argument that does
 // not fit. The device checks the values of indices and offsets.
 #pragma once

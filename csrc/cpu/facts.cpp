@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // The list of gates, the instruction set in use, what `info` reports of this build and machine, and the memory that is
 // kept.
 #include <array>

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // ffn on the CPU: plain and gated feed-forward layers, and their backward.
 #include <algorithm>
 #include <tuple>

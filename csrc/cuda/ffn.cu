@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // ffn on a GPU: plain products by torch's cuBLAS, our element-wise passes between them, and the same for backward.
 #include <tuple>
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // The product of two tiles of float or double in shared memory by fused multiply-adds, in the order of k, summed in
 // runs as on the CPU: a long sum would lose more than a blocked one. A grid of threads, each with a tile of
 // accumulators in registers.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Runs a layer's own forward on a stub copy of the layer, whose linear layers return random values, and records what it
 does with its children.
 

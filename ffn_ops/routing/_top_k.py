@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Top-k routing. Its options give the routers of Mixtral, Qwen3, gpt-oss and DeepSeek-V3."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // Textual, per instruction set: what happens to a finished tile [rows][vectors] of accumulators, hot in L1: bias,
 // activation or its gradient, and the one rounding to the storage dtype.
 
