@@ -373,7 +373,7 @@ def _no_source() -> Block:
 LEFT: dict[str, tuple[Callable[[], Any], str]] = {
     "a norm between": (
         lambda: Other(lambda m, h: m.inner(h)),
-        "inner, a norm or an activation that learns, is between",
+        "inner, a norm or an activation with parameters, is between",
     ),
     "a clamp between": (lambda: Other(lambda m, h: h.clamp(max=1.0)), "no activation"),
     "another activation": (lambda: Block(act=nn.Hardswish()), "no activation"),
