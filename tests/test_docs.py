@@ -83,6 +83,13 @@ def test_every_page_is_reachable() -> None:
     assert sorted(names) == sorted(Path(page).stem for page in PAGES[1:] if page != "docs/index.md")
 
 
+def test_results_that_pages_name_exist() -> None:
+    there = {path.name for path in (ROOT / "benchmarks" / "results").iterdir()}
+    for page in PAGES:
+        named = re.findall(r"[\w*-]+-(?:xeon|nvidia)-[\w-]+\.(?:json|png)", (ROOT / page).read_text(encoding="utf-8"))
+        assert set(named) <= there, page
+
+
 def test_chart_is_that_of_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
     import chart
