@@ -13,7 +13,8 @@ import pytest
 import torch
 import transformers
 from device import generator
-from replacing import LAYERS, seeded
+from replacing import LAYERS
+from same_function import seeded
 from seen import Seen
 from test_replace_models import TOKENS, logits, made
 from torch import Tensor, nn

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from replacing import LAYERS, D, LlamaLike, Plain, on, operators, pair, results, seeded, sequential
+from replacing import LAYERS, D, LlamaLike, Plain, pair, sequential
+from same_function import on, operators, results, seeded
 from torch import nn
 
 import ffn_ops

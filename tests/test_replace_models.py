@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from replacing import assert_same_function, results
+from same_function import assert_same_function, results
 from seen import Seen
 from torch import Tensor, nn
 

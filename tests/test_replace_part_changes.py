@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from replacing import D, assert_same_function, operators, seeded
+from replacing import D
+from same_function import assert_same_function, operators, seeded
 from test_replace_parts import Alone, Block, Inline, first
 from torch import Tensor, nn
 

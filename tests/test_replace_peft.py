@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from replacing import FF, LAYERS, D, LlamaLike, assert_same_function, on, results, seeded
+from replacing import FF, LAYERS, D, LlamaLike
+from same_function import assert_same_function, on, results, seeded
 from seen import Seen
 from test_replace_models import TOKENS, logits, made
 from torch import Tensor, nn
