@@ -11,6 +11,7 @@ from . import _flops, expert_parallel, ops, routing  # noqa: F401  (_flops regis
 from ._gate import Gate
 from ._info import info
 from ._memory import empty_cache, set_cache_limit
+from ._quantized import QuantizationError, QuantizedWeight, quantize
 from ._replace import ReplaceEntry, ReplaceReport, replace, replace_report, restore
 from ._upcycle import upcycle
 from ._version import __version__ as __version__
@@ -27,6 +28,8 @@ __all__ = [
     "GatedFFN",
     "MoEFFN",
     "PlainFFN",
+    "QuantizationError",
+    "QuantizedWeight",
     "ReLUFFN",
     "ReplaceEntry",
     "ReplaceReport",
@@ -43,6 +46,7 @@ __all__ = [
     "moe_combine",
     "moe_dispatch",
     "moe_experts",
+    "quantize",
     "replace",
     "replace_report",
     "restore",

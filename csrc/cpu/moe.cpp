@@ -10,30 +10,6 @@
 namespace ffn_ops {
 namespace {
 
-Experts with_routes(const MoeShape& s, const std::optional<Tensor>& token, const std::optional<Tensor>& weight,
-                    const Tensor& offsets, const std::optional<Tensor>& row,
-                    const std::optional<Tensor>& slot_offsets) {
-  Experts c;
-  c.dtype = s.dtype;
-  c.T = s.T;
-  c.D = s.D;
-  c.F = s.F;
-  c.O = s.O;
-  c.gated = s.gated;
-  c.interleaved = s.interleaved;
-  c.routed = s.routed;
-  c.form = s.form;
-  c.set_rows(offsets, s.E, s.R);
-  c.routes.tokens = c.T;
-  if (!c.routed) return c;
-  c.routes.token = check_indices(*token, "token", c.R, c.T - 1, c.keep);
-  c.routes.row = check_indices(*row, "row", c.R, c.R - 1, c.keep);
-  c.routes.slot_offsets = check_offsets(*slot_offsets, "slot_offsets", c.T, c.R, c.keep);
-  check_agreement(c.routes);
-  c.weight = dense_data(weight, c.keep);
-  return c;
-}
-
 // d_w [E, N, K] = sum over each expert's rows of d_out^T in, stored as the weight is.
 Tensor add_expert_weight_gradient(Steps& steps, Experts& c, const Tensor& w, const RowsOf& d_out, const RowsOf& in) {
   const int64_t N = w.size(1), K = w.size(2);
@@ -64,7 +40,7 @@ std::tuple<Tensor, Tensor, Tensor> moe(const Tensor& x, std::optional<Tensor> to
   Steps steps(kernels(), workspace, threads());
   const int64_t row_bytes = c.F * storage_size(c.dtype);
   void* h = workspace.take(static_cast<size_t>(c.routes.kept * row_bytes), "h");
-  add_pre_activations(steps, c, x, w_in, b_in, save ? gate.mutable_data_ptr() : nullptr,
+  add_pre_activations(steps, c, x, stacked(w_in, c.dtype), b_in, save ? gate.mutable_data_ptr() : nullptr,
                       save && c.gated ? up.mutable_data_ptr() : nullptr, h);
   const auto down = [&](int64_t e, int64_t col) { return lanes_are_rows(expert_matrix(w_down, c.dtype, e, col)); };
   add_combined_product(steps, workspace, c, dense_rows(h, c.F, c.dtype), c.F, c.O, down, dense_data(b_down, c.keep),
@@ -103,7 +79,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_backward(
   if (recompute && (need_hidden || need_down)) {
     void* fresh_gate = workspace.take(rows_bytes(c.F), "gate");
     void* fresh_up = c.gated ? workspace.take(rows_bytes(c.F), "up") : nullptr;
-    add_pre_activations(steps, c, x, w_in, b_in, fresh_gate, fresh_up, nullptr);
+    add_pre_activations(steps, c, x, stacked(w_in, c.dtype), b_in, fresh_gate, fresh_up, nullptr);
     gate_data = fresh_gate;
     up_data = fresh_up;
   }
@@ -116,7 +92,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_backward(
     d_hidden = workspace.take(rows_bytes(c.hidden()), "d_hidden");
     if (c.routed)
       parts = workspace.take(static_cast<size_t>(c.routes.kept * num_parts * storage_size(arithmetic)), "d_weight");
-    add_hidden_gradient(steps, c, d_y, w_down, gate_data, up_data, d_hidden, h, h_dtype, parts, num_parts);
+    add_hidden_gradient(steps, c, d_y, stacked(w_down, c.dtype), gate_data, up_data, d_hidden, h, h_dtype, parts,
+                        num_parts);
   } else if (need_down) {
     // The same kernel as in the epilogue, so that the bits do not depend on which gradients are asked for.
     GatedAct a;

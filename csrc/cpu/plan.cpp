@@ -19,7 +19,8 @@ constexpr int64_t kLongPiece = 2048;  // elements of a row of weights that are r
 // Its tiles are written in pieces of lines, which sums of less than kLongK feel.
 ScheduledGemm small_operand_first(const Gemm& wanted) {
   ScheduledGemm g{wanted, {}};
-  if (g.epilogue.kind != Epilogue::Kind::kStore || g.M <= g.N || g.K < kLongK) return g;
+  // A packed quantised weight would be as large as the dequantised one.
+  if (g.epilogue.kind != Epilogue::Kind::kStore || g.M <= g.N || g.K < kLongK || g.quantised()) return g;
   std::swap(g.M, g.N);
   g.transposed = true;
   return g;

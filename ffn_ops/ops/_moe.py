@@ -10,7 +10,9 @@ from torch import Tensor
 from .. import _checks as check
 from .._gate import Gate, as_gate, check_gate
 from .._library import differentiable, fake, vmap_by_loop
+from .._quantized import QuantizedWeight
 from ._moe_derivatives import PLACES, moe_double_backward, moe_tangent
+from ._moe_quantized import quantized_moe
 from ._rows import check_routing
 from ._shared import arithmetic, autocast, backward_tangents, dense, fold, needs_grad, not_asked_for
 
@@ -21,8 +23,8 @@ if TYPE_CHECKING:
 def moe(
     x: Tensor,
     routing: Routing,
-    w_in: Tensor,
-    w_down: Tensor,
+    w_in: Tensor | QuantizedWeight,
+    w_down: Tensor | QuantizedWeight,
     *,
     gated: bool = False,
     b_in: Tensor | None = None,
@@ -42,7 +44,8 @@ def moe(
             widened.
         w_in: ``[E, F, D]``; gated ``[E, 2F, D]``, gate rows first, or alternating with those of up where the gate is
             ``interleaved``, as are those of ``b_in`` then.
-        w_down: ``[E, D_out, F]``. Weights may have any strides. The gradient of a transposed dense tensor is stored in
+        w_down: ``[E, D_out, F]``. Either both weights or none are a :class:`ffn_ops.QuantizedWeight`. Weights may have
+            any strides. The gradient of a transposed dense tensor is stored in
             that tensor's order.
         gated: whether ``w_in`` holds gate and up weights.
         b_in, b_down: ``[E, F]`` (gated ``[E, 2F]``) and ``[E, D_out]``, or None.
@@ -66,6 +69,8 @@ def moe(
         >>> ffn_ops.moe(x, routing, w_in, w_down).shape
         torch.Size([5, 8])
     """
+    if isinstance(w_in, QuantizedWeight) or isinstance(w_down, QuantizedWeight):
+        return quantized_moe(x, routing, None, w_in, w_down, gated, b_in, b_down, activation, recompute)
     check.tensor("x", x)
     x, w_in, w_down, b_in, b_down = autocast(x, w_in, w_down, b_in, b_down)  # type: ignore[assignment]
     check_routing(x, routing)
@@ -82,8 +87,8 @@ def moe(
 def moe_experts(
     rows: Tensor,
     offsets: Tensor,
-    w_in: Tensor,
-    w_down: Tensor,
+    w_in: Tensor | QuantizedWeight,
+    w_down: Tensor | QuantizedWeight,
     *,
     gated: bool = False,
     b_in: Tensor | None = None,
@@ -113,6 +118,8 @@ def moe_experts(
         >>> rows = ffn_ops.moe_experts(ffn_ops.moe_dispatch(x, routing), routing.offsets, w_in, w_down)
         >>> torch.testing.assert_close(ffn_ops.moe_combine(rows, routing), ffn_ops.moe(x, routing, w_in, w_down))
     """
+    if isinstance(w_in, QuantizedWeight) or isinstance(w_down, QuantizedWeight):
+        return quantized_moe(rows, None, offsets, w_in, w_down, gated, b_in, b_down, activation, recompute)
     check.tensor("rows", rows, ("R", "D"))
     rows, w_in, w_down, b_in, b_down = autocast(rows, w_in, w_down, b_in, b_down)  # type: ignore[assignment]
     check.indices("offsets", offsets)
