@@ -11,6 +11,7 @@ import pytest
 import torch
 from device import generator
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import ffn_ops
 from ffn_ops import QuantizedWeight
@@ -179,6 +180,21 @@ def test_second_derivatives_and_tangents_are_those_of_constants() -> None:
     ):
         ours, plain = run(layer(w_in, w_down)), run(layer(w_in.dequantize(), w_down.dequantize()))
         torch.testing.assert_close(ours, plain)
+
+
+def test_flops_are_those_of_the_dense_operator() -> None:
+    g = generator(8)
+    w_in, w_down = random_weight("mxfp4", (2, 64, 32), g), random_weight("q8_0", (2, 12, 32), g)
+    routing = ffn_ops.routing.top_k(torch.randn(6, 2, generator=g), k=2)
+    counts = []
+    for a, b in ((w_in, w_down), (w_in.dequantize(), w_down.dequantize())):
+        for recompute in (False, True):
+            x = torch.randn(6, 32, generator=g, requires_grad=True)
+            with FlopCounterMode(display=False) as counter:
+                ffn_ops.moe(x, routing, a, b, gated=True, recompute=recompute).sum().backward()
+            counts.append(counter.get_total_flops())
+    assert counts[:2] == counts[2:]
+    assert counts[0] == 2 * 12 * 2 * (64 * 32 + 12 * 32)
 
 
 def test_nothing_of_the_size_of_a_weight_is_allocated() -> None:

@@ -74,7 +74,9 @@ void fill_schedule(ScheduledGemm& g, const KernelTable& table, int64_t workers, 
   g.nr = g.gated ? width / 2 : width;
   if (g.kernel == Schedule::Kernel::kDot || g.kernel == Schedule::Kernel::kBroadcast) {
     g.guided = workers == 1 ? 1 : std::max<int64_t>(2, tasks / 2);
-    if (g.epilogue.kind != Epilogue::Kind::kActivateGrad) g.nr = lanes;  // else of row_dots
+    // Else of row_dots; and codes need several vectors of rows at a time, as each has little to read.
+    const bool codes = g.kernel == Schedule::Kernel::kDot && g.quantised();
+    if (g.epilogue.kind != Epilogue::Kind::kActivateGrad && !codes) g.nr = lanes;
   }
   g.panels_n = divide_up(g.N, g.nr);
 

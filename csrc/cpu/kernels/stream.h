@@ -176,6 +176,9 @@ void broadcast_panel(const Matrix& m, int64_t first, int64_t count, int64_t K, c
 
 template <class V>
 void dot_task(const ScheduledGemm& g, int64_t task, void* scratch) {
+  if constexpr (__is_same(V, Vec<float>)) {
+    if (g.quantised()) return dot_codes_task(g, task, scratch);
+  }
   using T = typename V::Scalar;
   constexpr int64_t W = V::kLanes;
   constexpr int64_t kWidth = kNRVectors * W;
@@ -186,21 +189,16 @@ void dot_task(const ScheduledGemm& g, int64_t task, void* scratch) {
   const int64_t operands = g.gated ? 2 : 1;
   dispatch_operand<V>(g.b[0].matrix.dtype, [&](auto tag) {
     using S = typename decltype(tag)::Type;
-    auto kernel = choose<kMR>(g.mr, [](auto rows) { return &dot_kernel<V, S, decltype(rows)::value>; });
-    if constexpr (kDecodes<V, S>) {
-      if (g.quantised())
-        kernel = choose<kMR>(g.mr,
-                             [&](auto rows) { return dot_of_codes<decltype(rows)::value>(*g.b[0].matrix.codes, g.K); });
-    }
+    const auto kernel = choose<kMR>(g.mr, [](auto rows) { return &dot_kernel<V, S, decltype(rows)::value>; });
     const Schedule::Panels panels = g.guided_panels(task);
     for (int64_t q = panels.begin; q < panels.end; ++q) {
       const int64_t col = q * g.nr;
       const int64_t cols = g.N - col < g.nr ? g.N - col : g.nr;
       const int64_t vectors = divide_up(cols, W), count = g.branches() * operands * vectors;
-      const auto rows = [&](int64_t i) { return stream_pointer<S>(g.b[i / vectors].matrix, col + i % vectors * W); };
+      const auto rows = [&](int64_t i) { return row_pointer<S>(g.b[i / vectors].matrix, col + i % vectors * W); };
       for (int64_t i = 0; i < count; ++i) {
         const int64_t lane = i % vectors * W, operand = i / vectors;
-        const S* next = i + 1 < count ? rows(i + 1) : stream_pointer<S>(g.b[0].matrix, col + cols);
+        const S* next = i + 1 < count ? rows(i + 1) : row_pointer<S>(g.b[0].matrix, col + cols);
         kernel(g.b[operand].matrix, col + lane, cols - lane < W ? cols - lane : W, g.K, a,
                tile + operand % operands * (kWidth / 2) + lane, next);
         if ((i + 1) % (operands * vectors) == 0)

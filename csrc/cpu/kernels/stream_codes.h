@@ -39,144 +39,192 @@ FFN_FN FloatLanes zero_lanes_at(const uint8_t* row, int64_t group, int64_t n) {
   return to_float_lanes(nibble_lanes(bytes) & 15u);
 }
 
-// Codes of W rows from element k on, as vectors along the rows for one k after the other: calls f(k, vector) for kUnit
-// of them, without scales.
+// Codes of W rows, a unit of k at a time, as vectors along the rows: `load` reads a unit, and `step` calls f(k within
+// the unit, vector) for a part of it. Scales are not applied.
 template <bool kFp4>
 struct ReadNibbles {
   static constexpr int64_t kUnit = 32, kPerByte = 2;
+  static constexpr int kSteps = 4;
+  struct Unit {
+    Uint32Lanes words[4];
+  };
   WordTable table;
   FFN_FN explicit ReadNibbles(const Codes& c)
       : table(word_table(kFp4                        ? kTwiceFp4
                          : c.format == Format::kInt4 ? kMinus8
                                                      : kPlain)) {}
+  FFN_FN void load(const uint8_t* const* rows, int64_t k, Unit& unit) const {
+    transpose_words(rows, k / 2, unit.words);
+  }
   template <class F>
-  FFN_FN void operator()(const uint8_t* const* rows, int64_t k, const F& f) const {
-    Uint32Lanes words[4];
-    transpose_words(rows, k / 2, words);
+  FFN_FN void step(const Unit& unit, int d, const F& f) const {
+    FloatLanes values[8];
+    word_nibbles(table, unit.words[d], values);
     FFN_UNROLL
-    for (int d = 0; d < 4; ++d) {
-      FloatLanes values[8];
-      word_nibbles(table, words[d], values);
-      FFN_UNROLL
-      for (int e = 0; e < 8; ++e) f(k + 8 * d + e, values[e]);
-    }
+    for (int e = 0; e < 8; ++e) f(8 * d + e, values[e]);
   }
 };
 
 struct ReadInt8 {
   static constexpr int64_t kUnit = 16, kPerByte = 1;
-  FFN_FN explicit ReadInt8(const Codes&) {}
-  template <class F>
-  FFN_FN void operator()(const uint8_t* const* rows, int64_t k, const F& f) const {
+  static constexpr int kSteps = 4;
+  struct Unit {
     Uint32Lanes words[4];
-    transpose_words(rows, k, words);
+  };
+  FFN_FN explicit ReadInt8(const Codes&) {}
+  FFN_FN void load(const uint8_t* const* rows, int64_t k, Unit& unit) const { transpose_words(rows, k, unit.words); }
+  template <class F>
+  FFN_FN void step(const Unit& unit, int d, const F& f) const {
     FFN_UNROLL
-    for (int d = 0; d < 4; ++d) {
-      FFN_UNROLL
-      for (int e = 0; e < 4; ++e)
-        f(k + 4 * d + e, __builtin_convertvector((Int32Lanes)(words[d] << (24 - 8 * e)) >> 24, FloatLanes));
-    }
+    for (int e = 0; e < 4; ++e)
+      f(4 * d + e, __builtin_convertvector((Int32Lanes)(unit.words[d] << (24 - 8 * e)) >> 24, FloatLanes));
   }
 };
 
 struct ReadFp8 {
   static constexpr int64_t kUnit = Vec<float>::kLanes, kPerByte = 1;
+  static constexpr int kSteps = 1;
+  struct Unit {
+    const uint8_t* const* rows;
+    int64_t k;
+  };
   FFN_FN explicit ReadFp8(const Codes&) {}
+  FFN_FN void load(const uint8_t* const* rows, int64_t k, Unit& unit) const { unit = {rows, k}; }
   template <class F>
-  FFN_FN void operator()(const uint8_t* const* rows, int64_t k, const F& f) const {
+  FFN_FN void step(const Unit& unit, int, const F& f) const {
     Vec<float> block[kUnit];
     FFN_UNROLL
-    for (int64_t i = 0; i < kUnit; ++i) block[i].reg = e4m3_lanes(rows[i] + k);
+    for (int64_t i = 0; i < kUnit; ++i) block[i].reg = e4m3_lanes(unit.rows[i] + unit.k);
     transpose(block);
     FFN_UNROLL
-    for (int64_t i = 0; i < kUnit; ++i) f(k + i, block[i].reg);
+    for (int64_t i = 0; i < kUnit; ++i) f(i, block[i].reg);
   }
 };
 
-// dot_kernel of codes whose scales belong to whole units, or half ones (kHalves).
-template <class V, int H, class Read, bool kHalves, bool kZeros>
-void dot_words_kernel(const Matrix& m, int64_t lane0, int64_t valid, int64_t K, const float* a, float* tile,
-                      const float*) {
-  constexpr int64_t W = V::kLanes, kUnit = Read::kUnit;
-  constexpr int64_t kAhead = kStreamBytes;
-  const Codes& c = *m.codes;
-  const int64_t groups = divide_up(K, c.block_cols);
+// W rows of a quantised matrix from lane0 on, of which the last is repeated where there are fewer, and where their sums
+// go.
+struct CodeLanes {
+  const Matrix* matrix;
+  int64_t lane0, valid;
+  float* tile;
+};
+
+// Rows of one CodeLanes and the scales of W groups of them.
+template <bool kZeros>
+struct ScaledRows {
+  static constexpr int64_t W = Vec<float>::kLanes;
   const uint8_t* row[W];
-  int64_t index[W];
-  for (int64_t i = 0; i < W; ++i) {
-    index[i] = m.first_row + (lane0 + (i < valid ? i : valid - 1)) * m.row_stride;
-    row[i] = c.data + index[i] * c.row_bytes;
-  }
-  const Read read(c);
-  const float twice = c.format == Format::kMxfp4 || c.format == Format::kNvfp4 ? 0.5f : 1.0f;
+  int64_t block_row[W];
   alignas(64) float scales[W * W];  // [group][row]
-  alignas(64) float zeros[W * W];
-  const auto load_groups = [&](int64_t g) __attribute__((always_inline)) {
-    const int64_t n = groups - g < W ? groups - g : W;
+  alignas(64) float zeros[kZeros ? W * W : 1];
+
+  FFN_FN void begin(const CodeLanes& lanes) {
+    const Matrix& m = *lanes.matrix;
+    for (int64_t i = 0; i < W; ++i) {
+      const int64_t index = m.first_row + (lanes.lane0 + (i < lanes.valid ? i : lanes.valid - 1)) * m.row_stride;
+      row[i] = m.codes->data + index * m.codes->row_bytes;
+      block_row[i] = index / m.codes->block_rows;
+    }
+  }
+  FFN_FN void load_groups(const Codes& c, int64_t group, int64_t groups) {
+    using V = Vec<float>;
+    const float factor = c.format == Format::kMxfp4 || c.format == Format::kNvfp4 ? 0.5f : 1.0f;  // of kTwiceFp4
+    const int64_t n = groups - group < W ? groups - group : W;
     V block[W];
-    for (int64_t i = 0; i < W; ++i)
-      block[i].reg = scale_lanes_at(c, index[i] / c.block_rows * c.scale_row + g, n) * twice;
+    for (int64_t i = 0; i < W; ++i) block[i].reg = scale_lanes_at(c, block_row[i] * c.scale_row + group, n) * factor;
     transpose(block);
     for (int64_t i = 0; i < W; ++i) store(scales + i * W, block[i]);
     if constexpr (kZeros) {
-      for (int64_t i = 0; i < W; ++i)
-        block[i].reg = zero_lanes_at(c.zeros + index[i] / c.block_rows * c.zero_row_bytes, g, n);
+      for (int64_t i = 0; i < W; ++i) block[i].reg = zero_lanes_at(c.zeros + block_row[i] * c.zero_row_bytes, group, n);
       transpose(block);
       for (int64_t i = 0; i < W; ++i) store(zeros + i * W, block[i]);
     }
-  };
-  V total[H], acc[H];
+  }
+};
+
+// dot_kernel of R times W rows of codes whose scales belong to whole units, or half ones (kHalves). The sums of one
+// vector of rows wait for each other, those of several do not.
+template <class V, int H, int R, class Read, bool kHalves, bool kZeros>
+void dot_words_kernel(const CodeLanes* lanes, int64_t K, const float* a) {
+  constexpr int64_t W = V::kLanes, kUnit = Read::kUnit;
+  const Codes& c = *lanes[0].matrix->codes;
+  const int64_t groups = divide_up(K, c.block_cols);
+  ScaledRows<kZeros> rows[R];
+  for (int r = 0; r < R; ++r) rows[r].begin(lanes[r]);
+  const Read read(c);
+  V total[R][H], acc[R][H];
   FFN_UNROLL
-  for (int t = 0; t < H; ++t) total[t] = acc[t] = V::zero();
-  int64_t group = 0, group_end = kHalves ? kUnit : c.block_cols;  // of the unit at hand
-  load_groups(0);
+  for (int r = 0; r < R; ++r) {
+    FFN_UNROLL
+    for (int t = 0; t < H; ++t) total[r][t] = acc[r][t] = V::zero();
+  }
+  int64_t group = 0, group_end = 0;  // of the unit at hand, and where it ends
   for (int64_t k = 0; k < K; k += kUnit) {
     if (k == group_end) {
-      group += kHalves ? 2 : 1;
+      if (k > 0) group += kHalves ? 2 : 1;
       group_end += kHalves ? kUnit : c.block_cols;
-      if (group % W == 0) load_groups(group);
+      if (group % W == 0) {
+        for (int r = 0; r < R; ++r) rows[r].load_groups(*lanes[r].matrix->codes, group, groups);
+      }
     }
     const int64_t at = k / Read::kPerByte;
     if (at % 64 == 0) {
-      FFN_UNROLL
-      for (int64_t i = 0; i < W; ++i) prefetch(row[i] + at + kAhead);
-    }
-    V s = load<V>(scales + group % W * W), z = V::zero();
-    if constexpr (kZeros) z = load<V>(zeros + group % W * W);
-    read(row, k, [&](int64_t at_k, FloatLanes code) __attribute__((always_inline)) {
-      if constexpr (kHalves) {
-        if (at_k == k + kUnit / 2) s = load<V>(scales + (group + 1) % W * W);
+      for (int r = 0; r < R; ++r) {
+        FFN_UNROLL
+        for (int64_t i = 0; i < W; ++i) prefetch(rows[r].row[i] + at + kStreamBytes);
       }
-      V b(code);
-      if constexpr (kZeros) b = b - z;
-      b = b * s;
+    }
+    typename Read::Unit units[R];
+    FFN_UNROLL
+    for (int r = 0; r < R; ++r) read.load(rows[r].row, k, units[r]);
+    FFN_UNROLL
+    for (int d = 0; d < Read::kSteps; ++d) {
+      const int64_t in_group = (kHalves && 2 * d >= Read::kSteps ? group + 1 : group) % W * W;
       FFN_UNROLL
-      for (int t = 0; t < H; ++t) acc[t] = fma(V(a[at_k * H + t]), b, acc[t]);
-    });
+      for (int r = 0; r < R; ++r) {
+        const V s = load<V>(rows[r].scales + in_group);
+        V z = V::zero();
+        if constexpr (kZeros) z = load<V>(rows[r].zeros + in_group);
+        read.step(units[r], d, [&](int64_t e, FloatLanes code) __attribute__((always_inline)) {
+          V b(code);
+          if constexpr (kZeros) b = b - z;
+          b = b * s;
+          FFN_UNROLL
+          for (int t = 0; t < H; ++t) acc[r][t] = fma(V(a[(k + e) * H + t]), b, acc[r][t]);
+        });
+      }
+    }
     if ((k + kUnit) % kSumBlock == 0 || k + kUnit >= K) {
       FFN_UNROLL
-      for (int t = 0; t < H; ++t) {
-        total[t] = k < kSumBlock ? acc[t] : total[t] + acc[t];
-        acc[t] = V::zero();
+      for (int r = 0; r < R; ++r) {
+        FFN_UNROLL
+        for (int t = 0; t < H; ++t) {
+          total[r][t] = k < kSumBlock ? acc[r][t] : total[r][t] + acc[r][t];
+          acc[r][t] = V::zero();
+        }
       }
     }
   }
   FFN_UNROLL
-  for (int t = 0; t < H; ++t) store(tile + t * kNRVectors * W, total[t]);
+  for (int r = 0; r < R; ++r) {
+    FFN_UNROLL
+    for (int t = 0; t < H; ++t) store(lanes[r].tile + t * kNRVectors * W, total[r][t]);
+  }
 }
 
-// dot_kernel of any codes: rows are decoded a piece at a time.
+// The same of any codes: rows are decoded a piece at a time.
 template <class V, int H>
-void dot_codes_kernel(const Matrix& m, int64_t lane0, int64_t valid, int64_t K, const float* a, float* tile,
-                      const float*) {
+void dot_codes_kernel(const CodeLanes* lanes, int64_t K, const float* a) {
   constexpr int64_t W = V::kLanes, kStride = kDecodeAtOnce + 16;
+  const int64_t valid = lanes->valid;
   alignas(64) float rows[W * kStride];
   V total[H];
   FFN_UNROLL
   for (int t = 0; t < H; ++t) total[t] = V::zero();
   for (int64_t piece = 0; piece < K; piece += kDecodeAtOnce) {
     const int64_t decoded = K - piece < kDecodeAtOnce ? K - piece : kDecodeAtOnce;
-    for (int64_t i = 0; i < valid; ++i) decode_row(m, lane0 + i, piece, decoded, rows + i * kStride);
+    for (int64_t i = 0; i < valid; ++i)
+      decode_row(*lanes->matrix, lanes->lane0 + i, piece, decoded, rows + i * kStride);
     for (int64_t c = 0; c < decoded; c += kSumBlock) {
       const int64_t length = decoded - c < kSumBlock ? decoded - c : kSumBlock;
       V acc[H];
@@ -194,39 +242,81 @@ void dot_codes_kernel(const Matrix& m, int64_t lane0, int64_t valid, int64_t K, 
     }
   }
   FFN_UNROLL
-  for (int t = 0; t < H; ++t) store(tile + t * kNRVectors * W, total[t]);
+  for (int t = 0; t < H; ++t) store(lanes->tile + t * kNRVectors * W, total[t]);
 }
 
-using DotCodes = void (*)(const Matrix&, int64_t, int64_t, int64_t, const float*, float*, const float*);
+using DotCodes = void (*)(const CodeLanes*, int64_t K, const float* a);
+
+// The kernels of H tokens for one vector of rows and for kNRVectors of them (null: none).
+struct DotKernels {
+  DotCodes one, many;
+};
+
+template <int H, class Read, bool kHalves, bool kZeros>
+constexpr DotKernels kDotWords = {&dot_words_kernel<Vec<float>, H, 1, Read, kHalves, kZeros>,
+                                  &dot_words_kernel<Vec<float>, H, kNRVectors, Read, kHalves, kZeros>};
 
 template <int H>
-FFN_FN DotCodes dot_of_codes(const Codes& c, int64_t K) {
-  using V = Vec<float>;
+FFN_FN DotKernels dot_of_codes(const Codes& c, int64_t K) {
   // Scales of whole units: the group's end is a multiple of a unit, or the row's.
   const auto whole = [&](int64_t unit) { return K % unit == 0 && (c.block_cols % unit == 0 || c.block_cols >= K); };
   switch (c.format) {
     case Format::kMxfp4:
-      if (whole(32)) return &dot_words_kernel<V, H, ReadNibbles<true>, false, false>;
+      if (whole(32)) return kDotWords<H, ReadNibbles<true>, false, false>;
       break;
     case Format::kNvfp4:
-      if (K % 32 == 0 && c.block_cols == 16) return &dot_words_kernel<V, H, ReadNibbles<true>, true, false>;
+      if (K % 32 == 0 && c.block_cols == 16) return kDotWords<H, ReadNibbles<true>, true, false>;
       break;
     case Format::kInt4:
-      if (whole(32)) return &dot_words_kernel<V, H, ReadNibbles<false>, false, false>;
+      if (whole(32)) return kDotWords<H, ReadNibbles<false>, false, false>;
       break;
     case Format::kUint4:
-      if (whole(32)) return &dot_words_kernel<V, H, ReadNibbles<false>, false, true>;
+      if (whole(32)) return kDotWords<H, ReadNibbles<false>, false, true>;
       break;
     case Format::kInt8:
-      if (whole(16)) return &dot_words_kernel<V, H, ReadInt8, false, false>;
+      if (whole(16)) return kDotWords<H, ReadInt8, false, false>;
       break;
     case Format::kFp8:
-      if (whole(V::kLanes)) return &dot_words_kernel<V, H, ReadFp8, false, false>;
+      if (whole(ReadFp8::kUnit)) return kDotWords<H, ReadFp8, false, false>;
       break;
     default:
       break;
   }
-  return &dot_codes_kernel<V, H>;
+  return {&dot_codes_kernel<Vec<float>, H>, nullptr};
+}
+
+// dot_task of quantised weights.
+inline void dot_codes_task(const ScheduledGemm& g, int64_t task, void* scratch) {
+  using V = Vec<float>;
+  constexpr int64_t W = V::kLanes, kWidth = kNRVectors * W;
+  float* tile = static_cast<float*>(scratch);
+  const auto* a = static_cast<const float*>(g.packed_a);
+  const int64_t operands = g.gated ? 2 : 1;
+  // Operands of one format: gate and up are read in one call.
+  const Codes& c = *g.b[0].matrix.codes;
+  const DotKernels kernels = choose<kMR>(g.mr, [](auto rows) { return &dot_of_codes<decltype(rows)::value>; })(c, g.K);
+  const bool alike = !g.gated || (g.b[1].matrix.codes->format == c.format && same_blocks(*g.b[1].matrix.codes, c));
+  const Schedule::Panels panels = g.guided_panels(task);
+  for (int64_t q = panels.begin; q < panels.end; ++q) {
+    const int64_t col = q * g.nr, cols = g.N - col < g.nr ? g.N - col : g.nr;
+    const int64_t vectors = divide_up(cols, W);
+    CodeLanes lanes[kNRVectors];
+    for (int64_t i = 0; i < operands * vectors; ++i) {
+      const int64_t lane = i % vectors * W, operand = i / vectors;
+      lanes[i] = {&g.b[operand].matrix, col + lane, cols - lane < W ? cols - lane : W,
+                  tile + operand * (kWidth / 2) + lane};
+    }
+    if (operands * vectors == kNRVectors && alike && kernels.many) {
+      kernels.many(lanes, g.K, a);
+    } else {
+      for (int64_t i = 0; i < operands * vectors; ++i) {
+        const Codes& each = *lanes[i].matrix->codes;
+        (alike ? kernels : choose<kMR>(g.mr, [](auto rows) { return &dot_of_codes<decltype(rows)::value>; })(each, g.K))
+            .one(lanes + i, g.K, a);
+      }
+    }
+    finish_tile<V>(g, 0, tile, {0, g.M, col, cols}, nullptr);
+  }
 }
 
 // broadcast_panel of a quantised matrix.
