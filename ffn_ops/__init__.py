@@ -12,6 +12,7 @@ from ._gate import Gate
 from ._info import info
 from ._memory import empty_cache, set_cache_limit
 from ._quantized import QuantizationError, QuantizedWeight, quantize
+from ._quantized.model import quantize_
 from ._replace import ReplaceEntry, ReplaceReport, replace, replace_report, restore
 from ._upcycle import upcycle
 from ._version import __version__ as __version__
@@ -47,6 +48,7 @@ __all__ = [
     "moe_dispatch",
     "moe_experts",
     "quantize",
+    "quantize_",
     "replace",
     "replace_report",
     "restore",

@@ -42,8 +42,8 @@ STEPS = (
         "routers, sorts, mixtures of experts",
         3.0,
         steps.tests_of(
-            "test_moe.py", "test_quantized.py", "test_quantized_weight.py", "test_top_k.py", "test_routing.py",
-            "test_assignment.py", "test_moe_ffn.py", "test_routing_errors.py", "test_router.py", "test_mask.py",
+            "test_moe.py", "test_top_k.py", "test_routing.py", "test_assignment.py", "test_moe_ffn.py",
+            "test_routing_errors.py", "test_router.py", "test_mask.py",
         ),
     ),
     Step("cuda", "graphs, streams, no waiting, TF32, the CPU's results", 3.0, steps.tests_of("test_cuda.py")),
@@ -56,6 +56,7 @@ STEPS = (
         4.0,
         steps.tests_of(
             "test_torch_integration.py", "test_transforms.py", "test_compile.py", "test_modules.py", "test_errors.py",
+            "test_raw_operators.py",
             "test_properties.py", "test_module_state.py", "test_export.py", "test_tracing.py", "test_docs.py",
         ),
     ),

@@ -140,7 +140,7 @@ def _mxfp4(x: Tensor, block: tuple[int, int]) -> tuple[QuantizedWeight, int]:
     exponent = (torch.frexp(largest).exponent - 1 - 2).clamp(-127, 127)  # 6 is 1.5 * 2^2
     exponent = torch.where(largest == 0, -127, exponent)
     scaled = torch.ldexp(x, -_spread(exponent, block, x))
-    magnitude = scaled.abs()
+    magnitude = scaled.abs().contiguous()
     values = torch.tensor(_FP4, device=x.device)
     middles = (values[1:] + values[:-1]) / 2
     codes = torch.bucketize(magnitude, middles)  # a value in the middle: to the lower one

@@ -177,7 +177,7 @@ void dot_words_kernel(const CodeLanes* lanes, int64_t K, const float* a) {
     typename Read::Unit units[R];
     FFN_UNROLL
     for (int r = 0; r < R; ++r) read.load(rows[r].row, k, units[r]);
-    FFN_UNROLL
+#pragma GCC unroll 1
     for (int d = 0; d < Read::kSteps; ++d) {
       const int64_t in_group = (kHalves && 2 * d >= Read::kSteps ? group + 1 : group) % W * W;
       FFN_UNROLL
@@ -253,8 +253,12 @@ struct DotKernels {
 };
 
 template <int H, class Read, bool kHalves, bool kZeros>
-constexpr DotKernels kDotWords = {&dot_words_kernel<Vec<float>, H, 1, Read, kHalves, kZeros>,
-                                  &dot_words_kernel<Vec<float>, H, kNRVectors, Read, kHalves, kZeros>};
+FFN_FN DotKernels dot_words() {
+  DotKernels kernels = {&dot_words_kernel<Vec<float>, H, 1, Read, kHalves, kZeros>, nullptr};
+  // The sums of several tokens overlap by themselves.
+  if constexpr (H <= 2) kernels.many = &dot_words_kernel<Vec<float>, H, kNRVectors, Read, kHalves, kZeros>;
+  return kernels;
+}
 
 template <int H>
 FFN_FN DotKernels dot_of_codes(const Codes& c, int64_t K) {
@@ -262,22 +266,22 @@ FFN_FN DotKernels dot_of_codes(const Codes& c, int64_t K) {
   const auto whole = [&](int64_t unit) { return K % unit == 0 && (c.block_cols % unit == 0 || c.block_cols >= K); };
   switch (c.format) {
     case Format::kMxfp4:
-      if (whole(32)) return kDotWords<H, ReadNibbles<true>, false, false>;
+      if (whole(32)) return dot_words<H, ReadNibbles<true>, false, false>();
       break;
     case Format::kNvfp4:
-      if (K % 32 == 0 && c.block_cols == 16) return kDotWords<H, ReadNibbles<true>, true, false>;
+      if (K % 32 == 0 && c.block_cols == 16) return dot_words<H, ReadNibbles<true>, true, false>();
       break;
     case Format::kInt4:
-      if (whole(32)) return kDotWords<H, ReadNibbles<false>, false, false>;
+      if (whole(32)) return dot_words<H, ReadNibbles<false>, false, false>();
       break;
     case Format::kUint4:
-      if (whole(32)) return kDotWords<H, ReadNibbles<false>, false, true>;
+      if (whole(32)) return dot_words<H, ReadNibbles<false>, false, true>();
       break;
     case Format::kInt8:
-      if (whole(16)) return kDotWords<H, ReadInt8, false, false>;
+      if (whole(16)) return dot_words<H, ReadInt8, false, false>();
       break;
     case Format::kFp8:
-      if (whole(ReadFp8::kUnit)) return kDotWords<H, ReadFp8, false, false>;
+      if (whole(ReadFp8::kUnit)) return dot_words<H, ReadFp8, false, false>();
       break;
     default:
       break;
