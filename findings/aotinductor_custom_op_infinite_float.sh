@@ -8,8 +8,8 @@
 # Seen: "7.0: loads; inf: type must be number, but is string". Date: 2026-11-29.
 #
 # Why it matters here: "no limit" of a clamped gate is naturally an infinite limit in an operator's schema. A layer so
-# written exports, compiles and packages without a word, and fails on the machine that serves it. Our schemas say 0 for "no
-# limit" (csrc/common/gate.h), and tests/test_export.py loads packages.
+# written exports, compiles and packages without a word, and fails on the machine that serves it. Our schemas write 0 for
+# "no limit" (ffn_ops/_gate.py), and tests/test_compile.py loads a package.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
