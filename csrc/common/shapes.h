@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "checks.h"
+#include "descriptors.h"
 
 namespace ffn_ops {
 
@@ -220,11 +221,11 @@ inline DType weight_dtype(const Tensor& t, const char* name) {
   return dtype;
 }
 
-// Fills the fields that a choice of experts has on every device.
-template <class TopK>
-TopK check_top_k(const Tensor& logits, int64_t k, const std::string& score, bool renormalize, bool softmax_after,
-                 int64_t num_groups, int64_t top_groups, double scale, Place place = {}) {
-  TopK job;
+// Fills all but the pointers.
+inline ChoiceOfExperts check_top_k(const Tensor& logits, int64_t k, const std::string& score, bool renormalize,
+                                   bool softmax_after, int64_t num_groups, int64_t top_groups, double scale,
+                                   Place place = {}) {
+  ChoiceOfExperts job;
   check_tensor(logits, "logits", storage_dtype(logits, "logits"), {"T", "E"}, place);
   job.T = logits.size(0);
   job.E = logits.size(1);
