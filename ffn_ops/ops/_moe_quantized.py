@@ -116,6 +116,8 @@ def _all_rows(rows: Tensor) -> Tensor:
 
 
 def _check_weights(name: str, x: Tensor, weights: dict[str, Any], experts: bool) -> None:
+    check.tensor(name, x)
+    check.leading(name, x)
     if x.dtype is torch.float64:
         raise TypeError(f"{name}: expected dtype float32, float16 or bfloat16 where weights are quantised, got float64")
     for each, w in weights.items():
