@@ -43,7 +43,7 @@ Call check_call(const Tensor& x, const std::optional<Tensor>& token, const std::
   s.dtype = storage_dtype(x, "x");
   STD_TORCH_CHECK(s.dtype != DType::kFloat64,
                   "x: expected dtype float32, float16 or bfloat16 where weights are quantised, got float64");
-  check_tensor(x, "x", s.dtype, {-1, -1});
+  check_tensor(x, "x", s.dtype, {"T", "D"});
   s.T = s.R = x.size(0);
   s.D = x.size(1);
   s.E = w.in.E;
@@ -52,8 +52,7 @@ Call check_call(const Tensor& x, const std::optional<Tensor>& token, const std::
   s.interleaved = interleaved;
   s.form = form;
   const bool one_weight = gated && !w.up;
-  STD_TORCH_CHECK(one_weight || !interleaved,
-                  "interleaved: expected False where no weight holds gate and up, got True");
+  check_interleaved(interleaved, gated, one_weight);
   STD_TORCH_CHECK(gated || !w.up, "gated: expected True where w_up is given, got False");
   check_gated_form(form, gated);
   STD_TORCH_CHECK(s.E > 0, "w_in: expected at least one expert, got none");
@@ -81,7 +80,7 @@ Call check_call(const Tensor& x, const std::optional<Tensor>& token, const std::
     data[1] = s.T;
   }
   if (s.routed) {
-    check_index_vector(*slot_offsets, "slot_offsets", s.T + 1);
+    check_indices_shape(*slot_offsets, "slot_offsets", {s.T + 1});
     s.R = check_routes(*token, weight, s.dtype, c.offsets, *row, *slot_offsets).R;
   }
   c.experts = with_routes(s, token, weight, c.offsets, row, slot_offsets);

@@ -166,7 +166,7 @@ Tensor quantized_linear(const Tensor& rows, std::vector<Tensor> w, std::string f
   c.dtype = storage_dtype(rows, "rows");
   STD_TORCH_CHECK(c.dtype != DType::kFloat64,
                   "rows: expected dtype float32, float16 or bfloat16 where weights are quantised, got float64");
-  check_tensor(rows, "rows", c.dtype, {-1, in});
+  check_tensor(rows, "rows", c.dtype, {"R", in});
   c.set_rows(offsets, weight.E, rows.size(0));
   Tensor out = fresh(rows, {c.R, width});
   Workspace workspace;

@@ -324,8 +324,9 @@ void axpy_task(const ScheduledGemm& g, int64_t task, void* scratch) {
         for (int64_t r = 0; r < n; ++r) {
           if constexpr (kDecodes<V, S>) {
             if (m.codes) {
-              row[r] = decoded + r * (stride + kWidth);
-              decode_row(m, c.k + k + r, begin, cols, decoded + r * (stride + kWidth));
+              S* const to = static_cast<S*>(static_cast<void*>(decoded + r * (stride + kWidth)));  // depends on S
+              decode_row(m, c.k + k + r, begin, cols, to);
+              row[r] = to;
               continue;
             }
           }

@@ -255,8 +255,9 @@ struct DotKernels {
 template <int H, class Read, bool kHalves, bool kZeros>
 FFN_FN DotKernels dot_words() {
   DotKernels kernels = {&dot_words_kernel<Vec<float>, H, 1, Read, kHalves, kZeros>, nullptr};
-  // The sums of several tokens overlap by themselves.
-  if constexpr (H <= 2) kernels.many = &dot_words_kernel<Vec<float>, H, kNRVectors, Read, kHalves, kZeros>;
+  // The sums of several tokens overlap by themselves, and bytes take so many instructions that their sums do not wait.
+  if constexpr (H <= 2 && Read::kPerByte == 2)
+    kernels.many = &dot_words_kernel<Vec<float>, H, kNRVectors, Read, kHalves, kZeros>;
   return kernels;
 }
 
