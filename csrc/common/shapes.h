@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "checks.h"
+#include "score_names.h"
 
 namespace ffn_ops {
 
@@ -223,29 +224,51 @@ inline void check_integers(const Tensor& t, const char* name, const std::vector<
                   scalar_type_text(t.scalar_type()), " of shape ", shape_text(t), " on ", place_text(t));
 }
 
+// What decides on a choice of experts and its weights, as operators take it.
+struct TopKOptions {
+  int64_t shared = 0;
+  std::string score;
+  bool renormalize, by_logits;
+  int64_t num_groups = 1, top_groups = 1, group_best = 2;
+  double scale;
+};
+
 // Fills what descriptions of a choice of experts have on every device.
 template <class TopK>
-TopK check_top_k(const Tensor& logits, int64_t k, const std::string& score, bool renormalize, bool softmax_after,
-                 int64_t num_groups, int64_t top_groups, double scale, Place place = {}) {
+TopK check_top_k(const Tensor& logits, int64_t k, const TopKOptions& o, Place place = {}) {
   TopK job;
   check_tensor(logits, "logits", storage_dtype(logits, "logits"), {-1, -1}, place);
   job.T = logits.size(0);
   job.E = logits.size(1);
-  job.K = k;
-  STD_TORCH_CHECK(k >= 1 && k <= job.E, "k: expected 1 to ", job.E, " (the number of experts), got ", k);
-  STD_TORCH_CHECK(score == "softmax" || score == "sigmoid", "score: expected softmax or sigmoid, got '", score, "'");
-  STD_TORCH_CHECK(num_groups >= 1 && job.E % num_groups == 0,
-                  "num_groups: expected a divisor of the number of experts (", job.E, "), got ", num_groups);
-  STD_TORCH_CHECK(top_groups >= 1 && top_groups <= num_groups && k <= job.E / num_groups * top_groups,
-                  "top_groups: expected 1 to ", num_groups, " groups that hold k = ", k, " experts, got ", top_groups);
-  job.sigmoid = score == "sigmoid";
-  STD_TORCH_CHECK(!(job.sigmoid && softmax_after), "softmax_after: expected False where score is sigmoid, got True");
-  job.softmax_after = softmax_after;
-  job.renormalize = renormalize && !softmax_after;
-  job.num_groups = num_groups;
-  job.top_groups = top_groups;
-  job.scale = scale;
+  STD_TORCH_CHECK(o.shared >= 0 && o.shared < job.E, "shared: expected 0 to ", job.E - 1, ", got ", o.shared);
+  const int64_t experts = job.E - o.shared;
+  STD_TORCH_CHECK(k >= 1 && k <= experts, "k: expected 1 to ", experts, " (the number of experts), got ", k);
+  job.K = k + o.shared;
+  job.shared = o.shared;
+  job.score = score_index(o.score);
+  STD_TORCH_CHECK(job.score >= 0, "score: expected one of ", score_names(), ", got '", o.score, "'");
+  job.of_row = kScores.rows[job.score].of_row;
+  STD_TORCH_CHECK(o.num_groups >= 1 && experts % o.num_groups == 0,
+                  "num_groups: expected a divisor of the number of experts (", experts, "), got ", o.num_groups);
+  STD_TORCH_CHECK(o.top_groups >= 1 && o.top_groups <= o.num_groups && k <= experts / o.num_groups * o.top_groups,
+                  "top_groups: expected 1 to ", o.num_groups, " groups that hold k = ", k, " experts, got ",
+                  o.top_groups);
+  STD_TORCH_CHECK(o.group_best == 1 || o.group_best == 2, "group_best: expected 1 or 2, got ", o.group_best);
+  job.by_logits = o.by_logits;
+  job.renormalize = o.renormalize && !(job.of_row && o.by_logits);
+  job.num_groups = o.num_groups;
+  job.top_groups = o.top_groups;
+  job.group_best = o.group_best;
+  job.scale = o.scale;
   return job;
+}
+
+// Experts that the caller has chosen; only the CPU looks at their values.
+inline void check_given(const MaybeTensor& ids, const MaybeTensor& bias, const TopKOptions& o, int64_t T, int64_t k,
+                        Place place = {}) {
+  if (!ids) return;
+  check_integers(*ids, "ids", {T, k}, place);
+  STD_TORCH_CHECK(!bias && o.num_groups == 1 && o.shared == 0, "ids: expected no bias, groups and shared experts");
 }
 
 // Entries [T, K], or with tokens [R]; gives the dtype of their weights.

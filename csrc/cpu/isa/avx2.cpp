@@ -25,6 +25,8 @@ namespace ffn_ops::avx2 {
 
 #include "../../common/activations.h"
 
+#include "../../common/scores.h"
+
 constexpr int kTileRows = 6;
 constexpr int kTileVectors = 2;
 using BFloat16Operands = Vec<float>;

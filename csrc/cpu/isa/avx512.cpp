@@ -33,6 +33,8 @@ namespace ffn_ops::avx512 {
 
 #include "../../common/activations.h"
 
+#include "../../common/scores.h"
+
 constexpr int kTileRows = 6;
 constexpr int kTileVectors = 4;
 using BFloat16Operands = Vec<float>;

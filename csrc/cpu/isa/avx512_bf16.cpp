@@ -35,6 +35,8 @@ namespace ffn_ops::avx512_bf16 {
 
 #include "../../common/activations.h"
 
+#include "../../common/scores.h"
+
 constexpr int kTileRows = 6;
 constexpr int kTileVectors = 4;
 using BFloat16Operands = BFloat16Pairs;

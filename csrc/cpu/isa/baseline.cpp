@@ -17,6 +17,8 @@ namespace ffn_ops::baseline {
 
 #include "../../common/activations.h"
 
+#include "../../common/scores.h"
+
 constexpr int kTileRows = 6;
 constexpr int kTileVectors = 2;
 using BFloat16Operands = Vec<float>;
