@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from . import _checks as check
 from . import expert_parallel, ops
+from ._stacking import stack_experts
 from .modules import PLAIN_TENSORS, FeedForward, PlainFFN, is_plain_linear, reset
 from .ops._rows import check_routing
 from .ops._shared import arithmetic, fold
@@ -44,6 +45,14 @@ class MoEFFN(nn.Module):
         activation, beta: see :func:`ffn_ops.gated_act`.
         bias: whether the router, the experts and the shared ones have biases.
         num_shared: this many experts' width of a dense FFN, ``shared``, that sees every token.
+        shared_gate: a Linear from D to 1, ``shared_gate``, whose sigmoid multiplies what ``shared`` gives.
+        expert_scale: a factor of each expert's output, ``expert_scale`` ``[E]``, at first 1.
+        num_identity, num_null: the router chooses among this many more, behind the E experts: those that give x itself
+            and, behind them, those that give nothing. They are in what ``return_routing`` returns.
+        d_latent: the experts' width in the place of D, between two Linear layers, ``latent_down`` and ``latent_up``,
+            either of which may be replaced, as by one with a norm. The router sees x.
+        expert_norm: a module from rows ``[R, D]`` to ``[R, D]``, such as ``nn.RMSNorm``, on what each expert gives
+            for a token, before the weights.
         router_jitter: epsilon of :func:`ffn_ops.routing.jitter` on the router's input, in training.
         recompute: save x and the routing alone for backward, see :func:`ffn_ops.moe`.
         expert_mesh: a one-dimensional ``DeviceMesh`` whose ranks hold the experts together, each those that
@@ -53,7 +62,7 @@ class MoEFFN(nn.Module):
             :func:`ffn_ops.expert_parallel.moe`.
 
     Shapes: x ``[..., D]`` to ``[..., D]``. State: ``router`` (Linear), ``w_in [E, F, D]`` (gated ``[E, 2F, D]``, gate
-    rows first), ``b_in``, ``w_down [E, D, F]``, ``b_down``. The study guide's keys ``experts.{e}.0.*`` and
+    rows first), ``b_in``, ``w_down [E, D, F]``, ``b_down``, with ``d_latent`` in D's place. The study guide's keys ``experts.{e}.0.*`` and
     ``experts.{e}.2.*`` load with ``strict=True``; :meth:`document_state_dict` gives them.
 
     The router computes in float32 (float64 for float64), also under autocast and in a 16-bit layer. A plain
@@ -63,7 +72,9 @@ class MoEFFN(nn.Module):
 
     Raises: TypeError, ValueError for sizes, names and inputs that do not fit.
 
-    Source: the study guide's MoEFFN; Shazeer et al., Outrageously Large Neural Networks (2017), equation 1.
+    Source: the study guide's MoEFFN; Shazeer et al., Outrageously Large Neural Networks (2017), equation 1; a gate on
+        the shared experts: Qwen2-MoE (2024); experts without computation: LongCat-Flash (2025), section 2.1; latent
+        experts: Nemotron 3 (2025).
     """
 
     def __init__(
@@ -79,6 +90,12 @@ class MoEFFN(nn.Module):
         beta: float = 1.0,
         bias: bool = True,
         num_shared: int = 0,
+        shared_gate: bool = False,
+        expert_scale: bool = False,
+        num_identity: int = 0,
+        num_null: int = 0,
+        d_latent: int | None = None,
+        expert_norm: nn.Module | None = None,
         router_jitter: float = 0.0,
         recompute: bool = False,
         expert_mesh: DeviceMesh | None = None,
@@ -90,13 +107,25 @@ class MoEFFN(nn.Module):
             raise ValueError(f"top_k: expected at most num_experts = {num_experts}, got {top_k}")
         if router is not None and not callable(router):
             raise TypeError(f"router: expected a callable that gives a Routing, got {type(router).__name__}")
-        for name, flag in (("gated", gated), ("bias", bias), ("recompute", recompute)):
+        flags = {"gated": gated, "bias": bias, "recompute": recompute, "shared_gate": shared_gate}
+        for name, flag in {**flags, "expert_scale": expert_scale}.items():
             check.flag(name, flag)
+        for name, value in (("num_identity", num_identity), ("num_null", num_null)):
+            check.at_least(name, value, 0)
+        if d_latent is not None:
+            check.positive("d_latent", d_latent)
+        if expert_norm is not None and not isinstance(expert_norm, nn.Module):
+            raise TypeError(f"expert_norm: expected an nn.Module, got {type(expert_norm).__name__}")
+        if expert_norm is not None and expert_mesh is not None:
+            raise ValueError("expert_norm: expected None with expert_mesh, whose ranks weight rows before they return")
+        if shared_gate and not num_shared:
+            raise ValueError("shared_gate: expected num_shared of 1 or more, got 0")
         check.activation(activation, ops.activations())
         check.number("beta", beta)
         check.number("router_jitter", router_jitter)
         check.at_least("num_shared", num_shared, 0)
         self.d_model, self.d_ff, self.num_experts, self.top_k = d_model, d_ff, num_experts, top_k
+        self.num_identity, self.num_choices = num_identity, num_experts + num_identity + num_null
         self.gated, self.activation, self.beta = gated, activation, beta
         self.router_jitter, self.recompute = router_jitter, recompute
         self.expert_mesh = expert_mesh
@@ -106,9 +135,11 @@ class MoEFFN(nn.Module):
             _check_local(router)
             facts: dict[str, Any] = {"d_model": d_model, "d_ff": d_ff, "num_experts": num_experts, "gated": gated}
             facts |= {"bias": bias, "activation": activation, "beta": beta, "num_shared": num_shared}
+            facts |= {"shared_gate": shared_gate, "expert_scale": expert_scale, "d_latent": d_latent}
+            facts |= {"num_identity": num_identity, "num_null": num_null}
             expert_parallel.check_alike(expert_mesh, facts)
             begin, end = expert_parallel.experts_of(num_experts, expert_mesh.size(), expert_mesh.get_local_rank())
-        self.router = nn.Linear(d_model, num_experts, bias=bias)
+        self.router = nn.Linear(d_model, self.num_choices, bias=bias)
         self.choose = router
         self._takes_training = router is not None and _takes(router, "training")
 
@@ -118,10 +149,10 @@ class MoEFFN(nn.Module):
                 local if expert_mesh is None else expert_parallel.shard(local, num_experts, expert_mesh)
             )
 
-        width = 2 * d_ff if gated else d_ff
-        self.w_in, self.w_down = stacked(width, d_model), stacked(d_model, d_ff)
+        width, inner = 2 * d_ff if gated else d_ff, d_latent or d_model
+        self.w_in, self.w_down = stacked(width, inner), stacked(inner, d_ff)
         self.b_in = stacked(width) if bias else None
-        self.b_down = stacked(d_model) if bias else None
+        self.b_down = stacked(inner) if bias else None
         self._draw_experts()
         self.shared: nn.Module | None = None
         if num_shared and gated:
@@ -133,7 +164,14 @@ class MoEFFN(nn.Module):
             self.shared = PlainFFN(
                 d_model, num_shared * d_ff, activation=activation, beta=beta, bias=bias, recompute=recompute
             )
-        self.register_load_state_dict_pre_hook(_stack_experts)
+        self.shared_gate = nn.Linear(d_model, 1, bias=False) if shared_gate else None
+        self.expert_scale = nn.Parameter(torch.ones(num_experts)) if expert_scale else None
+        self.latent_down: nn.Module | None = None
+        self.latent_up: nn.Module | None = None
+        if d_latent is not None:
+            self.latent_down, self.latent_up = (nn.Linear(*d, bias=bias) for d in ((d_model, inner), (inner, d_model)))
+        self.expert_norm = expert_norm
+        self.register_load_state_dict_pre_hook(stack_experts)
         self._equalize()
 
     def reset_parameters(self) -> None:
@@ -141,9 +179,11 @@ class MoEFFN(nn.Module):
         ``to_empty``; with ``expert_mesh`` a collective."""
         reset(self.router)
         self._draw_experts()
-        for child in (self.shared, self.choose):
+        for child in (self.shared, self.choose, self.shared_gate, self.latent_down, self.latent_up, self.expert_norm):
             if isinstance(child, nn.Module):
                 reset(child)
+        if self.expert_scale is not None:
+            nn.init.ones_(self.expert_scale)
         self._equalize()
 
     @torch.no_grad()
@@ -178,7 +218,8 @@ class MoEFFN(nn.Module):
     __prepare_scriptable__ = check.refuse_script
 
     def logits(self, x: Tensor) -> Tensor:
-        """``[..., E]`` in float32 (float64 for float64): what the router chooses by, and what losses take."""
+        """``[..., E]`` in float32 (float64 for float64): what the router chooses by, and what losses take. E counts
+        all that it chooses among."""
         self._check(x)
         if self.training and self.router_jitter:
             x = jitter(x.to(arithmetic(x)), self.router_jitter)
@@ -190,7 +231,7 @@ class MoEFFN(nn.Module):
             z = ops.route_linear(x, w, b)
         else:
             z = _called(self.router, x)
-        shape, kind = (*x.shape[:-1], self.num_experts), type(self.router).__name__
+        shape, kind = (*x.shape[:-1], self.num_choices), type(self.router).__name__
         if not isinstance(z, Tensor):
             raise TypeError(f"router: expected logits, a torch.Tensor, from {kind}, got {type(z).__name__}")
         if z.shape != shape:
@@ -204,7 +245,7 @@ class MoEFFN(nn.Module):
 
     def route(self, logits: Tensor, **options: Any) -> Routing:
         """The routing of logits; ``options`` (``mask``, ``token_ids``, ...) go to the router."""
-        logits = logits.reshape(-1, self.num_experts)
+        logits = logits.reshape(-1, self.num_choices)
         if self.choose is None:
             return _top_k(logits, self.top_k, **options)
         if self._takes_training:
@@ -242,25 +283,48 @@ class MoEFFN(nn.Module):
         if routing is None:
             logits = self.logits(x)
             routing = self.route(logits, **options)
-        experts: dict[str, Any] = {
+        y = self._experts(x, routing)
+        if self.shared is not None:
+            shared = self.shared(x)
+            y = y + (shared if self.shared_gate is None else torch.sigmoid(self.shared_gate(x)) * shared)
+        if real is not None and (self.shared is not None or self.latent_up is not None):
+            y = torch.where(real, y, 0)
+        return (y, routing, logits) if return_routing else y
+
+    def _experts(self, x: Tensor, routing: Routing) -> Tensor:
+        """What routing asks for, the shared experts aside."""
+        options: dict[str, Any] = {
             "gated": self.gated, "b_in": self.b_in, "b_down": self.b_down, "activation": self.activation,
             "beta": self.beta, "recompute": self.recompute,
         }  # fmt: skip
-        if self.expert_mesh is None:
-            y = ops.moe(x, routing, self.w_in, self.w_down, **experts)
+        chosen = routing if self.num_choices == self.num_experts else routing.first(self.num_experts)
+        if self.expert_scale is not None:
+            chosen = chosen.scaled(self.expert_scale)
+        inner = x if self.latent_down is None else self.latent_down(x)
+        if self.expert_norm is not None:
+            rows = ops.moe_dispatch(inner, chosen)
+            rows = ops.moe_experts(rows, chosen.offsets, self.w_in, self.w_down, **options)
+            y = ops.moe_combine(self.expert_norm(rows), chosen)
+            y = y.reshape(*x.shape[:-1], y.shape[-1])
+        elif self.expert_mesh is None:
+            y = ops.moe(inner, chosen, self.w_in, self.w_down, **options)
         else:
-            y = expert_parallel.moe(x, routing, self.w_in, self.w_down, mesh=self.expert_mesh, **experts)
-        if self.shared is not None:
-            shared = self.shared(x)
-            y = y + (shared if real is None else torch.where(real, shared, 0))
-        return (y, routing, logits) if return_routing else y
+            y = expert_parallel.moe(inner, chosen, self.w_in, self.w_down, mesh=self.expert_mesh, **options)
+        if self.latent_up is not None:
+            y = self.latent_up(y)
+        if self.num_identity:
+            passed = routing.weight_of(self.num_experts, self.num_experts + self.num_identity)
+            y = (y + x * passed.reshape(*x.shape[:-1], 1)).to(y.dtype)
+        return y
 
     def document_state_dict(self) -> dict[str, Tensor]:
         """``router.*``, ``experts.{e}.0.*``, ``experts.{e}.2.*``: what the study guide's module loads.
 
         With sharded parameters a collective: every rank gets all.
         """
-        if self.gated or self.shared is not None or self.b_in is None or self.b_down is None:
+        more = (self.shared, self.expert_scale, self.latent_down, self.expert_norm)
+        plain = not self.gated and all(each is None for each in more) and self.num_choices == self.num_experts
+        if not plain or self.b_in is None or self.b_down is None:
             raise ValueError("document_state_dict: expected plain experts with biases and no shared ones")
         state = {f"router.{name}": value for name, value in self.router.state_dict().items()}
         if "router.weight" in state:  # the study guide's router has a bias
@@ -330,47 +394,3 @@ def _check_local(router: Callable[..., Any] | None) -> None:
             f"router: expected one that chooses for each token, got {router.__name__}, which weighs all tokens of the"
             " batch against each other: with expert_mesh a rank has only its own"
         )
-
-
-def _stack_experts(
-    module: MoEFFN, state: dict[str, Tensor], prefix: str, _metadata: Any, _strict: bool, missing: list[str],
-    _unexpected: Any, errors: list[str],
-) -> None:  # fmt: skip
-    """The study guide's keys become the stacked ones; where one of them is missing or does not fit, it alone is named.
-    A sharded parameter takes its part of a whole one."""
-    for stacked, name in (("w_in", "0.weight"), ("b_in", "0.bias"), ("w_down", "2.weight"), ("b_down", "2.bias")):
-        parameter = getattr(module, stacked)
-        keys = [f"{prefix}experts.{e}.{name}" for e in range(module.num_experts)]
-        found = {key: state[key] for key in keys if key in state}
-        if found and parameter is not None:
-            for key in found:
-                del state[key]
-            absent = [key for key in keys if key not in found]
-            shapes = {part.shape for part in found.values()}
-            missing += absent
-            if len(shapes) > 1:
-                errors += [
-                    f"size mismatch for {key}: copying a param with shape {part.shape} from checkpoint, the shape of an"
-                    f" expert in current model is {parameter.shape[1:]}."
-                    for key, part in found.items()
-                    if part.shape != parameter.shape[1:]
-                ]
-                state[prefix + stacked] = parameter.detach()
-                continue
-            if not absent:
-                state[prefix + stacked] = torch.stack(list(found.values()))
-            elif not check.is_dtensor(parameter) and not parameter.is_meta:  # the experts that are there
-                kept = parameter.detach().to(next(iter(found.values())))
-                state[prefix + stacked] = torch.stack([found.get(key, kept[e]) for e, key in enumerate(keys)])
-        whole = state.get(prefix + stacked)
-        if (
-            check.is_dtensor(parameter)
-            and whole is not None
-            and not check.is_dtensor(whole)
-            and whole.shape == parameter.shape
-        ):
-            from torch.distributed.tensor import distribute_tensor
-
-            whole = whole.detach().to(parameter.device_mesh.device_type)
-            mesh, placements = parameter.device_mesh, parameter.placements
-            state[prefix + stacked] = distribute_tensor(whole, mesh, placements, src_data_rank=None)  # its own part

@@ -25,7 +25,7 @@ ROUTERS: dict[str, Callable[[Tensor], Routing]] = {
     "expert choice": functools.partial(routing.expert_choice, causal=False),
     "base": routing.base,
     "token rounding": functools.partial(routing.token_rounding, k=2, tile=4),
-    "sparse mixer": functools.partial(routing.sparse_mixer, training=False),
+    "sparse mixer": lambda z, mask=None: routing.sparse_mixer(z, training=False, mask=mask),  # MoEFFN would train it
 }
 
 

@@ -28,10 +28,10 @@ def config_of(model: str, **settings: Any) -> Any:
     return getattr(module, kind)(hidden_size=D, **settings)
 
 
-def router_of(model: str, kind: str, config: Any) -> Any:
+def router_of(model: str, kind: str, config: Any, *more: Any) -> Any:
     torch.manual_seed(0)
     module = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
-    router = getattr(module, kind)(config)
+    router = getattr(module, kind)(config, *more)
     with torch.no_grad():
         for name, t in (*router.named_parameters(), *router.named_buffers()):
             if name == "tid2eid":

@@ -202,7 +202,7 @@ def test_bias_update() -> None:
 @pytest.mark.parametrize(("score", "by_logits"), [("sigmoid", False), ("softmax", False), ("sigmoid", True)])
 @pytest.mark.parametrize("masked", [False, True], ids=["no mask", "mask"])
 def test_quantile_bias(score: str, by_logits: bool, masked: bool) -> None:
-    """Against its definition: of m tokens exactly m k / E lie below each expert's quantile, whose mean is taken off."""
+    """Against its definition: of m tokens the (m k / E)-th in order, less the mean over the experts."""
     T, E, k = 480, 12, 3
     logits = torch.randn(T, E, generator=generator(1), dtype=torch.float64) + torch.linspace(0, 2, E)
     bias = torch.linspace(-0.1, 0.2, E, dtype=torch.float64)
@@ -215,7 +215,6 @@ def test_quantile_bias(score: str, by_logits: bool, masked: bool) -> None:
     quantile = wanted.sort(0).values[q - 1]
     width = 2e-6 * (wanted.max() - wanted.min()).item()
     torch.testing.assert_close(bias, quantile - quantile.mean(), rtol=0, atol=2 * width)
-    assert ((wanted < bias + quantile.mean() + 4 * width).sum(0) == q).all()
 
 
 def test_quantiles_balance_better_than_steps() -> None:
