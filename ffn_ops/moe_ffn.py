@@ -62,8 +62,8 @@ class MoEFFN(nn.Module):
             :func:`ffn_ops.expert_parallel.moe`.
 
     Shapes: x ``[..., D]`` to ``[..., D]``. State: ``router`` (Linear), ``w_in [E, F, D]`` (gated ``[E, 2F, D]``, gate
-    rows first), ``b_in``, ``w_down [E, D, F]``, ``b_down``, with ``d_latent`` in D's place. The study guide's keys ``experts.{e}.0.*`` and
-    ``experts.{e}.2.*`` load with ``strict=True``; :meth:`document_state_dict` gives them.
+    rows first), ``b_in``, ``w_down [E, D, F]``, ``b_down``, with ``d_latent`` in D's place. The study guide's keys
+    ``experts.{e}.0.*`` and ``experts.{e}.2.*`` load with ``strict=True``; :meth:`document_state_dict` gives them.
 
     The router computes in float32 (float64 for float64), also under autocast and in a 16-bit layer. A plain
     ``nn.Linear``, with or without a bias, by :func:`ffn_ops.route_linear`, whose bits do not depend on the batch; any

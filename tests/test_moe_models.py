@@ -138,7 +138,8 @@ BLOCKS: dict[str, tuple[str, str, dict[str, Any], Callable[[Any, Any], Any]]] = 
         }, zaya,
     ),
     "Inkling": (
-        "inkling", "InklingMoE", {**CASES["Inkling"].settings, "moe_intermediate_size": F, "hidden_act": "silu"}, inkling,
+        "inkling", "InklingMoE", {**CASES["Inkling"].settings, "moe_intermediate_size": F, "hidden_act": "silu"},
+        inkling,
     ),
     "Muse Spark": (
         "muse_spark", "MuseSparkMoE", {
