@@ -2,13 +2,15 @@
 PYTHON ?= python
 CXX ?= g++
 CPP_SOURCES := $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/cpp/*.cpp' 'tests/cpp/*.h' \
-  'tests/simt/*.cpp' 'tests/simt/*.h' 'benchmarks/*.cpp' 'benchmarks/*.cu')
-KERNELS := $(wildcard csrc/cpu/isa/*.cpp) csrc/cpu/kernel_table.cpp csrc/cpu/plan.cpp
+  'tests/simt/*.cpp' 'tests/simt/*.h' 'benchmarks/*.cpp' 'benchmarks/*.h' 'benchmarks/*.cu')
+ISAS := $(wildcard csrc/cpu/isa/*.cpp)
+KERNELS := $(ISAS) csrc/cpu/dispatch.cpp csrc/cpu/plan.cpp
+VECTOR_KERNELS := -include tests/cpp/vector_table.h -DFFN_OPS_KERNELS="\"../../../tests/cpp/vector_kernels.h\""
 KERNEL_FLAGS := -std=c++20 -ffp-contract=off -fno-math-errno -fno-trapping-math -Wall -Wextra -Wno-psabi -Wno-unknown-pragmas
 SANITIZERS := -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined
 TMP := build/kernels
 
-.PHONY: build test isas lint bench sanitize aarch64 simt simt-operators cuda products kernels format
+.PHONY: build test isas lint bench docs sanitize aarch64 simt simt-operators cuda products kernels format
 
 build:
 	$(PYTHON) -m pip install -e ".[compare,test,lint]"
@@ -36,17 +38,22 @@ format:
 	$(PYTHON) -m ruff format .
 	clang-format -i $(CPP_SOURCES)
 
+# The documentation site, into docs/_build/html; needs the extra `docs` and no network.
+docs:
+	$(PYTHON) -m sphinx -q -W --keep-going -b html docs docs/_build/html
+
 bench:
 	$(PYTHON) -m benchmarks.dense
 	$(PYTHON) -m benchmarks.moe
 
 # The kernel tests need no torch: plain, under the sanitizers, and for aarch64 under an emulator.
 define kernel_tests
+	rm -rf $(TMP)/$(1)
 	mkdir -p $(TMP)/$(1)
 	for f in $(KERNELS) tests/cpp/emulated_pairs.cpp tests/cpp/kernel_test.cpp; do echo $$f; done | xargs -P 2 -I{} sh -c \
 	  '$(2) $(KERNEL_FLAGS) $(3) -c {} -o $(TMP)/$(1)/$$(basename {} .cpp).o'
 	$(2) $(3) -o $(TMP)/$(1)/kernel_test $(TMP)/$(1)/*.o
-	$(2) $(KERNEL_FLAGS) $(3) -o $(TMP)/$(1)/vector_test tests/cpp/vector_test.cpp tests/cpp/vector_isas.cpp csrc/cpu/isa/isa.cpp
+	$(2) $(KERNEL_FLAGS) $(3) $(VECTOR_KERNELS) -o $(TMP)/$(1)/vector_test tests/cpp/vector_test.cpp csrc/cpu/dispatch.cpp $(ISAS)
 	$(4) $(TMP)/$(1)/kernel_test
 	$(4) $(TMP)/$(1)/vector_test
 endef
@@ -70,11 +77,11 @@ simt:
 
 # Compiles every CUDA source for each architecture (no GPU needed) and says how many registers each kernel takes.
 cuda:
-	rm -rf build/cuda build/temp*/csrc/cuda
 	mkdir -p build/cuda
 	FFN_OPS_CUDA=1 FFN_OPS_NVCCFLAGS=-Xptxas=-v $(PYTHON) setup.py build_ext --build-lib build/cuda > build/cuda/log 2>&1 || \
 	  { tail -n 40 build/cuda/log; exit 1; }
-	$(PYTHON) tests/cuda_registers.py build/cuda/log
+	cat build/objects/csrc/cuda/*.cu.o.log > build/cuda/registers
+	$(PYTHON) tests/cuda_registers.py build/cuda/registers
 
 # The grouped products alone, for a Hopper GPU; see benchmarks/products.cu.
 products:
@@ -84,7 +91,7 @@ products:
 
 # The CUDA operators with their kernels on the host, in the place of the CPU's: the package's tests run on them.
 OPERATOR_SOURCES := $(filter-out csrc/cuda/assignment.cu,$(wildcard csrc/cuda/*.cu)) csrc/registration.cpp \
-  csrc/cpu/assignment.cpp csrc/cpu/schedule.cpp csrc/cpu/memory.cpp csrc/cpu/plan.cpp tests/simt/operators/operators.cpp
+  csrc/cpu/assignment.cpp csrc/cpu/parallel.cpp csrc/cpu/memory.cpp csrc/cpu/plan.cpp tests/simt/operators/operators.cpp
 OPERATOR_TESTS := moe routing top_k gradients router
 simt-operators:
 	rm -rf build/operators

@@ -48,7 +48,7 @@ class Suite:
 
 
 def machine(threads: set[int]) -> Record:
-    """What the figures belong to, with the limits of every instruction set before the rows run."""
+    """Facts about the machine, with the limits of every instruction set, measured before the rows run."""
     info = ffn_ops.info()
     setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     chosen = re.search(r"\[(\w+)\]", setting.read_text()) if setting.exists() else None
@@ -88,7 +88,7 @@ def chosen_rows(suite: Suite, options: argparse.Namespace) -> list[Row]:
 
 
 def default_file(suite: Suite, options: argparse.Namespace, facts: Record) -> Path:
-    """A whole run is kept with the repository, a part of one is not."""
+    """Only a complete run is kept in the repository."""
     if options.quick or options.targets or options.only or options.no_compile:
         return ROOT / "out" / "benchmarks" / f"{suite.name}.json"
     on_gpu = options.device == "cuda"
@@ -107,7 +107,7 @@ def _shown(file: Path) -> str:
 
 
 def run(rows: list[Row], harness: Harness, facts: Record, file: Path) -> int:
-    """Measures the rows, printing and saving each as it ends. 1 where a provider was refused or ours failed."""
+    """Measures the rows, and prints and saves each as it ends. Returns 1 if a provider was refused or ours failed."""
     on_gpu = facts.get("device") == "cuda"
     texts = gpu_report if on_gpu else report
     print(texts.machine_text(facts), flush=True)

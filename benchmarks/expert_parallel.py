@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from ffn_ops import Routing, expert_parallel, reference
+from ffn_ops._accuracy import limit, worst
 from ffn_ops._files import file_name
 
 from .command import ROOT, machine, save
 from .harness import Timed
 from .report import machine_text, table, time_text
-from .verify import limit, worst
 
 RANKS = (1, 2, 4)
 TIME_LIMIT = 600.0  # seconds of one number of processes
@@ -58,7 +58,7 @@ QUICK = (Row(32, 64, 48, 8, 2),)
 
 
 class Meter:
-    """In the place of :func:`ffn_ops.expert_parallel.exchange`: adds up its seconds and what it sends to others."""
+    """Replaces :func:`ffn_ops.expert_parallel.exchange`, and adds up its seconds and the bytes sent to other ranks."""
 
     def __init__(self, rank: int, ranks: int) -> None:
         self.rank, self.ranks, self.exchange = rank, ranks, expert_parallel.exchange
@@ -125,7 +125,7 @@ class Layer:
         return [y.detach()[self.mine], *(self.own(n, g) for n, g in zip(names, grads, strict=True))]
 
     def verify(self, mesh: Any) -> float:
-        """The tests' rule: the worst quotient of error and what is allowed."""
+        """The tests' rule: the worst quotient of error and allowed error."""
         found = self.step(mesh)
         exact = self.plain(torch.float64)
         eager = self.plain(getattr(torch, self.row.dtype))

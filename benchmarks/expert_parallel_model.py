@@ -1,5 +1,5 @@
 """``python -m benchmarks.expert_parallel_model``: the cost of expert parallelism on paper, the tables of
-docs/expert-parallel.md. Nothing here is measured: published speeds, and sums that can be checked.
+docs/expert-parallel.md. It measures nothing: it computes from published speeds.
 """
 
 from __future__ import annotations

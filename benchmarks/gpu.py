@@ -129,7 +129,7 @@ class Gpu:
 
     def runner(self, inputs: Inputs, shape: Shape, mode: Mode) -> Runner:
         gc.collect()  # also what failed providers left in their tracebacks
-        torch.cuda.empty_cache()  # what the last provider needed, another may need in other sizes
+        torch.cuda.empty_cache()  # the next provider may need other sizes
         return GpuLocal(inputs, shape, mode, self.cold)
 
     def facts(self) -> dict[str, Any]:
@@ -137,7 +137,7 @@ class Gpu:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures of a run belong to."""
+    """Facts about the machine of a run."""
     properties = torch.cuda.get_device_properties()
     return {
         "device": "cuda",

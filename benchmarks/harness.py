@@ -14,14 +14,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ffn_ops._accuracy import Limit, WrongResultError, limit, worst
+
 from . import peak
 from .providers import COMPILING, HUGE, PROVIDERS, Inputs, Provider, converted, eager_inputs, groups, limit_inputs
 from .runners import Local, Remote, Runner
-from .verify import Limit, WrongResultError, limit, worst
 from .worker import HugePageProcess, norms
 from .workloads import Mode, Row, Shape
 
-PREDICTING_ROWS = 64  # of a weight; from here on a call's time follows its FLOPs
+PREDICTING_ROWS = 64  # elements of a weight from which a call's time follows its FLOPs
 NORM_TOLERANCE = 1e-3  # of float32 results of the same code in another process
 
 
@@ -250,7 +251,7 @@ class Harness:
             return timed, runner, self._plan(timed, runner, once)
         except WrongResultError as wrong:
             timed.note, timed.refused = f"refused: {wrong}", True
-        except Exception as failure:  # a provider that cannot run is a finding and no reason to lose the others
+        except Exception as failure:  # a provider that cannot run is recorded; the others go on
             timed.note = f"failed: {type(failure).__name__}: {(str(failure).splitlines() or [''])[0][:160]}"
         return timed, None, 0
 

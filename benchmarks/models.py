@@ -25,13 +25,13 @@ import torch._dynamo
 from torch import Tensor
 
 import ffn_ops
+from ffn_ops._accuracy import WrongResultError, limit, worst
 from ffn_ops._files import file_name
 from ffn_ops.integrations.transformers import register
 
 from .command import save
 from .harness import threads
 from .report import table, time_text
-from .verify import WrongResultError, limit, worst
 from .workloads import DTYPES
 
 VOCABULARY, PROMPT, DECODED = 4096, 32, 8  # tokens before the first decoded one, and decoded in a sample

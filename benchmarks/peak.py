@@ -1,4 +1,5 @@
-"""The machine's limits, measured: float32 multiply-adds per second and bytes read per second. The kernels: peak.cpp."""
+"""The machine's limits, measured: float32 multiply-adds per second and bytes read per second. The kernels:
+peak_kernels.h."""
 
 from __future__ import annotations
 
@@ -10,8 +11,14 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("peak.cpp")
-FLAGS = ("-std=c++17", "-O3", "-g0", "-fPIC", "-shared", "-pthread")
+FOLDER = Path(__file__).parent
+ENGINE = FOLDER.parent / "csrc"
+SOURCES = (FOLDER / "peak.cpp", ENGINE / "cpu/dispatch.cpp", *sorted((ENGINE / "cpu/isa").glob("*.cpp")))
+HEADERS = (FOLDER / "peak.h", FOLDER / "peak_kernels.h", *sorted(ENGINE.glob("c[op]*/**/*.h")))
+FLAGS = (
+    *("-std=c++20", "-O3", "-g0", "-fPIC", "-shared", "-pthread", "-ffp-contract=off", "-Wno-psabi"),
+    *("-include", str(FOLDER / "peak.h"), '-DFFN_OPS_KERNELS="../../../benchmarks/peak_kernels.h"'),
+)
 SECONDS = 0.02  # of one FMA sample
 LEAST_BUFFER = 256 << 20
 MOST_BUFFER = 2 << 30
@@ -24,7 +31,8 @@ def _cache_folder() -> Path:
 @functools.cache
 def _library() -> ctypes.CDLL:
     compiler = os.environ.get("CXX", "c++").split()
-    key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), *(part.encode() for part in (*compiler, *FLAGS))]))
+    texts = (path.read_bytes() for path in (*SOURCES, *HEADERS))
+    key = hashlib.sha256(b"\0".join([*texts, *(part.encode() for part in (*compiler, *FLAGS))]))
     built = _cache_folder() / f"peak-{key.hexdigest()[:16]}.so"
     if not built.exists():
         built.parent.mkdir(parents=True, exist_ok=True)
@@ -32,12 +40,12 @@ def _library() -> ctypes.CDLL:
             fresh = Path(folder) / built.name
             try:
                 done = subprocess.run(
-                    [*compiler, *FLAGS, str(SOURCE), "-o", str(fresh)], capture_output=True, text=True
+                    [*compiler, *FLAGS, *map(str, SOURCES), "-o", str(fresh)], capture_output=True, text=True
                 )
             except FileNotFoundError:
                 raise RuntimeError(f"benchmarks need a C++ compiler: no {compiler[0]!r} on PATH (set CXX)") from None
             if done.returncode != 0:
-                raise RuntimeError(f"{SOURCE.name} does not compile:\n{done.stderr}")
+                raise RuntimeError(f"{SOURCES[0].name} does not compile:\n{done.stderr}")
             fresh.replace(built)  # atomic: two runs may build at once
     library = ctypes.CDLL(str(built))
     library.peak_isa_name.restype = ctypes.c_char_p
@@ -57,14 +65,9 @@ def isas() -> tuple[str, ...]:
     return tuple(library.peak_isa_name(i).decode() for i in range(library.peak_isa_count()))
 
 
-def isa_index(isa: str) -> int:
-    """Of an engine's instruction set: ``avx512_bf16`` multiplies float32 as ``avx512`` does."""
-    return isas().index(isa.removesuffix("_bf16"))
-
-
 def fma(isa: str, threads: int, seconds: float = SECONDS) -> float:
     """GFLOP/s of float32 multiply-adds in registers."""
-    return float(_library().peak_fma(isa_index(isa), threads, seconds))
+    return float(_library().peak_fma(isas().index(isa), threads, seconds))
 
 
 def last_level_cache() -> int:
@@ -90,4 +93,4 @@ def _buffer() -> tuple[int, int]:
 def read(isa: str, threads: int) -> float:
     """GB/s of one pass over a buffer more than four times the last-level cache, on huge pages."""
     memory, bytes_ = _buffer()
-    return float(_library().peak_read(isa_index(isa), threads, memory, bytes_))
+    return float(_library().peak_read(isas().index(isa), threads, memory, bytes_))

@@ -61,7 +61,7 @@ class Local:
         args, d_y = self.draws[0]
         self.leaves = () if mode == "inference" or d_y is None else (*args, *self.parameters)
         self.first_call = math.nan
-        # Dropout stands behind every provider alike: it is timed and not verified.
+        # Every provider has the same dropout after it: timed, but not verified.
         self.module.train(mode == "training" and not shape.dropout)
 
     def results(self) -> list[Tensor]:
@@ -103,7 +103,7 @@ class Local:
             torch.cuda.synchronize()
 
     def begin(self) -> None:
-        """After the results: from here on calls are timed."""
+        """Called after verification, before timing."""
         self.module.train(self.mode == "training")
 
     def check(self, case: Case) -> tuple[float | None, float]:

@@ -24,7 +24,7 @@ SWITCH = {"THP_MEM_ALLOC_ENABLE": "1"}
 
 
 def norms(results: Sequence[Tensor]) -> list[float]:
-    """By which the two processes compare their results."""
+    """Norms, by which the two processes compare their results."""
     return [float(torch.linalg.vector_norm(t.detach().to(torch.float64))) for t in results]
 
 

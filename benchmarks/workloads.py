@@ -1,4 +1,4 @@
-"""What is measured: shapes, rows, and the formulas for their FLOPs and bytes. Nothing here runs a layer."""
+"""Workloads: shapes, rows, and the formulas for their FLOPs and bytes. This file runs no layer."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ class Shape:
 
     @property
     def rows(self) -> float:
-        """That a weight multiplies."""
+        """The number of rows that a weight multiplies."""
         return self.T
 
     @property
     def parameters(self) -> int:
-        """That a pass reads."""
+        """The number of parameters that a pass reads."""
         return 3 * self.D * self.F + (2 * self.F + self.D if self.bias else 0)
 
     @property
@@ -60,7 +60,7 @@ class Shape:
 
     @property
     def routing_bytes(self) -> int:
-        """Of what says who computes what, kept for backward."""
+        """Bytes of the routing, kept for backward."""
         return 0
 
     def moved(self, mode: Mode) -> tuple[int, int]:
@@ -200,7 +200,7 @@ class Row:
 
     @property
     def least_bytes(self) -> int:
-        """Traffic that no implementation with a small cache avoids."""
+        """Traffic that no implementation with a small cache can avoid."""
         return self._size * sum(self.shape.moved(self.mode))
 
     @property

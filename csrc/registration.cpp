@@ -1,34 +1,35 @@
 // Every operator's schema on one screen. Kernels are registered for their device in cpu/ and cuda/.
 //
 // Shapes: x [T, D], weights [out, in] as nn.Linear has them, gate and up [T, F]. `save` asks for the pre-activations
-// that backward needs (else those results are empty). Gradients that `needs` does not ask for come back empty. What
-// activation, beta, limit and up_shift mean together: common/gate_form.h.
+// that backward needs (else those results are empty). Gradients that `needs` does not ask for come back empty. `params`
+// of an activation: limit (0: none; AOTInductor writes no infinity), up_shift, then its own parameters as
+// common/activations.h declares them. interleaved: rows of one input weight are those of gate and up in turns.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(ffn_ops, m) {
-  m.def("gated_act(Tensor gate, Tensor? up, str activation, float beta, float? limit, float up_shift) -> Tensor");
+  m.def("gated_act(Tensor gate, Tensor? up, str activation, float[] params) -> Tensor");
   m.def(
-      "gated_act_backward(Tensor d_out, Tensor gate, Tensor? up, str activation, float beta, float? limit,"
-      " float up_shift, bool[2] needs) -> (Tensor d_gate, Tensor d_up)");
+      "gated_act_backward(Tensor d_out, Tensor gate, Tensor? up, str activation, float[] params,"
+      " bool[2] needs) -> (Tensor d_gate, Tensor d_up)");
   m.def(
       "gated_act_double_backward(Tensor? dd_gate, Tensor? dd_up, Tensor d_out, Tensor gate, Tensor? up, str activation,"
-      " float beta, float? limit, float up_shift) -> (Tensor d_d_out, Tensor d_gate, Tensor d_up)");
+      " float[] params) -> (Tensor d_d_out, Tensor d_gate, Tensor d_up)");
 
   m.def(
       "gated_linear(Tensor x, Tensor[] w_gate, Tensor[] w_up, Tensor[] b_gate, Tensor[] b_up, str activation,"
-      " float beta, bool save) -> (Tensor y, Tensor gate, Tensor up)");
+      " float[] params, bool save) -> (Tensor y, Tensor gate, Tensor up)");
   m.def(
       "gated_linear_backward(Tensor d_y, Tensor x, Tensor[] w_gate, Tensor[] w_up, Tensor[] b_gate, Tensor[] b_up,"
-      " Tensor gate, Tensor up, str activation, float beta, bool[5] needs)"
+      " Tensor gate, Tensor up, str activation, float[] params, bool[5] needs)"
       " -> (Tensor d_x, Tensor d_w_gate, Tensor d_w_up, Tensor d_b_gate, Tensor d_b_up)");
 
   m.def(
       "ffn(Tensor x, Tensor w_in, Tensor? w_up, Tensor w_down, Tensor? b_in, Tensor? b_up, Tensor? b_down, bool gated,"
-      " str activation, float beta, float? limit, float up_shift, bool save)"
+      " bool interleaved, str activation, float[] params, bool save)"
       " -> (Tensor y, Tensor gate, Tensor up)");
   m.def(
       "ffn_backward(Tensor d_y, Tensor x, Tensor w_in, Tensor? w_up, Tensor w_down, Tensor? b_in, Tensor? b_up,"
-      " Tensor gate, Tensor up, bool gated, str activation, float beta, float? limit, float up_shift, bool[7] needs)"
+      " Tensor gate, Tensor up, bool gated, bool interleaved, str activation, float[] params, bool[7] needs)"
       " -> (Tensor d_x, Tensor d_w_in, Tensor d_w_up, Tensor d_w_down, Tensor d_b_in, Tensor d_b_up, Tensor d_b_down)");
 
   // Mixture of experts. Rows [R] are pairs of a token and an expert, sorted by expert: those of expert e are
@@ -37,13 +38,12 @@ STABLE_TORCH_LIBRARY(ffn_ops, m) {
   // and slot_offsets x holds the rows themselves, and so does the result.
   m.def(
       "moe(Tensor x, Tensor? token, Tensor? weight, Tensor offsets, Tensor? row, Tensor? slot_offsets, Tensor w_in,"
-      " Tensor w_down, Tensor? b_in, Tensor? b_down, bool gated, bool interleaved, str activation, float beta,"
-      " float? limit, float up_shift, bool save)"
-      " -> (Tensor y, Tensor gate, Tensor up)");
+      " Tensor w_down, Tensor? b_in, Tensor? b_down, bool gated, bool interleaved, str activation,"
+      " float[] params, bool save) -> (Tensor y, Tensor gate, Tensor up)");
   m.def(
       "moe_backward(Tensor d_y, Tensor x, Tensor? token, Tensor? weight, Tensor offsets, Tensor? row,"
       " Tensor? slot_offsets, Tensor w_in, Tensor w_down, Tensor? b_in, Tensor? b_down, Tensor gate, Tensor up,"
-      " bool gated, bool interleaved, str activation, float beta, float? limit, float up_shift, bool[6] needs)"
+      " bool gated, bool interleaved, str activation, float[] params, bool[6] needs)"
       " -> (Tensor d_x, Tensor d_weight, Tensor d_w_in, Tensor d_w_down, Tensor d_b_in, Tensor d_b_down)");
   m.def(
       "moe_dispatch(Tensor x, Tensor token, Tensor? weight, Tensor offsets, Tensor row, Tensor slot_offsets)"
@@ -75,12 +75,14 @@ STABLE_TORCH_LIBRARY(ffn_ops, m) {
   m.def("balanced_assignment(Tensor scores, Tensor? mask) -> Tensor");
   m.def("round_tokens(Tensor scores, Tensor ids, int tile) -> (Tensor expert, Tensor token)");
 
+  // The list of common/activations.h as JSON: name, parameters of its own, whether it has a side of up.
+  m.def("_gates() -> str");
   // Facts about this build and machine, and the choice that FFN_OPS_ISA makes at load, for tests over every set.
   m.def("_isa() -> str");
   m.def("_isas() -> str");
   m.def("_use_isa(str name) -> ()");
   m.def("_has_amx() -> bool");
-  // Memory that is kept for later calls on the CPU.
+  // Workspace that the CPU keeps for later calls.
   m.def("_empty_cache() -> ()");
   m.def("_cached_bytes() -> int");
   m.def("_cache_limit() -> int");

@@ -1,4 +1,5 @@
-"""Text generation by a small Llama, untouched and with its feed-forward layers computed by ffn_ops: the same tokens.
+"""Text generation by a small Llama, untouched and with its feed-forward layers replaced: both write the same
+tokens.
 
     pip install "ffn_ops[transformers]" && python examples/generate.py
 
@@ -22,7 +23,7 @@ CONTEXT, BATCH = 64, 16
 
 
 def help_topics() -> Tensor:
-    """Their bytes, as tokens."""
+    """The bytes of the help topics, as tokens."""
     spec = importlib.util.find_spec("pydoc_data.topics")
     assert spec is not None and spec.origin is not None
     return torch.frombuffer(bytearray(Path(spec.origin).read_bytes()), dtype=torch.uint8).long()
@@ -43,7 +44,7 @@ def train(model: LlamaForCausalLM, text: Tensor, steps: int) -> float:
 
 
 def generate(model: LlamaForCausalLM, prompt: str, tokens: int) -> tuple[str, float]:
-    """Greedy, with a cache; and tokens per second."""
+    """Generates greedily with a cache; also returns tokens per second."""
     ids = torch.tensor([list(prompt.encode())])
     began = time.perf_counter()
     out = model.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0)
@@ -52,7 +53,7 @@ def generate(model: LlamaForCausalLM, prompt: str, tokens: int) -> tuple[str, fl
 
 
 def main(arguments: list[str] | None = None) -> tuple[str, str]:
-    """What the untouched and the replaced model wrote."""
+    """Returns the texts of the untouched and the replaced model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=400, help="of training (default 400)")
     parser.add_argument("--tokens", type=int, default=120, help="bytes to write (default 120)")

@@ -1,4 +1,4 @@
-"""Fused feed-forward layers for PyTorch: one schema per operator, a kernel for each device behind it.
+"""Fused feed-forward layers for PyTorch: one schema per operator, with a CPU and a CUDA kernel behind it.
 
 Letters in names and docstrings: T tokens, D model width (d_model), F FFN width (d_ff), E experts, K experts per token,
 R routed rows (T * K), G gate branches.
@@ -7,21 +7,22 @@ R routed rows (T * K), G gate branches.
 import torch.fx
 
 from . import _flops, expert_parallel, ops, routing  # noqa: F401  (_flops registers the formulas)
+from ._gate import Gate
 from ._info import info
 from ._memory import empty_cache, set_cache_limit
 from ._replace import ReplaceEntry, ReplaceReport, replace, replace_report, restore
 from ._upcycle import upcycle
+from ._version import __version__ as __version__
 from .modules import GELUFFN, GLU, FeedForward, GatedFFN, PlainFFN, ReLUFFN, SwishFFN
 from .moe_ffn import MoEFFN
 from .ops import activations, ffn, gated_act, gated_linear, moe, moe_combine, moe_dispatch, moe_experts, route_linear
 from .routing import Routing
 
-__version__ = "0.1.0"
-
 __all__ = [
     "GELUFFN",
     "GLU",
     "FeedForward",
+    "Gate",
     "GatedFFN",
     "MoEFFN",
     "PlainFFN",

@@ -1,4 +1,5 @@
-"""What every public function asserts before any work. One message form: argument, expected, actual."""
+"""Checks of arguments, which every public function makes before any work. Messages give the argument, the expected
+value and the actual one."""
 
 from __future__ import annotations
 
@@ -14,12 +15,12 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def is_dtensor(t: Any) -> bool:
-    """By name: a plain call must not import torch.distributed."""
+    """Compares names, because a plain call must not import torch.distributed."""
     return type(t).__name__ == "DTensor"
 
 
 def tensor(name: str, value: Any, shape: Sequence[int | str] | None = None, like: Tensor | None = None) -> None:
-    """``shape`` holds extents, or letters where any extent will do; ``like`` sets dtype and device."""
+    """``shape`` holds sizes, or letters where any size is allowed; ``like`` sets dtype and device."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
     _strided(name, value)
@@ -65,10 +66,6 @@ def _dtype(value: Tensor) -> str:
     return str(value.dtype).removeprefix("torch.")
 
 
-def activation(value: Any, names: Sequence[str]) -> None:
-    choice("activation", value, names)
-
-
 def choice(name: str, value: Any, allowed: Sequence[str]) -> None:
     if not isinstance(value, str):
         raise TypeError(f"{name}: expected a name, one of {', '.join(allowed)}, got {type(value).__name__}")
@@ -79,19 +76,8 @@ def choice(name: str, value: Any, allowed: Sequence[str]) -> None:
 def number(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if not -math.inf < value < math.inf:  # math.isfinite has no trace where torch.compile makes the number symbolic
+    if not -math.inf < value < math.inf:  # torch.compile cannot trace math.isfinite of a symbolic number
         raise ValueError(f"{name}: expected a finite number, got {value}")
-
-
-def gate_limit(limit: Any, up_shift: Any, gated: bool) -> None:
-    """See :func:`ffn_ops.gated_act`."""
-    number("up_shift", up_shift)
-    if limit is not None:
-        number("limit", limit)
-        if limit <= 0:
-            raise ValueError(f"limit: expected a positive number or None, got {limit}")
-    if not gated and not (limit is None and up_shift == 0):
-        raise ValueError(f"limit, up_shift: expected None and 0 where nothing is gated, got {limit} and {up_shift}")
 
 
 def flag(name: str, value: Any) -> None:
@@ -130,7 +116,7 @@ def indices(name: str, value: Any, shape: Sequence[int | str] = ("R",)) -> None:
 
 
 def routing(value: Any, like: Tensor | None = None, of: str = "x") -> None:
-    """A :class:`ffn_ops.Routing`, whose tensors fit together; ``like``, named ``of``, sets the device."""
+    """Checks that a :class:`ffn_ops.Routing` is consistent; ``like``, named ``of``, sets the device."""
     if getattr(value, "_fields", ())[:5] != ("token", "weight", "offsets", "row", "slot_offsets"):
         raise TypeError(f"routing: expected an ffn_ops.Routing, got {type(value).__name__}")
     for name in ("token", "offsets", "row", "slot_offsets"):
@@ -139,7 +125,7 @@ def routing(value: Any, like: Tensor | None = None, of: str = "x") -> None:
     indices("routing.row", value.row, (rows,))
     if not isinstance(value.weight, Tensor) or value.weight.dtype not in DTYPES:
         got = _dtype(value.weight) if isinstance(value.weight, Tensor) else type(value.weight).__name__
-        raise TypeError(f"routing.weight: expected a tensor of float32 or float64 (or 16 bits, widened), got {got}")
+        raise TypeError(f"routing.weight: expected a tensor of float32, float64, float16 or bfloat16, got {got}")
     _shape("routing.weight", value.weight, (rows,))
     for name in ("offsets", "slot_offsets"):
         if getattr(value, name).shape[0] < 1:
@@ -147,12 +133,12 @@ def routing(value: Any, like: Tensor | None = None, of: str = "x") -> None:
     if like is not None:
         for name in value._fields:
             field = getattr(value, name)
-            if field is not None:  # a mask may be
+            if field is not None:  # a mask may be empty
                 device(f"routing.{name}", field, like, of)
 
 
 def refuse_script(module: Any) -> Any:
-    """As ``__prepare_scriptable__``: what torch.jit.script asks of a module before it compiles its source."""
+    """Used as ``__prepare_scriptable__``, which torch.jit.script calls before it compiles a module's source."""
     raise NotImplementedError(
         f"{type(module).__name__}: torch.jit.script cannot compile it. Use torch.export or torch.jit.trace, or"
         " ffn_ops.restore(model) first where ffn_ops.replace has changed it"
@@ -160,9 +146,13 @@ def refuse_script(module: Any) -> Any:
 
 
 def leaf(module: Any, proxy: Proxy) -> Any:
-    """For torch.fx's symbolic_trace: a function that calls ``module``, which looks at its input, as one node."""
+    """For torch.fx.symbolic_trace: a function that records the call of ``module`` as one node, because its forward
+    inspects its input."""
     tracer: Any = proxy.tracer
     path = tracer.path_of_module(module)
     if not path:
-        raise TypeError(f"{type(module).__name__}: symbolic_trace takes it as a part of a model, not alone")
+        raise TypeError(
+            f"{type(module).__name__}: torch.fx.symbolic_trace cannot trace this module alone; trace a model that"
+            " contains it"
+        )
     return lambda *args, **kwargs: tracer.create_proxy("call_module", path, args, kwargs)

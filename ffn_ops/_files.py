@@ -1,4 +1,4 @@
-"""Files that commands write: each whole or not at all, whatever ends the command."""
+"""Files that commands write. A file is written completely or not at all, even if the command is killed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def file_name(text: str) -> Path:
-    """The type of an ``--out``: a name that is not empty, which as a path would mean the working directory."""
+    """The type of an ``--out`` option. It refuses an empty name, which as a path would mean the working directory."""
     if not text.strip():
         raise argparse.ArgumentTypeError(f"expected a name, got {text!r}")
     return Path(text)
@@ -18,7 +18,7 @@ def file_name(text: str) -> Path:
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A file beside ``path`` to write, which takes its place at the end."""
+    """Gives a temporary file beside ``path``, and renames it to ``path`` at the end."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f".{os.getpid()}-{path.name}")
     try:

@@ -1,4 +1,4 @@
-"""FLOP formulas for torch.utils.flop_counter: 2 M N K for a product, as torch counts; activations count nothing.
+"""FLOP formulas for torch.utils.flop_counter: 2 M N K for a product, as torch counts. Activations are not counted.
 
 Each argument is the shape of the operator's argument of that name; the letters are those of ``ffn_ops/__init__.py``.
 """
@@ -30,7 +30,7 @@ def ffn_flops(x: Any, w_in: Any, w_up: Any, w_down: Any, *_: Any, out_shape: Any
 @register_flop_formula(_OPS.ffn_backward)  # type: ignore[untyped-decorator]
 def ffn_backward_flops(
     d_y: Any, x: Any, w_in: Any, w_up: Any, w_down: Any, b_in: Any, b_up: Any, gate: Any, up: Any, gated: bool,
-    activation: str, beta: float, limit: Any, up_shift: float, needs: Any, *, out_shape: Any = None, **_: Any
+    interleaved: bool, activation: str, params: Any, needs: Any, *, out_shape: Any = None, **_: Any
 ) -> int:  # fmt: skip
     T, D = x
     O, F = w_down
@@ -69,7 +69,7 @@ def moe_flops(
     x: Any, token: Any, weight: Any, offsets: Any, row: Any, slot_offsets: Any, w_in: Any, w_down: Any, *_: Any,
     out_shape: Any = None, **__: Any
 ) -> int:  # fmt: skip
-    """Of all R rows, the most that can be computed: how many are dropped is not known from shapes."""
+    """Counts all R rows, an upper bound: shapes do not say how many rows are dropped."""
     R = x[0] if token is None else token[0]
     return 2 * R * (x[1] * w_in[1] + w_down[1] * w_down[2])  # type: ignore[no-any-return]
 

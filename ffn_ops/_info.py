@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import platform
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ._library import CUDA_ABSENT, cuda_build
+from ._version import __version__
 
 
 def _cpu_name() -> str:
@@ -30,19 +30,19 @@ def _cuda() -> str:
 
 
 def info() -> dict[str, Any]:
-    """What this installation is and what it runs on.
+    """Describes this installation and this machine.
 
     Returns:
-        ``version``, ``torch``, ``python``, ``cpu``, ``isa`` (chosen), ``isas`` (that this machine has), ``amx``
-        (16-bit layers go through torch's products), ``threads``, ``cuda`` (the CUDA library's architectures, or why
-        there is none).
+        ``version``, ``torch``, ``python``, ``cpu``, ``isa`` (chosen), ``isas`` (available here), ``amx``
+        (whether 16-bit layers use torch's products), ``threads``, ``cuda`` (the CUDA library's architectures, or the
+        reason for its absence).
+
+    Example:
+        >>> ffn_ops.info()["isa"] in ffn_ops.info()["isas"]
+        True
     """
-    try:
-        version = metadata.version("ffn_ops")
-    except metadata.PackageNotFoundError:
-        version = "not installed"
     return {
-        "version": version,
+        "version": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "cpu": _cpu_name(),

@@ -1,4 +1,4 @@
-"""Loads the operator libraries and makes an operator differentiable. No operator is defined here."""
+"""Loads the operator libraries, and makes operators differentiable. This file defines no operator."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ from . import _checks as check
 
 LIBRARY = Path(__file__).with_name("libffn_ops_cpu.so")
 CUDA_LIBRARY = Path(__file__).with_name("libffn_ops_cuda.so")
-CUDA_BUILD = Path(__file__).with_name("cuda_build.json")  # what setup.py built, or why not, and how large
+HOW_TO_GET_CUDA = "Run `FFN_OPS_CUDA=1 pip install -e .` in the source folder, with a CUDA toolkit, to build it."
+# written by setup.py: what was built or why not, and the file's size
+CUDA_BUILD = Path(__file__).with_name("cuda_build.json")
 
 
 def _load() -> None:
@@ -36,7 +38,7 @@ def _load() -> None:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
         raise ImportError(f"ffn_ops: {LIBRARY.name} does not load on torch {torch.__version__}: {error}") from error
-    # What is wrong in the environment must fail at import, not in the middle of a model.
+    # A wrong environment variable must fail at import, not in the middle of a model.
     if "FFN_OPS_ISA" in os.environ:
         torch.ops.ffn_ops._isa()
     if "FFN_OPS_CACHE_LIMIT" in os.environ:
@@ -44,21 +46,21 @@ def _load() -> None:
 
 
 def _load_cuda() -> str | None:
-    """Adds the CUDA kernels, for which neither a GPU nor its driver is needed. Returns why there are none, or None."""
+    """Loads the CUDA kernels, which needs neither a GPU nor a driver. Returns None, or the reason why it failed."""
     if not CUDA_LIBRARY.exists():
-        return f"not built: {cuda_build().get('reason', 'nothing is known about the build')}"
+        return f"not built: {cuda_build().get('reason', 'nothing is known about the build')}. {HOW_TO_GET_CUDA}"
     wrong = _wrong_size(CUDA_LIBRARY)
     if wrong is not None:
         return f"does not load: {wrong}"
     try:
         torch.ops.load_library(str(CUDA_LIBRARY))
-    except OSError as error:  # such as a torch without CUDA, or of another CUDA: the CPU does not care
+    except OSError as error:  # such as a torch without CUDA, or with another CUDA version; the CPU kernels still work
         return f"does not load on torch {torch.__version__}: {error}"
     return None
 
 
 def cuda_build() -> dict[str, Any]:
-    """What the build wrote down; nothing where that cannot be read, which is no reason not to work."""
+    """What the build recorded; empty if the file cannot be read, which is not an error."""
     try:
         record = json.loads(CUDA_BUILD.read_text())
     except (OSError, ValueError, RecursionError):
@@ -67,7 +69,7 @@ def cuda_build() -> dict[str, Any]:
 
 
 def _wrong_size(library: Path) -> str | None:
-    """A library that was cut short in a copy would end the process inside the loader."""
+    """Checks the file's size: loading a truncated library would crash the process."""
     sizes = cuda_build().get("bytes")
     built = sizes.get(library.name) if isinstance(sizes, dict) else None
     size = library.stat().st_size
@@ -75,7 +77,7 @@ def _wrong_size(library: Path) -> str | None:
 
 
 def _refuse_cuda(reason: str) -> torch.library.Library:
-    """In the place of each kernel, who calls it is told why it is not there."""
+    """Registers a stub for each kernel that raises an error with the reason."""
     library = torch.library.Library("ffn_ops", "IMPL")
     for name in sorted(torch._C._dispatch_get_all_op_names()):
         if not name.startswith("ffn_ops::") or name.startswith("ffn_ops::_"):
@@ -98,8 +100,8 @@ def overload(name: str) -> Any:
 
 
 def fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Registers what gives shapes without data. All tensors must share a device: with one on meta among those of the
-    CPU the call comes here, and its results would be memory that nobody wrote."""
+    """Registers the fake kernel, which computes shapes without data. All tensors must share a device: a call that mixes
+    meta and CPU tensors comes here too, and would return uninitialised memory."""
     names = [argument.name for argument in overload(name)._schema.arguments]
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -119,7 +121,8 @@ def fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 def _flatten(args: Sequence[Any]) -> tuple[list[Any], tuple[int | None, ...]]:
-    """Arguments with lists of them spread out, as an autograd.Function sees tensors, and how long each list was."""
+    """Flattens lists among the arguments, because autograd.Function only sees tensors outside of lists; also returns
+    their lengths."""
     flat: list[Any] = []
     for arg in args:
         flat.extend(arg) if isinstance(arg, list) else flat.append(arg)
@@ -137,8 +140,8 @@ def _unflatten(flat: Sequence[Any], lengths: Sequence[int | None] | None) -> tup
 
 
 class ContextWith:
-    """A context some of whose attributes are others: ``needs_input_grad``, ``saved_tensors``. The context itself is not
-    touched: other threads may be running backward through it."""
+    """Wraps a context and overrides some attributes, such as ``needs_input_grad`` or ``saved_tensors``. It does not
+    modify the context, because other threads may be running backward through it."""
 
     def __init__(self, ctx: Any, **attributes: Any) -> None:
         self._ctx = ctx
@@ -148,16 +151,17 @@ class ContextWith:
         return getattr(self._ctx, name)
 
 
-# Below this many numbers in gradients the engine's answers cost more than computing what nobody asked for.
+# For gradients of fewer elements, asking the engine costs more than computing gradients that nobody asked for.
 _WORTH_ASKING = 1 << 18
 
 
 def _asked_for(ctx: Any, grads: Sequence[Any]) -> tuple[bool, ...]:
-    """Which inputs' gradients this backward pass uses: ``autograd.grad(y, x)`` of trainable weights asks for x alone.
+    """Which inputs' gradients this backward pass uses. ``autograd.grad(y, x)`` with trainable weights uses only x's.
 
-    ``needs_input_grad`` says what requires a gradient. The engine knows which functions it will run next: a python
-    Function's next functions are those of its tensors, None where one requires no gradient. About a leaf that
-    ``autograd.grad`` asks for the engine raises, at 20 microseconds each, so small layers stop at the first one.
+    ``needs_input_grad`` only says which inputs require a gradient. The engine knows which functions it will run next:
+    the next functions of a Python Function are those of its tensors, or None for a tensor that requires no gradient.
+    For a leaf that ``autograd.grad`` asks for, the engine raises, which costs 20 microseconds, so small layers stop
+    at the first one.
     """
     needs: tuple[bool, ...] = ctx.needs_input_grad
     if _will_run is None or torch.compiler.is_compiling():
@@ -171,7 +175,7 @@ def _asked_for(ctx: Any, grads: Sequence[Any]) -> tuple[bool, ...]:
     for place, function in zip(places, functions, strict=True):
         try:
             asked[place] = _will_run(function)
-        except RuntimeError:  # a leaf that is asked for, or no engine runs: needed
+        except RuntimeError:  # autograd.grad asks for this leaf, or no engine is running: the gradient is needed
             if small is None:
                 sizes = [f.variable.numel() for f in functions if hasattr(f, "variable")]
                 small = sum(sizes) + sum(g.numel() for g in grads if g is not None) < _WORTH_ASKING
@@ -181,7 +185,7 @@ def _asked_for(ctx: Any, grads: Sequence[Any]) -> tuple[bool, ...]:
 
 
 _will_run = getattr(torch._C, "_will_engine_execute_node", None)
-_GRADS_BATCHED: Any = torch._C._parse_dispatch_key("VmapMode")  # active in the vmap of is_grads_batched=True
+GRADS_BATCHED: Any = torch._C._parse_dispatch_key("VmapMode")  # active in the vmap of is_grads_batched=True
 _IMPLEMENTATIONS = torch.library.Library("ffn_ops", "IMPL")
 
 
@@ -193,16 +197,18 @@ def differentiable(
 ) -> Callable[..., Any]:
     """Registers ``formula`` as the operator's backward and returns the function that calls it.
 
-    ``tangent(ctx, *tangents)`` is its forward mode: from the inputs' tangents, None where there is none, those of the
-    outputs; ``ctx`` is as in backward. The operator's kernel for autograd serves raw calls, torch.func, forward mode,
-    compile and export; the function returned steps over the dispatcher in eager mode, as its way through python takes
-    longer than a small layer. (torch.library.register_autograd has neither torch.func nor forward mode.)
+    ``formula(ctx, *grads)`` gives the gradients of the operator's arguments; the last ones may be left out for None.
+    ``tangent(ctx, *tangents)`` is the forward-mode derivative. It maps the inputs' tangents (None for a missing one) to
+    the outputs'; ``ctx`` is the context of backward. The operator's autograd kernel serves raw calls, torch.func,
+    forward mode, compile and export. The returned function bypasses the dispatcher in eager mode, because its way
+    through Python takes longer than a small layer. (torch.library.register_autograd supports neither torch.func nor
+    forward mode.)
     """
     op = overload(name)
     takes_lists = any(str(each.type) == "List[Tensor]" for each in op._schema.arguments)
 
     def without_autocast(ctx: Any, *grads: Any) -> Any:
-        """In the dtypes that were saved, also where autocast is on around it, as for second derivatives it may be."""
+        """Runs in the saved dtypes even under autocast, which may be on when second derivatives are computed."""
         if not torch._C._is_any_autocast_enabled():
             return formula(ctx, *grads)
         device = next((grad.device.type for grad in grads if isinstance(grad, Tensor)), "cpu")
@@ -224,17 +230,19 @@ def differentiable(
         lengths, needs = ctx.arg_lengths, _asked_for(ctx, grads)
         if lengths is None:
             asked = ctx if needs == ctx.needs_input_grad else ContextWith(ctx, needs_input_grad=needs)
-            return *without_autocast(asked, *grads), None
+            result = without_autocast(asked, *grads)
+            return *result, *(None,) * (len(needs) - len(result))
         result = without_autocast(ContextWith(ctx, needs_input_grad=_unflatten(needs[:-1], lengths)), *grads)
         flat: list[Any] = []
-        for grad, length in zip(result, lengths, strict=True):
+        for grad, length in zip(result, lengths, strict=False):
             flat.extend([grad] if length is None else grad if isinstance(grad, (list, tuple)) else [grad] * length)
-        return *flat, None
+        return *flat, *(None,) * (len(needs) - len(flat))
 
     def flat_tangent(ctx: Any, *flat: Any) -> Any:
         if tangent is None:
             raise NotImplementedError(f"ffn_ops::{name}: no forward-mode derivative (jvp) of this operator")
-        with forward_ad._set_fwd_grad_enabled(True):  # torch turns it off: the levels below would lose their tangents
+        # torch turns forward mode off here, and outer levels would lose their tangents
+        with forward_ad._set_fwd_grad_enabled(True):
             saved = tuple(None if t is None else forward_ad.unpack_dual(t).primal for t in ctx.saved_tensors)
             return tangent(ContextWith(ctx, saved_tensors=saved), *_unflatten(flat[:-1], ctx.arg_lengths))
 
@@ -249,7 +257,7 @@ def differentiable(
         jvp = staticmethod(flat_tangent)
 
     class OneLevel(torch.autograd.function._SingleLevelFunction):
-        """Of torch.func's transformations the one that the dispatcher has come to. Those below need what a Function
+        """Handles the torch.func transformation at the top of the stack. The levels below need modes that a Function
         turns off."""
 
         @staticmethod
@@ -278,12 +286,12 @@ def differentiable(
     _IMPLEMENTATIONS.impl(name, autograd_kernel, "Autograd")
 
     def call(*args: Any, grad: bool = True) -> Any:
-        """``grad=False`` says that nothing needs a gradient: autograd is then stepped over."""
+        """``grad=False`` says that nothing needs a gradient; the call then bypasses autograd."""
         if (
             torch.compiler.is_compiling()
             or torch._C._are_functorch_transforms_active()
             or forward_ad._current_level >= 0
-            or torch._C._dispatch_tls_is_dispatch_key_included(_GRADS_BATCHED)
+            or torch._C._dispatch_tls_is_dispatch_key_included(GRADS_BATCHED)
         ):
             return op(*args)
         if not (grad and torch.is_grad_enabled()):
@@ -298,7 +306,8 @@ def differentiable(
 
 
 def vmap_by_loop(name: str) -> None:
-    """``torch.vmap`` of an operator: one call for each example, stacked. Right for any batched argument."""
+    """Implements ``torch.vmap`` of an operator: one call for each example, results stacked. Any argument may be
+    batched."""
     op = overload(name)
 
     def rule(info: Any, in_dims: Sequence[Any], *args: Any) -> Any:
@@ -310,7 +319,8 @@ def vmap_by_loop(name: str) -> None:
                 return [pick(each, d, i) for each, d in zip(arg, dim, strict=True)]
             if not isinstance(arg, Tensor) or not isinstance(dim, int):
                 return arg
-            return arg.select(dim, i) if info.batch_size else arg.sum(dim)  # no examples: one of the right shape
+            # no examples: one call with zeros gives the shape
+            return arg.select(dim, i) if info.batch_size else arg.sum(dim)
 
         results = [op(*example(i)) for i in range(max(1, info.batch_size))]
         if info.batch_size == 0:
@@ -323,7 +333,7 @@ def vmap_by_loop(name: str) -> None:
     torch.library.register_vmap(f"ffn_ops::{name}", rule)
 
     def gradients_batched(*args: Any) -> Any:
-        """For ``is_grads_batched=True``, which has a vmap of its own; torch's fallback there takes no lists."""
+        """For ``is_grads_batched=True``, which uses an older vmap; torch's fallback for it does not support lists."""
         level = torch._C._vmapmode_increment_nesting() - 1
         torch._C._vmapmode_decrement_nesting()
         size = 0

@@ -1,4 +1,4 @@
-"""The memory that the CPU's kernels keep for later calls."""
+"""The workspace memory that the CPU kernels keep between calls."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from . import _checks as check
 
 
 def empty_cache() -> None:
-    """Gives back to the system the memory that is kept for later calls on the CPU.
+    """Returns the CPU workspace that is kept for later calls to the system.
 
-    An operator works in memory of its own: packed operands, the hidden layer, its gradient. Touching fresh pages costs
-    time, so that memory is kept for the next call: one block for each call that runs at the same time, of the size of
-    the largest. No tensor lies in it. Where memory ends, it is given back without being asked. On a GPU all memory is
-    torch's; see :func:`torch.cuda.empty_cache`.
+    An operator needs workspace for packed operands, the hidden layer and its gradient. Touching fresh pages costs time,
+    so the library keeps this memory for the next call: one block for each call that runs at the same time, of the size
+    of the largest. No tensor lies in it. When an allocation fails, the library frees it by itself. On a GPU all memory
+    is torch's; see :func:`torch.cuda.empty_cache`.
 
     Example:
         >>> y = ffn_ops.ffn(torch.randn(4, 8), torch.randn(16, 8), torch.randn(8, 16))
@@ -23,14 +23,14 @@ def empty_cache() -> None:
 
 
 def set_cache_limit(limit: int | None) -> None:
-    """Sets how much memory is kept for later calls on the CPU; see :func:`empty_cache`.
+    """Sets how much CPU workspace is kept for later calls; see :func:`empty_cache`.
 
     Args:
-        limit: bytes; 0 keeps nothing. None stands for what the environment variable ``FFN_OPS_CACHE_LIMIT`` says, else
-            for 384 MiB. A call that needs more than this gets it, and gives it back when it ends.
+        limit: in bytes; 0 keeps nothing. None means the value of the environment variable ``FFN_OPS_CACHE_LIMIT``, or
+            384 MiB without it. A call that needs more gets it, and frees it when it ends.
 
     Raises:
-        TypeError, ValueError: what was expected and what came; also where ``FFN_OPS_CACHE_LIMIT`` is no number.
+        TypeError, ValueError: if ``limit`` or ``FFN_OPS_CACHE_LIMIT`` is not a number of bytes.
 
     Example:
         >>> ffn_ops.set_cache_limit(64 << 20)

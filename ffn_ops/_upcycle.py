@@ -1,4 +1,4 @@
-"""upcycle: a trained dense layer becomes a mixture that computes the same."""
+"""upcycle: makes a mixture that computes the same as a trained dense layer."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from .routing import top_k as _top_k
 def upcycle(
     ffn: nn.Module, num_experts: int, *, top_k: int = 2, router: Callable[..., Routing] | None = None
 ) -> MoEFFN:
-    """A mixture whose experts are copies of a trained dense FFN.
+    """Returns a mixture whose experts are copies of a trained dense FFN.
 
-    With the default router (top-k, renormalised) the weights of a token sum to 1, so that the mixture computes the same
-    function as ``ffn`` at the start, up to rounding. Weights that do not sum to 1 (the study guide's own, Switch's,
-    BASE's) or dropped rows scale the output: a ``router`` of one's own gives a warning.
+    With the default router (top-k, renormalised) the weights of a token sum to 1, so the mixture starts as the same
+    function as ``ffn``, up to rounding. Weights that do not sum to 1 (those of :class:`MoEFFN`'s default, Switch and
+    BASE) and dropped rows scale the output, so passing a ``router`` warns.
 
     Args:
         ffn: a :class:`PlainFFN` (ReLUFFN, GELUFFN, SwishFFN) or :class:`FeedForward` with plain linear children.
@@ -32,10 +32,14 @@ def upcycle(
         router: None for renormalised top-k.
 
     Raises:
-        TypeError: for a layer of another kind, whose function experts cannot compute.
-        ValueError: for adapters, hooks or dropout in the layer, which experts do not have.
+        TypeError: for a layer that experts cannot compute.
+        ValueError: for a layer with adapters, hooks or dropout, which experts do not have.
 
     Source: Komatsuzaki et al., Sparse Upcycling (2022).
+
+    Example:
+        >>> dense, x = ffn_ops.GELUFFN(8, 16), torch.randn(5, 8)
+        >>> torch.testing.assert_close(ffn_ops.upcycle(dense, num_experts=4)(x), dense(x))
     """
     check.positive("num_experts", num_experts)
     check.positive("top_k", top_k)
@@ -46,7 +50,7 @@ def upcycle(
     if not all(is_plain_linear(layer) for layer in layers):
         raise ValueError("ffn: expected plain nn.Linear children without adapters and hooks")
     if isinstance(ffn, FeedForward) and ffn.dropout.p > 0:
-        raise ValueError(f"ffn: expected dropout 0, which experts do not have, got {ffn.dropout.p}")
+        raise ValueError(f"ffn: expected dropout 0, because experts have no dropout, got {ffn.dropout.p}")
     if router is None:
         router = functools.partial(_top_k, k=top_k, renormalize=True)
     else:
@@ -58,7 +62,7 @@ def upcycle(
     down = layers[-1]
     moe = MoEFFN(
         down.out_features, down.in_features, num_experts, top_k, router=router, gated=gated,
-        activation=ffn.activation, beta=ffn.beta, bias=any(layer.bias is not None for layer in layers),
+        activation=ffn.activation, bias=any(layer.bias is not None for layer in layers),
         recompute=ffn.recompute,
     ).to(down.weight)  # fmt: skip
     moe.train(ffn.training)

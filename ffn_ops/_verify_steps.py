@@ -1,5 +1,5 @@
 """The steps of ``python -m ffn_ops verify``: each runs one tool in a process of its own and turns what it prints or
-writes into a record. Nothing here knows of budgets or of the report's file."""
+writes into a record. This file knows neither the budget nor the report's file."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Record = dict[str, Any]
 Say = Callable[[str], None]  # one line of progress
 
 TAIL = 60  # lines of a process's output that a report keeps where it failed
-GRACE = 10.0  # seconds between the interrupt of a process that is out of time and its end
+GRACE = 10.0  # seconds from interrupting a process that is out of time to killing it
 OUTCOME = re.compile(r"^(?:tests/|\S*/)?(\S+\.py::.+?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b")
 REASON = re.compile(r"^(?:FAILED|ERROR) (?:tests/|\S*/)?(\S+\.py(?:::.+?)?) - (.*)$")
 SANITIZED = re.compile(r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard")
@@ -34,11 +34,11 @@ SANITIZED = re.compile(r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) haz
 
 @dataclass(frozen=True)
 class Place:
-    """Where a verification runs, and what it is of."""
+    """Where a verification runs, and what it verifies."""
 
     device: str
     tests: Path
-    variables: tuple[tuple[str, str], ...] = ()  # of the environment, added
+    variables: tuple[tuple[str, str], ...] = ()  # added to the environment
 
     @property
     def root(self) -> Path:
@@ -46,7 +46,7 @@ class Place:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Of every process: this very package, wherever the process stands."""
+        """The environment of every process: it imports this package whatever its working directory."""
         paths = [str(Path(__file__).parents[1]), str(self.tests), os.environ.get("PYTHONPATH", "")]
         own = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
         return {**os.environ, **own, **dict(self.variables)}
@@ -56,13 +56,13 @@ class Place:
 class Step:
     name: str
     what: str
-    share: float  # of the time that it and the steps behind it have left
-    run: Callable[[Place, float, Say], Record]  # with so many seconds; its record says ``status``
+    share: float  # share of the time left for it and the later steps
+    run: Callable[[Place, float, Say], Record]  # runs for at most so many seconds; its record has ``status``
 
 
 @dataclass
 class Ended:
-    """A process that ended or was ended."""
+    """The result of a process that ended or was killed."""
 
     code: int | None  # None: out of time
     lines: list[str]
@@ -72,7 +72,7 @@ class Ended:
 
 
 def run_process(command: list[str], place: Place, seconds: float, each: Callable[[str], None]) -> Ended:
-    """Reads the output line by line. Out of time: interrupted, so that it may save what it has, then killed."""
+    """Reads the output line by line. A process that is out of time is interrupted, so that it can save, then killed."""
     process = subprocess.Popen(
         command,
         cwd=place.root,
@@ -80,8 +80,9 @@ def run_process(command: list[str], place: Place, seconds: float, each: Callable
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        start_new_session=True,  # its children end with it
-        # A shell's background job has SIGINT ignored, and so would what it starts: it could not be told to save.
+        start_new_session=True,  # so that its children end with it
+        # A shell's background job ignores SIGINT, and its children inherit that: an interrupt could not tell them to
+        # save.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout is not None
@@ -96,7 +97,7 @@ def run_process(command: list[str], place: Place, seconds: float, each: Callable
             for line in (each_line.decode(errors="replace") for each_line in whole):
                 lines.append(line)
                 each(line)
-            if not data and ended:  # not at the end of the pipe: a compiler's worker may hold it open
+            if not data and ended:  # does not wait for the end of the pipe: a compiler's worker may hold it open
                 break
             if time.monotonic() > end:
                 os.killpg(process.pid, signal.SIGKILL if late else signal.SIGINT)
@@ -135,7 +136,7 @@ def facts(place: Place, seconds: float, say: Say) -> Record:
 
 
 def tests_of(*files: str, slow: bool = False) -> Callable[[Place, float, Say], Record]:
-    """One process for each file, so that a broken GPU context or a hang costs one file."""
+    """Runs one process for each file, so that a broken GPU context or a hang costs only that file."""
 
     def run(place: Place, seconds: float, say: Say) -> Record:
         end = time.monotonic() + seconds
@@ -195,7 +196,7 @@ def sanitizer(tool: str, few: bool) -> Callable[[Place, float, Say], Record]:
             return {"status": "skipped", "why": "no compute-sanitizer on PATH (it is part of the CUDA toolkit)"}
         command = [program, "--tool", tool, "--error-exitcode", "99", sys.executable]
         command += [str(place.tests / "sanitized_run.py"), place.device, *(["few"] if few else [])]
-        # torch's pool of memory would hide what lies between tensors.
+        # torch's memory pool would hide accesses between tensors.
         uncached = replace(place, variables=(("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),))
         ended = run_process(command, uncached, seconds, say)
         errors = [int(m[1] or m[2]) for line in ended.lines if (m := SANITIZED.search(line))]
@@ -213,7 +214,7 @@ def sanitizer(tool: str, few: bool) -> Callable[[Place, float, Say], Record]:
 
 
 def benchmark(suite: str) -> Callable[[Place, float, Say], Record]:
-    """The rows that ended, in the form that ``python -m benchmarks.SUITE`` saves them."""
+    """The finished rows, in the form in which ``python -m benchmarks.SUITE`` saves them."""
 
     def run(place: Place, seconds: float, say: Say) -> Record:
         if not (place.root / "benchmarks" / f"{suite}.py").exists():

@@ -1,7 +1,7 @@
-"""Expert parallelism: every rank of a mesh holds some of the experts; rows travel to them and back.
+"""Expert parallelism: every rank of a mesh holds some of the experts. Rows travel to them and back.
 
 Built on ``torch.distributed``, which is imported where it is needed. The experts themselves are computed by
-:func:`ffn_ops.moe`; nothing here knows a router or a kernel.
+:func:`ffn_ops.moe`; this file contains no router and no kernel.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from . import _checks as check
 from . import ops
-from .ops._moe import check_weights, gate_form
+from ._gate import Gate
+from .ops._moe import check_weights, expert_form
 from .ops._rows import check_routing, combine_op, dispatch_op
 from .ops._shared import arithmetic, autocast, fold
 from .routing import Routing
@@ -23,22 +24,34 @@ from .routing import Routing
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-# What stands before the counts of a message, so that ranks that do not fit each other say so instead of hanging.
+# The header of the counts' message. With it ranks whose inputs do not fit raise an error instead of hanging.
 _FACTS = ("number of experts", "width of x", "width of the output", "dtype of x", "torch.is_grad_enabled()")
-_NEEDS = len(_FACTS)  # then which gradients its sender will compute
-_DROPPED = _NEEDS + 1  # and how many of its rows stay where they are
+_NEEDS = len(_FACTS)  # which gradients the sender will compute
+_DROPPED = _NEEDS + 1  # how many of its rows are dropped
 _HEADER = _DROPPED + 1
-_UNIT = 64  # a message has a multiple of so many numbers, so that most that differ in E arrive, and can be told apart
+# message sizes are a multiple of this, so that most ranks that differ in E can still exchange and compare them
+_UNIT = 64
 
 
 def experts_of(num_experts: int, ranks: int, rank: int) -> tuple[int, int]:
-    """First and last + 1 expert of a rank: ``Shard(0)``'s own rule, ceil(E / ranks) to each until none is left."""
+    """The range ``(first, end)`` of a rank's experts, by ``Shard(0)``'s rule: ceil(E / ranks) each until none is left.
+
+    Example:
+        >>> [ffn_ops.expert_parallel.experts_of(5, 4, rank) for rank in range(4)]
+        [(0, 2), (2, 4), (4, 5), (5, 5)]
+    """
     each = -(-num_experts // ranks)
     return min(rank * each, num_experts), min((rank + 1) * each, num_experts)
 
 
 def shard(local: Tensor, num_experts: int, mesh: DeviceMesh) -> Tensor:
-    """A ``Shard(0)`` DTensor ``[E, ...]`` of this rank's experts ``[E_local, ...]``. Nothing is sent."""
+    """Makes a ``Shard(0)`` DTensor ``[E, ...]`` from this rank's experts ``[E_local, ...]``. It sends nothing.
+
+    Example::
+
+        first, end = ffn_ops.expert_parallel.experts_of(8, mesh.size(), mesh.get_local_rank())
+        w_in = ffn_ops.expert_parallel.shard(torch.randn(end - first, 16, 8), 8, mesh)
+    """
     from torch.distributed.tensor import DTensor, Shard
 
     local = local.contiguous()
@@ -56,15 +69,14 @@ def moe(
     gated: bool = False,
     b_in: Tensor | None = None,
     b_down: Tensor | None = None,
-    activation: str = "gelu",
-    beta: float = 1.0,
+    activation: str | Gate = "gelu",
     recompute: bool = False,
 ) -> Tensor:
     """:func:`ffn_ops.moe` of this rank's tokens, with experts that the ranks of ``mesh`` hold together.
 
-    Rows go to the ranks of their experts and weighted results come back, each by one all-to-all of as many rows as
-    there are; before them the numbers of rows, which is where the host waits for the device once. **Every rank takes
-    part in each call and in its backward**, also without tokens. Backward sends the same rows the other way.
+    One all-to-all sends the rows to the ranks of their experts; another brings the weighted results back. Before them
+    an all-to-all exchanges the numbers of rows; there the host waits for the device, once. **Every rank must take part
+    in each call and in its backward**, even without tokens. Backward sends the same rows the other way.
 
     Args:
         x: ``[..., D]``, this rank's tokens, any number of them.
@@ -72,28 +84,35 @@ def moe(
         w_in, w_down, b_in, b_down: as :func:`ffn_ops.moe` takes them, each a ``Shard(0)`` DTensor ``[E, ...]`` on
             ``mesh`` or this rank's shard of it.
         mesh: one-dimensional; rank r has the experts of :func:`experts_of`.
-        gated, activation, beta, recompute: see :func:`ffn_ops.moe`.
+        gated, activation, recompute: see :func:`ffn_ops.moe`.
 
     Returns:
-        ``[..., D_out]`` for this rank's tokens. In float32 and float64 gradients have the bits of the one-process
-        operator on the tokens of all ranks, in the order of the ranks; the output may differ in the last bits, as it
-        is the sum of rounded products. In 16 bits rows are rounded for the way. Saved for backward: what
-        :func:`ffn_ops.moe` saves, and the received rows; no expert's output.
+        ``[..., D_out]`` for this rank's tokens. In float32 and float64 the gradients have the bits of the one-process
+        operator on the tokens of all ranks, in the order of the ranks. The output may differ in the last bits, because
+        it is a sum of rounded products. In 16 bits, rows are rounded before they are sent. Saved for backward: what
+        :func:`ffn_ops.moe` saves and the received rows, but no expert's output.
 
     Raises:
-        TypeError, ValueError: name of the argument, what was expected and what came; of all ranks where they differ.
-        RuntimeError: a rank ended, or did not come to the call within the group's time limit.
+        TypeError, ValueError: with the argument, what was expected and what came; with the values of all ranks if
+            these differ.
+        RuntimeError: if a rank ended, or did not join the call within the group's time limit.
 
     Source:
         Lepikhin et al., GShard (2020), section 3.2; the dropless form: Gale et al., MegaBlocks (2023).
+
+    Example::
+
+        mesh = init_device_mesh("cpu", (2,))  # run by torchrun on two processes
+        routing = ffn_ops.routing.top_k(x @ w_router.T, k=2)  # this rank's tokens
+        y = ffn_ops.expert_parallel.moe(x, routing, w_in, w_down, mesh=mesh)  # this rank's experts
     """
     check_mesh(mesh)
     check.tensor("x", x)
     weights = [_local(*each, mesh) for each in (("w_in", w_in), ("w_down", w_down), ("b_in", b_in), ("b_down", b_down))]
     call = _moe
-    if torch.compiler.is_compiling():  # sizes of messages are numbers of the host: the graph ends, and goes on behind
+    if torch.compiler.is_compiling():  # message sizes are numbers on the host, so a compiled graph breaks here
         call = torch.compiler.disable(_moe)
-    return call(x, routing, mesh, weights, gated, activation, beta, recompute)
+    return call(x, routing, mesh, weights, gated, activation, recompute)
 
 
 def _moe(
@@ -102,8 +121,7 @@ def _moe(
     mesh: DeviceMesh,
     weights: list[Tensor | None],
     gated: bool,
-    activation: str,
-    beta: float,
+    activation: str | Gate,
     recompute: bool,
 ) -> Tensor:
     cast: Any = autocast(x, *weights)
@@ -113,7 +131,7 @@ def _moe(
     experts = routing.offsets.shape[0] - 1
     begin, end = experts_of(experts, ranks, mesh.get_local_rank())
     here = (w_in, w_down, b_in, b_down)
-    gate_form(activation, beta, None, 0.0, gated, False, recompute)
+    expert_form(activation, gated, recompute)
     check_weights(x, routing.offsets[begin : end + 1], *here, gated)
     token, weight, offsets, row, slot_offsets = routing[:5]
     weight = weight.to(arithmetic(x))
@@ -123,7 +141,7 @@ def _moe(
     total = token.shape[0]
     counts, send, receive, needs, drops = _exchange_counts(offsets, total, end - begin, facts, needs, group, ranks)
     rows, kept = dispatch_op(fold(x), token, None, offsets, row, slot_offsets), sum(send)
-    if drops:  # dropped rows stand behind and stay here
+    if drops:  # dropped rows are last, and stay here
         rows, weight = rows[:kept], weight[:kept]
     rows, weight = (_joining(t, need) for t, need in zip((rows, weight), needs, strict=False))
     rows, weight = AllToAll.apply(group, send, receive, rows, weight)
@@ -132,9 +150,9 @@ def _moe(
         owner = torch.arange(end - begin, device=x.device).repeat(ranks)
         owner = owner.repeat_interleave(counts.flatten(), output_size=sum(receive))
         local = Routing.from_topk(owner.unsqueeze(1), weight.unsqueeze(1), end - begin)
-        options: dict[str, Any] = {"gated": gated, "activation": activation, "beta": beta, "recompute": recompute}
+        options: dict[str, Any] = {"gated": gated, "activation": activation, "recompute": recompute}
         rows = ops.moe(rows, local, w_in, w_down, b_in=b_in, b_down=b_down, **options)
-    else:  # nothing to compute; yet every gradient has its history, as on the other ranks
+    else:  # nothing to compute, but the gradients need the same history as on the other ranks
         rows = rows @ rows.new_zeros(rows.shape[1], w_down.shape[1]) * weight.unsqueeze(1).to(rows.dtype)
         rows = rows + sum((t * 0).sum() for t in here if t is not None)
 
@@ -211,8 +229,8 @@ def exchange(tensors: Sequence[Tensor], send: list[int] | None, receive: list[in
         return [collectives.wait_tensor(t) for t in pending]
     except RuntimeError as error:
         raise RuntimeError(
-            f"expert parallelism: an all-to-all of {group.size()} ranks failed: a rank ended or raised an error of its"
-            " own, came with other shapes, or did not come within the group's time limit"
+            f"expert parallelism: an all-to-all of {group.size()} ranks failed: a rank ended, raised an error of its"
+            " own, sent other shapes, or did not join within the group's time limit"
         ) from error
 
 

@@ -16,14 +16,16 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from . import _checks as check
 from . import ops
+from ._gate import Gate, as_gate
 
 # A small layer feels every look-up by nn.Module.__getattr__, so forward reads _modules and _parameters directly.
-PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor)  # fake: torch.export. DTensors and others act on their own
+# FakeTensor: torch.export. DTensors and other subclasses have behaviour of their own
+PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor)
 
 
 def has_own_forward(module: nn.Module) -> bool:
-    """True where no other forward than its class's is set on ``module``: a library that takes its own away may leave
-    the class's there, bound, as accelerate does."""
+    """True if the instance ``module`` has no ``forward`` but its class's. A library that removes its own may leave the
+    class's bound method there, as accelerate does."""
     forward = module.__dict__.get("forward")
     return forward is None or (
         getattr(forward, "__func__", None) is type(module).forward and forward.__self__ is module
@@ -31,7 +33,7 @@ def has_own_forward(module: nn.Module) -> bool:
 
 
 def is_unhooked(module: nn.Module) -> bool:
-    """True where calling ``module`` runs its class's forward and nothing else."""
+    """True if calling ``module`` runs only its class's forward."""
     return (
         ("forward" not in module.__dict__ or has_own_forward(module))
         and not module._forward_hooks
@@ -42,7 +44,7 @@ def is_unhooked(module: nn.Module) -> bool:
 
 
 def is_plain_linear(layer: nn.Module) -> bool:
-    """True where calling ``layer`` computes ``F.linear(x, layer.weight, layer.bias)`` and nothing else."""
+    """True if calling ``layer`` computes only ``F.linear(x, layer.weight, layer.bias)``."""
     weight: Any = layer._parameters.get("weight")
     return (
         type(layer) is nn.Linear
@@ -53,8 +55,9 @@ def is_plain_linear(layer: nn.Module) -> bool:
 
 
 def called(name: str, child: Any, x: Tensor) -> Tensor:
-    """``child(x)``. From a weight on meta torch would make memory that nobody wrote; hooks may bring weights first."""
-    looks = isinstance(x, Tensor) and not torch.compiler.is_compiling()  # torch.fx's symbolic_trace has no tensors
+    """Returns ``child(x)``. Refuses weights on meta, with which torch would return uninitialised memory; hooks may load
+    them first."""
+    looks = isinstance(x, Tensor) and not torch.compiler.is_compiling()  # torch.fx.symbolic_trace passes proxies
     if looks and not x.is_meta and is_unhooked(child):
         for path, part in child.named_modules(prefix=name):
             for each, p in part._parameters.items():
@@ -64,19 +67,19 @@ def called(name: str, child: Any, x: Tensor) -> Tensor:
 
 
 def is_idle(dropout: nn.Module) -> bool:
-    """True where calling ``dropout`` returns its input and does nothing else."""
+    """True if calling ``dropout`` only returns its input."""
     kind = type(dropout)
     idle = kind is nn.Identity or (kind is nn.Dropout and not (dropout.training and dropout.p > 0))  # type: ignore[operator]
     return idle and is_unhooked(dropout)
 
 
 def _alike(layers: list[nn.Linear]) -> bool:
-    """All with a bias or none, as the operator takes them."""
+    """True if all have a bias or none has, as the operator needs it."""
     return len({layer.bias is None for layer in layers}) == 1
 
 
 def reset(module: nn.Module) -> None:
-    """Fresh values for all of ``module``: by its own ``reset_parameters``, else child by child."""
+    """Initialises all of ``module``, by its own ``reset_parameters`` or child by child."""
     own = getattr(module, "reset_parameters", None)
     if callable(own):
         own()
@@ -86,10 +89,10 @@ def reset(module: nn.Module) -> None:
 
 
 class _OfLinears(nn.Module):
-    """A layer whose parameters are its children's."""
+    """Base of layers whose parameters are those of their children."""
 
     def reset_parameters(self) -> None:
-        """Fresh values, drawn in the constructor's order, as after ``to_empty``."""
+        """Initialises the parameters in the constructor's order; for use after ``to_empty``."""
         for child in self.children():
             reset(child)
 
@@ -100,16 +103,32 @@ def _check_dropout(value: object) -> None:
         raise ValueError(f"dropout: expected a probability between 0 and 1, got {value}")
 
 
+def _gated_width(hidden_dim: int | None, multiple_of: int, d_ff: int | None) -> int:
+    if d_ff is not None:
+        check.positive("d_ff", d_ff)
+        if hidden_dim is not None or multiple_of != 1:
+            given = f"{d_ff} with hidden_dim {hidden_dim} and multiple_of {multiple_of}"
+            raise ValueError(f"d_ff: expected it alone or hidden_dim and multiple_of in its place, got {given}")
+        return d_ff
+    check.positive("hidden_dim", hidden_dim)
+    check.positive("multiple_of", multiple_of)
+    width: int = multiple_of * ((2 * hidden_dim // 3 + multiple_of - 1) // multiple_of)  # type: ignore[operator]
+    if width < 1:
+        raise ValueError(f"hidden_dim: expected at least 2, so that two thirds of it are a width, got {hidden_dim}")
+    return width
+
+
 class FeedForward(_OfLinears):
     """``dropout(w2(act(w1 x) * w3 x))``: SwiGLU by default; ``activation=`` gives GeGLU, GLU and the others.
 
     Args:
         dim: width D of input and output.
-        hidden_dim: width of the plain FFN that this one stands for; two thirds of it, rounded up to a multiple of
+        hidden_dim: width of the plain FFN that this one replaces; two thirds of it, rounded up to a multiple of
             ``multiple_of``, is the width F here, so that the number of parameters stays.
-        multiple_of: what F is a multiple of.
-        dropout: probability of the dropout behind ``w2``.
-        activation, beta: see :func:`ffn_ops.gated_act`.
+        multiple_of: F is a multiple of it.
+        dropout: probability of the dropout after ``w2``.
+        activation: a name or a :class:`ffn_ops.Gate`.
+        d_ff: the width F itself, in place of ``hidden_dim`` and ``multiple_of``.
         bias: whether the three layers have biases.
         recompute: save x alone for backward, see :func:`ffn_ops.ffn`.
 
@@ -118,35 +137,38 @@ class FeedForward(_OfLinears):
     Raises: TypeError, ValueError for sizes, names and inputs that do not fit.
 
     Source: Shazeer, GLU Variants Improve Transformer (2020), equation 6; Touvron et al., LLaMA (2023), section 2.2.
+
+    Example:
+        >>> layer = ffn_ops.FeedForward(dim=8, hidden_dim=48, multiple_of=16, dropout=0.0)
+        >>> layer.w1.out_features  # two thirds of 48
+        32
+        >>> layer(torch.randn(4, 8)).shape
+        torch.Size([4, 8])
     """
 
     def __init__(
         self,
         dim: int,
-        hidden_dim: int,
-        multiple_of: int,
-        dropout: float,
+        hidden_dim: int | None = None,
+        multiple_of: int = 1,
+        dropout: float = 0.0,
         *,
-        activation: str = "silu",
-        beta: float = 1.0,
+        d_ff: int | None = None,
+        activation: str | Gate = "silu",
         bias: bool = True,
         recompute: bool = False,
     ) -> None:
         super().__init__()
-        for name, value in (("dim", dim), ("hidden_dim", hidden_dim), ("multiple_of", multiple_of)):
-            check.positive(name, value)
+        check.positive("dim", dim)
+        hidden = _gated_width(hidden_dim, multiple_of, d_ff)
         _check_dropout(dropout)
-        check.activation(activation, ops.activations())
-        check.number("beta", beta)
+        as_gate(activation, gated=True)
         check.flag("recompute", recompute)
-        hidden = multiple_of * ((2 * hidden_dim // 3 + multiple_of - 1) // multiple_of)
-        if hidden < 1:
-            raise ValueError(f"hidden_dim: expected at least 2, so that two thirds of it are a width, got {hidden_dim}")
         self.w1 = nn.Linear(dim, hidden, bias=bias)
         self.w2 = nn.Linear(hidden, dim, bias=bias)
         self.w3 = nn.Linear(dim, hidden, bias=bias)
         self.dropout = nn.Dropout(dropout)
-        self.activation, self.beta, self.recompute = activation, beta, recompute
+        self.activation, self.recompute = activation, recompute
 
     __prepare_scriptable__ = check.refuse_script
 
@@ -157,12 +179,12 @@ class FeedForward(_OfLinears):
             p1, p2, p3 = w1._parameters, w2._parameters, w3._parameters
             y = ops.ffn(
                 x, p1["weight"], p2["weight"], w_up=p3["weight"], b_in=p1["bias"], b_up=p3["bias"], b_down=p2["bias"],
-                recompute=self.recompute, activation=self.activation, beta=self.beta,
+                recompute=self.recompute, activation=self.activation,
             )  # fmt: skip
         else:
-            h = ops.gated_act(called("w1", w1, x), called("w3", w3, x), activation=self.activation, beta=self.beta)
+            h = ops.gated_act(called("w1", w1, x), called("w3", w3, x), activation=self.activation)
             y = called("w2", w2, h)
-        # torch.fx's symbolic_trace, whose y is no tensor, keeps the call: the mode may change after it.
+        # Under torch.fx.symbolic_trace y is a proxy; the graph keeps the call, because the mode may change later.
         return y if is_idle(dropout) and isinstance(y, Tensor) else dropout(y)  # type: ignore[no-any-return]
 
 
@@ -174,6 +196,10 @@ class PlainFFN(_OfLinears):
     Raises: TypeError, ValueError for sizes, names and inputs that do not fit.
 
     Source: Vaswani et al., Attention Is All You Need (2017), equation 2.
+
+    Example:
+        >>> ffn_ops.PlainFFN(8, 32, activation="silu")(torch.randn(4, 8)).shape
+        torch.Size([4, 8])
     """
 
     def __init__(
@@ -181,21 +207,19 @@ class PlainFFN(_OfLinears):
         d_model: int,
         d_ff: int,
         *,
-        activation: str = "gelu",
-        beta: float = 1.0,
+        activation: str | Gate = "gelu",
         bias: bool = True,
         recompute: bool = False,
     ) -> None:
         super().__init__()
         check.positive("d_model", d_model)
         check.positive("d_ff", d_ff)
-        check.activation(activation, ops.activations())
-        check.number("beta", beta)
+        as_gate(activation, gated=False)
         for name, flag in (("bias", bias), ("recompute", recompute)):
             check.flag(name, flag)
         self.linear1 = nn.Linear(d_model, d_ff, bias=bias)
         self.linear2 = nn.Linear(d_ff, d_model, bias=bias)
-        self.activation, self.beta, self.recompute = activation, beta, recompute
+        self.activation, self.recompute = activation, recompute
 
     __prepare_scriptable__ = check.refuse_script
 
@@ -206,31 +230,46 @@ class PlainFFN(_OfLinears):
             p1, p2 = first._parameters, second._parameters
             return ops.ffn(
                 x, p1["weight"], p2["weight"], b_in=p1["bias"], b_down=p2["bias"],
-                recompute=self.recompute, activation=self.activation, beta=self.beta,
+                recompute=self.recompute, activation=self.activation,
             )  # fmt: skip
-        h = ops.gated_act(called("linear1", first, x), activation=self.activation, beta=self.beta)
+        h = ops.gated_act(called("linear1", first, x), activation=self.activation)
         return called("linear2", second, h)
 
 
 class ReLUFFN(PlainFFN):
-    """``linear2(relu(linear1 x))``, the original transformer's FFN. See :class:`PlainFFN`."""
+    """``linear2(relu(linear1 x))``, the FFN of the original Transformer. See :class:`PlainFFN`.
+
+    Example:
+        >>> ffn_ops.ReLUFFN(8, 32)(torch.randn(4, 8)).shape
+        torch.Size([4, 8])
+    """
 
     def __init__(self, d_model: int, d_ff: int, *, recompute: bool = False) -> None:
         super().__init__(d_model, d_ff, activation="relu", recompute=recompute)
 
 
 class GELUFFN(PlainFFN):
-    """``linear2(gelu(linear1 x))`` with the erf form, as BERT and GPT have it. See :class:`PlainFFN`."""
+    """``linear2(gelu(linear1 x))`` with the erf form of GELU, as in BERT. See :class:`PlainFFN`.
+
+    Example:
+        >>> ffn_ops.GELUFFN(8, 32)(torch.randn(4, 8)).shape
+        torch.Size([4, 8])
+    """
 
     def __init__(self, d_model: int, d_ff: int, *, recompute: bool = False) -> None:
         super().__init__(d_model, d_ff, activation="gelu", recompute=recompute)
 
 
 class SwishFFN(PlainFFN):
-    """``linear2(swish(linear1 x))`` with ``swish(z) = z * sigmoid(beta * z)``. See :class:`PlainFFN`."""
+    """``linear2(swish(linear1 x))`` with ``swish(z) = z * sigmoid(beta * z)``. See :class:`PlainFFN`.
+
+    Example:
+        >>> ffn_ops.SwishFFN(8, 32, beta=1.5)(torch.randn(4, 8)).shape
+        torch.Size([4, 8])
+    """
 
     def __init__(self, d_model: int, d_ff: int, beta: float = 1.0, *, recompute: bool = False) -> None:
-        super().__init__(d_model, d_ff, activation="swish", beta=beta, recompute=recompute)
+        super().__init__(d_model, d_ff, activation=Gate("swish", beta=beta), recompute=recompute)
 
 
 class GLU(_OfLinears):
@@ -241,17 +280,20 @@ class GLU(_OfLinears):
     Raises: TypeError, ValueError for sizes, names and inputs that do not fit.
 
     Source: Dauphin et al., Language Modeling with Gated Convolutional Networks (2017), equation 1.
+
+    Example:
+        >>> ffn_ops.GLU(8, 32)(torch.randn(4, 8)).shape
+        torch.Size([4, 32])
     """
 
-    def __init__(self, d_in: int, d_out: int, *, activation: str = "sigmoid", beta: float = 1.0) -> None:
+    def __init__(self, d_in: int, d_out: int, *, activation: str | Gate = "sigmoid") -> None:
         super().__init__()
         check.positive("d_in", d_in)
         check.positive("d_out", d_out)
-        check.activation(activation, ops.activations())
-        check.number("beta", beta)
+        as_gate(activation, gated=True)
         self.linear_value = nn.Linear(d_in, d_out)
         self.linear_gate = nn.Linear(d_in, d_out)
-        self.activation, self.beta = activation, beta
+        self.activation = activation
 
     __prepare_scriptable__ = check.refuse_script
 
@@ -262,10 +304,10 @@ class GLU(_OfLinears):
             p1, p2 = gate._parameters, value._parameters
             return ops.gated_linear(
                 x, p1["weight"], p2["weight"], b_gate=p1["bias"], b_up=p2["bias"],
-                activation=self.activation, beta=self.beta,
+                activation=self.activation,
             )  # fmt: skip
         parts = called("linear_gate", gate, x), called("linear_value", value, x)
-        return ops.gated_act(*parts, activation=self.activation, beta=self.beta)
+        return ops.gated_act(*parts, activation=self.activation)
 
 
 class GatedFFN(_OfLinears):
@@ -276,23 +318,27 @@ class GatedFFN(_OfLinears):
 
     Raises: TypeError, ValueError for sizes, names and inputs that do not fit.
 
-    Source: the study guide's multi-gate FFN; each branch is Dauphin et al. (2017), equation 1.
+    Source: the multi-gate FFN of the two guides (see the documentation, Getting started); each branch is Dauphin et
+        al. (2017), equation 1.
+
+    Example:
+        >>> ffn_ops.GatedFFN(8, 32, num_gates=2, out_proj=True)(torch.randn(4, 8)).shape
+        torch.Size([4, 8])
     """
 
     def __init__(
-        self, d_model: int, d_ff: int, num_gates: int = 4, *, out_proj: bool = False, activation: str = "sigmoid",
-        beta: float = 1.0,
+        self, d_model: int, d_ff: int, num_gates: int = 4, *, out_proj: bool = False,
+        activation: str | Gate = "sigmoid",
     ) -> None:  # fmt: skip
         super().__init__()
         for name, value in (("d_model", d_model), ("d_ff", d_ff), ("num_gates", num_gates)):
             check.positive(name, value)
         check.flag("out_proj", out_proj)
-        check.activation(activation, ops.activations())
-        check.number("beta", beta)
+        as_gate(activation, gated=True)
         self.value_layers = nn.ModuleList([nn.Linear(d_model, d_ff) for _ in range(num_gates)])
         self.gate_layers = nn.ModuleList([nn.Linear(d_model, d_ff) for _ in range(num_gates)])
         self.out_proj = nn.Linear(d_ff, d_model) if out_proj else None
-        self.activation, self.beta = activation, beta
+        self.activation = activation
 
     __prepare_scriptable__ = check.refuse_script
 
@@ -307,11 +353,10 @@ class GatedFFN(_OfLinears):
                 b_gate=[g.bias for g in gates if g.bias is not None],
                 b_up=[v.bias for v in values if v.bias is not None],
                 activation=self.activation,
-                beta=self.beta,
             )
         else:
             for g in range(len(gates)):
                 parts = called(f"gate_layers.{g}", gates[g], x), called(f"value_layers.{g}", values[g], x)
-                h = ops.gated_act(*parts, activation=self.activation, beta=self.beta)
+                h = ops.gated_act(*parts, activation=self.activation)
                 y = y + h if g else h
         return y if self.out_proj is None else called("out_proj", self.out_proj, y)

@@ -1,6 +1,6 @@
-"""MoEFFN: the study guide's mixture of experts as a module.
+"""MoEFFN: a mixture of experts as a module.
 
-Parameters and one operator call; the router is any callable that gives a Routing.
+It holds parameters and calls one operator. The router is any callable that returns a Routing.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from . import _checks as check
 from . import expert_parallel, ops
+from ._gate import Gate, as_gate
 from ._stacking import stack_experts
 from .modules import PLAIN_TENSORS, FeedForward, PlainFFN, is_plain_linear, reset
 from .ops._rows import check_routing
@@ -33,18 +34,19 @@ if TYPE_CHECKING:
 class MoEFFN(nn.Module):
     """``sum over the chosen experts e of weight_e * expert_e(x)``, with Linear-GELU-Linear experts and their biases.
 
-    By default the study guide's layer: softmax over a Linear router, top-k, weights not renormalised.
+    The default is the layer of the two guides (see the documentation, Getting started): softmax over a Linear router,
+    top-k, weights not renormalised.
 
     Args:
         d_model, d_ff: widths D and F.
         num_experts, top_k: E and K.
-        router: what makes a :class:`ffn_ops.Routing` of the logits ``[T, E]``, such as
-            ``functools.partial(ffn_ops.routing.top_k, k=8, renormalize=True)``; None for the default. A keyword
-            ``training`` is passed where it takes one. An ``nn.Module`` becomes a child, ``choose``.
+        router: a callable from logits ``[T, E]`` to a :class:`ffn_ops.Routing`, such as
+            ``functools.partial(ffn_ops.routing.top_k, k=8, renormalize=True)``; None for the default. It gets the
+            keyword ``training`` if it has such a parameter. An ``nn.Module`` becomes a child, ``choose``.
         gated: experts are ``(act(gate) * up) w_down^T``.
-        activation, beta: see :func:`ffn_ops.gated_act`.
-        bias: whether the router, the experts and the shared ones have biases.
-        num_shared: this many experts' width of a dense FFN, ``shared``, that sees every token.
+        activation: a name or a :class:`ffn_ops.Gate`, of the experts and of the shared ones.
+        bias: whether the router, the experts and the shared experts have biases.
+        num_shared: the width of the dense FFN ``shared``, in experts; every token passes through it.
         shared_gate: a Linear from D to 1, ``shared_gate``, whose sigmoid multiplies what ``shared`` gives.
         expert_scale: a factor of each expert's output, ``expert_scale`` ``[E]``, at first 1.
         num_identity, num_null: the router chooses among this many more, behind the E experts: those that give x itself
@@ -55,26 +57,33 @@ class MoEFFN(nn.Module):
             for a token, before the weights.
         router_jitter: epsilon of :func:`ffn_ops.routing.jitter` on the router's input, in training.
         recompute: save x and the routing alone for backward, see :func:`ffn_ops.moe`.
-        expert_mesh: a one-dimensional ``DeviceMesh`` whose ranks hold the experts together, each those that
-            ``Shard(0)`` gives it: the stacked parameters are DTensors, ``router`` and ``shared`` are the first rank's
-            on all. Each rank gives its own tokens and routes them among themselves, so a capacity is counted on each
-            rank. Making the layer, calling it and its backward are collectives, see
+        expert_mesh: a one-dimensional ``DeviceMesh`` over whose ranks the experts are spread by ``Shard(0)``. The
+            stacked parameters are DTensors; ``router`` and ``shared`` start with the first rank's values on all ranks.
+            Each rank routes its own tokens, so a capacity counts the tokens of one rank. The constructor, calls and
+            their backward are collectives, see
             :func:`ffn_ops.expert_parallel.moe`.
 
     Shapes: x ``[..., D]`` to ``[..., D]``. State: ``router`` (Linear), ``w_in [E, F, D]`` (gated ``[E, 2F, D]``, gate
-    rows first), ``b_in``, ``w_down [E, D, F]``, ``b_down``, with ``d_latent`` in D's place. The study guide's keys
-    ``experts.{e}.0.*`` and ``experts.{e}.2.*`` load with ``strict=True``; :meth:`document_state_dict` gives them.
+    rows first, or alternating with those of up where the gate is ``interleaved``), ``b_in``, ``w_down [E, D, F]``,
+    ``b_down``, with ``d_latent`` in D's place. The study guide's keys ``experts.{e}.0.*`` and
+    ``experts.{e}.2.*`` load with ``strict=True``; :meth:`document_state_dict` gives them.
 
-    The router computes in float32 (float64 for float64), also under autocast and in a 16-bit layer. A plain
-    ``nn.Linear``, with or without a bias, by :func:`ffn_ops.route_linear`, whose bits do not depend on the batch; any
-    other module from x ``[..., D]`` to logits ``[..., E]`` is called, hooks and adapters included, with x and its
-    16-bit parameters in float32.
+    The router computes in float32 (float64 for float64), even under autocast and in a 16-bit layer. A plain
+    ``nn.Linear`` runs as :func:`ffn_ops.route_linear`, whose bits do not depend on the batch. Any other module from x
+    ``[..., D]`` to logits ``[..., E]`` is called, with its hooks and adapters, with x and its 16-bit parameters in
+    float32.
 
     Raises: TypeError, ValueError for sizes, names and inputs that do not fit.
 
-    Source: the study guide's MoEFFN; Shazeer et al., Outrageously Large Neural Networks (2017), equation 1; a gate on
+    Source: the guides' MoEFFN; Shazeer et al., Outrageously Large Neural Networks (2017), equation 1; a gate on
         the shared experts: Qwen2-MoE (2024); experts without computation: LongCat-Flash (2025), section 2.1; latent
         experts: Nemotron 3 (2025).
+
+    Example:
+        >>> layer = ffn_ops.MoEFFN(d_model=8, d_ff=16, num_experts=4, top_k=2)
+        >>> y, routing, logits = layer(torch.randn(5, 8), return_routing=True)
+        >>> routing.counts.sum()  # 5 tokens, 2 experts each
+        tensor(10)
     """
 
     def __init__(
@@ -86,8 +95,7 @@ class MoEFFN(nn.Module):
         *,
         router: Callable[..., Routing] | None = None,
         gated: bool = False,
-        activation: str = "gelu",
-        beta: float = 1.0,
+        activation: str | Gate = "gelu",
         bias: bool = True,
         num_shared: int = 0,
         shared_gate: bool = False,
@@ -110,6 +118,7 @@ class MoEFFN(nn.Module):
         flags = {"gated": gated, "bias": bias, "recompute": recompute, "shared_gate": shared_gate}
         for name, flag in {**flags, "expert_scale": expert_scale}.items():
             check.flag(name, flag)
+        gate = as_gate(activation, gated=gated, one_weight=gated)
         for name, value in (("num_identity", num_identity), ("num_null", num_null)):
             check.at_least(name, value, 0)
         if d_latent is not None:
@@ -120,13 +129,11 @@ class MoEFFN(nn.Module):
             raise ValueError("expert_norm: expected None with expert_mesh, whose ranks weight rows before they return")
         if shared_gate and not num_shared:
             raise ValueError("shared_gate: expected num_shared of 1 or more, got 0")
-        check.activation(activation, ops.activations())
-        check.number("beta", beta)
         check.number("router_jitter", router_jitter)
         check.at_least("num_shared", num_shared, 0)
         self.d_model, self.d_ff, self.num_experts, self.top_k = d_model, d_ff, num_experts, top_k
         self.num_identity, self.num_choices = num_identity, num_experts + num_identity + num_null
-        self.gated, self.activation, self.beta = gated, activation, beta
+        self.gated, self.activation = gated, activation
         self.router_jitter, self.recompute = router_jitter, recompute
         self.expert_mesh = expert_mesh
         begin, end = 0, num_experts
@@ -134,7 +141,7 @@ class MoEFFN(nn.Module):
             expert_parallel.check_mesh(expert_mesh, "expert_mesh")
             _check_local(router)
             facts: dict[str, Any] = {"d_model": d_model, "d_ff": d_ff, "num_experts": num_experts, "gated": gated}
-            facts |= {"bias": bias, "activation": activation, "beta": beta, "num_shared": num_shared}
+            facts |= {"bias": bias, "activation": gate, "num_shared": num_shared}
             facts |= {"shared_gate": shared_gate, "expert_scale": expert_scale, "d_latent": d_latent}
             facts |= {"num_identity": num_identity, "num_null": num_null}
             expert_parallel.check_alike(expert_mesh, facts)
@@ -156,14 +163,15 @@ class MoEFFN(nn.Module):
         self._draw_experts()
         self.shared: nn.Module | None = None
         if num_shared and gated:
-            width = num_shared * d_ff  # two thirds of (3 width + 1) / 2, rounded down, are the width
             self.shared = FeedForward(
-                d_model, (3 * width + 1) // 2, 1, 0.0, activation=activation, beta=beta, bias=bias, recompute=recompute
+                d_model,
+                d_ff=num_shared * d_ff,
+                activation=gate.replace(interleaved=False),
+                bias=bias,
+                recompute=recompute,
             )
         elif num_shared:
-            self.shared = PlainFFN(
-                d_model, num_shared * d_ff, activation=activation, beta=beta, bias=bias, recompute=recompute
-            )
+            self.shared = PlainFFN(d_model, num_shared * d_ff, activation=activation, bias=bias, recompute=recompute)
         self.shared_gate = nn.Linear(d_model, 1, bias=False) if shared_gate else None
         self.expert_scale = nn.Parameter(torch.ones(num_experts)) if expert_scale else None
         self.latent_down: nn.Module | None = None
@@ -175,8 +183,8 @@ class MoEFFN(nn.Module):
         self._equalize()
 
     def reset_parameters(self) -> None:
-        """Fresh values for the router, the experts and the shared ones, drawn in the constructor's order, as after
-        ``to_empty``; with ``expert_mesh`` a collective."""
+        """Initialises the router, the experts and the shared experts in the constructor's order; for use after
+        ``to_empty``. With ``expert_mesh`` it is a collective."""
         reset(self.router)
         self._draw_experts()
         for child in (self.shared, self.choose, self.shared_gate, self.latent_down, self.latent_up, self.expert_norm):
@@ -188,12 +196,12 @@ class MoEFFN(nn.Module):
 
     @torch.no_grad()
     def _draw_experts(self) -> None:
-        """Layer by layer in the order in which the study guide's module draws them: a seed gives its parameters."""
+        """Draws layer by layer in the order of the guides' module, so that a seed gives the same parameters."""
         pairs: list[list[Any]] = [[self.w_in, self.b_in], [self.w_down, self.b_down]]
         first = 0
         if check.is_dtensor(self.w_in):
             mesh: Any = self.expert_mesh
-            if mesh is None or pairs[0][0].device_mesh != mesh:  # sharded by others: torch draws for all ranks
+            if mesh is None or pairs[0][0].device_mesh != mesh:  # sharded by another library: torch draws for all ranks
                 for w, b in pairs:
                     for t in (w, b):
                         if t is not None:
@@ -204,13 +212,14 @@ class MoEFFN(nn.Module):
         for e in range(self.num_experts):
             for w, b in pairs:
                 fresh = nn.Linear(w.shape[2], w.shape[1], b is not None, device=w.device, dtype=w.dtype)
-                if first <= e < first + w.shape[0]:  # another rank's experts are drawn for the sake of those behind
+                # drawn and thrown away, so that later experts get the same random numbers
+                if first <= e < first + w.shape[0]:
                     w[e - first] = fresh.weight
                     if b is not None:
                         b[e - first] = fresh.bias
 
     def _equalize(self) -> None:
-        """The first rank's router and shared experts on all."""
+        """Copies the first rank's router and shared experts to all ranks."""
         if self.expert_mesh is not None:
             whole = [t for t in (*self.parameters(), *self.buffers()) if not check.is_dtensor(t)]
             expert_parallel.equalize(self.expert_mesh, whole)
@@ -218,8 +227,8 @@ class MoEFFN(nn.Module):
     __prepare_scriptable__ = check.refuse_script
 
     def logits(self, x: Tensor) -> Tensor:
-        """``[..., E]`` in float32 (float64 for float64): what the router chooses by, and what losses take. E counts
-        all that it chooses among."""
+        """Logits ``[..., E]`` in float32 (float64 for float64), for the router's choice and for losses. E counts all
+        that it chooses among."""
         self._check(x)
         if self.training and self.router_jitter:
             x = jitter(x.to(arithmetic(x)), self.router_jitter)
@@ -253,7 +262,7 @@ class MoEFFN(nn.Module):
         return self.choose(logits, **options)
 
     def _real_tokens(self, x: Tensor, routing: Routing | None, mask: Tensor | None) -> Tensor | None:
-        """``[..., 1]``, or None where there is no mask."""
+        """The mask as ``[..., 1]``, or None without a mask."""
         if routing is None and mask is None:
             return None
         self._check(x)
@@ -268,11 +277,11 @@ class MoEFFN(nn.Module):
     def forward(
         self, x: Tensor, *, routing: Routing | None = None, return_routing: bool = False, **options: Any
     ) -> Any:
-        """y, or with ``return_routing=True`` ``(y, routing, logits)`` for losses and statistics.
+        """Returns y, or ``(y, routing, logits)`` with ``return_routing=True``, for losses and statistics.
 
-        ``routing`` replaces the router's choice (logits are then None); other keywords go to the router. ``mask``
-        (bool, one for each token, False for padding; with ``routing`` its own) leaves padding out of the shared
-        experts too: whatever stands in x there, its y and every gradient from it are exactly 0.
+        ``routing`` replaces the router's choice; logits are then None. Other keywords go to the router. ``mask`` (bool,
+        one for each token, False for padding; with ``routing`` it must be the routing's own) leaves padding out of the
+        shared experts too: its y and every gradient from it are exactly 0, whatever x holds there.
         """
         if isinstance(x, check.Proxy):
             return check.leaf(self, x)(x, routing=routing, return_routing=return_routing, **options)
@@ -295,7 +304,7 @@ class MoEFFN(nn.Module):
         """What routing asks for, the shared experts aside."""
         options: dict[str, Any] = {
             "gated": self.gated, "b_in": self.b_in, "b_down": self.b_down, "activation": self.activation,
-            "beta": self.beta, "recompute": self.recompute,
+            "recompute": self.recompute,
         }  # fmt: skip
         chosen = routing if self.num_choices == self.num_experts else routing.first(self.num_experts)
         if self.expert_scale is not None:
@@ -318,16 +327,16 @@ class MoEFFN(nn.Module):
         return y
 
     def document_state_dict(self) -> dict[str, Tensor]:
-        """``router.*``, ``experts.{e}.0.*``, ``experts.{e}.2.*``: what the study guide's module loads.
+        """The state dict of the guides' module: ``router.*``, ``experts.{e}.0.*``, ``experts.{e}.2.*``.
 
-        With sharded parameters a collective: every rank gets all.
+        With sharded parameters it is a collective, and every rank gets all experts.
         """
         more = (self.shared, self.expert_scale, self.latent_down, self.expert_norm)
         plain = not self.gated and all(each is None for each in more) and self.num_choices == self.num_experts
         if not plain or self.b_in is None or self.b_down is None:
             raise ValueError("document_state_dict: expected plain experts with biases and no shared ones")
         state = {f"router.{name}": value for name, value in self.router.state_dict().items()}
-        if "router.weight" in state:  # the study guide's router has a bias
+        if "router.weight" in state:  # the guides' router has a bias
             state.setdefault("router.bias", state["router.weight"].new_zeros(self.num_experts))
         stacked: list[Any] = [self.w_in, self.b_in, self.w_down, self.b_down]
         stacked = [t.full_tensor() if check.is_dtensor(t) else t for t in stacked]
@@ -345,11 +354,11 @@ class MoEFFN(nn.Module):
         )
 
 
-_SWAPPING = threading.RLock()  # of the parameters of one module, while other threads may call it
+_SWAPPING = threading.RLock()  # guards the parameters of a module that other threads may be calling
 
 
 def _free_in_child() -> None:
-    """The thread that held the lock does not exist in a forked child."""
+    """Makes a new lock: the thread that held it does not exist in a forked child."""
     global _SWAPPING
     _SWAPPING = threading.RLock()
 
@@ -358,10 +367,10 @@ os.register_at_fork(after_in_child=_free_in_child)
 
 
 def _called(router: nn.Module, x: Tensor) -> Any:
-    """Logits of a router that is more than a plain linear layer: hooks and all, in float32, also where its parameters
-    are not. Those that are no plain tensors (sharded, quantised) act on their own: x then comes in its own dtype."""
+    """Logits of a router that is more than a plain linear layer, hooks included, in float32 even if its parameters are
+    16-bit. With parameters that are not plain tensors (sharded, quantised) x is passed in its own dtype."""
     wide = x.to(arithmetic(x))
-    meta = x.device.type == "meta"  # which has no autocast to leave
+    meta = x.device.type == "meta"  # meta has no autocast to turn off
     with nullcontext() if meta else torch.autocast(x.device.type, enabled=False):
         with nullcontext() if torch.compiler.is_compiling() else _SWAPPING:
             buffers = dict(router.named_buffers())
@@ -374,7 +383,7 @@ def _called(router: nn.Module, x: Tensor) -> Any:
                 state = {name: t.to(wide.dtype) for name, t in low.items()}
                 z = torch.func.functional_call(router, state, (wide,))
                 with torch.no_grad():
-                    for name in low.keys() & buffers.keys():  # such as running means, which the call may have moved
+                    for name in low.keys() & buffers.keys():  # such as running means, which the call may have updated
                         buffers[name].copy_(state[name])
         if not low or alone:
             z = router(x if low else wide)
@@ -391,6 +400,6 @@ def _check_local(router: Callable[..., Any] | None) -> None:
         router = router.func
     if router in (base, expert_choice):
         raise ValueError(
-            f"router: expected one that chooses for each token, got {router.__name__}, which weighs all tokens of the"
-            " batch against each other: with expert_mesh a rank has only its own"
+            f"router: expected one that chooses for each token, got {router.__name__}, which compares all tokens of the"
+            " batch: with expert_mesh a rank has only its own tokens"
         )

@@ -1,7 +1,7 @@
-"""Plain PyTorch: the formulas of every operator and the study guides' modules as a user would write them.
+"""Plain PyTorch formulas of every operator, and the modules of the two guides as a user would write them.
 
-Tests and benchmarks compare with this file; nothing here calls an ffn_ops operator, and nothing in the package's
-operators falls back to it. Shapes use the letters of ``ffn_ops/__init__.py``.
+Tests and benchmarks compare with this file. It calls no ffn_ops operator, and no operator falls back to it. Shapes use
+the letters of ``ffn_ops/__init__.py``.
 """
 
 from __future__ import annotations
@@ -12,16 +12,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "relu": lambda z, beta: torch.relu(z),
-    "relu_squared": lambda z, beta: torch.relu(z).square(),
-    "sigmoid": lambda z, beta: torch.sigmoid(z),
-    "tanh": lambda z, beta: torch.tanh(z),
-    "gelu": lambda z, beta: F.gelu(z),
-    "gelu_tanh": lambda z, beta: F.gelu(z, approximate="tanh"),
-    "silu": lambda z, beta: F.silu(z),
+from ._gate import Gate, as_gate
+
+# With the activation's own parameters, by name.
+ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
+    "relu": torch.relu,
+    "relu_squared": lambda z: torch.relu(z).square(),
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
+    "silu": F.silu,
     "swish": lambda z, beta: z * torch.sigmoid(beta * z),
-    "identity": lambda z, beta: z,
+    "identity": lambda z: z,
+    "situ": lambda z, gate_softcap, up_softcap: _softcap(z, gate_softcap) * torch.sigmoid(z),
+    "swiglu_step": lambda z, cap: F.silu(z).clamp(max=cap),
+}
+# What these do to up.
+UPS: dict[str, Callable[..., Tensor]] = {
+    "situ": lambda u, gate_softcap, up_softcap: _softcap(u, up_softcap),
+    "swiglu_step": lambda u, cap: u.clamp(-cap, cap),
 }
 
 SCORES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -31,21 +41,21 @@ SCORES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def gated_act(
-    gate: Tensor,
-    up: Tensor | None = None,
-    *,
-    activation: str = "silu",
-    beta: float = 1.0,
-    limit: float | None = None,
-    up_shift: float = 0.0,
-) -> Tensor:
+def _softcap(x: Tensor, cap: float) -> Tensor:
+    return cap * torch.tanh(x / cap)
+
+
+def gated_act(gate: Tensor, up: Tensor | None = None, *, activation: str | Gate = "silu") -> Tensor:
     """``act(min(gate, limit)) * (clamp(up, -limit, limit) + up_shift)``, or ``act(gate)`` where ``up`` is None."""
+    form = as_gate(activation, gated=up is not None)
+    act, own, limit = ACTIVATIONS[form.activation], form.own, form.limit
     if up is None:
-        return ACTIVATIONS[activation](gate, beta)
+        return act(gate, **own)
     if limit is not None:
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-    return ACTIVATIONS[activation](gate, beta) * (up + up_shift if up_shift else up)
+    if form.activation in UPS:
+        up = UPS[form.activation](up, **own)
+    return act(gate, **own) * (up + form.up_shift if form.up_shift else up)
 
 
 def gated_linear(
@@ -55,11 +65,10 @@ def gated_linear(
     *,
     b_gate: Tensor | None = None,
     b_up: Tensor | None = None,
-    activation: str = "sigmoid",
-    beta: float = 1.0,
+    activation: str | Gate = "sigmoid",
 ) -> Tensor:
     """``act(x w_gate^T + b_gate) * (x w_up^T + b_up)``."""
-    return gated_act(F.linear(x, w_gate, b_gate), F.linear(x, w_up, b_up), activation=activation, beta=beta)
+    return gated_act(F.linear(x, w_gate, b_gate), F.linear(x, w_up, b_up), activation=activation)
 
 
 def route_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -78,30 +87,38 @@ def ffn(
     b_in: Tensor | None = None,
     b_up: Tensor | None = None,
     b_down: Tensor | None = None,
-    activation: str = "silu",
-    beta: float = 1.0,
-    limit: float | None = None,
-    up_shift: float = 0.0,
+    activation: str | Gate = "silu",
     recompute: bool = False,
 ) -> Tensor:
-    """``(act(x w_in^T + b_in) [* (x w_up^T + b_up)]) w_down^T + b_down``; fused weights have gate rows first."""
+    """``(act(x w_in^T + b_in) [* (x w_up^T + b_up)]) w_down^T + b_down``; of fused weights the gate's rows stand first,
+    or alternate with those of up."""
+    fused = bool(gated) and w_up is None
+    form = as_gate(activation, gated=fused or w_up is not None, one_weight=fused)
     pre = F.linear(x, w_in, b_in)
     if w_up is not None:
         gate, up = pre, F.linear(x, w_up, b_up)
-    elif gated:
-        gate, up = pre.chunk(2, -1)
+    elif fused:
+        gate, up = (pre[..., ::2], pre[..., 1::2]) if form.interleaved else pre.chunk(2, -1)
     else:
         gate, up = pre, None
-    h = gated_act(gate, up, activation=activation, beta=beta, limit=limit, up_shift=up_shift)
-    return F.linear(h, w_down, b_down)
+    return F.linear(gated_act(gate, up, activation=form.replace(interleaved=False)), w_down, b_down)
 
 
 class FeedForward(nn.Module):
-    """``dropout(w2(act(w1 x) * w3 x))``: the guide's SwiGLU block with its parenthesis put right."""
+    """``dropout(w2(act(w1 x) * w3 x))``: the guides' SwiGLU block with its parenthesis corrected."""
 
-    def __init__(self, dim: int, hidden_dim: int, multiple_of: int, dropout: float, activation: str = "silu") -> None:
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int = 0,
+        multiple_of: int = 1,
+        dropout: float = 0.0,
+        activation: str | Gate = "silu",
+        *,
+        d_ff: int | None = None,
+    ) -> None:
         super().__init__()
-        hidden = multiple_of * ((2 * hidden_dim // 3 + multiple_of - 1) // multiple_of)
+        hidden = d_ff or multiple_of * ((2 * hidden_dim // 3 + multiple_of - 1) // multiple_of)
         self.w1 = nn.Linear(dim, hidden)
         self.w2 = nn.Linear(hidden, dim)
         self.w3 = nn.Linear(dim, hidden)
@@ -109,21 +126,20 @@ class FeedForward(nn.Module):
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.w2(ACTIVATIONS[self.activation](self.w1(x), 1.0) * self.w3(x)))
+        return self.dropout(self.w2(gated_act(self.w1(x), self.w3(x), activation=self.activation)))
 
 
 class PlainFFN(nn.Module):
-    """``linear2(act(linear1 x))``: the guide's ReLUFFN, GELUFFN and Swish FFN."""
+    """``linear2(act(linear1 x))``: the guides' ReLUFFN, GELUFFN and Swish FFN."""
 
-    def __init__(self, d_model: int, d_ff: int, activation: str = "relu", beta: float = 1.0) -> None:
+    def __init__(self, d_model: int, d_ff: int, activation: str | Gate = "relu") -> None:
         super().__init__()
         self.linear1 = nn.Linear(d_model, d_ff)
         self.linear2 = nn.Linear(d_ff, d_model)
         self.activation = activation
-        self.beta = beta
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear2(ACTIVATIONS[self.activation](self.linear1(x), self.beta))
+        return self.linear2(gated_act(self.linear1(x), activation=self.activation))
 
 
 class GLU(nn.Module):
@@ -209,7 +225,7 @@ def _ranked(values: Tensor) -> Tensor:
     """Indices of each row from the best to the worst."""
     smallest = torch.where(values.isnan(), torch.full_like(values, -torch.inf), values)
     order = torch.sort(smallest, dim=1, descending=True, stable=True).indices
-    worst = values.isnan().gather(1, order)  # NaN behind -inf
+    worst = values.isnan().gather(1, order)  # NaN ranks after -inf
     return order.gather(1, torch.sort(worst.int(), dim=1, stable=True).indices)
 
 
@@ -221,24 +237,16 @@ def moe(
     w_down: Tensor,
     *,
     gated: bool = False,
-    interleaved: bool = False,
     b_in: Tensor | None = None,
     b_down: Tensor | None = None,
-    activation: str = "gelu",
-    beta: float = 1.0,
-    limit: float | None = None,
-    up_shift: float = 0.0,
+    activation: str | Gate = "gelu",
 ) -> Tensor:
     """``y[t] = sum over k of weights[t, k] * expert ids[t, k] (x[t])``, expert by expert; ids >= E are skipped."""
     y = torch.zeros(x.shape[0], w_down.shape[1], dtype=x.dtype)
-    if interleaved:
-        w_in = torch.cat((w_in[:, ::2], w_in[:, 1::2]), 1)
-        b_in = None if b_in is None else torch.cat((b_in[:, ::2], b_in[:, 1::2]), 1)
     for e in range(w_in.shape[0]):
         tokens, slots = torch.where(ids == e)
         out = ffn(
-            x[tokens], w_in[e], w_down[e], gated=gated, activation=activation, beta=beta,
-            limit=limit, up_shift=up_shift,
+            x[tokens], w_in[e], w_down[e], gated=gated, activation=activation,
             b_in=None if b_in is None else b_in[e], b_down=None if b_down is None else b_down[e],
         )  # fmt: skip
         y = y.index_add(0, tokens, (out * weights[tokens, slots].unsqueeze(1)).to(x.dtype))
@@ -246,7 +254,7 @@ def moe(
 
 
 class MoEFFN(nn.Module):
-    """The study guide's mixture of experts: softmax, top-k without renormalisation, a loop over the experts."""
+    """The guides' mixture of experts: softmax, top-k without renormalisation, a loop over the experts."""
 
     def __init__(self, d_model: int, d_ff: int, num_experts: int = 8, top_k: int = 2) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
 """``python -m ffn_ops verify``: tests, sanitizers and benchmarks on one device, in steps that each save their result.
 
-Which tool a step runs, and how its output is read, stands in _verify_steps.py.
+_verify_steps.py says which tool a step runs and how it reads the output.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ._info import info
 from ._verify_steps import Place, Record, Say, Step
 from .ops import gated_act
 
-# By value: what a run that is cut short must have comes first.
+# Most valuable first, for runs that are cut short.
 STEPS = (
     Step("facts", "machine, build, clocks", 0.5, steps.facts),
     Step(
@@ -32,7 +32,8 @@ STEPS = (
         "accuracy, gradients, determinism, batch invariance, memory of every operator, form and dtype",
         4.0,
         steps.tests_of(
-            "test_accuracy.py", "test_gate_forms.py", "test_gradients.py", "test_determinism.py", "test_memory.py"
+            "test_accuracy.py", "test_gate.py", "test_gate_forms.py", "test_gradients.py", "test_determinism.py",
+            "test_memory.py",
         ),
     ),
     Step(
@@ -63,8 +64,8 @@ STEPS = (
         4.0,
         steps.tests_of(
             "test_replace.py", "test_replace_alike.py", "test_replace_changes.py", "test_replace_inputs.py",
-            "test_replace_models.py", "test_replace_parts.py", "test_replace_peft.py", "test_replace_report.py",
-            "test_libraries.py",
+            "test_replace_models.py", "test_replace_part_changes.py", "test_replace_parts.py", "test_replace_peft.py",
+            "test_replace_report.py", "test_libraries.py",
         ),
     ),
     Step("racecheck", "compute-sanitizer: races in shared memory", 1.5, steps.sanitizer("racecheck", few=True)),
@@ -72,8 +73,8 @@ STEPS = (
     Step("large", "more than 2^31 elements", 2.0, steps.tests_of("test_large.py", slow=True)),
 )  # fmt: skip
 BY_NAME = {step.name: step for step in STEPS}
-SAME = ("device", "gpu", "cpu", "version", "torch", "cuda")  # facts that all steps of a report share
-ENDED = ("passed", "failed", "skipped")  # not again, unless named
+SAME = ("device", "gpu", "cpu", "version", "torch", "cuda")  # facts that must be the same for all steps of a report
+ENDED = ("passed", "failed", "skipped")  # not repeated unless named
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,7 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """0: everything passed; 1: something did not, or had no time; 2: it could not begin."""
+    """Returns 0 if everything passed, 1 if something failed or had no time, 2 if it could not begin."""
     if options.list:
         for step in STEPS:
             print(f"{step.name:10} {step.what}")
@@ -111,7 +112,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _ready(options: argparse.Namespace) -> tuple[str, Place | None]:
-    """What is missing, or the place."""
+    """Returns the place, or what is missing."""
     unknown = [name for name in options.steps or () if name not in BY_NAME]
     if unknown:
         return f"--steps {unknown[0]}: expected some of {', '.join(BY_NAME)}", None
@@ -171,7 +172,7 @@ def _is_due(step: Step, options: argparse.Namespace, report: dict[str, Any]) -> 
 
 
 def _run_step(step: Step, place: Place, seconds: float, say: Say, report: dict[str, Any], out: Path) -> Record:
-    """Saved before it begins, so that a run that is killed in it does it again, and when it ends."""
+    """Saves the step before it begins, so that a killed run repeats it, and when it ends."""
     start = time.monotonic()
     begun = {"started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"), "limit": round(seconds)}
     if step.name != "facts":
@@ -179,7 +180,7 @@ def _run_step(step: Step, place: Place, seconds: float, say: Say, report: dict[s
         _save(report, out)
     try:
         record = step.run(place, seconds, lambda text: say(f"{step.name}: {text}"))
-    except Exception as error:  # a tool's odd output must not cost the steps behind it
+    except Exception as error:  # unexpected output of a tool must not stop the later steps
         record = {"status": "failed", "why": f"{type(error).__name__}: {error}"}
     record = {**record, **begun, "seconds": round(time.monotonic() - start, 1)}
     report["steps"][step.name] = record
@@ -198,7 +199,7 @@ def _save(report: dict[str, Any], out: Path) -> None:
 
 @contextlib.contextmanager
 def _progress() -> Iterator[Say]:
-    """The latest line, in place where rich is installed and there is a terminal; else one every ten seconds."""
+    """Shows the latest line: updated in place on a terminal with rich, else one every ten seconds."""
     if sys.stdout.isatty() and importlib.util.find_spec("rich") is not None:
         from rich.console import Console
         from rich.markup import escape

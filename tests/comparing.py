@@ -1,4 +1,4 @@
-"""What the tests of the comparison share: tiny sizes, and the command as the terminal gives it. No test stands here."""
+"""Helpers for the tests of the comparison: tiny sizes, and the command as a terminal calls it. No tests here."""
 
 from __future__ import annotations
 

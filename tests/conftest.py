@@ -1,4 +1,4 @@
-"""Options and fixtures that every test file shares. No test, no reference."""
+"""Options and fixtures for every test file. No tests, no references."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 
 import ffn_ops
 
-ISAS = os.environ.get("FFN_OPS_ISA", torch.ops.ffn_ops._isas()).split()  # all of this machine, or the one asked for
+# all instruction sets of this machine, or the one in the environment
+ISAS = os.environ.get("FFN_OPS_ISA", torch.ops.ffn_ops._isas()).split()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -19,7 +20,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Before anything is collected: some tests make their tensors on import."""
+    """Sets the device before collection, because some tests make their tensors on import."""
     config.addinivalue_line("markers", "cpu_only(reason): not with --device cuda, because of the reason")
     config.addinivalue_line("markers", "cuda_only: only with --device cuda")
     if config.getoption("--device") == "cuda":
@@ -33,7 +34,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """The instruction sets of this machine; on a GPU there is nothing to choose."""
+    """Parametrizes tests by the instruction sets of this machine; a GPU has only one."""
     if "isa" in metafunc.fixturenames:
         cuda = metafunc.config.getoption("--device") == "cuda"
         metafunc.parametrize("isa", ["cuda"] if cuda else ISAS, indirect=True)
@@ -46,7 +47,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=gone)
         items[:] = [item for item in items if elsewhere not in item.keywords]
 
-    # One case on every instruction set in a row, so that the rule of accuracy computes its references once.
+    # Runs one case on all instruction sets in a row, so that the rule of accuracy computes its references once.
     place: dict[str, int] = {}
 
     def case(item: pytest.Item) -> str:
@@ -66,7 +67,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """After an illegal access every call on the GPU fails: the tests behind it would only repeat its error."""
+    """Stops after an illegal access: every later call on the GPU would fail with the same error."""
     if report.failed and torch.get_default_device().type == "cuda":
         try:
             torch.cuda.synchronize()
@@ -89,7 +90,7 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def threads() -> Iterator[None]:
-    """Puts back the number of threads that a test sets."""
+    """Restores the number of threads after a test."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -97,7 +98,7 @@ def threads() -> Iterator[None]:
 
 @pytest.fixture
 def dynamo() -> Iterator[None]:
-    """A compiler without earlier tests' graphs."""
+    """Resets the compiler, so that graphs of earlier tests are gone."""
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()

@@ -1,5 +1,5 @@
 """The device that the tests run on: torch's default device, which conftest.py sets from ``--device`` before anything is
-collected. Tests create tensors without naming a device; random numbers come from ``generator``. No test stands here."""
+collected. Tests create tensors without naming a device; random numbers come from ``generator``. No tests here."""
 
 from __future__ import annotations
 
@@ -26,5 +26,5 @@ def gradgradcheck(*arguments: Any, **options: Any) -> bool:
 
 
 def _own_random_numbers() -> contextlib.AbstractContextManager[Any]:
-    """torch's checks draw on the default device from a generator of the CPU."""
+    """torch's checks draw from a CPU generator on the default device, which fails on a GPU."""
     return contextlib.nullcontext() if DEVICE == "cpu" else torch.device("cpu")

@@ -1,6 +1,6 @@
-"""What a rank of tests/test_expert_parallel.py does: its part of a batch, compared with the layer of one process.
+"""The work of a rank in tests/test_expert_parallel.py: its part of a batch, compared with the one-process layer.
 
-A module of its own, which the processes import without the tests. Each function is a rank's whole work.
+A separate module, so that processes import it without the tests. Each function is the whole work of a rank.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def reference_results(p: dict[str, Any], dtype: torch.dtype, gated: bool) -> dic
 
 
 def loads(rank: int, ranks: int) -> None:
-    """All rows to one rank, none at all, dropped and skipped rows, frozen parts: every rank comes to every call."""
+    """All rows to one rank, no rows, dropped and skipped rows, frozen parts: every rank joins every call."""
     mesh, tokens = mesh_of(ranks), TOKENS[ranks]
     E, T = 4, sum(tokens)
     p = problem(E, 2, T, torch.float64, False, True)
@@ -172,7 +172,7 @@ def loads(rank: int, ranks: int) -> None:
 
 
 def second_order(rank: int, ranks: int) -> None:
-    """The gradient of a gradient crosses the ranks too."""
+    """Second derivatives cross the ranks too."""
     mesh, tokens = mesh_of(ranks), TOKENS[ranks]
     E = 4
     p = problem(E, 2, sum(tokens), torch.float64, True, True)
@@ -240,7 +240,7 @@ def layer(rank: int, ranks: int) -> None:
     again.sum().backward()
     assert torch.equal(again, widely)
 
-    # Whole checkpoints: the study guide's keys and the stacked ones load, each rank taking its part.
+    # Whole checkpoints: the guides' keys and the stacked ones load, each rank taking its part.
     plain = ffn_ops.MoEFFN(D, F, 6, 2)
     for state in (plain.document_state_dict(), plain.state_dict()):
         sharded = ffn_ops.MoEFFN(D, F, 6, 2, expert_mesh=mesh)
@@ -285,7 +285,7 @@ def routers(rank: int, ranks: int) -> None:
 
 
 def errors(rank: int) -> None:
-    """Two ranks that do not fit say so, on both, and go on."""
+    """Two ranks with inputs that do not fit raise an error on both, and can go on."""
     mesh = mesh_of(2)
     p = problem(4, 2, 6, torch.float32, False, True)
     own = {n: p[n][2 * rank : 2 * rank + 2] for n in WEIGHTS}
@@ -317,7 +317,7 @@ def errors(rank: int) -> None:
     assert made == f"ValueError: d_ff: expected the same on every rank of expert_mesh, got [{F}, {F + 1}]"
     made = raised(lambda: ffn_ops.MoEFFN(D, F, 4 + rank, expert_mesh=mesh))
     assert "num_experts: expected the same" in made
-    # What one rank can see by itself is said before anything is sent.
+    # Errors that one rank can detect alone are raised before anything is sent.
     assert "w_in: expected shape [2, F, 12], got [4, 20, 12]" in call(p["x"], w_in=p["w_in"])
     replicated = torch.distributed.tensor.distribute_tensor(p["w_in"], mesh, [torch.distributed.tensor.Replicate()])
     assert "w_in: expected a DTensor of placement Shard(0)" in call(p["x"], w_in=replicated)
@@ -330,7 +330,7 @@ def errors(rank: int) -> None:
 
 
 def failing(rank: int, how: str) -> tuple[str, float]:
-    """The second rank does not come to the call. What the first is told, and after how many seconds."""
+    """The second rank does not join the call. Returns the error of the first, and the seconds until it came."""
     mesh = mesh_of(2)
     p = problem(4, 2, 6, torch.float32, False, True)
     r = Routing.from_topk(p["ids"], p["weights"].requires_grad_(), 4)

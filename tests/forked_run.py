@@ -1,6 +1,6 @@
-"""For test_memory.py: forks children while two threads run steps, as loaders of data do. Each child calls the operators
-of a step itself (not torch's autograd engine, which promises nothing after a fork in the middle of its work): they must
-end, with the right gradient. Prints how many did."""
+"""For test_memory.py: forks children while two threads run steps, as data loaders do. Each child calls the operators
+of a step directly, because torch's autograd engine promises nothing after a fork in the middle of its work. All must
+end with the right gradient. Prints how many did."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FORKS, AT_ONCE, SECONDS = 200, 4, 10.0
 
 
 def ended_well(child: int) -> bool:
-    """Waits for a child, which is killed where it does not end in time."""
+    """Waits for a child, and kills it if it does not end in time."""
     end = time.monotonic() + SECONDS
     while True:
         pid, status = os.waitpid(child, os.WNOHANG)
@@ -39,7 +39,7 @@ def main() -> int:
     x = torch.randn(4, 64)
 
     weights = [t.detach() for t in (layer.w1.weight, layer.w3.weight, layer.w2.weight)]
-    form = (True, "silu", 1.0, None, 0.0)
+    form = (True, False, "silu", [0.0, 0.0])
 
     def operators() -> torch.Tensor:
         y, gate, up = torch.ops.ffn_ops.ffn(x, *weights, None, None, None, *form, True)

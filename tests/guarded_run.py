@@ -1,6 +1,6 @@
 """Run by test_memory.py under guard_allocator.cpp: every operator, form, dtype and instruction set at ragged sizes.
 
-With an argument it does what must be caught: `write` and `read` behind a tensor, `gap` into what alignment leaves.
+With an argument it makes an error that must be caught: `write` or `read` after a tensor, `gap` in the padding.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ SIZES = [{"T": 13, "D": 21, "F": 19, "O": 11}, {"T": 3, "D": 7, "F": 37, "O": 33
 
 
 def at_the_edge(t: Tensor) -> Tensor:
-    """A copy whose last element is the last before the page that cannot be touched."""
+    """A copy that ends directly before a page that faults."""
     line = 64 // t.element_size()
     whole = t.new_zeros((t.numel() + line - 1) // line * line)
     return whole[whole.numel() - t.numel() :].view(t.shape).copy_(t)
@@ -32,7 +32,7 @@ def main() -> None:
                     tensors, d_y = problem.draw(dtype=dtype)
                     edge = {n: at_the_edge(t) for n, t in tensors.items()}
                     for result in results(problem.ours, edge, at_the_edge(d_y)).values():
-                        assert torch.isfinite(result).all(), f"{name} {dtype} {problem}: a number nobody wrote"
+                        assert torch.isfinite(result).all(), f"{name} {dtype} {problem}: uninitialised memory"
     print(ctypes.CDLL(None).guarded_blocks())
 
 

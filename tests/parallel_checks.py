@@ -1,5 +1,5 @@
-"""What a rank of tests/test_distributed.py does: FSDP2 and tensor parallelism around the modules, compared with one
-process. A module of its own, which the processes import without the tests.
+"""The work of a rank in tests/test_distributed.py: FSDP2 and tensor parallelism around the modules, compared with one
+process. A separate module, so that processes import it without the tests.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ def tensor_parallel(rank: int) -> None:
 
 
 def dtensors(rank: int) -> None:
-    """gated_act is computed shard by shard, with its gradient; what would need all of a matrix says so."""
+    """gated_act is computed shard by shard, with its gradient; operators that need whole matrices raise an error."""
     mesh = init_device_mesh("cpu", (2,))
     gate, up, d = torch.randn(3, 5, 6, generator=torch.Generator().manual_seed(1))
     a, b = gate.clone().requires_grad_(), up.clone().requires_grad_()
@@ -295,7 +295,7 @@ def benchmark(rank: int) -> dict[str, Any]:
 
 
 def lines(rank: int, blocks: list[str]) -> None:
-    """README's lines, one block after the other as in one session; each layer then makes a step."""
+    """The lines of docs/distributed.md, one block after the other as in one session; each layer then makes a step."""
     names: dict[str, Any] = {
         "torch": torch,
         "ffn_ops": ffn_ops,

@@ -1,6 +1,5 @@
-"""What the tests run: every operator in its forms, as ours and as the plain formula, on the same named tensors.
-
-The plain side is ffn_ops/reference.py; no tolerance and no test stands here.
+"""The problems that the tests run: every operator in its forms, as ours and as the plain formula, on the same named
+tensors. The plain formulas are in ffn_ops/reference.py. No tolerances and no tests here.
 """
 
 from __future__ import annotations
@@ -14,20 +13,28 @@ from device import DEVICE, generator
 from torch import Tensor
 
 import ffn_ops
-from ffn_ops import reference
+from ffn_ops import Gate, reference
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 ACTIVATIONS = ffn_ops.activations()
-BETA = 1.7  # not 1, so that a forgotten beta shows
-LIMITS = {"limit": 1.1, "up_shift": 0.6}  # of a gate: a quarter of its pre-activations lie beyond
+BETA = 1.7  # not the default, so that a forgotten parameter shows
+LIMITS = {"limit": 1.1, "up_shift": 0.6}  # limit of a gate: a quarter of the pre-activations are beyond it
 FFN_FORMS = ("plain", "gated", "fused")
-MOE_FORMS = ("moe", "moe_gated", "moe_limited")  # the last one with gate and up rows in turns
+MOE_FORMS = ("moe", "moe_gated", "moe_limited")  # in the last one gate and up rows alternate
 RECOMPUTING = (*FFN_FORMS, *MOE_FORMS)
 FORMS = ("act", "gated_act", "gated_linear", "branches", *RECOMPUTING)
 # Those whose bits depend on neither the batch nor strides: on a GPU dense layers take cuBLAS's products, which choose
 # their way by both.
 INVARIANT_FORMS = FORMS if DEVICE == "cpu" else ("act", "gated_act", *MOE_FORMS)
 BRANCHES = 3
+
+
+def gate_of(activation: str, **form: Any) -> Gate:
+    """With parameters of its own that matter for numbers of order 1; limits where the gate takes them."""
+    own = {name: BETA + 0.3 * i for i, name in enumerate(Gate(activation).own)}
+    if activation in reference.UPS:
+        form = {name: value for name, value in form.items() if name not in LIMITS}
+    return Gate(activation, **own, **form)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -116,8 +123,8 @@ class Problem:
         return self._call(reference.gated_act, gated_linear, reference.ffn, tensors, {})
 
     def _experts(self) -> dict[str, Any]:
-        options: dict[str, Any] = {"gated": self.form != "moe", "activation": self.activation, "beta": BETA}
-        return {**options, "interleaved": True, **LIMITS} if self.form == "moe_limited" else options
+        form: dict[str, Any] = {"interleaved": True, **LIMITS} if self.form == "moe_limited" else {}
+        return {"gated": self.form != "moe", "activation": gate_of(self.activation, **form)}
 
     def _call(
         self,
@@ -127,7 +134,7 @@ class Problem:
         t: dict[str, Tensor],
         keywords: dict[str, Any],
     ) -> Tensor:
-        act = {"activation": self.activation, "beta": BETA, **keywords}
+        act = {"activation": gate_of(self.activation), **keywords}
         if self.form in ("act", "gated_act"):
             return gated_act(*t.values(), **act)
         if self.form == "gated_linear":
@@ -159,8 +166,8 @@ def assert_same_bits(actual: dict[str, Tensor], expected: dict[str, Tensor], wha
 
 
 def assert_same_numbers(form: str, actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Of the same operands lying elsewhere: the same bits where the form promises it, else but for a few roundings of
-    the largest number or of 1, the size of what is summed, as sums in another order may differ by them."""
+    """Compares results for equal operands at other addresses: the same bits if the form promises it, else up to a few
+    roundings of the largest value or of 1, by which sums in another order may differ."""
     if form in INVARIANT_FORMS:
         return assert_same_bits(actual, expected)
     for name, value in expected.items():

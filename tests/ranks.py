@@ -1,6 +1,6 @@
-"""Runs a function in several processes with a gloo group between them, under a hard time limit. No test stands here.
+"""Runs a function in several processes with a gloo group between them, under a hard time limit. No tests here.
 
-The processes are forked from a server that has imported torch once, which is most of what a fresh one costs.
+The processes are forked from a server that has imported torch, which is most of the cost of a new process.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ COLLECTIVE_LIMIT = 30.0  # seconds of a collective: a rank that failed must not 
 
 
 class Died:
-    """In the place of a result: the process ended without one."""
+    """Stands for the result of a process that ended without one."""
 
 
 def run(
@@ -86,7 +86,7 @@ def _process(
 
 
 def raised(call: Callable[[], Any]) -> str:
-    """Class and message of what ``call`` raises."""
+    """Class and message of the error that ``call`` raises."""
     try:
         call()
     except Exception as error:

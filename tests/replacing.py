@@ -1,5 +1,5 @@
-"""What the tests of ``ffn_ops.replace`` share: layers as people write them, and two models compared by the rule of
-accuracy. No test stands here."""
+"""Helpers for the tests of ``ffn_ops.replace``: layers as people write them, and a comparison of two models by the rule
+of accuracy. No tests here."""
 
 from __future__ import annotations
 
@@ -103,6 +103,27 @@ class PhiLike(nn.Module):
         return self.down_proj(F.gelu(a) * b if self.gate_first else a * F.gelu(b))
 
 
+class Normed(PhiLike):
+    """As x-transformers' with a norm behind the activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(FF)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(self.norm(F.gelu(a) * b))
+
+
+class Function(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
 class Limited(LlamaLike):
     """Gates with a limit, as DeepSeek-V4 has them, and with a shift, as gpt-oss and MiniMax-M3."""
 
@@ -143,6 +164,15 @@ class Plain(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.drop(self.act(self.fc1(x))))
+
+
+class Dropouts(Plain):
+    """Before the activation, as SAM 3 has it, or one twice, as XLNet."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.act, nn.ReLU):
+            return self.fc2(self.act(self.drop(self.fc1(x))))
+        return self.drop(super().forward(x)) + x
 
 
 class FunctionalDropout(Plain):
@@ -219,7 +249,7 @@ def new_gelu(z: Tensor) -> Tensor:
 
 
 def named(act: str, beta: float = 1.0) -> Callable[[Tensor], Tensor]:
-    return lambda z: reference.ACTIVATIONS[act](z, beta)
+    return lambda z: reference.gated_act(z, activation=ffn_ops.Gate("swish", beta=beta) if act == "swish" else act)
 
 
 LLAMA = "down_proj({}(gate_proj(x)) * up_proj(x))"
@@ -245,12 +275,24 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "sequential": (sequential, "5(4(3(gelu_tanh(1(0(x))))))", "ffn"),
     "in a method": (BertLike, "output.norm(output.dropout(output.dense(gelu(intermediate.dense(x)))) + x)", "ffn"),
     "with its residual": (T5Like, "dropout(ffn.fc2(ffn.drop(relu(ffn.fc1(norm(x)))))) + x", "ffn"),
+    "dropout twice": (lambda: Dropouts(nn.SiLU()), "drop(fc2(drop(silu(fc1(x))))) + x", "ffn"),
+    "dropout before": (lambda: Dropouts(nn.ReLU()), "fc2(relu(drop(fc1(x))))", "ffn"),
+    "a norm behind a gate": (
+        Normed, "down_proj(norm(gelu(gate) * up of gate_up_proj(x), gate first))", "gated_linear"
+    ),
+    "a norm behind relu squared": (
+        lambda: nn.Sequential(
+            nn.Linear(D, FF), Function(lambda z: F.relu(z) ** 2), nn.Dropout(0.0), nn.LayerNorm(FF), nn.Linear(FF, D)
+        ),
+        "4(3(2(relu_squared(0(x)))))", "gated_act",
+    ),
     "guide FeedForward": (
         lambda: reference.FeedForward(D, 30, 4, 0.0), "dropout(w2(silu(w1(x)) * w3(x)))", "ffn",
     ),
     "guide ReLUFFN": (lambda: reference.PlainFFN(D, FF), "linear2(relu(linear1(x)))", "ffn"),
     "guide SwishFFN": (
-        lambda: reference.PlainFFN(D, FF, "swish", 1.7), "linear2(swish(beta=1.7)(linear1(x)))", "ffn",
+        lambda: reference.PlainFFN(D, FF, ffn_ops.Gate("swish", beta=1.7)),
+        "linear2(swish(beta=1.7)(linear1(x)))", "ffn",
     ),
     "guide GLU": (lambda: reference.GLU(D, FF), "sigmoid(linear_gate(x)) * linear_value(x)", "gated_linear"),
     "guide GatedFFN": (
@@ -260,7 +302,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     ),
     **{
         act: (lambda act=act: Plain(named(act)), f"fc2(drop({act}(fc1(x))))", "ffn")
-        for act in reference.ACTIVATIONS if act != "swish"
+        for act in ffn_ops.activations() if not ffn_ops.Gate(act).own
     },
 }  # fmt: skip
 
@@ -278,16 +320,6 @@ def operators(layer: nn.Module, x: Tensor) -> list[str]:
 
 
 # ---- layers that compute something else -----------------------------------------------------------------------------
-
-
-class Misplaced(reference.FeedForward):
-    """The guide's parenthesis, with widths at which it runs."""
-
-    def __init__(self) -> None:
-        super().__init__(D, 18, 4, 0.0)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.w2(F.silu(self.w1(x))) * self.w3(x))
 
 
 class Scaled(LlamaLike):
@@ -339,9 +371,8 @@ def _noise(m: Any, x: Tensor) -> Tensor:
 
 
 NO_ACTIVATION = "no activation"
-BETWEEN = "(act|1), a norm or an activation that learns, is between its linear children"
+BETWEEN = "(act|1), a norm or an activation with parameters, is between its linear children"
 OTHERS: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "misplaced parenthesis": (Misplaced, ""),
     "clipped at 7": (lambda: LlamaLike(lambda z: F.silu(z.clamp(max=7.0))), NO_ACTIVATION),
     "clipped at 10000": (lambda: LlamaLike(lambda z: F.silu(z).clamp(max=1e4)), NO_ACTIVATION),
     "relu6": (lambda: Plain(nn.ReLU6()), NO_ACTIVATION),
@@ -349,18 +380,18 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "leaky": (lambda: Plain(nn.LeakyReLU()), NO_ACTIVATION),
     "nearly gelu": (lambda: Plain(lambda z: F.gelu(z) * (1 + 2e-5)), NO_ACTIVATION),
     "learned slope": (lambda: Plain(nn.PReLU()), BETWEEN),
-    "buffer": (Scaled, "scale|returns"),
+    "buffer": (Scaled, "scale|return"),
     "learned beta": (Learned, "tensor of its own, beta"),
     "a child twice": (lambda: Forward(_twice), "twice|no activation"),
     "reads its weights": (lambda: Forward(_reads_weights), "no linear child"),
-    "writes its input": (lambda: Forward(_writes), "writes into its input|no activation|called with"),
+    "writes its input": (lambda: Forward(_writes), "modifies its input|no activation|called with"),
     "noise": (lambda: Forward(_noise), NO_ACTIVATION),
     "two results": (lambda: Forward(lambda m, x: (LlamaLike.forward(m, x), x)), "not one tensor"),
     "norm between": (
         lambda: nn.Sequential(nn.Linear(D, FF), nn.LayerNorm(FF), nn.GELU(), nn.Linear(FF, D)), BETWEEN
     ),
-    "pooled": (lambda: Forward(lambda m, x: LlamaLike.forward(m, x).mean(-2)), "returns"),
-    "output scaled": (lambda: Forward(lambda m, x: 0.5 * LlamaLike.forward(m, x)), "returns"),
+    "pooled": (lambda: Forward(lambda m, x: LlamaLike.forward(m, x).mean(-2)), "does not return"),
+    "output scaled": (lambda: Forward(lambda m, x: 0.5 * LlamaLike.forward(m, x)), "does not return"),
     "bf16 only": (lambda: Forward(_bf16_differs).bfloat16(), "in bfloat16"),
 }  # fmt: skip
 

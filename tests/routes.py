@@ -1,4 +1,4 @@
-"""What tests of routing share: every router, and the sort of rows as naive loops. No test stands here."""
+"""Helpers for the tests of routing: every router, and the sort of rows as naive loops. No tests here."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def main(few: bool) -> None:
                 problem = Problem(form, **size)
                 tensors, d_y = problem.draw(dtype=dtype)
                 for name, result in results(problem.ours, tensors, d_y).items():
-                    assert torch.isfinite(result).all(), f"{dtype} {problem} {name}: a number nobody wrote"
+                    assert torch.isfinite(result).all(), f"{dtype} {problem} {name}: uninitialised memory"
     for router in ROUTERS.values():
         logits = torch.randn(70, 6, requires_grad=True)
         router(logits).weight.sum().backward()

@@ -1,4 +1,4 @@
-"""Which operators of this package ran. No test stands here."""
+"""Records which operators of this package ran. No tests here."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def test_second_derivatives(activation: str, dtype: torch.dtype, isa: str) -> No
     assert_accurate(SecondOrder("gated_act", T=9, F=75, activation=activation), dtype)
 
 
-# float16 differs from bfloat16 in the load and the store alone, branches from gated in their sum alone.
+# float16 differs from bfloat16 only in load and store, and branches from gated only in their sum.
 FORMS_OF_SHAPES = [(form, dtype) for form in ("plain", "gated") for dtype in DTYPES if dtype is not torch.float16]
 FORMS_OF_SHAPES += [("branches", torch.float32)]
 
@@ -85,7 +85,7 @@ def test_without_biases(form: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("length", [1, 7, 63, 65, 40000], ids=lambda n: f"{n} columns")
 def test_gated_act_long_rows(length: int, isa: str) -> None:
-    """40000 is more than one task's stretch of a row."""
+    """A row of 40000 is cut into several tasks."""
     assert_accurate(Problem("gated_act", T=3, F=length), torch.float32)
 
 
@@ -109,8 +109,8 @@ class Scaled(Problem):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=dtype_name)
 @pytest.mark.parametrize("form", FORMS)
 def test_every_magnitude(form: str, dtype: torch.dtype) -> None:
-    """Between the smallest and the largest numbers of 16 bits, as far as eager's results are finite: what is stored on
-    the way must not fall out of the dtype's range where eager's does not."""
+    """From the smallest to the largest 16-bit values for which eager's results are finite: intermediate results must
+    not leave the dtype's range if eager's do not."""
     finite = 0
     sizes = [(m, 1.0, 1.0) for m in MAGNITUDES] + [(1.0, m, 1.0) for m in MAGNITUDES]
     sizes += [(m, 1.0, 1e-3) for m in (1e-3, 1.0)] if form in MOE_FORMS else []
@@ -225,7 +225,7 @@ def test_special_values(activation: str, dtype: torch.dtype, isa: str) -> None:
 
 
 def unaligned(t: Tensor) -> Tensor:
-    """One element behind an aligned address."""
+    """One element after an aligned address."""
     return torch.cat([t.new_zeros(1), t.reshape(-1)])[1:].view(t.shape)
 
 
@@ -250,7 +250,7 @@ def padded_rows(t: Tensor) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=dtype_name)
 @pytest.mark.parametrize("form", FORMS)
 def test_layouts(form: str, dtype: torch.dtype, arrange, isa: str) -> None:
-    """Every input and the gradient of the output in another layout: the bits of the dense ones."""
+    """Every input and the gradient of the output in another layout: the same bits as with dense tensors."""
     problem = Problem(form, T=21, D=270, F=35, O=18)
     tensors, d_y = problem.draw(dtype=dtype)
     expected = results(problem.ours, tensors, d_y)
@@ -262,7 +262,7 @@ def test_layouts(form: str, dtype: torch.dtype, arrange, isa: str) -> None:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dim", [0, 1])
 def test_expanded(form: str, dim: int, dtype: torch.dtype, isa: str) -> None:
-    """Stride 0 in any input and in the gradient (as sum().backward() gives): the bits of the written-out ones."""
+    """Stride 0 in any input and in the gradient (as from sum().backward()): the same bits as with copies."""
     problem = Problem(form, T=21, D=19, F=35, O=18)
     tensors, d_y = problem.draw(dtype=dtype)
     views = {n: t.narrow(min(dim, t.dim() - 1), 0, 1).expand(t.shape) for n, t in {**tensors, "d": d_y}.items()}

@@ -44,9 +44,11 @@ def test_base_is_optimal(T: int, E: int) -> None:
 
 @pytest.mark.parametrize(("T", "E"), [(200, 7), (256, 16), (60, 61), (301, 24)])
 def test_base_has_no_better_exchange(T: int, E: int) -> None:
-    """No cycle of moves, and no chain from a fuller to a less full expert, gains: which is optimality."""
+    """No cycle of moves, and no chain from a fuller to a less full expert, improves the sum: the optimality
+    condition."""
+    # all tokens prefer the first expert
     scores = torch.randn(T, E, generator=generator(E), dtype=torch.float64)
-    scores[:, 0] += 3  # everybody wants the first
+    scores[:, 0] += 3
     ids = base_ids(scores)
     quotas(ids, E)
     cost = torch.full((E, E), math.inf, dtype=torch.float64)
@@ -65,7 +67,7 @@ def test_base_has_no_better_exchange(T: int, E: int) -> None:
 
 
 def test_base_special_cases() -> None:
-    """Where the auction of the paper's code fails: one expert, equal scores, T no multiple of E; and no numbers."""
+    """Cases where the auction of the paper's code fails: one expert, equal scores, T not a multiple of E; also NaN."""
     for scores in (torch.randn(5, 1), torch.zeros(10, 4), torch.full((7, 3), math.nan), torch.full((7, 3), -math.inf)):
         ids = base_ids(scores)
         quotas(ids, scores.shape[1])

@@ -1,4 +1,4 @@
-"""What benchmarks divide by times, and what they say is kept: FLOPs and bytes, against tensors counted here."""
+"""FLOPs and bytes that benchmarks report, against tensors counted here."""
 
 from __future__ import annotations
 

@@ -285,8 +285,7 @@ def test_a_wrong_layer_is_refused(tmp_path: Path) -> None:
     """Negative control: silu in the place of gelu differs by far more than rounding."""
     wrong = Architecture(**{**BY_KEY["gelu"].__dict__, "fused": BY_KEY["silu"].fused})
     settings = TINY(out=tmp_path, compile="none")
-    x, dy = torch.randn(16, 32), torch.randn(16, 32)
-    prepared = layers.prepare(wrong, settings, x, dy)
+    prepared = layers.prepare(wrong, settings)
     assert prepared.result.refused and "fused" not in prepared.layers
     assert "against float64" in prepared.result.notes[0]
 

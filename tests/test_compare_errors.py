@@ -1,4 +1,4 @@
-"""``python -m ffn_ops compare`` with bad texts, folders, devices, numbers: one line, exit code 2, no half result."""
+"""``python -m ffn_ops compare`` with bad texts, folders, devices, numbers: one line, exit code 2, no partial result."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_empty_name_of_a_file_is_exit_code_2(
 
 
 def test_a_run_that_is_interrupted_leaves_the_last_ones_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whichever file it was writing: nothing half written, nothing of two runs beside each other."""
+    """Whichever file it was writing: no partial file, and never files of two runs."""
     files = {"plots": "loss.png", "report": "report.md", "write_json": "results.json"}
     run = ["first"]
 

@@ -88,7 +88,7 @@ def test_inductor_training_step(recompute: bool) -> None:
 
 
 def test_compiled_double_backward() -> None:
-    """torch.compile does not differentiate twice; it says so, and never answers wrong."""
+    """torch.compile does not differentiate twice; it raises an error and never returns a wrong result."""
     x, w = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4)
     compiled = torch.compile(lambda x: ffn_ops.gated_linear(x, w, w), backend="aot_eager", fullgraph=True)
     (d_x,) = torch.autograd.grad(compiled(x).sum(), x, create_graph=True)

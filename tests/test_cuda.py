@@ -1,4 +1,4 @@
-"""What only a GPU has: graphs, streams, waiting for the device, several devices, TF32, and the CPU to agree with."""
+"""Tests for a GPU only: graphs, streams, waiting for the device, several devices, TF32, agreement with the CPU."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_a_router_does_not_wait(name: str, request: pytest.FixtureRequest) -> No
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
 @every_form
 def test_current_stream(form: str, dtype: torch.dtype) -> None:
-    """Numbers that arrive late on a side stream: work on any other stream would find the NaN before them."""
+    """Values that arrive late on a side stream: work on any other stream would read NaN."""
     problem = Problem(form, **SIZES)
     tensors, d_y = problem.draw(dtype=dtype)
     expected = results(problem.ours, tensors, d_y)
@@ -167,7 +167,7 @@ def test_streams_at_the_same_time() -> None:
 @every_dtype
 @every_form
 def test_run_to_run(form: str, dtype: torch.dtype) -> None:
-    """Many blocks, beside other work that changes their order."""
+    """Many blocks, with other work that changes their order."""
     problem = Problem(form, T=1000, D=200, F=400, O=200, E=16, K=4)
     tensors, d_y = problem.draw(dtype=dtype)
     expected = results(problem.ours, tensors, d_y)
@@ -260,8 +260,8 @@ OUTSIDE: dict[str, Callable[[Routing], Routing]] = {
 
 @pytest.mark.parametrize("what", OUTSIDE)
 def test_indices_that_step_outside(what: str) -> None:
-    """The host cannot look at them: kernels leave such rows out. No access outside (compute-sanitizer watches), no
-    number that nobody wrote, and the next call is right."""
+    """The host cannot check them, so kernels skip such rows: no access out of range (compute-sanitizer checks), no
+    uninitialised memory in the result, and the next call is right."""
     problem = Problem("moe_gated", **SIZES)
     tensors, d_y = problem.draw(dtype=torch.float32)
     logits = tensors.pop("logits")

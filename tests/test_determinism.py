@@ -31,7 +31,7 @@ def test_threads_and_runs(form: str, dtype: torch.dtype, isa: str, threads: None
 
 @pytest.mark.cpu_only("threads are the CPU's")
 def test_gated_act_threads(threads: None) -> None:
-    """Rows longer than one task's stretch."""
+    """Rows longer than one task."""
     problem = Problem("gated_act", T=5, F=50001)
     tensors, d_y = problem.draw(dtype=torch.float32)
     torch.set_num_threads(1)
@@ -80,7 +80,7 @@ def test_rows_alone_and_in_a_batch(form: str, dtype: torch.dtype, isa: str) -> N
 
 
 def test_linear_is_not_batch_invariant() -> None:
-    """The negative control: torch's own product fails the test above at some size, so the test can fail."""
+    """Negative control: torch's own product fails the test above at some size, so the test can fail."""
     g = generator(0)
     differs = False
     for dtype in (torch.float32, torch.bfloat16):

@@ -1,4 +1,4 @@
-"""FSDP2 and tensor parallelism on two processes, both with expert parallelism on four, and README's lines for them."""
+"""FSDP2 and tensor parallelism on two processes, both with expert parallelism on four; the lines of distributed.md."""
 
 from __future__ import annotations
 
@@ -26,10 +26,9 @@ def test_balance_of_all_ranks(count: int) -> None:
     ranks.run(parallel_checks.balance, count, count)
 
 
-def test_lines_of_readme() -> None:
-    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    section = text.split("### Distributed, by PyTorch's own means")[1].split("\n## ")[0].split("\n### ")[0]
-    blocks = re.findall(r"```python\n(.*?)```", section, re.S)
+def test_lines_of_the_page() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "distributed.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
     assert len(blocks) == 4
     ranks.run(parallel_checks.lines, 2, blocks)
 
@@ -47,7 +46,7 @@ def test_benchmark_counts_what_it_sends(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_document_has_the_models_tables(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is computed stands in the document as the script computes it, and the sums can be done by hand."""
+    """The document has the tables that the script computes, and simple cases agree with sums by hand."""
     root = Path(__file__).parents[1]
     monkeypatch.syspath_prepend(str(root))
     from benchmarks import expert_parallel_model as model

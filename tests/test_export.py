@@ -1,4 +1,4 @@
-"""What takes or returns a Routing or Statistics leaves the process and comes back: torch.export.save, torch.load."""
+"""Programs and files with a Routing or Statistics: torch.export.save and torch.load."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gates with a limit and a shift, and experts whose weights are transposed or hold gate and up rows in turns."""
+"""Gates with a limit and a shift, and experts whose weights are transposed or have alternating gate and up rows."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 from device import generator, gradcheck, gradgradcheck
-from problems import ACTIVATIONS, BETA, LIMITS
+from problems import ACTIVATIONS, BETA, LIMITS, gate_of
 from tolerance import assert_error_like_eagers
 from torch import Tensor
 
 import ffn_ops
-from ffn_ops import Routing, reference
+from ffn_ops import Gate, Routing, reference
 
 FORMS = ({"limit": 1.1}, {"up_shift": 0.6}, LIMITS)
 E, T, D, F, O, K = 3, 6, 4, 5, 7, 2
@@ -26,7 +26,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 def test_every_activation(activation: str, isa: str) -> None:
     """Long enough for whole vectors, with a tail; the values and both gradients."""
     for form in FORMS:
-        act: dict[str, Any] = {"activation": activation, "beta": BETA, **form}
+        act: dict[str, Any] = {"activation": gate_of(activation, **form)}
         for dtype in (torch.float32, torch.float64):
             inputs = [normal(3, 37, seed=seed).to(dtype) for seed in (1, 2, 3)]
             actual, expected = (run(call, *inputs, act) for call in (ffn_ops.gated_act, reference.gated_act))
@@ -48,7 +48,7 @@ def test_at_the_limit_and_beyond(isa: str) -> None:
     """Nothing reaches what lies at the bounds or beyond (as torch.clamp's gradient from 2.15 on, before they passed at
     the bounds), infinities are held, NaN stays visible in the value."""
     inf, nan = torch.inf, torch.nan
-    act: dict[str, Any] = {"activation": "identity", "limit": 2.0, "up_shift": 1.0}
+    act: dict[str, Any] = {"activation": Gate("identity", limit=2.0, up_shift=1.0)}
     gate = torch.tensor([-inf, -3.0, 2.0, 1.9999999, inf, -2.0, nan])
     up = torch.tensor([1.0, -inf, -2.0, 2.0, inf, -1.9999999, 0.5])
     y, d_gate, d_up = run(ffn_ops.gated_act, gate.clone(), up.clone(), torch.ones(7), act)
@@ -56,12 +56,12 @@ def test_at_the_limit_and_beyond(isa: str) -> None:
     assert torch.equal(y[:6], expected[0][:6]) and y[6].isnan()
     assert torch.equal(d_gate, torch.tensor([2.0, -1.0, 0.0, 3.0, 0.0, float(up[5]) + 1, 0.0]))
     assert torch.equal(d_up[:6], torch.tensor([-inf, 0.0, 0.0, 0.0, 0.0, -2.0])) and d_up[6].isnan()
-    act["limit"] = None  # then an infinity is a number like others
+    act["activation"] = Gate("identity", up_shift=1.0)  # then an infinity is a number like others
     y, d_gate, d_up = run(ffn_ops.gated_act, gate.clone(), up.clone(), torch.ones(7), act)
     assert torch.equal(d_gate[:6], up[:6] + 1) and torch.equal(d_up[:6], gate[:6])
 
 
-@pytest.mark.parametrize("activation", ffn_ops.activations())
+@pytest.mark.parametrize("activation", [name for name in ACTIVATIONS if name not in reference.UPS])
 def test_nan_at_a_limit(isa: str, activation: str) -> None:
     """NaN and infinities in gate and up, in every pair: value and gradients where the plain formula has them, and 0
     where it lets nothing pass. (Ours are NaN in one more place: where relu multiplies a NaN by its slope of 0.)"""
@@ -69,7 +69,7 @@ def test_nan_at_a_limit(isa: str, activation: str) -> None:
     gate, up = (t.flatten() for t in torch.meshgrid(some, some, indexing="ij"))
     dead = (gate <= 0) & up.isnan() if "relu" in activation else torch.zeros_like(gate, dtype=torch.bool)
     for shift in (0.0, 1.0):
-        act = {"activation": activation, "beta": 1.5, "limit": 2.5, "up_shift": shift}
+        act = {"activation": gate_of(activation, limit=2.5, up_shift=shift)}
         d = torch.full_like(gate, 2.0)
         actual = run(ffn_ops.gated_act, gate.clone(), up.clone(), d, act)
         expected = run(stopped, gate.clone(), up.clone(), d, act)
@@ -79,11 +79,12 @@ def test_nan_at_a_limit(isa: str, activation: str) -> None:
             assert (mine[t.isnan() | (t.abs() >= 2.5) & ((t is up) | (t > 0))] == 0).all()
 
 
-def stopped(gate: Tensor, up: Tensor, activation: str, beta: float, limit: float, up_shift: float) -> Tensor:
+def stopped(gate: Tensor, up: Tensor, activation: Gate) -> Tensor:
     """Whether torch.clamp stops a gradient at the limit and at NaN depends on torch's version: here it always does."""
+    limit: Any = activation.limit
     gate = torch.where(gate < limit, gate, gate.detach().clamp(max=limit))
     up = torch.where(up.abs() < limit, up, up.detach().clamp(-limit, limit))
-    return reference.ACTIVATIONS[activation](gate, beta) * (up + up_shift)
+    return reference.ACTIVATIONS[activation.activation](gate, **activation.own) * (up + activation.up_shift)
 
 
 def test_derivatives_of_gated_act_and_ffn() -> None:
@@ -91,7 +92,7 @@ def test_derivatives_of_gated_act_and_ffn() -> None:
     x, w, w_up, down = (normal(*shape, seed=9).requires_grad_() for shape in ((T, D), (F, D), (F, D), (O, F)))
     fused = torch.cat((w, w_up)).detach().requires_grad_()
     for activation in ("swish", "silu", "gelu"):
-        act: dict[str, Any] = {"activation": activation, "beta": BETA, **LIMITS}
+        act: dict[str, Any] = {"activation": gate_of(activation, **LIMITS)}
 
         def gated(gate: Tensor, up: Tensor, act: dict[str, Any] = act) -> Tensor:
             return ffn_ops.gated_act(gate, up, **act)
@@ -118,9 +119,11 @@ def test_wrong_limits(limit: Any) -> None:
     x = torch.ones(2, 3)
     error = TypeError if isinstance(limit, (str, bool)) else ValueError
     for call in (
-        lambda: ffn_ops.gated_act(x, x, limit=limit),
-        lambda: ffn_ops.ffn(x, torch.ones(4, 3), torch.ones(3, 2), gated=True, limit=limit),
-        lambda: torch.compile(ffn_ops.gated_act, backend="eager")(x, x, limit=limit),
+        lambda: ffn_ops.gated_act(x, x, activation=Gate("silu", limit=limit)),
+        lambda: ffn_ops.ffn(x, torch.ones(4, 3), torch.ones(3, 2), gated=True, activation=Gate("silu", limit=limit)),
+        lambda: torch.compile(lambda x: ffn_ops.gated_act(x, x, activation=Gate("silu", limit=limit)), backend="eager")(
+            x
+        ),
     ):
         with pytest.raises((error, torch._dynamo.exc.TorchDynamoException), match="limit"):
             call()
@@ -137,7 +140,7 @@ def mixture(dtype: torch.dtype = torch.float64, F: int = F) -> tuple[Tensor, Rou
 
 
 def turns(halves: Tensor) -> Tensor:
-    """Rows of gate and of up, in turns."""
+    """Alternating rows of gate and up."""
     return halves.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
 
 
@@ -156,9 +159,10 @@ def test_turns_have_the_bits_of_halves(transposed: bool, dtype: torch.dtype, wid
     if transposed:
         for name in ("w_in", "w_down"):
             w[name] = w[name].detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
-    options: dict[str, Any] = {"gated": True, "activation": "swish", "beta": BETA, **LIMITS}
-    y = ffn_ops.moe(inputs["x"], route, **{n: inputs[n] for n in halves}, **options)
-    z = ffn_ops.moe(w["x"], route, **{n: w[n] for n in halves}, interleaved=True, **options)
+    gate = Gate("swish", beta=BETA, **LIMITS)
+    y = ffn_ops.moe(inputs["x"], route, **{n: inputs[n] for n in halves}, gated=True, activation=gate)
+    gate = gate.replace(interleaved=True)
+    z = ffn_ops.moe(w["x"], route, **{n: w[n] for n in halves}, gated=True, activation=gate)
     assert torch.equal(y, z)
     grads = torch.autograd.grad(y.sin().sum(), list(inputs.values()))
     others = torch.autograd.grad(z.sin().sum(), list(w.values()))
@@ -188,7 +192,7 @@ def test_derivatives_of_experts_in_turns() -> None:
     w = leaves({n: turns(t) if n.endswith("in") else t for n, t in experts.items()})
     w["w_in"] = w["w_in"].detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
     weights = route.weight.detach().requires_grad_()
-    options: dict[str, Any] = {"gated": True, "interleaved": True, "activation": "swish", "beta": BETA, **LIMITS}
+    options: dict[str, Any] = {"gated": True, "activation": Gate("swish", beta=BETA, interleaved=True, **LIMITS)}
     for recompute in (False, True):
 
         def call(x: Tensor, weights: Tensor, *w: Tensor, recompute: bool = recompute) -> Tensor:

@@ -1,9 +1,11 @@
-"""Derivatives on the real kernels: first and second order, every subset of inputs, nothing that nobody asked for."""
+"""Derivatives on the real kernels: first and second order, every subset of inputs, no gradients that are not needed."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -173,7 +175,7 @@ def test_everything_reaches_hooks() -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_no_gradient_no_backward(form: str) -> None:
-    """Without a tensor that requires grad nothing is saved and the output has no history; the bits are the same."""
+    """If no tensor requires grad, nothing is saved and the output has no history; the bits are the same."""
     problem = Problem(form, T=5, D=4, F=9, O=6)
     tensors, d_y = problem.draw(dtype=torch.float32)
     expected = results(problem.ours, tensors, d_y)["y"]
@@ -242,13 +244,41 @@ def test_overwritten_input_is_noticed() -> None:
         y.sum().backward()
 
 
-def test_third_order_is_refused() -> None:
-    """Not a zero with a warning: an error that says so."""
-    z = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
-    (d,) = torch.autograd.grad(ffn_ops.gated_act(z, activation="tanh").sum(), z, create_graph=True)
-    (dd,) = torch.autograd.grad(d.sum(), z, create_graph=True)
+@pytest.mark.parametrize("form", FORMS)
+def test_third_order_is_refused(form: str) -> None:
+    """An error, not a zero with a warning."""
+    names, inputs = leaves(problem := Problem(form, **SMALL, activation="tanh"))
+    y = problem.ours(**dict(zip(names, inputs, strict=True)))
+    (d,) = torch.autograd.grad(y.square().sum(), inputs[0], create_graph=True)
+    (dd,) = torch.autograd.grad(d.square().sum(), inputs[0], create_graph=True)
     with pytest.raises(NotImplementedError, match="third derivatives"):
-        torch.autograd.grad(dd.sum(), z)
+        torch.autograd.grad(dd.sum(), inputs[0])
+
+
+@pytest.mark.parametrize("hooks", [False, True], ids=["", "hooks"])
+@pytest.mark.parametrize("form", FORMS)
+def test_second_order_where_one_input_is_a_function_of_another(form: str, hooks: bool) -> None:
+    """As in a network that gives weights; of each gradient alone, by every leaf; under hooks on saved tensors."""
+    problem = Problem(form, **SMALL)
+    names, inputs = leaves(problem)
+
+    def second(call: Callable[..., Tensor]) -> list[Tensor | None]:
+        given = [inputs[0], *(t * inputs[0].sum().sin() for t in inputs[1:])]
+        y = call(**dict(zip(names, given, strict=True)))
+        firsts = torch.autograd.grad(y.square().sum(), given, create_graph=True)
+        return [
+            grad
+            for first in firsts
+            for grad in torch.autograd.grad(first.sin().sum(), inputs, retain_graph=True, allow_unused=True)
+        ]
+
+    with torch.autograd.graph.save_on_cpu() if hooks else nullcontext():
+        actual = second(problem.ours)
+    for ours, plain in zip(actual, second(problem.plain), strict=True):
+        expected = torch.zeros(()) if plain is None else plain
+        torch.testing.assert_close(
+            torch.zeros_like(expected) if ours is None else ours, expected, rtol=1e-10, atol=1e-10
+        )
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -1,5 +1,5 @@
-"""Libraries and torch's own tools that take hold of modules nobody here wrote them for: offloading, adapters, gradients
-of each sample, weight norm and pruning of stacked weights, averages. Each result is that of the layer without them."""
+"""Other libraries and torch's tools on our modules: offloading, adapters, per-sample gradients, weight norm and
+pruning of stacked weights, averages. Each result is that of the layer without them."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def offloads(folder: Path) -> dict[str, Callable[[nn.Module], Any]]:
 @pytest.mark.parametrize("where", ["cpu", "disk"])
 @every_module
 def test_offloaded(name: str, where: str, tmp_path: Path) -> None:
-    """Between calls nothing but meta tensors stands in the layer; the results are those of the layer at rest."""
+    """Between calls the layer holds only meta tensors; the results are those of the layer without offloading."""
     x = rows(2, 5)
     layer = seeded(MODULES[name]).eval()
     with torch.no_grad():
@@ -69,7 +69,8 @@ def test_offloaded(name: str, where: str, tmp_path: Path) -> None:
 
 @every_module
 def test_fused_again_after_offloading(name: str) -> None:
-    """accelerate leaves each module's own forward set on it when its hooks go: that is no other forward."""
+    """accelerate leaves each module's own forward on the instance after removing its hooks; it counts as the
+    class's."""
     accelerate = pytest.importorskip("accelerate")
     x, layer = rows(2, 5), seeded(MODULES[name]).eval()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""``mask=`` leaves padding out of everything: whatever stands there reaches no output, gradient, loss or statistic."""
+"""``mask=`` leaves padding out of everything: its values reach no output, gradient, loss or statistic."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_operators_do_not_read_padding() -> None:
 
 @pytest.mark.parametrize("name", MASKED)
 def test_loss_takes_the_routings_mask(name: str) -> None:
-    """What f counts, P means over: a mask given to the loss alone, or another one, is refused."""
+    """f and P use the same tokens: a mask given only to the loss, or another mask, raises an error."""
     logits = torch.randn(T, E, generator=generator(2))
     r = MASKED[name](logits, mask=MASK)
     loss = routing.load_balancing_loss(logits, r)
@@ -183,7 +183,7 @@ def test_hash_never_looks_at_padding() -> None:
             lambda ids=ids: routing.hash(ids, TABLE, E, mask=MASK),
             lambda ids=ids: routing.hash(ids[3:4], TABLE, E),
         ):
-            with pytest.raises(ValueError, match=f"token_ids: expected ids of 0 to 49 .*, got {bad}"):
+            with pytest.raises(ValueError, match=f"token_ids: expected ids from 0 to 49 .*, got {bad}"):
                 call()
     layer = ffn_ops.MoEFFN(D, 7, E, router=lambda z, token_ids, mask: routing.hash(token_ids, TABLE, E, mask=mask))
     assert not copy.deepcopy(layer)(torch.randn(T, D), token_ids=TOKEN_IDS, mask=MASK)[~MASK].any()

@@ -1,5 +1,5 @@
-"""Memory: what is saved for backward, what is kept between calls, that outputs are tensors like any other, and that no
-operator writes outside them."""
+"""Memory: tensors saved for backward, workspace kept between calls, outputs as ordinary tensors, and no writes outside
+of them."""
 
 from __future__ import annotations
 
@@ -211,7 +211,7 @@ def test_one_block_is_kept(empty_cache: None) -> None:
 
 @kept_on_the_cpu
 def test_cache_limit(empty_cache: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing above it is kept; None goes back to what the environment says."""
+    """No more than the limit is kept; None restores the environment's limit."""
     step(500, 2000)
     ffn_ops.set_cache_limit(5 << 20)
     assert cached() == 0
@@ -241,8 +241,8 @@ def wide(rows: int, columns: int) -> Tensor:
 
 
 def recomputing_backward(x: Tensor, w_in: Tensor, w_down: Tensor) -> Tensor:
-    gate, form = x.new_empty(0), ("relu", 1.0, None, 0.0)
-    return torch.ops.ffn_ops.ffn_backward(x, x, w_in, None, w_down, None, None, gate, gate, False, *form, [True] * 7)  # type: ignore[no-any-return]
+    gate, form = x.new_empty(0), (False, False, "relu", [0.0, 0.0])
+    return torch.ops.ffn_ops.ffn_backward(x, x, w_in, None, w_down, None, None, gate, gate, *form, [True] * 7)  # type: ignore[no-any-return]
 
 
 TOO_LARGE = {
@@ -254,7 +254,7 @@ TOO_LARGE = {
 @kept_on_the_cpu
 @pytest.mark.parametrize(("call", "message"), TOO_LARGE.values(), ids=TOO_LARGE)
 def test_out_of_memory(call: Callable[[int], Tensor], message: str, empty_cache: None) -> None:
-    """The error says how many bytes and what for; what is kept was given back before, and all goes on."""
+    """The error names the bytes and their use; the kept workspace was freed before, and later calls work."""
     first = step()
     assert cached() > 0
     expected = f"not enough memory on the CPU: tried to allocate 4398046511104 bytes for {message}"
@@ -266,7 +266,7 @@ def test_out_of_memory(call: Callable[[int], Tensor], message: str, empty_cache:
 
 @contextlib.contextmanager
 def no_overcommit(more: int = 1 << 30) -> Iterator[None]:
-    """No more than so many bytes of addresses beyond those in use."""
+    """Limits the address space to so many bytes more than are in use."""
     limits = resource.getrlimit(resource.RLIMIT_AS)
     in_use = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     resource.setrlimit(resource.RLIMIT_AS, (in_use + more, limits[1]))
@@ -287,7 +287,7 @@ def holes(size: int) -> list[Tensor]:
 
 @kept_on_the_cpu
 def test_kept_memory_is_given_back_before_failing(empty_cache: None) -> None:
-    """A tensor that fits without what is kept."""
+    """A tensor that fits only if the kept workspace is freed."""
     filled = holes(32 << 20)
     x = torch.ones(3000, 1, requires_grad=True)
     y = ffn_ops.ffn(x, wide(3000, 1), wide(1, 3000), activation="relu", recompute=True)

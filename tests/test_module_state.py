@@ -1,4 +1,4 @@
-"""What modules own: a fresh layer's values after ``to_empty``, float32 buffers in a model of another dtype, no bias."""
+"""State of modules: values after ``to_empty``, float32 buffers in a model of another dtype, layers without biases."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MODULES: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", MODULES)
 def test_reset_after_to_empty_gives_a_fresh_layer(name: str) -> None:
-    """From the meta device by way of memory that nobody wrote: a seed gives what it gives to the constructor."""
+    """From the meta device by way of uninitialised memory: a seed gives the same values as in the constructor."""
     torch.manual_seed(5)
     fresh = MODULES[name]()
     layer = copy.deepcopy(fresh).to("meta").to_empty(device=torch.get_default_device())
@@ -141,7 +141,7 @@ def test_update_bias_refuses_16_bits() -> None:
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize("num_shared", [0, 2])
 def test_bias_false_makes_none(gated: bool, num_shared: int) -> None:
-    """Not in the router, the experts or the shared ones; and the layer computes what one with zeros computes."""
+    """No biases in the router, the experts or the shared experts; the layer computes the same as with zero biases."""
     layer = ffn_ops.MoEFFN(6, 10, 4, gated=gated, num_shared=num_shared, bias=False)
     assert not [key for key in layer.state_dict() if "bias" in key or key.startswith("b_")]
     other = ffn_ops.MoEFFN(6, 10, 4, gated=gated, num_shared=num_shared)

@@ -1,4 +1,4 @@
-"""The modules: the guides' example, checkpoints and seeds of plain PyTorch, and children that are no plain Linear."""
+"""The modules: the guides' example, checkpoints and seeds of plain PyTorch, and children other than plain Linear."""
 
 from __future__ import annotations
 
@@ -20,16 +20,20 @@ import ffn_ops
 from ffn_ops import reference
 from ffn_ops.ops import _shared
 
-# Ours, and the guide's own code for the same layer.
+# Ours, and the guides' code for the same layer.
 PAIRS: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module]]] = {
     "FeedForward": (lambda: ffn_ops.FeedForward(12, 30, 8, 0.0), lambda: reference.FeedForward(12, 30, 8, 0.0)),
+    "FeedForward by width": (lambda: ffn_ops.FeedForward(12, d_ff=7), lambda: reference.FeedForward(12, 11, 1)),
     "FeedForward GeGLU": (
         lambda: ffn_ops.FeedForward(12, 30, 8, 0.0, activation="gelu"),
         lambda: reference.FeedForward(12, 30, 8, 0.0, activation="gelu"),
     ),
     "ReLUFFN": (lambda: ffn_ops.ReLUFFN(12, 20), lambda: reference.PlainFFN(12, 20, "relu")),
     "GELUFFN": (lambda: ffn_ops.GELUFFN(12, 20), lambda: reference.PlainFFN(12, 20, "gelu")),
-    "SwishFFN": (lambda: ffn_ops.SwishFFN(12, 20, 1.7), lambda: reference.PlainFFN(12, 20, "swish", 1.7)),
+    "SwishFFN": (
+        lambda: ffn_ops.SwishFFN(12, 20, 1.7),
+        lambda: reference.PlainFFN(12, 20, ffn_ops.Gate("swish", beta=1.7)),
+    ),
     "GLU": (lambda: ffn_ops.GLU(12, 20), lambda: reference.GLU(12, 20)),
     "GatedFFN": (lambda: ffn_ops.GatedFFN(12, 20), lambda: reference.GatedFFN(12, 20)),
     "GatedFFN with projection": (
@@ -67,7 +71,7 @@ def test_example_of_the_guide() -> None:
     expected = wide.w2(nn.functional.silu(wide.w1(x.double())) * wide.w3(x.double()))
     assert layer(x).shape == (4, 128)
     torch.testing.assert_close(layer(x), expected.float())
-    with pytest.raises(RuntimeError, match="must match"):  # the guide's parenthesis: width 128 times width 176
+    with pytest.raises(RuntimeError, match="must match"):  # the guides' parenthesis: width 128 times width 176
         _ = wide.w2(nn.functional.silu(wide.w1(x.double()))) * wide.w3(x.double())
 
 

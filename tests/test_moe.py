@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import ffn_ops
-from ffn_ops import Routing, reference, routing
+from ffn_ops import Gate, Routing, reference, routing
 
 
 def experts(
@@ -244,7 +244,7 @@ def test_routing_weights_stay_wide(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_name)
 def test_rounded_routing_weights_are_widened(dtype: torch.dtype) -> None:
-    """As a cast of arguments leaves them: the bits of the same numbers in float32, in moe and in combine."""
+    """16-bit weights, as casts of arguments leave them: the same bits as with these values in float32."""
     x, e = torch.randn(20, 8), experts(4, 8, dtype=torch.float32)
     r = routing.top_k(torch.randn(20, 4), 2)
     low = r._replace(weight=r.weight.to(dtype).requires_grad_())
@@ -257,14 +257,12 @@ def test_rounded_routing_weights_are_widened(dtype: torch.dtype) -> None:
 
 
 def test_subsets_with_dropped_rows() -> None:
-    """Every subset of the gradients, in both forms of the operator: the bits of the full backward."""
+    """Every subset of the gradients: the bits of the full backward."""
     r = routing.top_k(torch.randn(12, 4), 2, capacity_factor=0.7)
     weight = r.weight.detach()
     tensors = {"x": torch.randn(12, 5), "weight": weight, **experts(4, dtype=torch.float32)}
 
     def run(names: tuple[str, ...]) -> dict[str, Tensor]:
-        given = {n: t.detach().requires_grad_(n in names) for n, t in tensors.items()}
-        y = ffn_ops.moe(given.pop("x"), r._replace(weight=given.pop("weight")), **given) if not names else None
         given = {n: t.detach().requires_grad_(n in names) for n, t in tensors.items()}
         rest = {n: t for n, t in given.items() if n not in ("x", "weight")}
         y = ffn_ops.moe(given["x"], r._replace(weight=given["weight"]), **rest)
@@ -314,7 +312,7 @@ def refused_by_moe(cases: Callable[[Routing, Tensor], Iterable[tuple[str, Any, s
     r = routing.top_k(torch.randn(6, 3), 2)
     x = torch.randn(6, 5)
     good = {"x": x, **dict(zip(r._fields[:5], r[:5], strict=True))}
-    end = (*experts(3, dtype=torch.float32).values(), False, False, "gelu", 1.0, None, 0.0, False)
+    end = (*experts(3, dtype=torch.float32).values(), False, False, "gelu", [0.0, 0.0], False)
     torch.ops.ffn_ops.moe(*good.values(), *end)
     for name, wrong, message in cases(r, x):
         with pytest.raises(RuntimeError, match=message):
@@ -388,8 +386,8 @@ def test_public_errors() -> None:
         (lambda: ffn_ops.moe(x, r._replace(weight=[1.0]), **e), TypeError, "routing.weight: .* list"),
         (lambda: ffn_ops.moe(x, routing.top_k(torch.randn(6, 4), 2), **e), ValueError, r"w_in: .*\[4, F, 5\]"),
         (lambda: ffn_ops.moe(x, r, **e, gated=1), TypeError, "gated: expected True or False"),
-        (lambda: ffn_ops.moe(x, r, **e, interleaved=True), ValueError, "interleaved: expected False where gated is"),
-        (lambda: ffn_ops.moe(x, r, **e, limit=1.0), ValueError, "limit, up_shift: expected None and 0 where nothing"),
+        (lambda: ffn_ops.moe(x, r, **e, activation=Gate("gelu", interleaved=True)), ValueError, "interleaved: "),
+        (lambda: ffn_ops.moe(x, r, **e, activation=Gate("gelu", limit=1.0)), ValueError, "limit, up_shift: expected"),
         (lambda: ffn_ops.moe(x, r, **experts(3, F=7, dtype=torch.float32), gated=True), ValueError, "w_in: |w_down: "),
         (lambda: ffn_ops.moe(x, r, **e, activation="swiglu"), ValueError, "activation: expected one of"),
         (lambda: ffn_ops.moe_combine(x, r), ValueError, r"rows: expected shape \[12, D\]"),

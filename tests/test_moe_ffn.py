@@ -1,4 +1,4 @@
-"""MoEFFN and upcycle: the study guide's layer, its checkpoints, options, and what must not be silently ignored."""
+"""MoEFFN and upcycle: the guides' layer, its checkpoints, options, and settings that must not be silently ignored."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ffn_ops import Routing, reference, routing
 
 
 def pair(d_model: int = 12, d_ff: int = 20, num_experts: int = 6, top_k: int = 2) -> tuple[Any, Any]:
-    """Ours and the study guide's from one seed."""
+    """Our layer and the guides', from one seed."""
     made = []
     for kind in (ffn_ops.MoEFFN, reference.MoEFFN):
         torch.manual_seed(3)
@@ -54,7 +54,7 @@ def test_computes_the_documents_layer(shape: tuple[int, ...]) -> None:
 
 
 def test_state_dict() -> None:
-    """The study guide's keys load strictly, alone and inside a model, and come back out; ours are the stacked ones."""
+    """The guides' keys load strictly, alone and inside a model, and come back out; ours are the stacked ones."""
     ours, plain = pair()
     assert set(ours.state_dict()) == {"router.weight", "router.bias", "w_in", "b_in", "w_down", "b_down"}
     other = ffn_ops.MoEFFN(12, 20, 6)

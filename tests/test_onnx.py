@@ -1,4 +1,4 @@
-"""Exported to ONNX with our table and run by onnxruntime: what the modules compute, for every T."""
+"""Models exported to ONNX with our table and run by onnxruntime compute the same as the modules, for every T."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from problems import gate_of
 from torch import Tensor, nn
 
 import ffn_ops
-from ffn_ops import routing
+from ffn_ops import Gate, reference, routing
 
 pytest.importorskip("onnxscript")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -39,15 +40,18 @@ class Everything(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         outs = [layer(x) for layer in (self.plain, self.swiglu, self.gates, *self.mixtures)]
-        outs += [ffn_ops.gated_act(x, activation=name, beta=1.5) for name in ffn_ops.activations()]
-        outs.append(ffn_ops.gated_act(x, x.flip(1), activation="swish", beta=1.7, limit=0.5, up_shift=1.0))
+        outs += [ffn_ops.gated_act(x, activation=gate_of(name)) for name in ffn_ops.activations()]
+        outs.append(ffn_ops.gated_act(x, x.flip(1), activation=Gate("swish", beta=1.7, limit=0.5, up_shift=1.0)))
         m: Any = self.mixtures[1]
         route = routing.top_k(m.logits(x), 2, capacity_factor=0.7)
         rows = ffn_ops.moe_dispatch(x, route)
-        gate: dict[str, Any] = {"gated": True, "limit": 0.3, "up_shift": 1.0}
+        outs += [ffn_ops.gated_act(x, x.flip(1), activation=gate_of(name)) for name in reference.UPS]
+        gate: dict[str, Any] = {"gated": True, "activation": Gate("gelu", limit=0.3, up_shift=1.0)}
         out = ffn_ops.moe_experts(rows, route.offsets, m.w_in, m.w_down, b_in=m.b_in, b_down=m.b_down, **gate)
         outs.append(ffn_ops.moe_combine(out, route))
-        outs.append(ffn_ops.moe(x, route, m.w_in, m.w_down, interleaved=True, **gate))
+        gate["activation"] = gate["activation"].replace(interleaved=True)
+        outs.append(ffn_ops.moe(x, route, m.w_in, m.w_down, **gate))
+        outs.append(ffn_ops.ffn(x, m.w_in[0], m.w_down[0], **gate))
         return outs
 
 

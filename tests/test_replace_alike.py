@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ffn_ops
+from ffn_ops._replace import recognise
 
 
 def swapped(m: Any, x: Tensor) -> Tensor:
@@ -83,7 +84,7 @@ DIFFERENT: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module]]] = 
     "a forward of its own": (differs(lambda m: setattr(m, "forward", types.MethodType(swapped, m))), Optional),
     "a child's forward": (differs(lambda m: setattr(m.act_fn[1], "forward", F.silu)), Optional),
     "a child more": (differs(lambda m: m.act_fn.append(nn.SiLU())), Optional),
-    "a tensor": (differs(put("scale", torch.ones(1))), Optional),
+    "a tensor": (differs(lambda m: setattr(m.act_fn[0], "scale", torch.ones(1))), Optional),
     "a buffer": (differs(lambda m: m.act_fn[1].register_buffer("scale", torch.ones(1))), Optional),
     "a width": (differs(put("gate_proj", nn.Linear(D, 1))), Optional),
     "a linear child": (differs(put("gate_proj", nn.Identity())), Optional),
@@ -158,6 +159,17 @@ def test_blocks_and_refused_layers_once(make: Callable[[], nn.Module]) -> None:
     assert once > 0
     found = ffn_ops.replace_report(nn.ModuleList([make() for _ in range(40)])).entries
     assert [(e.status, e.why) for e in found] == [(alone.status, alone.why)] * 40 and Counted.calls == once
+
+
+def test_refused_layers_are_gone_through_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """replace() looks at the tree of a layer that is left one time, though it warns with a report of it."""
+    trees: list[nn.Module] = []
+    own = recognise.structure
+    monkeypatch.setattr(recognise, "structure", lambda layer, of: trees.append(layer) or own(layer, of))
+    model = nn.ModuleList([LlamaLike(nn.Hardswish()) for _ in range(5)])
+    with pytest.warns(UserWarning, match="5 x"):
+        ffn_ops.replace(model)
+    assert [sum(tree is layer for tree in trees) for layer in model] == [1] * 5
 
 
 @pytest.mark.parametrize("make", [LlamaLike, PhiLike, BertLike, lambda: Plain(named("gelu")), lambda: Plain(new_gelu)])

@@ -24,7 +24,7 @@ def test_an_attribute_that_is_set() -> None:
         assert operators(layer, x) == names
         torch.testing.assert_close(layer(x), plain(x))
         assert bool(names) == (ffn_ops.replace_report(layer).entries[0].status == "replaced")
-    layer.forward = lambda x: x  # a forward of the instance goes first, as ever
+    layer.forward = lambda x: x  # a forward on the instance takes precedence, as always
     assert layer(x) is x
 
 
@@ -133,7 +133,7 @@ def test_subclasses_of_linear(cls: type[nn.Linear], names: list[str], dynamo: No
 
 
 def test_mixed_dtypes() -> None:
-    """A forward that casts between its children does so still."""
+    """A forward that casts between its children still does."""
 
     class Casting(Plain):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,5 @@
-"""Whatever input the untouched layer takes, the replaced one takes too and computes the same: other widths and ranks,
-one row, rows laid side by side, other layouts, also in vision models of transformers."""
+"""The replaced layer takes every input that the untouched one takes, and computes the same: other widths and ranks, one
+row, merged rows, other layouts, also in vision models of transformers."""
 
 from __future__ import annotations
 
@@ -11,11 +11,52 @@ from typing import Any
 import pytest
 import torch
 from replacing import D, LlamaLike, Plain, operators, results, seeded
+from seen import Seen
 from torch import Tensor, nn
 
 import ffn_ops
 
 W = 4 * D
+
+
+class DeepEmbed(LlamaLike):
+    """As in x-transformers: a second argument, which is None as a rule."""
+
+    def forward(self, x: Tensor, deep_embed: Tensor | None = None) -> Tensor:
+        y = super().forward(x)
+        return y if deep_embed is None else y * deep_embed
+
+
+class Wrapper(nn.Module):
+    """Does not name what it hands on."""
+
+    def __init__(self, inner: nn.Module, norm: bool = True) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(D) if norm else None
+        self.inner = nn.ModuleList([inner])
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.norm is None:
+            return self.inner[0](x, *args, **kwargs)
+        return x + self.inner[0](self.norm(x), *args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: Wrapper(DeepEmbed()), lambda: Wrapper(Wrapper(DeepEmbed()), norm=False)], ids=["one", "two"]
+)
+def test_wrappers(make: Callable[[], nn.Module]) -> None:
+    """The layer below is fused where the further argument does nothing, however it is given."""
+    layer, plain = seeded(make), seeded(make)
+    ffn_ops.replace(layer)
+    assert [(e.status, e.layer) for e in ffn_ops.replace_report(layer).entries] == [("replaced", "DeepEmbed")]
+    x = torch.randn(2, 3, D)
+    for args, kwargs in (((), {}), ((None,), {}), ((), {"deep_embed": None})):
+        with Seen() as seen:
+            y = layer(x, *args, **kwargs)
+        assert seen.names == ["ffn"]
+        torch.testing.assert_close(y, plain(x, *args, **kwargs))
+    torch.testing.assert_close(layer(x, x), plain(x, x))
+    torch.testing.assert_close(layer(x, deep_embed=x), plain(x, deep_embed=x))
 
 
 class Merger(nn.Module):
@@ -84,7 +125,7 @@ def test_shapes(name: str) -> None:
 @pytest.mark.filterwarnings("ignore:.*prototype|.*beta state")
 @pytest.mark.parametrize("layout", ["to_sparse", "to_sparse_csr", "nested"])
 def test_layouts(layout: str) -> None:
-    """Sparse and nested inputs go the layer's own way."""
+    """Sparse and nested inputs run the layer's own forward."""
     layer, plain = (seeded(LlamaLike) for _ in range(2))
     ffn_ops.replace(layer)
     x = torch.randn(5, D)

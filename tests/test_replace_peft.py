@@ -256,12 +256,10 @@ def test_children_of_other_widths() -> None:
     torch.testing.assert_close(y, ffn_ops.restore(copy.deepcopy(layer))(x))
 
 
-def test_lines_of_the_readme() -> None:
-    """README's blocks run as they stand, on a model."""
-    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    section = text.partition("### Feed-forward layers of any model")[2].partition("\n## ")[0]
-    blocks = [part.partition("```")[0] for part in section.split("```python\n")[1:]]
+def test_lines_of_the_pages() -> None:
+    """The lines of the pages on replacing and on LoRA run as they stand, on a model."""
     names: dict[str, Any] = {"ffn_ops": ffn_ops, "peft": peft, "model": made("Llama")}
-    for block in blocks[:2]:
-        exec(block, names)
+    for page in ("replacing.md", "quantisation.md"):
+        text = (Path(__file__).parents[1] / "docs" / page).read_text(encoding="utf-8")
+        exec(text.partition("```py\n")[2].partition("```")[0], names)
     assert len(ffn_ops.replace_report(names["model"]).paths("partly")) == 2

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import ffn_ops
 
 transformers = pytest.importorskip("transformers")
-NO_ACTIVATION = "no activation that the operators have gives what it computes between its linear children"
+NO_ACTIVATION = "no activation of the operators matches what it computes between its linear children"
 
 
 class Attention(nn.Module):
@@ -57,6 +57,62 @@ class Transformer(nn.Module):
         return self.proj_out(self.blocks[0](x))
 
 
+class GatedOutput(nn.Module):
+    """What attention gives goes through a gate and the last layer: as in Inkling 2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_proj, self.linear = nn.Linear(D, 20), nn.Linear(20, D)
+
+    def forward(self, attended: Tensor, x: Tensor) -> Tensor:
+        attended = attended * torch.sigmoid(self.gate_proj(x))
+        return self.linear(attended)
+
+
+class ForgetGate(nn.Module):
+    """Two layers with nothing between, and an activation behind: as in GLM-5-next."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f_a, self.f_b = nn.Linear(D, 6), nn.Linear(6, D)
+        self.bias = nn.Parameter(torch.zeros(D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(self.f_b(self.f_a(x)) + self.bias)
+
+
+class Positions(nn.Module):
+    """Attention with a table for one length alone, and an activation before its last layer: as in LeViT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.act, self.projection = nn.Linear(D, 3 * D), nn.Hardswish(), nn.Linear(D, D)
+        self.biases = nn.Parameter(torch.zeros(30))
+        self.register_buffer("indices", torch.arange(49).reshape(7, 7) % 30)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return self.projection(self.act((q @ k.mT + self.biases[self.indices]).softmax(-1) @ v))
+
+
+def levit() -> nn.Module:
+    with torch.device("meta"):
+        return transformers.models.levit.modeling_levit.LevitAttention(16, 4, 2, 2, 3)
+
+
+class Pool(nn.Module):
+    """Attention with a query of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.k_proj, self.v_proj, self.o_proj = nn.Linear(D, D), nn.Linear(D, D), nn.Linear(D, D)
+        self.query = nn.Parameter(torch.zeros(1, 1, D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        query = self.query.expand(x.shape[0], -1, -1)
+        return self.o_proj(F.scaled_dot_product_attention(query, self.k_proj(x), self.v_proj(x)))
+
+
 class LowRank(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -86,10 +142,16 @@ class Recurrent(nn.Module):
         MultiQuery,
         lambda: Transformer().requires_grad_(False),
         Recurrent,
+        GatedOutput,
+        ForgetGate,
+        Positions,
+        levit,
+        Pool,
         lambda: nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 4, 3)),
         lambda: causal("Qwen3", **{**GROUPED, "num_hidden_layers": 1}, head_dim=32)(),
     ],
-    ids=["q and o", "cross", "square", "narrow", "two queries", "flux", "stacked", "weight norm", "wide heads"],
+    ids=["q and o", "cross", "square", "narrow", "two queries", "flux", "stacked", "gated output", "forget gate",
+         "positions", "LeViT", "pool", "weight norm", "wide heads"],
 )  # fmt: skip
 def test_what_is_no_feed_forward_layer(make: Any) -> None:
     """Not listed, whatever its linear layers look like."""
@@ -112,6 +174,21 @@ class TwoTensors(Plain):
         return super().forward(x) + residual
 
 
+class Three(nn.Module):
+    """As SAM's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj_in, self.proj_out = nn.Linear(D, D), nn.Linear(D, D)
+        self.layers = nn.ModuleList([nn.Linear(D, D)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.proj_in(x))
+        for layer in self.layers:
+            x = F.relu(layer(x))
+        return self.proj_out(x)
+
+
 class Nested(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -132,7 +209,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         x = x + self.attention(x) * mask
-        return x + self.fc2(F.gelu(self.fc1(x)))
+        scale = mask.mean()
+        return x + self.fc2(F.gelu(self.fc1(x)) * scale)
 
 
 class Narrow(LlamaLike):
@@ -143,22 +221,35 @@ class Narrow(LlamaLike):
         self.gate_proj, self.down_proj, self.up_proj = nn.Linear(D, 6), nn.Linear(6, D), nn.Linear(D, 6)
 
 
+class Owning(Plain):
+    """A feed-forward layer with numbers of its own before and between."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.GELU())
+        self.most = nn.Parameter(torch.ones(20))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)) * self.most)
+
+
 REFUSED = {
+    "numbers of its own": (Owning, "it holds a tensor of its own, most"),
     "narrow": (Narrow, NO_ACTIVATION),
     "gate_up": (GateUp, NO_ACTIVATION),
     "nested": (Nested, NO_ACTIVATION),
     "nested sequences": (lambda: nn.Sequential(*Nested().children()), NO_ACTIVATION),
     "a norm between": (
-        lambda: nn.Sequential(nn.Linear(D, 20), nn.GELU(), nn.LayerNorm(20), nn.Linear(20, D)),
-        "2, a norm or an activation that learns, is between its linear children",
+        lambda: nn.Sequential(nn.Linear(D, 20), nn.GELU(), nn.Dropout(), nn.LayerNorm(20), nn.Linear(20, D)),
+        "3, a norm or an activation with parameters, is between its linear children, and torch has gelu as one"
+        " operator",
     ),
     "an activation that learns": (
         lambda: nn.Sequential(nn.Linear(D, 20), nn.PReLU(), nn.Linear(20, D)),
-        "1, a norm or an activation that learns, is between its linear children",
+        "1, a norm or an activation with parameters, is between its linear children",
     ),
     "three layers": (
-        lambda: nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, D), nn.ReLU(), nn.Linear(D, D)),
-        "4 is one linear layer more than an FFN has",
+        Three,
+        "proj_out is an additional linear layer",
     ),
     "two tensors": (
         lambda: TwoTensors(nn.GELU()),
@@ -171,8 +262,7 @@ REFUSED = {
     ),
     "in a block": (
         Block,
-        "fc1 and fc2 are children of a layer that does more than an FFN: what stands between fc1 and fc2 is neither a"
-        " child nor an attribute",
+        "fc1 and fc2 are children of a layer that does more than an FFN: between fc1 and fc2 it also reads scale",
     ),
 }
 

@@ -86,12 +86,13 @@ def test_class_made_by_another_library() -> None:
     assert operators(layer, x) == ["ffn"]
     ffn_ops.restore(layer)
     assert type(layer).__name__ == "Wrapped" and operators(layer, x) == [] and torch.equal(layer(x), plain(x))
-    layer.act_fn = nn.GELU()  # nothing is recognised anew behind one's back
+    layer.act_fn = nn.GELU()  # nothing is recognised again silently
     assert operators(layer, x) == []
 
 
 def test_hooks_of_accelerate() -> None:
-    """They take the instance's forward: one set before is left alone, one set later calls the replaced layer."""
+    """Hooks wrap the instance's forward: if set before, the layer is left alone; if set later, they call the replaced
+    layer."""
     hooks: Any = pytest.importorskip("accelerate.hooks")
 
     class Doubled(hooks.ModelHook):

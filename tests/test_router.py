@@ -330,7 +330,8 @@ def test_jitter_is_not_rounded() -> None:
 
 @pytest.mark.cpu_only("processes are the host's")
 def test_a_forked_child_calls_routers() -> None:
-    """Forked while another thread is in a called router: the child does not wait for a thread that it does not have."""
+    """Forked while another thread is in a called router: the child does not wait for that thread, which it does not
+    have."""
     layer = ffn_ops.MoEFFN(8, 6, 4).bfloat16()
     inside, leave = threading.Event(), threading.Event()
 

@@ -46,7 +46,7 @@ def test_sort(case: str, foreign: bool, masked: bool) -> None:
 
 
 def test_sort_takes_the_same_expert_twice() -> None:
-    """A router of one's own may give one expert in two slots: two rows, in the order of the slots."""
+    """A custom router may choose one expert in two slots: this makes two rows, in the order of the slots."""
     ids, weights = torch.tensor([[1, 1], [0, 1]]), torch.tensor([[0.1, 0.2], [0.3, 0.4]])
     check_against_naive(Routing.from_topk(ids, weights, 2), ids, weights, 2)
 

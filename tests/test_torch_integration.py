@@ -29,9 +29,8 @@ def operator_calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         return torch.randn(*shape, generator=g, dtype=torch.float64).requires_grad_()
 
     T, D, F, O, G = 3, 4, 5, 6, 2
-    linear_act = ("swish", 1.5)
-    act = (*linear_act, None, 0.0)
-    limited = (*linear_act, 1.1, 0.6)
+    act = ("swish", [0.0, 0.0, 1.5])
+    limited = ("swish", [1.1, 0.6, 1.5])
     gates, ups = [t(F, D) for _ in range(G)], [t(F, D) for _ in range(G)]
     biases = [t(F) for _ in range(G)]
     backward = str(OPS.gated_linear_backward.default._schema)
@@ -47,16 +46,16 @@ def operator_calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
             OPS.gated_act_double_backward,
             tuple(x.detach() for x in (t(T, F), t(T, F), t(T, F), t(T, F), t(T, F))) + act,
         ),
-        "gated_linear": (OPS.gated_linear, (t(T, D), gates, ups, biases, biases, *linear_act, True)),
+        "gated_linear": (OPS.gated_linear, (t(T, D), gates, ups, biases, biases, *limited, True)),
         "gated_linear_backward": (
             OPS.gated_linear_backward,
-            (t(T, F), t(T, D), gates, ups, *passed_on, t(G, T, F).detach(), t(G, T, F).detach(), *linear_act,
+            (t(T, F), t(T, D), gates, ups, *passed_on, t(G, T, F).detach(), t(G, T, F).detach(), *limited,
              [True] * 5),
         ),
         "gated_linear_backward of x": (
             OPS.gated_linear_backward,
             (t(T, F), t(T, D), gates, ups, *(() if not passed_on else ([], [])), t(G, T, F).detach(),
-             t(G, T, F).detach(), *linear_act, [True, False, False, False, False]),
+             t(G, T, F).detach(), *limited, [True, False, False, False, False]),
         ),
     }  # fmt: skip
     saved = (t(T, F).detach(), t(T, F).detach())
@@ -64,13 +63,13 @@ def operator_calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     for form in FFN_FORMS:
         rows = 2 * F if form == "fused" else F
         w_up, b_up = (t(F, D), t(F)) if form == "gated" else (None, None)
-        gated = form != "plain"
+        gated, options = form != "plain", (form != "plain", form == "fused", *act)
         args = (t(T, D), t(rows, D), w_up, t(O, F), t(rows), b_up)
         up = saved[1] if gated else none[1]
         for save in (True, False):
-            calls[f"ffn {form} {save=}"] = (OPS.ffn, (*args, t(O), gated, *act, save))
+            calls[f"ffn {form} {save=}"] = (OPS.ffn, (*args, t(O), *options, save))
             pre = (saved[0], up) if save else none
-            all_of_them = (t(T, O), *args, *pre, gated, *act, [True] * 7)
+            all_of_them = (t(T, O), *args, *pre, *options, [True] * 7)
             calls[f"ffn_backward {form} {save=}"] = (OPS.ffn_backward, all_of_them)
     needs = [False, True, False, False, False, False, True]
     calls["ffn_backward of two"] = (OPS.ffn_backward, (*all_of_them[:-1], needs))
@@ -161,12 +160,13 @@ def test_meta_tensors() -> None:
 
 @pytest.mark.parametrize("name", CALLS)
 def test_one_tensor_on_meta(name: str) -> None:
-    """Each tensor in turn: an error, where the fake kernel would return memory that nobody wrote. (A regression.)"""
+    """Each tensor in turn: an error instead of uninitialised memory from the fake kernel. (A regression.)"""
     op, args = CALLS[name]
+    tensors = sum(isinstance(t, Tensor) for arg in args for t in (arg if isinstance(arg, list) else [arg]))
     for place, arg in enumerate(args):
         for at in range(len(arg)) if isinstance(arg, list) else (None,):
             t = arg if at is None else arg[at]
-            if not isinstance(t, Tensor) or sum(isinstance(a, (Tensor, list)) for a in args) < 2:
+            if not isinstance(t, Tensor) or tensors < 2:
                 continue
             meta = t.detach().to("meta")
             other = meta if at is None else [meta if i == at else each for i, each in enumerate(arg)]
@@ -194,7 +194,7 @@ def called_on_meta() -> dict[str, tuple[torch.nn.Module, str]]:
 
 @pytest.mark.parametrize("case", ["FeedForward", "GELUFFN", "GLU", "GatedFFN", "GatedFFN out_proj"])
 def test_called_child_on_meta(case: str) -> None:
-    """Refused as a plain child is, unless a hook brings its weights, as offloading does. (A regression.)"""
+    """Refused like a plain child, unless a hook loads its weights, as offloading does. (A regression.)"""
     layer, name = called_on_meta()[case]
     x = torch.randn(3, 4)
     with pytest.raises(ValueError, match=rf"{name}\.weight: expected device {x.device} as x has, got meta"):

@@ -180,7 +180,7 @@ def test_gradient_checkpointing(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
 def test_saved_and_loaded(name: str, tmp_path: Path) -> None:
-    """The file is transformers' own: the implementation is the reader's choice, and no part of it."""
+    """The checkpoint is transformers' own and does not contain the implementation, which the loader chooses."""
     eager, ours = pair(name, torch.float32)
     ours.save_pretrained(tmp_path)
     assert "ffn_ops" not in (tmp_path / "config.json").read_text()
@@ -270,7 +270,31 @@ def held(self: Any, gate_up: Tensor) -> Tensor:
     return self.act_fn(gate.clamp(max=self.limit)) * up.clamp(-self.limit, self.limit)
 
 
+class SoftcappedSwiGLU(nn.Module):
+    """As Inkling 2 has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_softcap, self.up_softcap = 3.0, 5.0
+
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
+        a, b = self.gate_softcap, self.up_softcap
+        return torch.tanh(gate / a) * a * torch.sigmoid(gate) * (torch.tanh(up / b) * b)
+
+
+def softcapped(self: Any, gate_up: Tensor) -> Tensor:
+    return self.act_fn(*gate_up.chunk(2, -1))  # type: ignore[no-any-return]
+
+
+def held_after(self: Any, gate_up: Tensor) -> Tensor:
+    """As Step-3.7 has it."""
+    gate, up = gate_up.chunk(2, -1)
+    return self.act_fn(gate).clamp(max=self.limit) * up.clamp(-self.limit, self.limit)  # type: ignore[no-any-return]
+
+
 FORMS: dict[str, dict[str, Any]] = {
+    "softcapped": {"gate": softcapped, "act_fn": SoftcappedSwiGLU()},
+    "held after": {"gate": held_after},
     "plain": {"has_gate": False, "act_fn": nn.GELU()},
     "plain, biases, transposed": {"has_gate": False, "has_bias": True, "is_transposed": True, "act_fn": nn.ReLU()},
     "gated": {},
@@ -321,9 +345,8 @@ def test_float32_weights_of_a_bfloat16_layer() -> None:
 
 
 def other_gate(self: Any, gate_up: Tensor) -> Tensor:
-    """The limit behind the activation, as Step-3.7 has it."""
     gate, up = gate_up.chunk(2, -1)
-    return self.act_fn(gate).clamp(max=self.limit) * up.clamp(-self.limit, self.limit)
+    return self.act_fn(gate).clamp(max=self.limit) * up
 
 
 def hidden_number(self: Any, gate_up: Tensor) -> Tensor:
@@ -357,7 +380,7 @@ def test_other_parameters_are_refused() -> None:
 
 
 def test_numbers_are_read_again() -> None:
-    """A changed limit is another gate, not the one that was found before."""
+    """A changed limit makes a new gate; the cached one is not used."""
     module = experts(gate=held)
     args = (torch.randn(5, D, dtype=torch.float64), torch.zeros(5, K, dtype=torch.long), torch.ones(5, K))
     before = module(*args)

@@ -1,5 +1,5 @@
-"""Which experts of a transformers model are computed here: what the report says is what runs, and who might believe
-otherwise is warned."""
+"""Which experts of a transformers model this package computes: the report says what runs, and experts that run their
+own code cause a warning."""
 
 from __future__ import annotations
 
@@ -147,7 +147,10 @@ def test_experts_that_it_can_exchange(name: str) -> None:
         warnings.simplefilter("error")
         model.set_experts_implementation("ffn_ops")
     found = report(model)
-    expected = {"gpt_oss": "swish[1.702], limit 1.5, up_shift 1", "deepseek_v4": "silu, limit 0.7"}.get(name, "silu")
+    expected = {
+        "gpt_oss": "swish(beta=1.702, limit=1.5, up_shift=1.0, interleaved=True)",
+        "deepseek_v4": "silu(limit=0.7)",
+    }.get(name, "silu")
     assert {(e.status, e.computes) for e in found.entries} == {("ffn_ops", expected)}
     assert before.paths("left") == found.paths("ffn_ops") == [f"model.layers.{i}.mlp.experts" for i in range(2)]
     with torch.no_grad(), Seen() as seen:
@@ -191,7 +194,7 @@ def test_experts_of_eight_bits() -> None:
 
 
 def test_a_forward_that_another_library_has_put_in_the_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is declared proves nothing: the class's forward is asked."""
+    """The report checks the class's forward, not its declaration."""
     model = nn.Sequential(experts())
     assert report(model).paths("ffn_ops") == ["0"]
     monkeypatch.setattr(type(model[0]), "forward", lambda self, x, ids, weights: x)

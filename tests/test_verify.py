@@ -1,4 +1,4 @@
-"""``python -m ffn_ops verify``: its steps over tools that pass, fail, crash and hang, its budget and its report."""
+"""``python -m ffn_ops verify``: steps with tools that pass, fail, crash and hang, the budget and the report."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
-"""The one rule of accuracy: our error against float64 is at most 1.5 times that of eager torch on the same numbers.
-
-Error is the root of the mean square over a tensor, so that one bound holds for 10 and for a million numbers; the worst
-single number may be off by twice that again. One rounding of the result is free: eager is exact now and then. Small
-results are drawn several times and pooled, because two errors of 17 numbers each differ by more than 1.5 by chance.
+"""The rule of ``ffn_ops/_accuracy.py`` for tests. Small results are drawn several times and pooled, because two errors
+of 17 numbers each differ by more than 1.5 by chance.
 
 float64 has no wider type in torch: there products and sums of the reference are done in extended precision, and eager's
 error is its float32 error, scaled by the ratio of the epsilons: the same algorithm on the same numbers. On a GPU it is
@@ -26,10 +23,9 @@ from problems import Problem, results
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-RATIO = 1.5
-WORST = 2 * RATIO
-ENOUGH = 100  # numbers; their root mean square scatters by 7 %
-PLENTY = 1000  # by which a result above the bound is judged: few large ones may carry a sum
+from ffn_ops._accuracy import PLENTY, RATIO, WORST, allowed
+
+ENOUGH = 100  # numbers; their root mean square scatters by 7 %. PLENTY judge a result above the bound
 MOST_DRAWS = 128
 
 
@@ -122,7 +118,7 @@ class _Errors:
     """Running errors of one named result."""
 
     def __init__(self, dtype: torch.dtype) -> None:
-        self.rounding = torch.finfo(dtype).eps / 2
+        self.dtype = dtype
         self.ratio, self.worst = RATIO, WORST
         if dtype is torch.float64:  # element by element the reference errs as eager does, independently of us
             factor = 1 if DEVICE == "cpu" else 2
@@ -146,13 +142,9 @@ class _Errors:
     def _judged(self) -> list[tuple[float, float, float, float]]:
         """Of the root mean square and of the worst number: error, limit, eager's error, size."""
         rms = (self.squares / max(1, self.count)).sqrt().tolist()
-        return [
-            (error, ratio * eager + free * self.rounding * size, eager, size)
-            for (error, eager, size), ratio, free in (
-                (rms, self.ratio, 1),
-                (self.largest.tolist(), self.worst, 2),
-            )
-        ]
+        largest = self.largest.tolist()
+        limit = allowed((largest[1], rms[1]), (largest[2], rms[2]), self.dtype, self.ratio, self.worst)
+        return [(found[0], bound, *found[1:]) for found, bound in ((rms, limit.rms), (largest, limit.largest))]
 
     def check(self, name: str) -> None:
         for what, (error, limit, eager, size) in zip(("error", "worst error"), self._judged(), strict=True):

@@ -4,6 +4,7 @@
 #include <string_view>
 
 #include "dtypes.h"
+#include "gate.h"
 
 namespace ffn_ops {
 namespace activation_list {
@@ -12,14 +13,15 @@ namespace activation_list {
 
 struct ActivationInfo {
   const char* name;
-  bool uses_beta;
+  OwnParams own;
+  bool has_up;
 };
 
 template <class... As>
 struct ActivationTable {
   explicit constexpr ActivationTable(TypeList<As...>) {}
   static constexpr int kSize = sizeof...(As);
-  ActivationInfo rows[kSize] = {{As::name, As::uses_beta}...};
+  ActivationInfo rows[kSize] = {{As::name, As::own, As::has_up}...};
 };
 
 // Indexed like `dispatch_activation`.

@@ -1,7 +1,11 @@
-// The activations: one stateless struct each, and THE list that kernels, names, tests and error messages read.
+// The activations: one stateless struct each, and THE list that kernels, names, tests, error messages and Python read.
 // Included once per instruction set inside its namespace, after math.h (and by activation_names.h without vector code,
 // for the list alone). V is a vector, or a scalar in CUDA: only unqualified calls. No include guard, no #include, no
 // std.
+//
+// A struct has the value, slope and curvature of the gate's side. `own` declares parameters with their defaults, which
+// the functions read in that order. With has_up the struct has the side of up as well (up, up_grad, up_grad2), and its
+// gates take no limit and no shift.
 
 template <class V>
 struct Grad {
@@ -12,106 +16,106 @@ struct Grad2 {
   V value, slope, curvature;
 };
 
+struct Activation {
+  static constexpr OwnParams own = {};
+  static constexpr bool has_up = false;
+};
+
 // max(z, 0); the slope at 0 is 0. NaN is neither below nor equal to 0: it passes, with slope 1, as in torch.
-struct Relu {
+struct Relu : Activation {
   static constexpr const char* name = "relu";
-  static constexpr bool uses_beta = false;
 
   template <class V>
-  static FFN_FN V fwd(V z, V) {
+  static FFN_FN V fwd(V z, const V*) {
     return select(z < V(0), V(0), z);
   }
   template <class V>
-  static FFN_FN Grad<V> grad(V z, V beta) {
-    return {fwd(z, beta), select(z <= V(0), V(0), V(1))};
+  static FFN_FN Grad<V> grad(V z, const V* p) {
+    return {fwd(z, p), select(z <= V(0), V(0), V(1))};
   }
   template <class V>
-  static FFN_FN Grad2<V> grad2(V z, V beta) {
-    const auto [value, slope] = grad(z, beta);
+  static FFN_FN Grad2<V> grad2(V z, const V* p) {
+    const auto [value, slope] = grad(z, p);
     return {value, slope, V(0)};
   }
 };
 
 // r², with r = relu(z); r² ' = 2r, r² '' = 2 for z > 0.
-struct ReluSquared {
+struct ReluSquared : Activation {
   static constexpr const char* name = "relu_squared";
-  static constexpr bool uses_beta = false;
 
   template <class V>
-  static FFN_FN V fwd(V z, V beta) {
-    return grad(z, beta).value;
+  static FFN_FN V fwd(V z, const V* p) {
+    return grad(z, p).value;
   }
   template <class V>
-  static FFN_FN Grad<V> grad(V z, V) {
+  static FFN_FN Grad<V> grad(V z, const V*) {
     const V r = select(z < V(0), V(0), z);
     return {r * r, r + r};
   }
   template <class V>
-  static FFN_FN Grad2<V> grad2(V z, V beta) {
-    const auto [value, slope] = grad(z, beta);
+  static FFN_FN Grad2<V> grad2(V z, const V* p) {
+    const auto [value, slope] = grad(z, p);
     return {value, slope, select(z <= V(0), V(0), V(2))};
   }
 };
 
 // s = sigmoid(z), c = 1 − s; s' = s·c, s'' = s·c·(c − s).
-struct Sigmoid {
+struct Sigmoid : Activation {
   static constexpr const char* name = "sigmoid";
-  static constexpr bool uses_beta = false;
 
   template <class V>
-  static FFN_FN V fwd(V z, V) {
+  static FFN_FN V fwd(V z, const V*) {
     return sigmoid(z);
   }
   template <class V>
-  static FFN_FN Grad<V> grad(V z, V) {
+  static FFN_FN Grad<V> grad(V z, const V*) {
     const auto [s, c] = sigmoid_pair(z);
     return {s, s * c};
   }
   template <class V>
-  static FFN_FN Grad2<V> grad2(V z, V) {
+  static FFN_FN Grad2<V> grad2(V z, const V*) {
     const auto [s, c] = sigmoid_pair(z);
     return {s, s * c, s * c * (c - s)};
   }
 };
 
 // t = tanh(z); t' = 1 − t², t'' = −2t·t'.
-struct Tanh {
+struct Tanh : Activation {
   static constexpr const char* name = "tanh";
-  static constexpr bool uses_beta = false;
 
   template <class V>
-  static FFN_FN V fwd(V z, V) {
+  static FFN_FN V fwd(V z, const V*) {
     return tanh(z);
   }
   template <class V>
-  static FFN_FN Grad<V> grad(V z, V) {
+  static FFN_FN Grad<V> grad(V z, const V*) {
     const V t = tanh(z);
     return {t, fma(-t, t, V(1))};
   }
   template <class V>
-  static FFN_FN Grad2<V> grad2(V z, V beta) {
-    const auto [t, slope] = grad(z, beta);
+  static FFN_FN Grad2<V> grad2(V z, const V* p) {
+    const auto [t, slope] = grad(z, p);
     return {t, slope, V(-2) * t * slope};
   }
 };
 
 // z·Φ(z), the erf form; with φ = Φ': (zΦ)' = Φ + zφ, (zΦ)'' = (2 − z²)·φ. From |z| = 40 on φ is 0, and z² is held there
 // lest it overflow to inf · 0.
-struct Gelu {
+struct Gelu : Activation {
   static constexpr const char* name = "gelu";
-  static constexpr bool uses_beta = false;
 
   template <class V>
-  static FFN_FN V fwd(V z, V) {
+  static FFN_FN V fwd(V z, const V*) {
     return z * normal_point(z).cdf;
   }
   template <class V>
-  static FFN_FN Grad<V> grad(V z, V) {
+  static FFN_FN Grad<V> grad(V z, const V*) {
     const auto [cdf, density] = normal_point(z);
     return {z * cdf, fma(z, density, cdf)};
   }
   template <class V>
-  static FFN_FN Grad2<V> grad2(V z, V) {
+  static FFN_FN Grad2<V> grad2(V z, const V*) {
     const auto [cdf, density] = normal_point(z);
     const V held = min(V(40), abs(z));
     return {z * cdf, fma(z, density, cdf), fma(-held, held, V(2)) * density};
@@ -121,23 +125,22 @@ struct Gelu {
 // 0.5·z·(1 + tanh(u)) = z·s with s = sigmoid(w), w = 2u = 2·√(2/π)·(z + 0.044715·z³), c = 1 − s:
 // (zs)' = s + z·w'·s·c, (zs)'' = s·c·(2w' + z·w'' + z·w'²·(c − s)).
 // From |z| = 30 on s is 0 or 1, and z is held there within w lest z³ overflow to inf · 0.
-struct GeluTanh {
+struct GeluTanh : Activation {
   static constexpr const char* name = "gelu_tanh";
-  static constexpr bool uses_beta = false;
 
   template <class V>
-  static FFN_FN V fwd(V z, V) {
+  static FFN_FN V fwd(V z, const V*) {
     return z * sigmoid(argument(hold(z)).value);
   }
   template <class V>
-  static FFN_FN Grad<V> grad(V z, V) {
+  static FFN_FN Grad<V> grad(V z, const V*) {
     const V held = hold(z);
     const auto [w, dw, ddw] = argument(held);
     const auto [s, c] = sigmoid_pair(w);
     return {z * s, fma(held * dw, s * c, s)};
   }
   template <class V>
-  static FFN_FN Grad2<V> grad2(V z, V) {
+  static FFN_FN Grad2<V> grad2(V z, const V*) {
     const V held = hold(z);
     const auto [w, dw, ddw] = argument(held);
     const auto [s, c] = sigmoid_pair(w);
@@ -159,82 +162,148 @@ struct GeluTanh {
 };
 
 // z·s with s = sigmoid(βz), c = 1 − s, u = βz: (zs)' = s·(1 + u·c), (zs)'' = β·s·c·(2 + u·(c − s)).
-struct Swish {
+struct Swish : Activation {
   static constexpr const char* name = "swish";
-  static constexpr bool uses_beta = true;
+  static constexpr OwnParams own = {{{"beta", 1.0}}};
 
   template <class V>
-  static FFN_FN V fwd(V z, V beta) {
-    return z * sigmoid(beta * z);
+  static FFN_FN V fwd(V z, const V* p) {
+    return z * sigmoid(p[0] * z);
   }
   template <class V>
-  static FFN_FN Grad<V> grad(V z, V beta) {
-    const V u = beta * z;
+  static FFN_FN Grad<V> grad(V z, const V* p) {
+    const V u = p[0] * z;
     const auto [s, c] = sigmoid_pair(u);
     return {z * s, fma(s * c, u, s)};
   }
   template <class V>
-  static FFN_FN Grad2<V> grad2(V z, V beta) {
-    const V u = beta * z;
+  static FFN_FN Grad2<V> grad2(V z, const V* p) {
+    const V u = p[0] * z;
     const auto [s, c] = sigmoid_pair(u);
-    return {z * s, fma(s * c, u, s), beta * (s * c) * fma(u, c - s, V(2))};
+    return {z * s, fma(s * c, u, s), p[0] * (s * c) * fma(u, c - s, V(2))};
   }
 };
 
 // Swish with β = 1.
-struct Silu {
+struct Silu : Activation {
   static constexpr const char* name = "silu";
-  static constexpr bool uses_beta = false;
 
   template <class V>
-  static FFN_FN V fwd(V z, V) {
-    return Swish::fwd(z, V(1));
+  static FFN_FN V fwd(V z, const V*) {
+    const V beta(1);
+    return Swish::fwd(z, &beta);
   }
   template <class V>
-  static FFN_FN Grad<V> grad(V z, V) {
-    return Swish::grad(z, V(1));
+  static FFN_FN Grad<V> grad(V z, const V*) {
+    const V beta(1);
+    return Swish::grad(z, &beta);
   }
   template <class V>
-  static FFN_FN Grad2<V> grad2(V z, V) {
-    return Swish::grad2(z, V(1));
+  static FFN_FN Grad2<V> grad2(V z, const V*) {
+    const V beta(1);
+    return Swish::grad2(z, &beta);
   }
 };
 
-struct Identity {
+struct Identity : Activation {
   static constexpr const char* name = "identity";
-  static constexpr bool uses_beta = false;
 
   template <class V>
-  static FFN_FN V fwd(V z, V) {
+  static FFN_FN V fwd(V z, const V*) {
     return z;
   }
   template <class V>
-  static FFN_FN Grad<V> grad(V z, V) {
+  static FFN_FN Grad<V> grad(V z, const V*) {
     return {z, V(1)};
   }
   template <class V>
-  static FFN_FN Grad2<V> grad2(V z, V) {
+  static FFN_FN Grad2<V> grad2(V z, const V*) {
     return {z, V(1), V(0)};
   }
 };
 
-// The limits of a gate, see gate_form.h, where they are `on`: gate = min(g, limit), up = clamp(u, -limit, limit) +
-// shift. Gradients pass where g and u lie within, the bounds excluded, as torch.clamp's do from 2.15 on, and are 0
-// elsewhere and for NaN, whatever they are: the caller has multiplied everything. No limit is NaN: all lies within, and
-// min and max give their second argument.
-template <class V>
-struct GateLimit {
-  bool on;
-  V limit, shift;
+// s·q with s = sigmoid(z), c = 1 − s and q = a·tanh(z/a); up: b·tanh(u/b). (sq)' = q'·s + q·s·c,
+// (sq)'' = q''·s + s·c·(2q' + q·(c − s)).
+struct Situ : Activation {
+  static constexpr const char* name = "situ";
+  static constexpr OwnParams own = {{{"gate_softcap", 4.0, true}, {"up_softcap", 25.0, true}}};
+  static constexpr bool has_up = true;
 
-  FFN_FN V gate(V g) const { return on ? min(limit, g) : g; }
-  FFN_FN V up(V u) const { return on ? max(-limit, min(limit, u)) + shift : u; }
-  FFN_FN V gate_grad(V g, V d) const { return on ? select(g < limit, d, outside(d)) : d; }
-  FFN_FN V up_grad(V u, V d) const { return on ? select(abs(u) < limit, d, outside(d)) : d; }
-  FFN_FN V outside(V d) const { return select(limit <= limit, V(0), d); }
+  template <class V>
+  static FFN_FN V fwd(V z, const V* p) {
+    return softcap(z, p[0]).value * sigmoid(z);
+  }
+  template <class V>
+  static FFN_FN Grad<V> grad(V z, const V* p) {
+    const auto [q, dq, ddq] = softcap(z, p[0]);
+    const auto [s, c] = sigmoid_pair(z);
+    return {q * s, fma(q, s * c, dq * s)};
+  }
+  template <class V>
+  static FFN_FN Grad2<V> grad2(V z, const V* p) {
+    const auto [q, dq, ddq] = softcap(z, p[0]);
+    const auto [s, c] = sigmoid_pair(z);
+    return {q * s, fma(q, s * c, dq * s), fma(s * c, fma(q, c - s, dq + dq), ddq * s)};
+  }
+  template <class V>
+  static FFN_FN V up(V u, const V* p) {
+    return softcap(u, p[1]).value;
+  }
+  template <class V>
+  static FFN_FN Grad<V> up_grad(V u, const V* p) {
+    const auto [value, slope, curvature] = softcap(u, p[1]);
+    return {value, slope};
+  }
+  template <class V>
+  static FFN_FN Grad2<V> up_grad2(V u, const V* p) {
+    return softcap(u, p[1]);
+  }
+
+ private:
+  // a·t with t = tanh(x/a): the slope is 1 − t², the curvature −2t(1 − t²)/a.
+  template <class V>
+  static FFN_FN Grad2<V> softcap(V x, V a) {
+    const V t = tanh(x / a), slope = fma(-t, t, V(1));
+    return {a * t, slope, V(-2) * t * slope / a};
+  }
 };
 
-using Activations = TypeList<Relu, ReluSquared, Sigmoid, Tanh, Gelu, GeluTanh, Silu, Swish, Identity>;
+// min(silu(z), cap); up: clamp(u, -cap, cap). Slopes are 0 at the cap and beyond it.
+struct SwigluStep : Activation {
+  static constexpr const char* name = "swiglu_step";
+  static constexpr OwnParams own = {{{"cap", 7.0, true}}};
+  static constexpr bool has_up = true;
+
+  template <class V>
+  static FFN_FN V fwd(V z, const V* p) {
+    return min(p[0], Silu::fwd(z, p));
+  }
+  template <class V>
+  static FFN_FN Grad<V> grad(V z, const V* p) {
+    const auto [value, slope] = Silu::grad(z, p);
+    return {min(p[0], value), select(p[0] <= value, V(0), slope)};
+  }
+  template <class V>
+  static FFN_FN Grad2<V> grad2(V z, const V* p) {
+    const auto [value, slope, curvature] = Silu::grad2(z, p);
+    return {min(p[0], value), select(p[0] <= value, V(0), slope), select(p[0] <= value, V(0), curvature)};
+  }
+  template <class V>
+  static FFN_FN V up(V u, const V* p) {
+    return max(-p[0], min(p[0], u));
+  }
+  template <class V>
+  static FFN_FN Grad<V> up_grad(V u, const V* p) {
+    return {up(u, p), select(abs(u) < p[0], V(1), V(0))};
+  }
+  template <class V>
+  static FFN_FN Grad2<V> up_grad2(V u, const V* p) {
+    const auto [value, slope] = up_grad(u, p);
+    return {value, slope, V(0)};
+  }
+};
+
+using Activations = TypeList<Relu, ReluSquared, Sigmoid, Tanh, Gelu, GeluTanh, Silu, Swish, Identity, Situ, SwigluStep>;
 
 // Calls `f(Tag<Activation>{})` for the activation at `index` of the list; false if there is none.
 template <class F>

@@ -1,5 +1,5 @@
-// What the boundary asserts before any work, on every device: dtype, device, rank and extent of each tensor, with name,
-// expected and actual in the message. The Python functions check first and raise ValueError or TypeError; this guards
+// Checks before any work, on every device: dtype, device, rank and extents of each tensor. Messages give the name, the
+// expected and the actual value. The Python functions check first and raise ValueError or TypeError; these checks guard
 // torch.ops. The checks of whole operators are in shapes.h.
 #pragma once
 
@@ -11,7 +11,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include "activation_names.h"
-#include "gate_form.h"
+#include "gate.h"
 
 namespace ffn_ops {
 
@@ -23,7 +23,7 @@ inline std::string shape_text(const Tensor& t) {
   return text + "]";
 }
 
-// As torch's Python names it.
+// The name that torch has in Python.
 inline const char* scalar_type_text(torch::headeronly::ScalarType type) {
   using torch::headeronly::ScalarType;
   switch (type) {
@@ -79,14 +79,14 @@ inline DType storage_dtype(const Tensor& t, const char* name) {
   }
 }
 
-// Of a tensor on a GPU; by the C interface, which is the same in every torch.
+// The device of a tensor on a GPU, by the C interface, which is the same in every torch.
 inline int32_t gpu_index(const Tensor& t) {
   int32_t index = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &index));
   return index;
 }
 
-// Where all tensors of a call live: a GPU, or the CPU.
+// The device of all tensors of a call: a GPU, or the CPU.
 struct Place {
   int32_t gpu = -1;
   bool holds(const Tensor& t) const { return gpu < 0 ? t.is_cpu() : t.is_cuda() && gpu_index(t) == gpu; }
@@ -98,7 +98,7 @@ inline std::string place_text(const Tensor& t) {
   return t.is_cuda() ? "cuda:" + std::to_string(gpu_index(t)) : "another device";
 }
 
-// A defined, strided tensor of the place and dtype of the call with these extents (-1: any).
+// Checks for a defined, strided tensor with the device and dtype of the call and these extents (-1: any).
 inline void check_tensor(const Tensor& t, const char* name, DType dtype, const std::vector<int64_t>& sizes,
                          Place place = {}) {
   STD_TORCH_CHECK(t.defined(), name, ": expected a tensor, got none");
@@ -114,7 +114,7 @@ inline void check_tensor(const Tensor& t, const char* name, DType dtype, const s
   STD_TORCH_CHECK(fits, name, ": expected shape ", expected, "], got ", shape_text(t));
 }
 
-// Indices [size] (-1: any); what they say is not looked at.
+// Checks for indices [size] (-1: any), without their values.
 inline void check_index_vector(const Tensor& t, const char* name, int64_t size, Place place = {}) {
   STD_TORCH_CHECK(
       t.defined() && place.holds(t) && t.scalar_type() == torch::headeronly::ScalarType::Long && t.dim() == 1, name,
@@ -137,19 +137,29 @@ inline int check_activation(const std::string& name) {
   return index;
 }
 
-// limit: none where there is none.
-inline GateForm check_gate_form(const std::string& activation, double beta, std::optional<double> limit = {},
-                                double up_shift = 0.0) {
-  GateForm form{check_activation(activation), beta};
-  STD_TORCH_CHECK(!limit || *limit > 0, "limit: expected a positive number or none, got ", limit.value_or(0));
-  if (limit) form.limit = *limit;
-  form.up_shift = up_shift;
-  return form;
+// params: limit (0: none), up_shift, then the activation's own parameters in the order of their declaration.
+inline Gate check_gate(const std::string& activation, const std::vector<double>& params) {
+  Gate gate{check_activation(activation)};
+  const ActivationInfo& info = kActivations.rows[gate.activation];
+  const auto count = static_cast<size_t>(info.own.count());
+  STD_TORCH_CHECK(params.size() == 2 + count, "params: expected limit, up_shift and ", count, " parameters of ",
+                  activation, ", got ", params.size(), " numbers");
+  if (params[0] != 0) gate.limit = params[0];
+  gate.up_shift = params[1];
+  STD_TORCH_CHECK(gate.limit > 0, "limit: expected a positive number, got ", gate.limit);
+  STD_TORCH_CHECK(!info.has_up || !gate.limited(), "limit, up_shift: expected none and 0 of ", activation,
+                  ", which has a side of up of its own, got ", gate.limit, " and ", gate.up_shift);
+  for (size_t i = 0; i < count; ++i) {
+    gate.own[i] = params[2 + i];
+    STD_TORCH_CHECK(!info.own.at[i].positive || gate.own[i] > 0, info.own.at[i].name,
+                    ": expected a positive number, got ", gate.own[i]);
+  }
+  return gate;
 }
 
-inline void check_gated_form(const GateForm& form, bool gated) {
-  STD_TORCH_CHECK(gated || !form.limited(), "limit, up_shift: expected none and 0 where nothing is gated, got ",
-                  form.limit, " and ", form.up_shift);
+inline void check_gated_form(const Gate& gate, bool gated) {
+  STD_TORCH_CHECK(gated || !gate.limited(), "limit, up_shift: expected none and 0 where nothing is gated, got ",
+                  gate.limit, " and ", gate.up_shift);
 }
 
 }  // namespace ffn_ops

@@ -1,5 +1,5 @@
-// The storage dtypes, their one list, and the scalar conversions that define what every vector load and store must
-// give. A normal header of plain types: included before any target region, so nothing here may use intrinsics.
+// The one list of storage dtypes, and the scalar conversions that define the result of every vector load and store.
+// This normal header is included before any target region, so it must not use intrinsics.
 #pragma once
 
 #include <stdint.h>
@@ -48,7 +48,7 @@ constexpr int64_t storage_size(DType dtype) {
   return sizes[static_cast<int>(dtype)];
 }
 
-// What values of a storage dtype are computed in.
+// The type of the arithmetic for a storage dtype.
 constexpr DType arithmetic_dtype(DType storage) {
   return storage == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
 }
@@ -107,8 +107,8 @@ struct Codec<Half> {
     } else if (magnitude >= 0x0400u) {
       bits = (magnitude << 13) + (112u << 23);
     } else {
-      // A denormal is magnitude · 2^-24: put it into the mantissa of 0.5, whose last bit weighs 2^-24, and take 0.5
-      // away.
+      // A denormal is magnitude · 2^-24. Put it into the mantissa of 0.5, whose last bit is worth 2^-24, and subtract
+      // 0.5 away.
       bits = __builtin_bit_cast(uint32_t, __builtin_bit_cast(float, 0x3f000000u | magnitude) - 0.5f);
     }
     return __builtin_bit_cast(float, bits | sign);

@@ -1,8 +1,8 @@
-// exp, tanh, erf, sigmoid and the normal distribution for `Vec<float>` and `Vec<double>`, from arithmetic alone.
+// exp, tanh, erf, sigmoid and the normal distribution for `Vec<float>` and `Vec<double>`, in plain arithmetic.
 // Included inside each instruction set's namespace and target region, after vec_<isa>.h. Measured by
 // tests/cpp/vector_test.
 //
-// Every coefficient is a weighted Remez fit (relative error, computed with 60 digits); the error stated beside it is
+// Every coefficient is a weighted Remez fit (relative error, computed with 60 digits); the stated error is
 // that of the fit. Bounds in ULP hold with and without FMA: float32 over every argument, float64 over a dense sweep.
 
 template <class V>
@@ -87,8 +87,8 @@ struct SigmoidPair {
 
 // s = 1/(1+exp(−z)) and 1 − s. With e = exp(−|z|) <= 1 nothing overflows: the larger of the two is q = 1/(1+e), the
 // smaller e·q = e − e·(e·q). The last form is the more accurate one, as the rounding of q and of e·q is scaled down by
-// e; without FMA it rounds once too often, and e/(1+e), less what the sum lost, takes its place.
-// Both 2 ULP, of which exp has 1.4 where e lies at the bottom and the result at the top of a binade.
+// e; without FMA it rounds once too often, so e/(1+e), corrected by the rounding error of the sum, replaces it.
+// Both have 2 ULP, of which exp contributes 1.4 if e is at the bottom and the result at the top of a binade.
 template <class V>
 FFN_FN SigmoidPair<V> sigmoid_pair(V z) {
   const V e = exp_up_to_40(max(V(kExpLowest<V>), -abs(z)));
@@ -123,8 +123,8 @@ FFN_FN V tanh_tail(V t) {
   }
 }
 
-// 0.8 ULP. |x| < 0.625: the polynomial; else 1 − q with q = 2/(exp(2|x|)+1) < 0.45, where what the sums and the
-// quotient lose in rounding is added back, since torch's tanh errs by hardly more than half an ULP. From |x| = 20 on
+// 0.8 ULP. |x| < 0.625: the polynomial; else 1 − q with q = 2/(exp(2|x|)+1) < 0.45. The rounding errors of the sums and
+// of the quotient are added back, because the error of torch's tanh is hardly more than half an ULP. From |x| = 20 on
 // the result is 1.
 template <class V>
 FFN_FN V tanh(V x) {
@@ -144,7 +144,7 @@ FFN_FN V tanh(V x) {
   if constexpr (kHasFma) remainder += fma(-q, sum, V(2));
   const V large = V(1) - q;
   const V large_low = (V(1) - large) - q;
-  // q · remainder / 2 is what q lacks of the quotient.
+  // q · remainder / 2 is the error of q.
   const V corrected = large + fma(V(-0.5) * q, remainder, large_low);
   return copysign(select(magnitude < V(typename V::Scalar(0.625)), small, corrected), x);
 }
@@ -195,7 +195,7 @@ struct NormalPoint {
 };
 
 // Φ(z) and φ(z) = exp(−z²/2)/√(2π): Φ(−|z|) = exp(−z²/2) · scaled_normal_tail(|z|), with a relative error of a few ULP
-// however far out, as z² is kept to twice its digits.
+// in the whole tail, because z² is kept to twice its digits.
 template <class V>
 FFN_FN NormalPoint<V> normal_point(V z) {
   using T = typename V::Scalar;
@@ -221,7 +221,7 @@ FFN_FN V erf_tail(V t) {
 }
 
 // 2 ULP. |x| < 1: the polynomial; else 1 − erfc|x| = 1 − 2·exp(−x²)·scaled_normal_tail(√2·|x|), where erfc is below
-// 0.16, so that its own errors weigh little. From |x| = 6 on the result is 1.
+// 0.16, so its errors count little. From |x| = 6 on the result is 1.
 template <class V>
 FFN_FN V erf(V x) {
   using T = typename V::Scalar;

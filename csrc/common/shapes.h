@@ -1,5 +1,5 @@
-// The checks of whole operators, for every device: each gives the extents of a call, or says which argument does not
-// fit. What indices and offsets say is for the device to judge.
+// Checks of whole operators, for every device. Each returns the extents of a call, or reports the argument that does
+// not fit. The device checks the values of indices and offsets.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -21,11 +21,10 @@ inline void check_same(const Tensor& t, const char* name, const Tensor& like, DT
 struct GatedActShape {
   DType dtype;
   int64_t rows, cols;
-  GateForm form;
+  Gate form;
 };
 
-inline GatedActShape check_gated_act(const Tensor& gate, const MaybeTensor& up, const GateForm& form,
-                                     Place place = {}) {
+inline GatedActShape check_gated_act(const Tensor& gate, const MaybeTensor& up, const Gate& form, Place place = {}) {
   const DType dtype = storage_dtype(gate, "gate");
   STD_TORCH_CHECK(gate.dim() == 2, "gate: expected shape [rows, columns], got ", shape_text(gate));
   check_same(gate, "gate", gate, dtype, place);
@@ -39,12 +38,12 @@ inline GatedActShape check_gated_act(const Tensor& gate, const MaybeTensor& up, 
 struct GatedLinearShape {
   DType dtype;
   int64_t T, D, F, G;
-  GateForm form;
+  Gate form;
 };
 
 inline GatedLinearShape check_gated_linear(const Tensor& x, const std::vector<Tensor>& w_gate,
                                            const std::vector<Tensor>& w_up, const std::vector<Tensor>& b_gate,
-                                           const std::vector<Tensor>& b_up, const GateForm& form, Place place = {}) {
+                                           const std::vector<Tensor>& b_up, const Gate& form, Place place = {}) {
   GatedLinearShape s;
   s.dtype = storage_dtype(x, "x");
   check_tensor(x, "x", s.dtype, {-1, -1}, place);
@@ -85,14 +84,15 @@ struct FfnShape {
   DType dtype;
   int64_t T, D, F, O;  // tokens, model width, FFN width, output width
   bool gated, fused;   // fused: one weight [2F, D] holds gate and up rows
-  GateForm form;
+  bool interleaved;    // fused: in turns
+  Gate form;
 
   int64_t hidden() const { return gated ? 2 * F : F; }  // width of d_hidden
 };
 
 inline FfnShape check_ffn(const Tensor& x, const Tensor& w_in, const MaybeTensor& w_up, const Tensor& w_down,
-                          const MaybeTensor& b_in, const MaybeTensor& b_up, bool gated, const GateForm& form,
-                          Place place = {}) {
+                          const MaybeTensor& b_in, const MaybeTensor& b_up, bool gated, bool interleaved,
+                          const Gate& form, Place place = {}) {
   FfnShape s;
   s.dtype = storage_dtype(x, "x");
   check_tensor(x, "x", s.dtype, {-1, -1}, place);
@@ -100,8 +100,11 @@ inline FfnShape check_ffn(const Tensor& x, const Tensor& w_in, const MaybeTensor
   s.D = x.size(1);
   s.gated = gated || w_up.has_value();
   s.fused = s.gated && !w_up;
+  s.interleaved = interleaved;
+  STD_TORCH_CHECK(s.fused || !interleaved, "interleaved: expected False where no weight holds gate and up, got True");
   check_tensor(w_in, "w_in", s.dtype, {-1, s.D}, place);
-  STD_TORCH_CHECK(!s.fused || w_in.size(0) % 2 == 0, "w_in: expected [2F, D], gate rows first, got ", shape_text(w_in));
+  STD_TORCH_CHECK(!s.fused || w_in.size(0) % 2 == 0, "w_in: expected [2F, D], gate and up rows, got ",
+                  shape_text(w_in));
   s.F = s.fused ? w_in.size(0) / 2 : w_in.size(0);
   if (w_up) check_tensor(*w_up, "w_up", s.dtype, {s.F, s.D}, place);
   check_tensor(w_down, "w_down", s.dtype, {-1, s.F}, place);
@@ -151,7 +154,7 @@ struct MoeShape {
   DType dtype;
   int64_t T, D, F, O, E, R;
   bool gated, interleaved, routed;  // not routed: x holds the rows themselves
-  GateForm form;
+  Gate form;
 
   int64_t hidden() const { return gated ? 2 * F : F; }
 };
@@ -159,7 +162,7 @@ struct MoeShape {
 inline MoeShape check_moe(const Tensor& x, const MaybeTensor& token, const MaybeTensor& weight, const Tensor& offsets,
                           const MaybeTensor& row, const MaybeTensor& slot_offsets, const Tensor& w_in,
                           const Tensor& w_down, const MaybeTensor& b_in, const MaybeTensor& b_down, bool gated,
-                          bool interleaved, const GateForm& form, Place place = {}) {
+                          bool interleaved, const Gate& form, Place place = {}) {
   MoeShape s;
   s.dtype = storage_dtype(x, "x");
   check_tensor(x, "x", s.dtype, {-1, -1}, place);
@@ -192,14 +195,19 @@ inline MoeShape check_moe(const Tensor& x, const MaybeTensor& token, const Maybe
   return s;
 }
 
-// The gradient of a weight [E, N, K] is dense, and stored as [E, K, N] where the weight is: a transposed parameter gets
-// a gradient that needs no copy.
+// The gradient of a weight [E, N, K] is dense, and stored as [E, K, N] if the weight is, so that a transposed parameter
+// gets a gradient without a copy.
 inline bool is_transposed(const Tensor& w) { return w.stride(1) == 1 && w.stride(2) != 1; }
 
-// Biases [E, 2F] of gate and up in turns, as all gates and then all ups of each expert.
-inline Tensor gate_then_up(const Tensor& b) {
-  const int64_t E = b.size(0), F = b.size(1) / 2;
-  return torch::stable::contiguous(torch::stable::transpose(torch::stable::reshape(b, {E, F, 2}), 1, 2));
+// Rows [2F] or [N, 2F] of gate and up alternating, as all gates and then all ups of each row; or the other way round.
+inline Tensor gate_then_up(const Tensor& rows) {
+  const int64_t F = rows.size(rows.dim() - 1) / 2, N = rows.dim() > 1 ? rows.size(0) : 1;
+  return torch::stable::contiguous(torch::stable::transpose(torch::stable::reshape(rows, {N, F, 2}), 1, 2));
+}
+inline Tensor in_turns(const Tensor& rows) {
+  const int64_t F = rows.size(1) / 2;
+  const Tensor pairs = torch::stable::transpose(torch::stable::reshape(rows, {rows.size(0), 2, F}), 1, 2);
+  return torch::stable::reshape(torch::stable::contiguous(pairs), {rows.size(0), 2 * F});
 }
 
 // ---- routing --------------------------------------------------------------------------------------------------------
@@ -233,7 +241,7 @@ struct TopKOptions {
   double scale;
 };
 
-// Fills what descriptions of a choice of experts have on every device.
+// Fills the fields that a choice of experts has on every device.
 template <class TopK>
 TopK check_top_k(const Tensor& logits, int64_t k, const TopKOptions& o, Place place = {}) {
   TopK job;

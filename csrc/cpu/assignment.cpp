@@ -1,4 +1,4 @@
-// Assignments of tokens to experts as a whole, on the CPU: BASE's balanced one, and rounding to tiles.
+// Assignments of all tokens to experts, on the CPU: BASE's balanced one, and rounding to tiles.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -16,7 +16,7 @@ namespace {
 // ---- BASE -----------------------------------------------------------------------------------------------------------
 
 // The assignment of T tokens to E experts with the largest sum of scores, floor(T / E) or one more for each expert: a
-// transportation problem, solved by shortest augmenting paths over the experts. Tokens come in one after the other; one
+// transportation problem, solved by shortest augmenting paths over the experts. Tokens are added one by one; each
 // takes the cheapest chain of moves that ends at an expert with room. T mod E experts may hold one more than the
 // others: that right moves along chains too, through one node that stands for all of them.
 class Assignment {
@@ -91,7 +91,7 @@ class Assignment {
           moved[index(b)] = token;
         }
       };
-      if (a == extra) {  // an expert that holds one more gives the right to it away, and then a token
+      if (a == extra) {  // an expert with one more token gives up the extra place, and then a token
         for (int64_t b = 0; b < E_; ++b)
           if (load_[index(b)] > quota_) relax(b, 0, -1);
       } else {
@@ -170,8 +170,8 @@ Tensor balanced_assignment(const Tensor& scores, std::optional<Tensor> mask) {
 
 // ---- token rounding -------------------------------------------------------------------------------------------------
 
-// Each expert's tokens, their number rounded to the nearest multiple of `tile` (half up, at most T): the lowest scores
-// leave, or the highest of the tokens that did not choose it join. Entries that are left over get expert E.
+// Each expert's tokens, their number rounded to the nearest multiple of `tile` (half up, at most T): the expert
+// loses its lowest scores, or gets the highest of the other tokens. Entries that are left over get expert E.
 std::tuple<Tensor, Tensor> round_tokens(const Tensor& scores, const Tensor& ids, int64_t tile) {
   const std::vector<double> values = finite_scores(scores);
   const int64_t T = scores.size(0), E = scores.size(1);

@@ -7,7 +7,7 @@
 namespace ffn_ops {
 namespace {
 
-// What a product over experts writes is held for a slab of columns of at most this size until tokens gather from it.
+// The output of a product over experts is held for a slab of columns of at most this size, until tokens gather from it.
 constexpr int64_t kSlabBytes = int64_t{64} << 20;
 
 }  // namespace
@@ -125,8 +125,8 @@ void add_hidden_gradient(Steps& steps, Experts& c, const Tensor& d_y, const Tens
   steps.products(products);
 }
 
-void add_weight_gradient(Steps& steps, const Experts& c, const Tensor& d_y, const void* bias, const void* parts,
-                         int64_t num_parts, void* out) {
+void add_routing_weight_gradient(Steps& steps, const Experts& c, const Tensor& d_y, const void* bias, const void* parts,
+                                 int64_t num_parts, void* out) {
   const DType arithmetic = arithmetic_dtype(c.dtype);
   const RowsOf tokens = token_rows(c, d_y);
   std::vector<RowDots> dots;  // one for each segment

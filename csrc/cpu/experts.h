@@ -14,7 +14,7 @@ struct Experts {
   DType dtype;
   int64_t T = 0, D = 0, F = 0, O = 0, E = 0, R = 0;
   bool gated = false, interleaved = false, routed = false;
-  GateForm form;
+  Gate form;
   Routes routes;
   const int64_t* offsets = nullptr;
   const void* weight = nullptr;  // of each row, of the arithmetic's dtype
@@ -69,14 +69,14 @@ void add_pre_activations(Steps& steps, Experts& c, const Tensor& x, const Tensor
 void add_combined_product(Steps& steps, Workspace& workspace, Experts& c, const RowsOf& rows, int64_t K, int64_t N,
                           const WeightsFrom& weights, const void* bias, const void* row_weight, void* out);
 
-// d_hidden [R, 2F] (d_gate, then d_up, or in turns) and h, times the row's weight where there is one; parts of the
+// d_hidden [R, 2F] (d_gate, then d_up, or alternating) and h, times the row's weight where there is one; parts of the
 // gradient of the weight (null: not routed).
 void add_hidden_gradient(Steps& steps, Experts& c, const Tensor& d_y, const Tensor& w_down, const void* gate,
                          const void* up, void* d_hidden, void* h, DType h_dtype, void* parts, int64_t num_parts);
 
 // Of each row: the sum of its parts, and d_y of its token times its expert's bias.
-void add_weight_gradient(Steps& steps, const Experts& c, const Tensor& d_y, const void* bias, const void* parts,
-                         int64_t num_parts, void* out);
+void add_routing_weight_gradient(Steps& steps, const Experts& c, const Tensor& d_y, const void* bias, const void* parts,
+                                 int64_t num_parts, void* out);
 
 // Of each expert: out[M, N] = sum over its rows of a(row)^T b(row). Experts without rows get zeros.
 void add_outer_products(Steps& steps, Experts& c, int64_t M, int64_t N, const RowsOf& a, const RowsOf& b, void* out);

@@ -20,15 +20,17 @@ Ffn with_operands(const FfnShape& shape, const Tensor& w_in, const std::optional
                   const std::optional<Tensor>& b_in, const std::optional<Tensor>& b_up) {
   Ffn c;
   static_cast<FfnShape&>(c) = shape;
-  c.in.push_back(lanes_are_rows(matrix(w_in, c.dtype)));
+  Matrix gate_rows = matrix(w_in, c.dtype), up_rows = matrix(w_in, c.dtype, c.interleaved ? 1 : c.F);
+  if (c.interleaved) gate_rows.row_stride = up_rows.row_stride = 2 * gate_rows.row_stride;
+  c.in.push_back(lanes_are_rows(gate_rows));
   c.in_by_k.push_back(lanes_are_columns(matrix(w_in, c.dtype)));
-  c.bias.push_back(dense_data(b_in, c.keep));
+  c.bias.push_back(dense_data(b_in && c.interleaved ? gate_then_up(*b_in) : b_in, c.keep));
   if (w_up) {
     c.in.push_back(lanes_are_rows(matrix(*w_up, c.dtype)));
     c.in_by_k.push_back(lanes_are_columns(matrix(*w_up, c.dtype)));
     c.bias.push_back(dense_data(b_up, c.keep));
   } else if (c.fused) {
-    c.in.push_back(lanes_are_rows(matrix(w_in, c.dtype, c.F)));
+    c.in.push_back(lanes_are_rows(up_rows));
     c.bias.push_back(advance(c.bias[0], c.F, c.dtype));
   }
   return c;
@@ -59,10 +61,10 @@ Gemm pre_activations(const Ffn& c, const Tensor& x, int64_t begin, int64_t end, 
 
 std::tuple<Tensor, Tensor, Tensor> ffn(const Tensor& x, const Tensor& w_in, std::optional<Tensor> w_up,
                                        const Tensor& w_down, std::optional<Tensor> b_in, std::optional<Tensor> b_up,
-                                       std::optional<Tensor> b_down, bool gated, std::string activation, double beta,
-                                       std::optional<double> limit, double up_shift, bool save) {
-  const GateForm form = check_gate_form(activation, beta, limit, up_shift);
-  Ffn c = with_operands(check_ffn(x, w_in, w_up, w_down, b_in, b_up, gated, form), w_in, w_up, b_in, b_up);
+                                       std::optional<Tensor> b_down, bool gated, bool interleaved,
+                                       std::string activation, std::vector<double> params, bool save) {
+  const Gate form = check_gate(activation, params);
+  Ffn c = with_operands(check_ffn(x, w_in, w_up, w_down, b_in, b_up, gated, interleaved, form), w_in, w_up, b_in, b_up);
   if (b_down) check_tensor(*b_down, "b_down", c.dtype, {c.O});
   const void* bias_down = dense_data(b_down, c.keep);
   Tensor y = fresh(x, {c.T, c.O});
@@ -70,7 +72,7 @@ std::tuple<Tensor, Tensor, Tensor> ffn(const Tensor& x, const Tensor& w_in, std:
   Tensor up = save && c.gated ? fresh(x, {c.T, c.F}) : nothing(x);
   const Operand down = lanes_are_rows(matrix(w_down, c.dtype));
 
-  // Blocks of tokens, so that h and the packed operands of a block stay in the last-level cache.
+  // Cuts tokens into blocks, so that h and the packed operands of a block stay in the last-level cache.
   constexpr int64_t kBlockBytes = int64_t{32} << 20;
   const int64_t row_bytes = (c.D + 2 * c.F) * (c.dtype == DType::kFloat64 ? 8 : 4);
   const int64_t most = std::max<int64_t>(256, kBlockBytes / std::max<int64_t>(1, row_bytes));
@@ -103,10 +105,10 @@ std::tuple<Tensor, Tensor, Tensor> ffn(const Tensor& x, const Tensor& w_in, std:
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_backward(
     const Tensor& d_y, const Tensor& x, const Tensor& w_in, std::optional<Tensor> w_up, const Tensor& w_down,
     std::optional<Tensor> b_in, std::optional<Tensor> b_up, const Tensor& gate, const Tensor& up, bool gated,
-    std::string activation, double beta, std::optional<double> limit, double up_shift, std::vector<bool> needs) {
+    bool interleaved, std::string activation, std::vector<double> params, std::vector<bool> needs) {
   check_needs(needs, 7);
-  const GateForm form = check_gate_form(activation, beta, limit, up_shift);
-  Ffn c = with_operands(check_ffn(x, w_in, w_up, w_down, b_in, b_up, gated, form), w_in, w_up, b_in, b_up);
+  const Gate form = check_gate(activation, params);
+  Ffn c = with_operands(check_ffn(x, w_in, w_up, w_down, b_in, b_up, gated, interleaved, form), w_in, w_up, b_in, b_up);
   check_tensor(d_y, "d_y", c.dtype, {c.T, c.O});
   const bool recompute = !check_saved("ffn", gate, up, c.dtype, c.T, c.F, c.gated);
   const bool need_x = needs.at(0), need_in = needs.at(1), need_up = needs.at(2) && w_up, need_down = needs.at(3);
@@ -127,7 +129,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_backward(
   Gemm g;
   g.epilogue.dtype = c.dtype;
 
-  // d_hidden [T, 2F]: d_gate, then d_up.
+  // d_hidden [T, 2F]: d_gate, then d_up, or in turns.
   const Operand down_by_k = lanes_are_columns(matrix(w_down, c.dtype));
   void* d_hidden = nullptr;
   void* h = need_down ? workspace.take(static_cast<size_t>(c.T * c.F * element), "h") : nullptr;
@@ -142,7 +144,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_backward(
     Epilogue& e = d.epilogue;
     e.kind = Epilogue::Kind::kActivateGrad;
     e.out = d_hidden;
-    e.out_up = c.gated ? advance(d_hidden, c.F, c.dtype) : nullptr;
+    e.out_up = c.gated && !c.interleaved ? advance(d_hidden, c.F, c.dtype) : nullptr;
+    e.interleaved = c.interleaved;
     e.out_stride = c.hidden();
     e.h = h;
     e.gate = gate_data;

@@ -9,7 +9,7 @@
 namespace ffn_ops {
 namespace {
 
-GatedAct elementwise(const Tensor& gate, const std::optional<Tensor>& up, const GateForm& form) {
+GatedAct elementwise(const Tensor& gate, const std::optional<Tensor>& up, const Gate& form) {
   const GatedActShape s = check_gated_act(gate, up, form);
   GatedAct g;
   g.set_form(s.form);
@@ -23,9 +23,9 @@ GatedAct elementwise(const Tensor& gate, const std::optional<Tensor>& up, const 
 
 using ElementwiseKernel = void (*)(const GatedAct&, const Range&);
 
-// Cuts rows, or the columns of a few long rows, into stretches of about 32 Ki elements.
+// Cuts rows, or the columns of a few long rows, into tasks of about 32 Ki elements.
 void run_elementwise(GatedAct& g, ElementwiseKernel kernel) {
-  constexpr int64_t kStretch = 1 << 15;
+  constexpr int64_t kGrainSize = 1 << 15;
   if (g.rows == 0 || g.cols == 0) return;
   const bool flat = [&] {
     for (const Matrix* m : {&g.gate, &g.up, &g.d_out, &g.dd_gate, &g.dd_up})
@@ -36,8 +36,8 @@ void run_elementwise(GatedAct& g, ElementwiseKernel kernel) {
     g.cols *= g.rows;
     g.rows = 1;
   }
-  const int64_t col_step = std::min(g.cols, kStretch);
-  const int64_t row_step = std::max<int64_t>(1, kStretch / g.cols);
+  const int64_t col_step = std::min(g.cols, kGrainSize);
+  const int64_t row_step = std::max<int64_t>(1, kGrainSize / g.cols);
   const int64_t col_tasks = divide_up(g.cols, col_step);
   const int64_t tasks = col_tasks * divide_up(g.rows, row_step);
   Phases phases;
@@ -49,9 +49,8 @@ void run_elementwise(GatedAct& g, ElementwiseKernel kernel) {
   phases.run(std::min(tasks, threads()));
 }
 
-Tensor gated_act(const Tensor& gate, std::optional<Tensor> up, std::string activation, double beta,
-                 std::optional<double> limit, double up_shift) {
-  GatedAct g = elementwise(gate, up, check_gate_form(activation, beta, limit, up_shift));
+Tensor gated_act(const Tensor& gate, std::optional<Tensor> up, std::string activation, std::vector<double> params) {
+  GatedAct g = elementwise(gate, up, check_gate(activation, params));
   Tensor out = fresh(gate, {g.rows, g.cols});
   g.out[0] = out.mutable_data_ptr();
   run_elementwise(g, kernels().gated_act);
@@ -59,10 +58,10 @@ Tensor gated_act(const Tensor& gate, std::optional<Tensor> up, std::string activ
 }
 
 std::tuple<Tensor, Tensor> gated_act_backward(const Tensor& d_out, const Tensor& gate, std::optional<Tensor> up,
-                                              std::string activation, double beta, std::optional<double> limit,
-                                              double up_shift, std::vector<bool> needs) {
+                                              std::string activation, std::vector<double> params,
+                                              std::vector<bool> needs) {
   check_needs(needs, 2);
-  GatedAct g = elementwise(gate, up, check_gate_form(activation, beta, limit, up_shift));
+  GatedAct g = elementwise(gate, up, check_gate(activation, params));
   check_same(d_out, "d_out", gate, g.gate.dtype);
   g.d_out = matrix(d_out, g.gate.dtype);
   Tensor d_gate = needs.at(0) ? fresh(gate, {g.rows, g.cols}) : nothing(gate);
@@ -76,9 +75,8 @@ std::tuple<Tensor, Tensor> gated_act_backward(const Tensor& d_out, const Tensor&
 std::tuple<Tensor, Tensor, Tensor> gated_act_double_backward(std::optional<Tensor> dd_gate, std::optional<Tensor> dd_up,
                                                              const Tensor& d_out, const Tensor& gate,
                                                              std::optional<Tensor> up, std::string activation,
-                                                             double beta, std::optional<double> limit,
-                                                             double up_shift) {
-  GatedAct g = elementwise(gate, up, check_gate_form(activation, beta, limit, up_shift));
+                                                             std::vector<double> params) {
+  GatedAct g = elementwise(gate, up, check_gate(activation, params));
   const DType dtype = g.gate.dtype;
   check_same(d_out, "d_out", gate, dtype);
   g.d_out = matrix(d_out, dtype);

@@ -28,9 +28,9 @@ GatedLinear with_operands(const GatedLinearShape& shape, const std::vector<Tenso
 
 std::tuple<Tensor, Tensor, Tensor> gated_linear(const Tensor& x, std::vector<Tensor> w_gate, std::vector<Tensor> w_up,
                                                 std::vector<Tensor> b_gate, std::vector<Tensor> b_up,
-                                                std::string activation, double beta, bool save) {
+                                                std::string activation, std::vector<double> params, bool save) {
   const GatedLinear c =
-      with_operands(check_gated_linear(x, w_gate, w_up, b_gate, b_up, check_gate_form(activation, beta)), w_gate, w_up);
+      with_operands(check_gated_linear(x, w_gate, w_up, b_gate, b_up, check_gate(activation, params)), w_gate, w_up);
   std::vector<Tensor> keep;
   std::vector<const void*> bias(static_cast<size_t>(2 * c.G), nullptr);
   for (size_t i = 0; i < b_gate.size(); ++i) bias[2 * i] = dense_data(b_gate[i], keep);
@@ -70,9 +70,9 @@ std::tuple<Tensor, Tensor, Tensor> gated_linear(const Tensor& x, std::vector<Ten
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_linear_backward(
     const Tensor& d_y, const Tensor& x, std::vector<Tensor> w_gate, std::vector<Tensor> w_up,
     std::vector<Tensor> b_gate, std::vector<Tensor> b_up, const Tensor& gate, const Tensor& up, std::string activation,
-    double beta, std::vector<bool> needs) {
+    std::vector<double> params, std::vector<bool> needs) {
   const GatedLinear c =
-      with_operands(check_gated_linear(x, w_gate, w_up, b_gate, b_up, check_gate_form(activation, beta)), w_gate, w_up);
+      with_operands(check_gated_linear(x, w_gate, w_up, b_gate, b_up, check_gate(activation, params)), w_gate, w_up);
   check_gated_linear_gradient(c, d_y, gate, up, needs);
   const int64_t half = c.G * c.F;
   Workspace workspace;

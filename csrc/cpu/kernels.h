@@ -7,18 +7,18 @@
 #include <cstdint>
 
 #include "../common/dtypes.h"
-#include "../common/gate_form.h"
-#include "isa/isa.h"
+#include "dispatch.h"
+#include "../common/gate.h"
 
 namespace ffn_ops {
 
-// Every sum over k is cut into runs of kRunK: a run is added in order from zero, runs are added in order. The cut
-// depends on k alone, so a token's result has the same bits for every number of tokens; and runs keep the rounding
-// error of long sums (K = 11008) near that of a short one.
-constexpr int64_t kRunK = 64;
-// Operands are packed in chunks of kChunkK: a B panel of that length stays in the caches near the core. A multiple of
-// kRunK, else without influence on results.
-constexpr int64_t kChunkK = 512;
+// Blocked summation: every sum over k is cut into blocks of kSumBlock, each added in order from zero, and the partial
+// sums are added in order. The cut depends on k alone, so a token's result has the same bits for every number of
+// tokens; and the rounding error of a long sum (K = 11008) stays near that of a short one.
+constexpr int64_t kSumBlock = 64;
+// kc of the packed product: a B panel of that length stays in the caches near the core. A multiple of
+// kSumBlock, else without influence on results.
+constexpr int64_t kKC = 512;
 // Below, a product is bound by its stores, which should run along rows.
 constexpr int64_t kShortK = 64;
 
@@ -39,7 +39,7 @@ struct Operand {
   bool k_along_rows = false;  // false: lane = row, k = column (a Linear's weight); true: k = row, lane = column
 };
 
-struct Epilogue : GateForm {
+struct Epilogue : Gate {
   enum class Kind {
     kStore,         // out = acc + bias
     kActivate,      // out = sum over branches of act(gate) * up, or act(gate); saves gate and up where asked
@@ -63,79 +63,90 @@ struct Epilogue : GateForm {
   const void* row_weight = nullptr;
   void* row_dots = nullptr;  // of the arithmetic's dtype
   int64_t row_dots_stride = 0;
-  bool interleaved = false;  // kActivateGrad, gated: rows of out hold d_gate and d_up in turns, there is no out_up
+  bool interleaved = false;  // kActivateGrad, gated: d_gate and d_up alternate along rows of out, there is no out_up
 
   DType arithmetic() const { return arithmetic_dtype(dtype); }
   DType out_dtype() const { return out_unrounded ? arithmetic() : dtype; }
   DType h_dtype() const { return h_unrounded ? arithmetic() : dtype; }
 };
 
-// out[M, N] = epilogue(sum over k of A(m, k) * B(n, k)). Operands and epilogue are of one storage dtype, or `mixed`.
+// The problem, what is computed: out[M, N] = epilogue(sum over k of A(m, k) * B(n, k)). Operands and epilogue are of
+// one storage dtype, or `mixed`.
 struct Gemm {
   int64_t M = 0, N = 0, K = 0;
   Operand a;
   // Gated: b[2g], b[2g + 1] are gate and up weights of branch g; half of a panel's vectors are gate, half up.
-  // Else b[j] holds the j-th stretch of K / num_b along k.
+  // Else the operands follow each other along k: b[j] holds the j-th K / num_b of it.
   const Operand* b = nullptr;
   int64_t num_b = 1;
   bool gated = false;
   bool mixed = false;  // storage dtypes differ, of one arithmetic: bfloat16 is then not multiplied in pairs
   Epilogue epilogue;
 
-  // Schedule, filled by plan_product(); it never changes a bit of the result.
-  enum class Way {
-    kPacked,  // both operands are packed into panels for the register tile
-    // A few tokens: nothing of the weights is packed, their rows are read once.
-    kDots,    // rows along k, transposed in registers: at most a register tile of tokens
-    kTokens,  // rows along k, tokens in the lanes
-    kSums,    // rows along the columns, scaled and added
-  };
-  Way way = Way::kPacked;
-  // Swapped: the product is computed as its transpose. M and N above are exchanged, b is the shared operand, element
-  // (m, n) of a tile goes to out[n][m] and its bias is bias[m].
-  bool swapped = false;
-  int64_t terms = 1;          // neighbours along k that a lane of a packed operand holds: one step
-  int64_t first_row = 0;      // of the shared operand: this is a part of the product
-  int64_t panel_rows = 0;     // rows of an A panel, 1 .. tile rows
-  int64_t panels_m = 0;       // A panels
-  int64_t panel_columns = 0;  // of the output, from one B panel: at most a tile's width, half of it where gated
-  int64_t panels_n = 0;       // B panels
-  int64_t group_n = 0;        // B panels of one task; of a few tokens see `share`
-  int64_t block_m = 0;        // A panels of one task
-  int64_t share = 0;          // kDots, kTokens: a task takes one of so many parts of the B panels that are left
-  void* packed_a = nullptr;   // [K chunk][panel][step of k][panel_rows]
-
-  bool wide() const { return epilogue.dtype == DType::kFloat64; }               // float64 arithmetic
-  bool narrow() const { return epilogue.dtype == DType::kBFloat16 && !mixed; }  // operands may stay bfloat16
-  int64_t element() const { return wide() ? 8 : 4; }                            // bytes of it
+  bool float64() const { return epilogue.dtype == DType::kFloat64; }                 // float64 arithmetic
+  bool in_bfloat16() const { return epilogue.dtype == DType::kBFloat16 && !mixed; }  // operands may stay bfloat16
+  int64_t element() const { return float64() ? 8 : 4; }                              // bytes of it
   int64_t branches() const { return gated ? num_b / 2 : 1; }
-  int64_t stretch() const { return gated ? K : K / num_b; }  // length of one B operand along k
-  int64_t chunks() const {                                   // pieces of k that are packed at once, of one branch
-    return K == 0 ? 1 : K / stretch() * divide_up(stretch(), kChunkK);
+  int64_t b_length() const { return gated ? K : K / num_b; }          // length of one B operand along k
+  int64_t kc() const { return b_length() < kKC ? b_length() : kKC; }  // of the longest block of k
+  int64_t k_blocks() const {                                          // of one branch, packed one after the other
+    return K == 0 ? 1 : K / b_length() * divide_up(b_length(), kKC);
   }
-  int64_t chunk_length() const { return stretch() < kChunkK ? stretch() : kChunkK; }  // of the longest
-  int64_t steps(int64_t k) const { return divide_up(k, terms); }                      // that k takes when packed
-  int64_t packed_length() const { return K == 0 ? 0 : K / stretch() * steps(stretch()); }
+};
+
+// The schedule, how it is computed; it never changes a bit of the result. In BLIS's words, kr in XNNPACK's:
+// - micro-kernel: computes a micro-tile, mr rows by nr columns of sums, in registers.
+// - panel: mr rows of A, or nr columns of B, packed as the micro-kernel reads them, kc steps along k at a time.
+// - kr: neighbours along k that a lane of a packed operand holds, one step of the micro-kernel.
+// - mc, nc: rows and columns that one task computes, here counted in panels.
+struct Schedule {
+  enum class Kernel {
+    kPacked,  // both operands are packed into panels for the micro-kernel
+    // A few tokens: nothing of the weights is packed, their rows are read once.
+    kDot,        // rows along k, transposed in registers: at most a micro-tile of tokens
+    kBroadcast,  // rows along k, each element times a vector of tokens
+    kAxpy,       // rows along the columns, scaled and added
+  };
+  Kernel kernel = Kernel::kPacked;
+  // The product is computed as its transpose. M and N are exchanged, b is the shared operand, element (m, n) of a tile
+  // goes to out[n][m] and its bias is bias[m].
+  bool transposed = false;
+  int64_t kr = 1;
+  int64_t first_row = 0;     // of the shared operand: this is a part of the product
+  int64_t mr = 0;            // 1 .. the table's
+  int64_t panels_m = 0;      // A panels
+  int64_t nr = 0;            // columns of the output from one B panel: at most the micro-tile's, half where gated
+  int64_t panels_n = 0;      // B panels
+  int64_t mc_panels = 0;     // A panels of one task
+  int64_t nc_panels = 0;     // B panels of one task; of a few tokens see `guided`
+  int64_t guided = 0;        // kDot, kBroadcast: a task takes one of so many parts of the B panels that are left
+  void* packed_a = nullptr;  // [k block][panel][step of k][mr]
+
+  int64_t steps(int64_t k) const { return divide_up(k, kr); }  // that k takes when packed
+  int64_t tasks_m() const { return divide_up(panels_m, mc_panels); }
   int64_t tasks_n() const {
     int64_t tasks = 0;
-    if (share == 0) return divide_up(panels_n, group_n);
-    for (int64_t left = panels_n; left > 0; ++tasks) left -= divide_up(left, share);
+    if (guided == 0) return divide_up(panels_n, nc_panels);
+    for (int64_t left = panels_n; left > 0; ++tasks) left -= divide_up(left, guided);
     return tasks;
   }
   // The B panels of a task that reads rows from end to end: many for the first, as each begins with a wait for memory,
-  // and few for the last, so that all workers end together.
+  // and few for the last, so that all workers end together (OpenMP's guided schedule).
   struct Panels {
     int64_t begin, end;
   };
-  Panels streamed_panels(int64_t task) const {
+  Panels guided_panels(int64_t task) const {
     Panels p = {0, 0};
-    for (; task >= 0; --task) p = {p.end, p.end + divide_up(panels_n - p.end, share)};
+    for (; task >= 0; --task) p = {p.end, p.end + divide_up(panels_n - p.end, guided)};
     return p;
   }
-  int64_t tasks_m() const { return divide_up(panels_m, block_m); }
 };
 
-struct GatedAct : GateForm {
+struct ScheduledGemm : Gemm, Schedule {
+  int64_t packed_length() const { return K == 0 ? 0 : K / b_length() * steps(b_length()); }
+};
+
+struct GatedAct : Gate {
   int64_t rows = 0, cols = 0;
   Matrix gate, up, d_out;  // up.data null: plain
   Matrix dd_gate, dd_up;   // double backward: cotangents of d_gate and d_up
@@ -205,13 +216,13 @@ struct TopK {
 
 // Entry points of one instruction set. Each works on a range and is single-threaded.
 struct KernelTable {
-  int64_t lanes;      // float32 lanes of a vector; float64: half
-  int64_t tile_rows;  // the register tile: rows, and vectors in each
-  int64_t tile_vectors;
-  int64_t sum_rows;        // Way::kSums: rows of an A panel
-  int64_t bfloat16_terms;  // Gemm::terms of bfloat16 products
-  void (*pack_a)(const Gemm&, int64_t chunk, int64_t panel_begin, int64_t panel_end);
-  void (*gemm)(const Gemm&, int64_t task, void* scratch);
+  int64_t lanes;  // float32 lanes of a vector; float64: half
+  int64_t mr;     // the micro-tile: rows, and vectors in each
+  int64_t nr_vectors;
+  int64_t axpy_rows;    // Schedule::Kernel::kAxpy: rows of an A panel
+  int64_t bfloat16_kr;  // Schedule::kr of bfloat16 products
+  void (*pack_a)(const ScheduledGemm&, int64_t k_block, int64_t panel_begin, int64_t panel_end);
+  void (*gemm)(const ScheduledGemm&, int64_t task, void* scratch);
   void (*gated_act)(const GatedAct&, const Range&);
   void (*gated_act_backward)(const GatedAct&, const Range&);
   void (*gated_act_double_backward)(const GatedAct&, const Range&);
@@ -229,24 +240,41 @@ inline int64_t top_k_scratch_bytes(const TopK& k) {
 }
 
 // Bytes of thread-private memory that `gemm` needs: the packed B group and sums of tiles.
-inline int64_t gemm_scratch_bytes(const Gemm& g, const KernelTable& table) {
-  const int64_t width = table.tile_vectors * table.lanes * 4 / g.element();
-  const int64_t tile = g.panel_rows * width;
-  if (g.way == Gemm::Way::kSums) return (2 * g.panels_m * g.group_n + 1) * tile * g.element();
-  if (g.way == Gemm::Way::kTokens)
-    return (2 * tile + width * kRunK / g.terms + (g.branches() > 1 ? tile / 2 : 0)) * g.element();
-  const int64_t b = g.way == Gemm::Way::kDots ? 0 : g.group_n * width * g.steps(g.chunk_length());
-  const int64_t slots = g.block_m * g.group_n;
-  const int64_t tiles = g.chunks() > 1 ? slots * tile : tile;
+inline int64_t gemm_scratch_bytes(const ScheduledGemm& g, const KernelTable& table) {
+  const int64_t width = table.nr_vectors * table.lanes * 4 / g.element();
+  const int64_t tile = g.mr * width;
+  if (g.kernel == Schedule::Kernel::kAxpy) return (2 * g.panels_m * g.nc_panels + 1) * tile * g.element();
+  if (g.kernel == Schedule::Kernel::kBroadcast)
+    return (2 * tile + width * kSumBlock / g.kr + (g.branches() > 1 ? tile / 2 : 0)) * g.element();
+  const int64_t b = g.kernel == Schedule::Kernel::kDot ? 0 : g.nc_panels * width * g.steps(g.kc());
+  const int64_t slots = g.mc_panels * g.nc_panels;
+  const int64_t tiles = g.k_blocks() > 1 ? slots * tile : tile;
   const int64_t sums = g.branches() > 1 ? slots * tile / 2 : 0;
   return (b + tiles + sums) * g.element();
 }
 
-// Way::kTokens holds at most this many tokens, and at most kTokenVectors vectors of them.
-constexpr int64_t kFewTokens = 32;
-constexpr int64_t kTokenVectors = 4;
+// Schedule::Kernel::kBroadcast holds at most this many tokens, and at most kBroadcastVectors vectors of them.
+constexpr int64_t kSmallM = 32;
+constexpr int64_t kBroadcastVectors = 4;
+
+#define FFN_OPS_DECLARE(name, ...) \
+  namespace name {                 \
+  extern const KernelTable kTable; \
+  }
+FFN_OPS_BUILT_ISAS(FFN_OPS_DECLARE)
+#undef FFN_OPS_DECLARE
 
 // The table of an instruction set, null where this build does not have it.
-const KernelTable* kernel_table(Isa isa);
+inline const KernelTable* kernel_table(Isa isa) {
+  switch (isa) {
+#define FFN_OPS_CASE(name, ...) \
+  case Isa::name:               \
+    return &name::kTable;
+    FFN_OPS_BUILT_ISAS(FFN_OPS_CASE)
+#undef FFN_OPS_CASE
+    default:
+      return nullptr;
+  }
+}
 
 }  // namespace ffn_ops

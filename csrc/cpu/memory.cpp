@@ -1,5 +1,5 @@
-// See memory.h. Nothing here waits for a lock: a child that is forked while another thread is in this file finds every
-// slot free, or passes it by.
+// See memory.h. Nothing here waits for a lock, because the holder would not exist in a forked child: a slot that is
+// held is passed over.
 #include "memory.h"
 
 #include <sys/mman.h>
@@ -18,16 +18,16 @@ namespace {
 constexpr size_t kHugePage = size_t{2} << 20;
 constexpr size_t kSmallest = size_t{4} << 20;  // block; and memory that huge pages are worth asking for
 constexpr int64_t kDefaultLimit = int64_t{384} << 20;
-constexpr int kLooks = 64;  // at slots that others hold: for nanoseconds, or for ever in a forked child
+constexpr int kLooks = 64;  // at held slots: held for nanoseconds, or for ever in a forked child
 
-// A place for one kept block. Whoever finds it held looks at the next.
+// A slot for one kept block. A thread that finds it held tries the next.
 struct Slot {
   std::atomic<bool> held{false};
   Block block;
 };
 Slot slots[32];
 std::atomic<int64_t> kept{0};    // bytes in the slots
-std::atomic<int64_t> limit{-1};  // -1: as the environment says, which is read when it is needed
+std::atomic<int64_t> limit{-1};  // -1: from the environment, read when it is needed
 
 // Holds a slot for as long as it lives.
 class Hold {
@@ -56,16 +56,16 @@ class Hold {
 
 size_t round_up(size_t value, size_t step) { return (value + step - 1) / step * step; }
 
-// Memory that nothing was written to, or null.
+// Allocates memory without touching it; null if there is none.
 char* fresh_block(size_t bytes) {
   void* data = std::aligned_alloc(kHugePage, bytes);
   if (data) advise_huge_pages(data, bytes);
   return static_cast<char*>(data);
 }
 
-// The smallest kept block that is large enough. Where there is none, the largest makes room for one that is.
+// Takes the smallest kept block that is large enough. If there is none, frees the largest to make room for a new one.
 Block take_block(size_t bytes, const char* what) {
-  (void)cache_limit();  // a wrong one is an error here, not when the block is given back
+  (void)cache_limit();  // a wrong value raises here, not when the block is returned
   bytes = round_up(std::max(bytes, kSmallest), kHugePage);
   Hold best;
   bool passed_by = true;
@@ -173,7 +173,7 @@ Workspace::~Workspace() {
     give_back(blocks_[0]);
     return;
   }
-  // Several: the next call gets one in which everything fits.
+  // With several blocks: the next call gets one that holds everything.
   for (const Block& block : blocks_) std::free(block.data);
   const size_t bytes = round_up(taken_, kHugePage);
   if (bytes == 0 || static_cast<int64_t>(bytes) > cache_limit()) return;

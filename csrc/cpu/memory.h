@@ -1,5 +1,5 @@
-// Memory of the operators on the CPU: the workspace of a call, what is kept of it for later calls, and what happens
-// where there is no more. Tensors are torch's own (ops.h).
+// Memory of the operators on the CPU: the workspace of a call, the blocks kept for later calls, and the error when
+// memory runs out. Tensors are torch's own (ops.h).
 #pragma once
 
 #include <cstddef>
@@ -23,7 +23,7 @@ class Workspace {
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
   ~Workspace();
-  void* take(size_t bytes, const char* what);  // `what`: for the error where there is no memory
+  void* take(size_t bytes, const char* what);  // `what`: for the error message
 
  private:
   std::vector<Block> blocks_;
@@ -34,17 +34,17 @@ class Workspace {
 // Asks for huge pages behind large fresh memory: one fault for 2 MiB in place of 512.
 void advise_huge_pages(void* data, size_t bytes);
 
-// Gives back to the system what is kept.
+// Frees all kept blocks.
 void empty_cache();
 int64_t cached_bytes();
 
-// What is kept at most. Below 0: what FFN_OPS_CACHE_LIMIT says, or 384 MiB.
+// The largest number of kept bytes. Below 0: FFN_OPS_CACHE_LIMIT, or 384 MiB.
 void set_cache_limit(int64_t bytes);
 int64_t cache_limit();
 
 [[noreturn]] void out_of_memory(size_t bytes, const std::string& what);
 
-// Calls `allocate`, which says whether it got `bytes`; where it did not, once more without what is kept.
+// Calls `allocate`, which returns whether it got `bytes`. If not, frees the kept blocks and calls it again.
 template <class Allocate, class What>
 void allocate_or_fail(size_t bytes, const What& what, const Allocate& allocate) {
   if (allocate()) return;

@@ -1,5 +1,5 @@
 // moe on the CPU: every expert's feed-forward layer over its routed rows, gathered on the fly and combined per token,
-// and its backward. Without a routing the rows stand in order already and nothing is combined.
+// and its backward. Without a routing the rows are already in order, and nothing is combined.
 #include <tuple>
 
 #include <torch/csrc/stable/library.h>
@@ -34,7 +34,7 @@ Experts with_routes(const MoeShape& s, const std::optional<Tensor>& token, const
 }
 
 // d_w [E, N, K] = sum over each expert's rows of d_out^T in, stored as the weight is.
-Tensor add_weights_gradient(Steps& steps, Experts& c, const Tensor& w, const RowsOf& d_out, const RowsOf& in) {
+Tensor add_expert_weight_gradient(Steps& steps, Experts& c, const Tensor& w, const RowsOf& d_out, const RowsOf& in) {
   const int64_t N = w.size(1), K = w.size(2);
   if (!is_transposed(w)) {
     Tensor d_w = fresh(w, {c.E, N, K});
@@ -50,10 +50,10 @@ std::tuple<Tensor, Tensor, Tensor> moe(const Tensor& x, std::optional<Tensor> to
                                        const Tensor& offsets, std::optional<Tensor> row,
                                        std::optional<Tensor> slot_offsets, const Tensor& w_in, const Tensor& w_down,
                                        std::optional<Tensor> b_in, std::optional<Tensor> b_down, bool gated,
-                                       bool interleaved, std::string activation, double beta,
-                                       std::optional<double> limit, double up_shift, bool save) {
+                                       bool interleaved, std::string activation, std::vector<double> params,
+                                       bool save) {
   const MoeShape s = check_moe(x, token, weight, offsets, row, slot_offsets, w_in, w_down, b_in, b_down, gated,
-                               interleaved, check_gate_form(activation, beta, limit, up_shift));
+                               interleaved, check_gate(activation, params));
   Experts c = with_routes(s, token, weight, offsets, row, slot_offsets);
   Tensor y = fresh(x, {c.T, c.O});
   Tensor gate = save ? fresh(x, {c.R, c.F}) : nothing(x);
@@ -78,11 +78,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_backward(
     const Tensor& d_y, const Tensor& x, std::optional<Tensor> token, std::optional<Tensor> weight,
     const Tensor& offsets, std::optional<Tensor> row, std::optional<Tensor> slot_offsets, const Tensor& w_in,
     const Tensor& w_down, std::optional<Tensor> b_in, std::optional<Tensor> b_down, const Tensor& gate,
-    const Tensor& up, bool gated, bool interleaved, std::string activation, double beta, std::optional<double> limit,
-    double up_shift, std::vector<bool> needs) {
+    const Tensor& up, bool gated, bool interleaved, std::string activation, std::vector<double> params,
+    std::vector<bool> needs) {
   check_needs(needs, 6);
   const MoeShape s = check_moe(x, token, weight, offsets, row, slot_offsets, w_in, w_down, b_in, b_down, gated,
-                               interleaved, check_gate_form(activation, beta, limit, up_shift));
+                               interleaved, check_gate(activation, params));
   Experts c = with_routes(s, token, weight, offsets, row, slot_offsets);
   check_tensor(d_y, "d_y", c.dtype, {c.T, c.O});
   const bool recompute = !check_saved("moe", gate, up, c.dtype, c.R, c.F, c.gated);
@@ -91,7 +91,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_backward(
   const bool need_hidden = need_x || need_in || need_b_in || need_weight;
   const int64_t element = storage_size(c.dtype);
   const DType arithmetic = arithmetic_dtype(c.dtype);
-  // The row's weight times h can be too small for float16, which dY alone and h alone are not.
+  // The row's weight times h can be too small for float16, while dY and h themselves are not.
   const DType h_dtype = c.weight && c.dtype == DType::kFloat16 ? arithmetic : c.dtype;
 
   Workspace workspace;
@@ -109,7 +109,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_backward(
 
   void *d_hidden = nullptr, *h = nullptr, *parts = nullptr;
   const KernelTable& table = kernels();
-  const int64_t num_parts = divide_up(c.F, table.tile_vectors * table.lanes * 4 / storage_size(arithmetic));
+  const int64_t num_parts = divide_up(c.F, table.nr_vectors * table.lanes * 4 / storage_size(arithmetic));
   if (need_down) h = workspace.take(static_cast<size_t>(c.routes.kept * c.F * storage_size(h_dtype)), "h");
   if (need_hidden) {
     d_hidden = workspace.take(rows_bytes(c.hidden()), "d_hidden");
@@ -132,12 +132,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_backward(
 
   Tensor d_weight = need_weight ? fresh(*weight, {c.R}) : nothing(x);
   if (need_weight) {
-    add_weight_gradient(steps, c, d_y, dense_data(b_down, c.keep), parts, num_parts, d_weight.mutable_data_ptr());
+    add_routing_weight_gradient(steps, c, d_y, dense_data(b_down, c.keep), parts, num_parts,
+                                d_weight.mutable_data_ptr());
     zero_rows(steps, d_weight.mutable_data_ptr(), c.routes.kept, c.R, storage_size(arithmetic));
   }
 
   Tensor d_w_down = nothing(x);
-  if (need_down) d_w_down = add_weights_gradient(steps, c, w_down, token_rows(c, d_y), dense_rows(h, c.F, h_dtype));
+  if (need_down)
+    d_w_down = add_expert_weight_gradient(steps, c, w_down, token_rows(c, d_y), dense_rows(h, c.F, h_dtype));
 
   const RowsOf hidden_rows = dense_rows(d_hidden, c.hidden(), c.dtype);
   Tensor d_x = need_x ? fresh(x, {c.T, c.D}) : nothing(x);
@@ -148,7 +150,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_backward(
   }
 
   Tensor d_w_in = nothing(x);
-  if (need_in) d_w_in = add_weights_gradient(steps, c, w_in, hidden_rows, token_rows(c, x));
+  if (need_in) d_w_in = add_expert_weight_gradient(steps, c, w_in, hidden_rows, token_rows(c, x));
   Tensor d_b_in = need_b_in ? fresh(x, {c.E, c.hidden()}) : nothing(x);
   if (need_b_in) add_bias_gradients(steps, c, c.hidden(), hidden_rows, false, d_b_in.mutable_data_ptr());
   Tensor d_b_down = need_b_down ? fresh(x, {c.E, c.O}) : nothing(x);
@@ -157,7 +159,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_backward(
   return {d_x, d_weight, d_w_in, d_w_down, d_b_in, d_b_down};
 }
 
-// rows[r] w[e]^T, rows behind the experts' zero.
+// rows[r] w[e]^T, rows after the experts' are zero.
 Tensor moe_linear(const Tensor& rows, const Tensor& w, const Tensor& offsets) {
   Experts c;
   c.dtype = storage_dtype(rows, "rows");

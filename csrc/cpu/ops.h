@@ -1,4 +1,4 @@
-// What the operators share: tensors as the kernels read them, fresh outputs, biases, sums over tokens.
+// Shared code of the operators: tensors as the kernels read them, new outputs, biases, sums over tokens.
 #pragma once
 
 #include <algorithm>
@@ -12,7 +12,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "../common/shapes.h"
-#include "schedule.h"
+#include "parallel.h"
 
 namespace ffn_ops {
 
@@ -33,7 +33,7 @@ inline Matrix matrix(const Tensor& t, DType dtype, int64_t from_row = 0) {
 inline Matrix dense(const void* data, int64_t row_stride, DType dtype) { return {data, row_stride, 1, dtype, nullptr}; }
 
 inline Operand operand(Matrix m, bool k_along_rows) {
-  // Columns that lie closer than rows, as in a transposed weight: read as the transpose.
+  // If columns lie closer than rows, as in a transposed weight, read the transpose.
   if (m.row_stride > 0 && m.row_stride < m.col_stride && !m.rows) {
     std::swap(m.row_stride, m.col_stride);
     k_along_rows = !k_along_rows;
@@ -65,9 +65,9 @@ inline int32_t dtype_code(const Tensor& t) {
   return dtype;
 }
 
-// A dense tensor on the CPU, in torch's own memory, as any other tensor: it can be resized and shared. Straight from
-// the C interface: torch::stable's own functions look their operator up by name at each call, which a call on a few
-// tokens would feel.
+// A dense tensor on the CPU, in torch's own memory, as any other tensor: it can be resized and shared. It calls the
+// C interface directly, because torch::stable's own functions look up their operator by name at each call, which would
+// slow down small calls.
 inline Tensor fresh(int32_t dtype, std::initializer_list<int64_t> sizes) {
   size_t bytes = aoti_torch_dtype_element_size(dtype);
   for (const int64_t size : sizes) bytes *= static_cast<size_t>(size);

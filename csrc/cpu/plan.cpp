@@ -16,24 +16,24 @@ constexpr int64_t kLongPiece = 2048;  // elements of a row of weights that are r
 // The shared packed operand should be the small one: a plain product with more rows than columns is computed as its
 // transpose. Every element is the same sum in the same order, and a product of two factors does not know their order.
 // Its tiles are written in pieces of lines, which sums of less than kLongK feel.
-Gemm small_operand_first(const Gemm& g) {
+ScheduledGemm small_operand_first(const Gemm& wanted) {
+  ScheduledGemm g{wanted, {}};
   if (g.epilogue.kind != Epilogue::Kind::kStore || g.M <= g.N || g.K < kLongK) return g;
-  Gemm swapped = g;
-  std::swap(swapped.M, swapped.N);
-  swapped.swapped = true;
-  return swapped;
+  std::swap(g.M, g.N);
+  g.transposed = true;
+  return g;
 }
 
 // Rows [begin, end) of a product.
-Gemm slice_rows(const Gemm& g, int64_t begin, int64_t end) {
-  Gemm part = g;
+ScheduledGemm slice_rows(const ScheduledGemm& g, int64_t begin, int64_t end) {
+  ScheduledGemm part = g;
   part.M = end - begin;
   part.first_row = begin;
   Epilogue& e = part.epilogue;
   const auto advance = [&](void* p, int64_t stride, DType dtype) -> void* {
     return p ? static_cast<char*>(p) + begin * stride * storage_size(dtype) : nullptr;
   };
-  const int64_t out_rows = begin * (g.swapped ? 1 : e.out_stride);
+  const int64_t out_rows = begin * (g.transposed ? 1 : e.out_stride);
   e.out = static_cast<char*>(e.out) + (e.out ? out_rows * storage_size(e.out_dtype()) : 0);
   e.out_up = advance(e.out_up, e.out_stride, e.dtype);
   e.gate = advance(e.gate, e.pre_stride, e.dtype);
@@ -46,57 +46,63 @@ Gemm slice_rows(const Gemm& g, int64_t begin, int64_t end) {
   return part;
 }
 
-Gemm::Way way_of(const Gemm& g, const KernelTable& table) {
-  if (g.M > kFewTokens || g.swapped || g.K == 0) return Gemm::Way::kPacked;
+Schedule::Kernel choose_kernel(const ScheduledGemm& g, const KernelTable& table) {
+  if (g.M > kSmallM || g.transposed || g.K == 0) return Schedule::Kernel::kPacked;
   for (int64_t i = 0; i < g.num_b; ++i) {
     const Operand& b = g.b[i];
-    if (b.k_along_rows != g.b[0].k_along_rows || b.matrix.col_stride != 1 || b.matrix.rows) return Gemm::Way::kPacked;
+    if (b.k_along_rows != g.b[0].k_along_rows || b.matrix.col_stride != 1 || b.matrix.rows)
+      return Schedule::Kernel::kPacked;
   }
-  if (g.b[0].k_along_rows) return g.gated ? Gemm::Way::kPacked : Gemm::Way::kSums;
-  if (!g.gated && g.num_b > 1) return Gemm::Way::kPacked;
-  if (g.M <= table.tile_rows) return Gemm::Way::kDots;
-  return g.M <= kTokenVectors * table.lanes * 4 / g.element() ? Gemm::Way::kTokens : Gemm::Way::kPacked;
+  if (g.b[0].k_along_rows) return g.gated ? Schedule::Kernel::kPacked : Schedule::Kernel::kAxpy;
+  if (!g.gated && g.num_b > 1) return Schedule::Kernel::kPacked;
+  if (g.M <= table.mr) return Schedule::Kernel::kDot;
+  return g.M <= kBroadcastVectors * table.lanes * 4 / g.element() ? Schedule::Kernel::kBroadcast
+                                                                  : Schedule::Kernel::kPacked;
 }
 
 // `tasks`: how many the product should fall into at least.
-void fill_schedule(Gemm& g, const KernelTable& table, int64_t workers, int64_t tasks) {
+void fill_schedule(ScheduledGemm& g, const KernelTable& table, int64_t workers, int64_t tasks) {
   const int64_t lanes = table.lanes * 4 / g.element();
-  const int64_t width = table.tile_vectors * lanes;
-  g.way = way_of(g, table);
-  const int64_t rows = g.way == Gemm::Way::kSums ? table.sum_rows : table.tile_rows;
-  g.panel_rows = g.way == Gemm::Way::kTokens ? divide_up(g.M, lanes) * lanes : divide_up(g.M, divide_up(g.M, rows));
-  g.panels_m = divide_up(g.M, g.panel_rows);
-  g.panel_columns = g.gated ? width / 2 : width;
-  if (g.way == Gemm::Way::kDots || g.way == Gemm::Way::kTokens) {
-    g.share = workers == 1 ? 1 : std::max<int64_t>(2, tasks / 2);
-    if (g.epilogue.kind != Epilogue::Kind::kActivateGrad) g.panel_columns = lanes;  // else of row_dots
+  const int64_t width = table.nr_vectors * lanes;
+  g.kernel = choose_kernel(g, table);
+  const int64_t rows = g.kernel == Schedule::Kernel::kAxpy ? table.axpy_rows : table.mr;
+  g.mr =
+      g.kernel == Schedule::Kernel::kBroadcast ? divide_up(g.M, lanes) * lanes : divide_up(g.M, divide_up(g.M, rows));
+  g.panels_m = divide_up(g.M, g.mr);
+  g.nr = g.gated ? width / 2 : width;
+  if (g.kernel == Schedule::Kernel::kDot || g.kernel == Schedule::Kernel::kBroadcast) {
+    g.guided = workers == 1 ? 1 : std::max<int64_t>(2, tasks / 2);
+    if (g.epilogue.kind != Epilogue::Kind::kActivateGrad) g.nr = lanes;  // else of row_dots
   }
-  g.panels_n = divide_up(g.N, g.panel_columns);
+  g.panels_n = divide_up(g.N, g.nr);
 
-  const int64_t panel = width * g.element() * g.steps(std::clamp<int64_t>(g.stretch(), 1, kChunkK));
-  g.group_n = std::clamp<int64_t>(kGroupBytes / panel, 1, g.panels_n);
+  const int64_t panel = width * g.element() * g.steps(std::clamp<int64_t>(g.b_length(), 1, kKC));
+  g.nc_panels = std::clamp<int64_t>(kGroupBytes / panel, 1, g.panels_n);
   // A few rows: weights are read once, so a task takes whole rows of them from end to end, or long pieces.
-  const bool by_rows = g.M <= kFewTokens && !(g.swapped ? g.a : g.b[0]).k_along_rows;
-  if (by_rows) g.group_n = 1;
-  if (g.way == Gemm::Way::kSums)
-    g.group_n = std::clamp<int64_t>(divide_up(g.panels_n, divide_up(tasks, 4)), 1, divide_up(kLongPiece, width));
-  // Sums that wait for their next chunk stay near the core; short ones are written as they come, whole rows at a time.
-  const bool waiting = g.chunks() * g.branches() > 1;
-  const int64_t tile = g.panel_rows * width * g.element();
-  int64_t most = waiting || g.K < kShortK ? std::max<int64_t>(1, kTileBytes / (tile * g.group_n)) : g.panels_m;
+  const bool by_rows = g.M <= kSmallM && !(g.transposed ? g.a : g.b[0]).k_along_rows;
+  if (by_rows) g.nc_panels = 1;
+  if (g.kernel == Schedule::Kernel::kAxpy)
+    g.nc_panels = std::clamp<int64_t>(divide_up(g.panels_n, divide_up(tasks, 4)), 1, divide_up(kLongPiece, width));
+  // Sums that wait for their next block of k stay near the core; short ones are written as they come, whole rows at a
+  // time.
+  const bool waiting = g.k_blocks() * g.branches() > 1;
+  const int64_t tile = g.mr * width * g.element();
+  int64_t most = waiting || g.K < kShortK ? std::max<int64_t>(1, kTileBytes / (tile * g.nc_panels)) : g.panels_m;
   if (tasks > 1) {
     const int64_t cuts = divide_up(tasks, g.tasks_n());
     most = std::min(most, std::max<int64_t>(1, divide_up(g.panels_m, cuts)));
   }
-  g.block_m = by_rows || g.way == Gemm::Way::kSums ? g.panels_m : divide_up(g.panels_m, divide_up(g.panels_m, most));
+  g.mc_panels =
+      by_rows || g.kernel == Schedule::Kernel::kAxpy ? g.panels_m : divide_up(g.panels_m, divide_up(g.panels_m, most));
 }
 
-void add_parts(const Gemm& wanted, const KernelTable& table, int64_t workers, int64_t tasks, std::vector<Gemm>& parts) {
-  Gemm g = small_operand_first(wanted);
-  if (g.narrow()) g.terms = table.bfloat16_terms;
+void add_parts(const Gemm& wanted, const KernelTable& table, int64_t workers, int64_t tasks,
+               std::vector<ScheduledGemm>& parts) {
+  ScheduledGemm g = small_operand_first(wanted);
+  if (g.in_bfloat16()) g.kr = table.bfloat16_kr;
   const int64_t fit_rows = kPackedBytes / std::max<int64_t>(1, g.packed_length() * g.element());
-  const int64_t fit = std::max<int64_t>(1, fit_rows / table.tile_rows) * table.tile_rows;
-  const int64_t rows = divide_up(divide_up(g.M, divide_up(g.M, fit)), table.tile_rows) * table.tile_rows;
+  const int64_t fit = std::max<int64_t>(1, fit_rows / table.mr) * table.mr;
+  const int64_t rows = divide_up(divide_up(g.M, divide_up(g.M, fit)), table.mr) * table.mr;
   for (int64_t m = 0; m < g.M; m += rows) {
     parts.push_back(slice_rows(g, m, std::min(g.M, m + rows)));
     fill_schedule(parts.back(), table, workers, tasks);
@@ -105,8 +111,8 @@ void add_parts(const Gemm& wanted, const KernelTable& table, int64_t workers, in
 
 }  // namespace
 
-std::vector<std::vector<Gemm>> plan_products(const std::vector<Gemm>& wanted, const KernelTable& table,
-                                             int64_t workers) {
+std::vector<std::vector<ScheduledGemm>> plan_products(const std::vector<Gemm>& wanted, const KernelTable& table,
+                                                      int64_t workers) {
   std::vector<const Gemm*> order;
   for (const Gemm& g : wanted)
     if (g.M > 0 && g.N > 0) order.push_back(&g);
@@ -116,12 +122,12 @@ std::vector<std::vector<Gemm>> plan_products(const std::vector<Gemm>& wanted, co
   if (workers > 1)
     std::stable_sort(order.begin(), order.end(), [&](const Gemm* a, const Gemm* b) { return work(a) > work(b); });
   const int64_t tasks = workers > 1 ? divide_up(4 * workers, static_cast<int64_t>(order.size())) : 1;
-  std::vector<std::vector<Gemm>> groups;
+  std::vector<std::vector<ScheduledGemm>> groups;
   int64_t bytes = 0;
   for (const Gemm* g : order) {
-    std::vector<Gemm> parts;
+    std::vector<ScheduledGemm> parts;
     add_parts(*g, table, workers, tasks, parts);
-    for (const Gemm& part : parts) {
+    for (const ScheduledGemm& part : parts) {
       if (groups.empty() || bytes + packed_bytes(part) > kPackedBytes) {
         groups.emplace_back();
         bytes = 0;
@@ -131,6 +137,29 @@ std::vector<std::vector<Gemm>> plan_products(const std::vector<Gemm>& wanted, co
     }
   }
   return groups;
+}
+
+std::string to_string(const Gemm& g) {
+  constexpr const char* kinds[] = {"store", "activate", "activate_grad"};
+  std::string text = "gemm: M " + std::to_string(g.M) + ", N " + std::to_string(g.N) + ", K " + std::to_string(g.K);
+  text += std::string(", ") + kDTypeNames[static_cast<int>(g.epilogue.dtype)] + (g.mixed ? ", mixed" : "");
+  text += std::string(", ") + kinds[static_cast<int>(g.epilogue.kind)];
+  if (g.gated) text += ", gated, " + std::to_string(g.branches()) + " branches";
+  else if (g.num_b > 1) text += ", " + std::to_string(g.num_b) + " operands along k";
+  return text;
+}
+
+std::string to_string(const Schedule& s) {
+  constexpr const char* kernels[] = {"packed", "dot", "broadcast", "axpy"};
+  const auto number = [](const char* before, int64_t value) { return before + std::to_string(value); };
+  return std::string("schedule: ") + kernels[static_cast<int>(s.kernel)] + (s.transposed ? ", transposed" : "") +
+         number(", first row ", s.first_row) + number(", mr ", s.mr) + number(", nr ", s.nr) + number(", kr ", s.kr) +
+         number(", ", s.panels_m) + number(" panels of A, ", s.panels_n) + number(" of B, mc ", s.mc_panels) +
+         (s.guided ? number(" panels, guided ", s.guided) : number(" panels, nc ", s.nc_panels) + " panels");
+}
+
+std::string to_string(const ScheduledGemm& g) {
+  return to_string(static_cast<const Gemm&>(g)) + "; " + to_string(static_cast<const Schedule&>(g));
 }
 
 }  // namespace ffn_ops

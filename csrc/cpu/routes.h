@@ -1,5 +1,5 @@
-// What the operators on routed rows share: index tensors, checked so that no kernel can step outside, and rows per
-// expert.
+// Shared code of the operators on routed rows: index tensors, checked so that no kernel reads out of range, and rows
+// per expert.
 #pragma once
 
 #include <cstring>
@@ -36,8 +36,8 @@ inline const int64_t* check_offsets(const Tensor& t, const char* name, int64_t c
   return data;
 }
 
-// Each row that is kept stands once in `row`, among those of its own token: else forward and backward would follow
-// different routings, and none of them the one that was meant.
+// Checks that `row` lists each kept row once, under its own token. Otherwise forward and backward would use different
+// routings, and neither the intended one.
 inline void check_agreement(const Routes& routes) {
   std::vector<char> seen(static_cast<size_t>(routes.kept));
   int64_t found = 0;

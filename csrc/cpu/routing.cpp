@@ -86,8 +86,8 @@ struct Entries {
   }
 };
 
-// Which entries stay where each expert takes at most `capacity`: all first choices before any second, earlier tokens
-// first; or the largest weights first, ties in that order.
+// Marks the entries that stay if each expert takes at most `capacity`: all first choices before any second, earlier
+// tokens first; or the largest weights first, ties in that order.
 template <class W>
 std::vector<char> keep_within_capacity(const Entries& in, const W* weight, int64_t capacity, bool by_weight) {
   std::vector<char> kept(static_cast<size_t>(in.R));

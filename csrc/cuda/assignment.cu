@@ -1,5 +1,5 @@
-// BASE's balanced assignment for scores on a GPU. Its shortest augmenting paths come one after the other, so the CPU's
-// operator solves it on a copy: the one operator that waits for the device.
+// BASE's balanced assignment for scores on a GPU. Its shortest augmenting paths are sequential, so the CPU's
+// operator solves it on a copy. It is the only operator that waits for the device.
 #include <torch/csrc/stable/library.h>
 
 #include "launch.h"
@@ -18,8 +18,8 @@ Tensor balanced_assignment(const Tensor& scores, MaybeTensor mask) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   check_cuda(cudaStreamIsCapturing(call.stream(), &status), "cudaStreamIsCapturing");
   STD_TORCH_CHECK(status == cudaStreamCaptureStatusNone,
-                  "balanced_assignment: a CUDA graph cannot capture it, as the CPU solves it. Assign outside of the "
-                  "graph, or with training=False.");
+                  "balanced_assignment: a CUDA graph cannot capture it, because the CPU solves it. Assign outside the "
+                  "graph, or use training=False.");
   MaybeTensor cpu_mask;
   if (mask) cpu_mask = on_cpu(*mask);
   std::array<StableIValue, 2> stack{torch::stable::detail::from(on_cpu(scores)), torch::stable::detail::from(cpu_mask)};

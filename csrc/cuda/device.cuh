@@ -1,5 +1,5 @@
-// What kernels are written in: qualifiers, and functions of one instruction each. No logic, and nothing of torch or of
-// CUDA's 16-bit types. With FFN_OPS_SIMT, tests/simt gives the same names on the host.
+// Building blocks of kernels: qualifiers, and functions of one instruction each. It contains no logic, and uses neither
+// torch nor CUDA's 16-bit types. With FFN_OPS_SIMT, tests/simt gives the same names on the host.
 #pragma once
 
 #include "../common/dtypes.h"
@@ -17,7 +17,7 @@
 
 namespace ffn_ops::cuda {
 
-// Whether code for the GPU that is compiled for runs: that with wgmma or that without.
+// Whether the code path with wgmma, or the one without, matches the architecture being compiled.
 constexpr bool runs_here(bool hopper) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   return hopper;
@@ -32,7 +32,7 @@ __device__ __forceinline__ char* dynamic_shared() {
   return memory;
 }
 
-// An address as instructions on shared memory want it.
+// An address in the form that instructions on shared memory take.
 __device__ __forceinline__ uint32_t shared_address(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }

@@ -8,14 +8,14 @@
 
 namespace ffn_ops::cuda {
 
-// What a thread works on in its steps u = 0, 1, ...: rows, first columns, and how many columns there are (0: none).
-struct PackPlace {
+// The part of a thread in its steps u = 0, 1, ...: rows, first columns, and numbers of columns (0: none).
+struct PackCoord {
   int64_t row, col;
   int n;
 };
 
 template <int kPack, int kSteps>
-FFN_FN void pack_places(const PackGrid& grid, int64_t rows, int64_t cols, PackPlace (&at)[kSteps]) {
+FFN_FN void pack_places(const PackGrid& grid, int64_t rows, int64_t cols, PackCoord (&at)[kSteps]) {
   const uint32_t row_block = rows > 1 ? blockIdx.x / grid.col_blocks : 0;
   const uint32_t col_block = blockIdx.x - row_block * grid.col_blocks;
   const int width = 1 << grid.shift, height = kPackThreads >> grid.shift;
@@ -31,20 +31,20 @@ FFN_FN void pack_places(const PackGrid& grid, int64_t rows, int64_t cols, PackPl
   }
 }
 
-// The inputs of a pass at one element. What is absent is 0, `up` 1.
+// The inputs of a pass at one element. What is absent is 0.
 template <class V>
 struct GatedActPoint {
-  V gate, up, d, dd_gate, dd_up, beta;
-  GateLimit<V> limit;
+  V gate, up, d, dd_gate, dd_up;
+  bool gated;
 };
 
-// Each pass: what it reads, as bits, and out[] at a point. As in cpu/kernels/act.h.
+// Each pass: what it reads, as bits, and out[] at a point.
 struct GatedActForward {
   static constexpr uint32_t kReads = 1 << kGate | 1 << kUp;
   static constexpr int kOuts = 1;
   template <class Act, class V>
-  FFN_FN static void compute(const GatedActPoint<V>& p, V (&out)[3]) {
-    out[0] = Act::fwd(p.limit.gate(p.gate), p.beta) * p.limit.up(p.up);
+  FFN_FN static void compute(const GateNumbers<V>& n, const GatedActPoint<V>& p, V (&out)[3]) {
+    out[0] = gate_value<Act>(n, p.gate, p.up, p.gated);
   }
 };
 
@@ -52,12 +52,11 @@ struct GatedActBackward {
   static constexpr uint32_t kReads = GatedActForward::kReads | 1 << kDOut;
   static constexpr int kOuts = 3;
   template <class Act, class V>
-  FFN_FN static void compute(const GatedActPoint<V>& p, V (&out)[3]) {
-    const auto act = Act::grad(p.limit.gate(p.gate), p.beta);
-    const V up = p.limit.up(p.up);
-    out[0] = p.limit.gate_grad(p.gate, p.d * act.slope * up);
-    out[1] = p.limit.up_grad(p.up, p.d * act.value);
-    out[2] = act.value * up;
+  FFN_FN static void compute(const GateNumbers<V>& n, const GatedActPoint<V>& p, V (&out)[3]) {
+    const auto g = gate_grad<Act>(n, p.gate, p.up, p.d, p.gated);
+    out[0] = g.d_gate;
+    out[1] = g.d_up;
+    out[2] = g.y;
   }
 };
 
@@ -65,13 +64,11 @@ struct GatedActDoubleBackward {
   static constexpr uint32_t kReads = 1 << kGate | 1 << kUp | 1 << kDOut | 1 << kDdGate | 1 << kDdUp;
   static constexpr int kOuts = 3;
   template <class Act, class V>
-  FFN_FN static void compute(const GatedActPoint<V>& p, V (&out)[3]) {
-    const auto act = Act::grad2(p.limit.gate(p.gate), p.beta);
-    const V dd_gate = p.limit.gate_grad(p.gate, p.dd_gate), dd_up = p.limit.up_grad(p.up, p.dd_up);
-    const V scaled = dd_gate * p.limit.up(p.up);
-    out[0] = fma(scaled, act.slope, dd_up * act.value);
-    out[1] = p.limit.gate_grad(p.gate, p.d * fma(scaled, act.curvature, dd_up * act.slope));
-    out[2] = p.limit.up_grad(p.up, dd_gate * p.d * act.slope);
+  FFN_FN static void compute(const GateNumbers<V>& n, const GatedActPoint<V>& p, V (&out)[3]) {
+    const auto g = gate_grad2<Act>(n, p.gate, p.up, p.d, p.dd_gate, p.dd_up, p.gated);
+    out[0] = g.by_d;
+    out[1] = g.by_gate;
+    out[2] = g.by_up;
   }
 };
 
@@ -85,16 +82,8 @@ struct GatedActValues {
   bool loaded;
 };
 
-template <class S, int N>
-FFN_FN Elements<S, N> ones() {
-  ComputeOf<S> values[N];
-#pragma unroll
-  for (int i = 0; i < N; ++i) values[i] = 1;
-  return Elements<S, N>::of(values);
-}
-
 template <class S, class Pass, bool kPlain, int N>
-FFN_FN GatedActValues<S, N> load_gated_act(const GatedAct& g, const PackPlace& at) {
+FFN_FN GatedActValues<S, N> load_gated_act(const GatedAct& g, const PackCoord& at) {
   using T = ComputeOf<S>;
   GatedActValues<S, N> v{};
   v.loaded = true;
@@ -104,7 +93,6 @@ FFN_FN GatedActValues<S, N> load_gated_act(const GatedAct& g, const PackPlace& a
     if (!(Pass::kReads >> i & 1)) continue;
     const Matrix m = gated_act_input(g, i);
     if (m.data) v.in[i] = load_elements<N>(element<S>(m, at.row, at.col));
-    else if (i == kUp) v.in[i] = ones<S, N>();
   }
   if constexpr (!kPlain && __is_same(Pass, GatedActForward))
     if (g.accumulate) v.sum = load_elements<N>(static_cast<const T*>(g.sum) + at.row * g.cols + at.col);
@@ -113,19 +101,20 @@ FFN_FN GatedActValues<S, N> load_gated_act(const GatedAct& g, const PackPlace& a
   return v;
 }
 
-// The arithmetic on what was loaded, and the stores. Where nothing was loaded the results are 0.
+// Computes and stores. Results are 0 if nothing was loaded.
 template <class S, class Act, class Pass, bool kPlain, int N>
-FFN_FN void finish_gated_act(const GatedAct& g, const PackPlace& at, const GatedActValues<S, N>& v) {
+FFN_FN void finish_gated_act(const GatedAct& g, const PackCoord& at, const GatedActValues<S, N>& v) {
   using T = ComputeOf<S>;
   using V = LaneOf<S>;
   constexpr bool kForward = __is_same(Pass, GatedActForward);
+  const GateNumbers<V> numbers(g, g.limited());
   T results[Pass::kOuts][N];
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    GatedActPoint<V> point{v.in[kGate][i], v.in[kUp][i], v.in[kDOut][i], v.in[kDdGate][i],
-                           v.in[kDdUp][i], V(T(g.beta)), limit_of<V>(g)};
+    GatedActPoint<V> point{v.in[kGate][i],   v.in[kUp][i],   v.in[kDOut][i],
+                           v.in[kDdGate][i], v.in[kDdUp][i], g.up.data != nullptr};
     V out[3];
-    Pass::template compute<Act>(point, out);
+    Pass::template compute<Act>(numbers, point, out);
     if constexpr (!kPlain && kForward)
       if (g.accumulate) out[0] = V(v.sum[i]) + out[0];
     if constexpr (!kPlain && __is_same(Pass, GatedActBackward)) out[2] = V(v.weight) * out[2];
@@ -144,7 +133,7 @@ FFN_FN void finish_gated_act(const GatedAct& g, const PackPlace& at, const Gated
 template <class S, class Act, class Pass, bool kPlain, int kPack, int kSteps>
 FFN_FN void gated_act_steps(const GatedAct& g, const PackGrid& grid) {
   const int64_t rows_kept = !kPlain && g.kept ? *g.kept : g.rows;
-  PackPlace at[kSteps];
+  PackCoord at[kSteps];
   pack_places<kPack>(grid, g.rows, g.cols, at);
   GatedActValues<S, kPack> values[kSteps];
 #pragma unroll
@@ -158,7 +147,7 @@ FFN_FN void gated_act_steps(const GatedAct& g, const PackGrid& grid) {
       finish_gated_act<S, Act, Pass, kPlain>(g, at[u], values[u]);
     } else if constexpr (kPack > 1) {
 #pragma unroll 1
-      for (PackPlace one = at[u]; one.n > 0; --one.n, ++one.col) {
+      for (PackCoord one = at[u]; one.n > 0; --one.n, ++one.col) {
         GatedActValues<S, 1> single{};
         if (one.row < rows_kept) single = load_gated_act<S, Pass, kPlain, 1>(g, one);
         finish_gated_act<S, Act, Pass, kPlain>(g, one, single);
@@ -178,7 +167,7 @@ __global__ void gated_act_kernel(GatedAct g, PackGrid grid) {
 
 // ---- sums over rows -------------------------------------------------------------------------------------------------
 
-// Rows of a segment. Offsets may be anyone's: they are held within the rows, and never fall.
+// Rows of a segment. Offsets may be hand-made, so they are clamped to the rows and made non-decreasing.
 struct Segment {
   int64_t begin, end;
 };
@@ -191,7 +180,7 @@ FFN_FN Segment segment_of(const ColumnSum& s, int64_t e) {
 
 FFN_FN int64_t first_slot(const Segment& segment, int64_t e) { return segment.begin / kPartRows + e; }
 
-// The segment whose parts `slot` lies among: the last one whose first slot is not behind it.
+// The segment of `slot`: the last one whose first slot is not after it.
 FFN_FN int64_t segment_of_slot(const ColumnSum& s, int64_t slot) {
   int64_t low = 0, high = s.experts - 1;
   while (low < high) {

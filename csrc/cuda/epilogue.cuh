@@ -1,5 +1,5 @@
-// What happens to a finished tile of accumulators in shared memory: bias, activation or its gradient, and the one
-// rounding to the storage dtype. A thread takes four neighbouring columns of a row: global memory is read and written
+// Processes a finished tile of accumulators in shared memory: bias, activation or its gradient, and the one rounding
+// to the storage dtype. A thread takes four neighbouring columns of a row: global memory is read and written
 // in whole lines, and gate and up of a column meet in one thread.
 #pragma once
 
@@ -19,8 +19,8 @@ struct FinishedTile {
   int64_t row, rows, col, expert;
 };
 
-// A thread's place, in the tile and in the output: `count` of its columns exist, none if its row does not.
-struct QuadPlace {
+// A thread's coordinates, in the tile and in the output: `count` of its columns exist, none if its row does not.
+struct QuadCoord {
   int in_row, in_col;
   int64_t row, col;
   int count;
@@ -74,13 +74,13 @@ FFN_FN S* quad_at(void* matrix, int64_t row, int64_t stride, int64_t col) {
   return static_cast<S*>(matrix) + row * stride + col;
 }
 template <class S>
-FFN_FN void store_at(void* matrix, const QuadPlace& q, int64_t stride, const ComputeOf<S> (&values)[kQuad]) {
+FFN_FN void store_at(void* matrix, const QuadCoord& q, int64_t stride, const ComputeOf<S> (&values)[kQuad]) {
   if (matrix) store_quad(quad_at<S>(matrix, q.row, stride, q.col), q.count, values);
 }
 
-// Gate and up of the same columns, or their gradients: columns in turns in one matrix, or in two.
+// Gate and up of the same columns, or their gradients: alternating columns of one matrix, or two matrices.
 template <class S>
-FFN_FN void store_hidden(const Epilogue& e, const QuadPlace& q, const ComputeOf<S> (&gate)[kQuad],
+FFN_FN void store_hidden(const Epilogue& e, const QuadCoord& q, const ComputeOf<S> (&gate)[kQuad],
                          const ComputeOf<S> (&up)[kQuad]) {
   if (!e.interleaved) {
     store_at<S>(e.out, q, e.out_stride, gate);
@@ -96,8 +96,8 @@ FFN_FN void store_hidden(const Epilogue& e, const QuadPlace& q, const ComputeOf<
       pairs[i] = i % 2 ? up[from] : gate[from];
     }
     const int left = 2 * q.count - half * kQuad;
-    const QuadPlace place{q.in_row, q.in_col, q.row, 2 * q.col + half * kQuad, left < kQuad ? left : kQuad};
-    if (left > 0) store_at<S>(e.out, place, e.out_stride, pairs);
+    const QuadCoord coord{q.in_row, q.in_col, q.row, 2 * q.col + half * kQuad, left < kQuad ? left : kQuad};
+    if (left > 0) store_at<S>(e.out, coord, e.out_stride, pairs);
   }
 }
 
@@ -109,7 +109,7 @@ FFN_FN void add_quad(T (&values)[kQuad], const T (&others)[kQuad]) {
 
 // Adds the columns' bias of the expert.
 template <class S>
-FFN_FN void add_bias(const void* bias, int64_t expert, int64_t stride, const QuadPlace& q,
+FFN_FN void add_bias(const void* bias, int64_t expert, int64_t stride, const QuadCoord& q,
                      ComputeOf<S> (&values)[kQuad]) {
   if (!bias) return;
   ComputeOf<S> quad[kQuad];
@@ -130,7 +130,7 @@ class Quads {
   }
   FFN_FN int first() const { return first_; }
   FFN_FN int step() const { return step_; }
-  FFN_FN QuadPlace at(int row) const {
+  FFN_FN QuadCoord at(int row) const {
     return {row, in_col_, t_.row + row, t_.col + in_col_, row < t_.rows ? count_ : 0};
   }
 
@@ -146,7 +146,7 @@ FFN_FN void for_each_quad(const FinishedTile<T>& t, int rows, int cols, int64_t 
 }
 
 template <class T>
-FFN_FN void tile_quad(const FinishedTile<T>& t, const QuadPlace& q, int col, T (&values)[kQuad]) {
+FFN_FN void tile_quad(const FinishedTile<T>& t, const QuadCoord& q, int col, T (&values)[kQuad]) {
   load_quad(t.data + q.in_row * t.stride + col, kQuad, values);
 }
 
@@ -154,7 +154,7 @@ template <class S>
 FFN_FN void finish_store(const GroupedGemm& g, const FinishedTile<ComputeOf<S>>& t, int rows) {
   using T = ComputeOf<S>;
   const Epilogue& e = g.epilogue;
-  for_each_quad(t, rows, t.cols, g.N, [&](const QuadPlace& q) {
+  for_each_quad(t, rows, t.cols, g.N, [&](const QuadCoord& q) {
     if (q.count == 0) return;
     T values[kQuad];
     tile_quad(t, q, q.in_col, values);
@@ -168,11 +168,10 @@ FFN_FN void finish_activate(const GroupedGemm& g, const FinishedTile<ComputeOf<S
   using T = ComputeOf<S>;
   const Epilogue& e = g.epilogue;
   const int cols = g.gated ? t.cols / 2 : t.cols;
-  const LaneOf<S> beta(static_cast<T>(e.beta));
-  const GateLimit<LaneOf<S>> limit = limit_of<LaneOf<S>>(e);
-  for_each_quad(t, rows, cols, g.N, [&](const QuadPlace& q) {
+  const GateNumbers<LaneOf<S>> numbers(e, e.limited());
+  for_each_quad(t, rows, cols, g.N, [&](const QuadCoord& q) {
     if (q.count == 0) return;
-    T gate[kQuad], up[kQuad];
+    T gate[kQuad], up[kQuad] = {};
     tile_quad(t, q, q.in_col, gate);
     add_bias<S>(e.bias, t.expert, e.bias_stride, q, gate);
     store_at<S>(e.gate, q, e.pre_stride, gate);
@@ -184,10 +183,10 @@ FFN_FN void finish_activate(const GroupedGemm& g, const FinishedTile<ComputeOf<S
     if (!e.out) return;
     dispatch_activation(e.activation, [&](auto tag) {
 #pragma unroll
-      for (int i = 0; i < kQuad; ++i) gate[i] = decltype(tag)::Type::fwd(limit.gate(LaneOf<S>(gate[i])), beta).value;
+      for (int i = 0; i < kQuad; ++i)
+        gate[i] =
+            gate_value<typename decltype(tag)::Type>(numbers, LaneOf<S>(gate[i]), LaneOf<S>(up[i]), g.gated).value;
     });
-#pragma unroll
-    for (int i = 0; i < kQuad; ++i) gate[i] = g.gated ? gate[i] * limit.up(LaneOf<S>(up[i])).value : gate[i];
     store_at<S>(e.out, q, e.out_stride, gate);
   });
 }
@@ -195,45 +194,33 @@ FFN_FN void finish_activate(const GroupedGemm& g, const FinishedTile<ComputeOf<S
 // One quad of dH; returns its part of the row's dot.
 template <class S>
 FFN_FN ComputeOf<S> finish_activate_grad_quad(const GroupedGemm& g, const FinishedTile<ComputeOf<S>>& t,
-                                              const QuadPlace& q, const QuadOf<S>& gate_quad,
+                                              const QuadCoord& q, const QuadOf<S>& gate_quad,
                                               const QuadOf<S>& up_quad) {
   using T = ComputeOf<S>;
   const Epilogue& e = g.epilogue;
-  const LaneOf<S> beta(static_cast<T>(e.beta));
-  const GateLimit<LaneOf<S>> limit = limit_of<LaneOf<S>>(e);
-  T d[kQuad], value[kQuad], slope[kQuad], up[kQuad], d_gate[kQuad], d_up[kQuad];
+  const GateNumbers<LaneOf<S>> numbers(e, e.limited());
+  T d[kQuad], h[kQuad], d_gate[kQuad], d_up[kQuad];
   tile_quad(t, q, q.in_col, d);
-#pragma unroll
-  for (int i = 0; i < kQuad; ++i) {
-    value[i] = decode(gate_quad.elements[i]);
-    up[i] = decode(up_quad.elements[i]);
-  }
+  const T weight = e.row_weight ? static_cast<const T*>(e.row_weight)[q.row] : T(1);
   dispatch_activation(e.activation, [&](auto tag) {
 #pragma unroll
     for (int i = 0; i < kQuad; ++i) {
-      const LaneOf<S> gate(value[i]);
-      const auto act = decltype(tag)::Type::grad(limit.gate(gate), beta);
-      value[i] = act.value.value;
-      slope[i] = act.slope.value;
+      const LaneOf<S> gate(decode(gate_quad.elements[i])), up(decode(up_quad.elements[i]));
+      const LaneOf<S> scaled(e.row_weight ? weight * d[i] : d[i]);
+      const auto grad = gate_grad<typename decltype(tag)::Type>(numbers, gate, up, scaled, e.up != nullptr);
+      d_gate[i] = grad.d_gate.value;
+      d_up[i] = grad.d_up.value;
+      h[i] = grad.y.value;
     }
   });
-  const T weight = e.row_weight ? static_cast<const T*>(e.row_weight)[q.row] : T(1);
   T dot = 0;
 #pragma unroll
   for (int i = 0; i < kQuad; ++i) {
-    const LaneOf<S> raw_up(up[i]);
-    up[i] = limit.up(raw_up).value;
-    const T h = e.up ? value[i] * up[i] : value[i];
-    if (i < q.count) dot = fma(Lane<T>(d[i]), Lane<T>(h), Lane<T>(dot)).value;
-    const T scaled = e.row_weight ? weight * d[i] : d[i];
-    d_gate[i] = scaled * slope[i];
-    if (e.up) d_gate[i] = d_gate[i] * up[i];
-    d_gate[i] = limit.gate_grad(LaneOf<S>(decode(gate_quad.elements[i])), LaneOf<S>(d_gate[i])).value;
-    d_up[i] = limit.up_grad(raw_up, LaneOf<S>(scaled * value[i])).value;
-    d[i] = e.row_weight && e.weigh_h ? weight * h : h;
+    if (i < q.count) dot = fma(Lane<T>(d[i]), Lane<T>(h[i]), Lane<T>(dot)).value;
+    if (e.row_weight && e.weigh_h) h[i] = weight * h[i];
   }
   store_hidden<S>(e, q, d_gate, d_up);
-  store_at<S>(e.h, q, e.pre_stride, d);
+  store_at<S>(e.h, q, e.pre_stride, h);
   return dot;
 }
 
@@ -244,22 +231,22 @@ FFN_FN void finish_activate_grad(const GroupedGemm& g, const FinishedTile<Comput
   using T = ComputeOf<S>;
   const Epilogue& e = g.epilogue;
   const Quads<T> quads(t, t.cols, g.N);
-  const auto saved = [&](void* matrix, const QuadPlace& q) {
+  const auto saved = [&](void* matrix, const QuadCoord& q) {
     return matrix && q.count > 0 ? read_quad(quad_at<S>(matrix, q.row, e.pre_stride, q.col), q.count) : QuadOf<S>{};
   };
-  // Gate and up of several rows are on their way at a time: else every row would wait for memory.
+  // Loads gate and up of several rows at a time, so that not every row waits for memory.
   constexpr int kAtOnce = 4;
   for (int first = quads.first(); first < rows; first += kAtOnce * quads.step()) {
     QuadOf<S> gates[kAtOnce], ups[kAtOnce];
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) {
-      const QuadPlace q = quads.at(first + j * quads.step());
+      const QuadCoord q = quads.at(first + j * quads.step());
       gates[j] = saved(e.gate, q);
       ups[j] = saved(e.up, q);
     }
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) {
-      const QuadPlace q = quads.at(first + j * quads.step());
+      const QuadCoord q = quads.at(first + j * quads.step());
       T dot = 0;
       if (q.count > 0) dot = finish_activate_grad_quad<S>(g, t, q, gates[j], ups[j]);
       if (!e.row_dots) continue;
@@ -284,13 +271,13 @@ FFN_FN void finish_tile(const GroupedGemm& g, const FinishedTile<ComputeOf<S>>& 
   }
 }
 
-// kRows: what would have been written for rows that no expert has is zero. `cols`: output columns of the tile.
+// kRows: writes zeros for rows without an expert. `cols`: output columns of the tile.
 template <class S>
 FFN_FN void zero_tile(const GroupedGemm& g, const FinishedTile<ComputeOf<S>>& t, int rows, int cols) {
   using T = ComputeOf<S>;
   const Epilogue& e = g.epilogue;
   const bool grad = e.kind == Epilogue::Kind::kActivateGrad;
-  for_each_quad(t, rows, cols, g.N, [&](const QuadPlace& q) {
+  for_each_quad(t, rows, cols, g.N, [&](const QuadCoord& q) {
     if (q.count == 0) return;
     const T zero[kQuad] = {};
     if (grad) store_hidden<S>(e, q, zero, zero);

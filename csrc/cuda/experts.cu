@@ -8,11 +8,11 @@
 namespace ffn_ops::cuda {
 namespace {
 
-// What a product over experts writes is held for a slab of columns of at most this size until tokens gather from it:
-// rounded once to the storage dtype, as the moves of rows are what takes the time of narrow experts.
+// The output of a product over experts is held for a slab of columns of at most this size, until tokens gather from it.
+// It is rounded once to the storage dtype, because moving rows dominates the time of narrow experts.
 constexpr int64_t kSlabBytes = int64_t{1} << 30;
 
-// Of a dimension of one element any stride will do.
+// A dimension of one element may have any stride.
 int64_t dense_if_one(const Tensor& t, int64_t dim) { return t.size(dim) > 1 ? t.stride(dim) : 1; }
 
 }  // namespace

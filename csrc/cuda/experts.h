@@ -5,8 +5,8 @@
 
 namespace ffn_ops::cuda {
 
-// Rows sorted by expert, and where they come from: gathered from tokens, or in order already (not routed). How many an
-// expert has is known to the device alone.
+// Rows sorted by expert, and where they come from: gathered from tokens, or in order already (not routed). Only the
+// device knows how many an expert has.
 struct Experts {
   DType dtype;
   int64_t E, R;

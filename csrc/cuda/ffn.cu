@@ -22,9 +22,10 @@ std::vector<Weight> input_weights(const FfnShape& s, const Tensor& w_in, const M
     return weights;
   }
   std::vector<Weight> halves;
-  for (const int64_t first : {int64_t{0}, s.F}) {
-    Weight half{rows_of(w_in, first, s.F), std::nullopt};
-    if (b_in) half.bias = elements_of(*b_in, first, s.F);
+  const int64_t step = s.interleaved ? 2 : 1;
+  for (const int64_t first : {int64_t{0}, s.interleaved ? 1 : s.F}) {
+    Weight half{rows_of(w_in, first, s.F, step), std::nullopt};
+    if (b_in) half.bias = elements_of(*b_in, first, s.F, step);
     halves.push_back(half);
   }
   return halves;
@@ -34,7 +35,7 @@ struct PreActivations {
   Tensor gate, up;  // up: empty where plain
 };
 
-// The same products whether they are saved or computed again for backward: the same bits.
+// Forward and recomputation in backward use the same products, so they have the same bits.
 PreActivations pre_activations(const Call& call, const FfnShape& s, const Tensor& x,
                                const std::vector<Weight>& weights) {
   PreActivations pre{call.fresh({s.T, s.F}), s.gated ? call.fresh({s.T, s.F}) : call.nothing()};
@@ -56,11 +57,11 @@ GatedAct describe(const FfnShape& s, const Tensor& gate, const Tensor& up) {
 
 std::tuple<Tensor, Tensor, Tensor> ffn(const Tensor& x, const Tensor& w_in, MaybeTensor w_up, const Tensor& w_down,
                                        MaybeTensor b_in, MaybeTensor b_up, MaybeTensor b_down, bool gated,
-                                       std::string activation, double beta, std::optional<double> limit,
-                                       double up_shift, bool save) {
+                                       bool interleaved, std::string activation, std::vector<double> params,
+                                       bool save) {
   const Call call(x, "x");
-  const FfnShape s = check_ffn(x, w_in, w_up, w_down, b_in, b_up, gated,
-                               check_gate_form(activation, beta, limit, up_shift), call.place());
+  const FfnShape s =
+      check_ffn(x, w_in, w_up, w_down, b_in, b_up, gated, interleaved, check_gate(activation, params), call.place());
   if (b_down) check_tensor(*b_down, "b_down", s.dtype, {s.O}, call.place());
   Tensor y = call.fresh({s.T, s.O});
   PreActivations pre = pre_activations(call, s, x, input_weights(s, w_in, w_up, b_in, b_up));
@@ -76,26 +77,26 @@ std::tuple<Tensor, Tensor, Tensor> ffn(const Tensor& x, const Tensor& w_in, Mayb
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_backward(
     const Tensor& d_y, const Tensor& x, const Tensor& w_in, MaybeTensor w_up, const Tensor& w_down, MaybeTensor b_in,
-    MaybeTensor b_up, const Tensor& gate, const Tensor& up, bool gated, std::string activation, double beta,
-    std::optional<double> limit, double up_shift, std::vector<bool> needs) {
+    MaybeTensor b_up, const Tensor& gate, const Tensor& up, bool gated, bool interleaved, std::string activation,
+    std::vector<double> params, std::vector<bool> needs) {
   check_needs(needs, 7);
   Call call(x, "x");
-  const FfnShape s = check_ffn(x, w_in, w_up, w_down, b_in, b_up, gated,
-                               check_gate_form(activation, beta, limit, up_shift), call.place());
+  const FfnShape s =
+      check_ffn(x, w_in, w_up, w_down, b_in, b_up, gated, interleaved, check_gate(activation, params), call.place());
   check_tensor(d_y, "d_y", s.dtype, {s.T, s.O}, call.place());
   const bool saved = check_saved("ffn", gate, up, s.dtype, s.T, s.F, s.gated, call.place());
   const bool need_x = needs[0], need_in = needs[1], need_up = needs[2] && w_up, need_down = needs[3];
   const bool need_b_in = needs[4], need_b_up = needs[5] && w_up, need_b_down = needs[6];
   const bool need_hidden = need_x || need_in || need_up || need_b_in || need_b_up;
 
-  // d_hidden [T, 2F]: d_gate, then d_up. And h, for d_w_down.
+  // d_hidden [T, 2F]: d_gate, then d_up, or in turns as w_in. And h, for d_w_down.
   Tensor d_hidden = need_hidden ? call.fresh({s.T, s.hidden()}) : call.nothing();
   Tensor h = need_down ? call.fresh({s.T, s.F}) : call.nothing();
   if (need_hidden || need_down) {
     PreActivations pre{gate, up};
     if (!saved) pre = pre_activations(call, s, x, input_weights(s, w_in, w_up, b_in, b_up));
     GatedAct a = describe(s, pre.gate, pre.up);
-    a.d_out = a.gate;  // any: without d_hidden it goes into nothing
+    a.d_out = a.gate;  // any value: without d_hidden nothing uses it
     Tensor d_h = need_hidden ? call.fresh({s.T, s.F}) : call.nothing();
     if (need_hidden) {
       product(d_y, w_down, d_h);
@@ -107,6 +108,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_backward(
     if (need_down) a.out[2] = h.mutable_data_ptr();
     a.out_stride[2] = s.F;
     launch_gated_act_backward(call, a);
+    if (need_hidden && s.interleaved) d_hidden = in_turns(d_hidden);
   }
 
   Tensor d_w_down = need_down ? call.fresh({s.O, s.F}) : call.nothing();

@@ -19,7 +19,7 @@ GatedAct describe(const GatedActShape& s, const Tensor& gate, const MaybeTensor&
   return g;
 }
 
-// A new output of the call, in its place among those of the pass; empty where it is not asked for.
+// A new output of the call, entered into the pass; empty if it is not needed.
 Tensor output(const Call& call, GatedAct& g, int place, bool asked) {
   if (!asked) return call.nothing();
   Tensor out = call.fresh({g.rows, g.cols});
@@ -28,10 +28,9 @@ Tensor output(const Call& call, GatedAct& g, int place, bool asked) {
   return out;
 }
 
-Tensor gated_act(const Tensor& gate, MaybeTensor up, std::string activation, double beta, std::optional<double> limit,
-                 double up_shift) {
+Tensor gated_act(const Tensor& gate, MaybeTensor up, std::string activation, std::vector<double> params) {
   const Call call(gate, "gate");
-  const GateForm form = check_gate_form(activation, beta, limit, up_shift);
+  const Gate form = check_gate(activation, params);
   GatedAct g = describe(check_gated_act(gate, up, form, call.place()), gate, up);
   Tensor out = output(call, g, 0, true);
   launch_gated_act(call, g);
@@ -39,11 +38,11 @@ Tensor gated_act(const Tensor& gate, MaybeTensor up, std::string activation, dou
 }
 
 std::tuple<Tensor, Tensor> gated_act_backward(const Tensor& d_out, const Tensor& gate, MaybeTensor up,
-                                              std::string activation, double beta, std::optional<double> limit,
-                                              double up_shift, std::vector<bool> needs) {
+                                              std::string activation, std::vector<double> params,
+                                              std::vector<bool> needs) {
   check_needs(needs, 2);
   const Call call(gate, "gate");
-  const GateForm form = check_gate_form(activation, beta, limit, up_shift);
+  const Gate form = check_gate(activation, params);
   GatedAct g = describe(check_gated_act(gate, up, form, call.place()), gate, up);
   check_same(d_out, "d_out", gate, g.dtype, call.place());
   g.d_out = matrix(d_out);
@@ -55,10 +54,9 @@ std::tuple<Tensor, Tensor> gated_act_backward(const Tensor& d_out, const Tensor&
 
 std::tuple<Tensor, Tensor, Tensor> gated_act_double_backward(MaybeTensor dd_gate, MaybeTensor dd_up,
                                                              const Tensor& d_out, const Tensor& gate, MaybeTensor up,
-                                                             std::string activation, double beta,
-                                                             std::optional<double> limit, double up_shift) {
+                                                             std::string activation, std::vector<double> params) {
   const Call call(gate, "gate");
-  const GateForm form = check_gate_form(activation, beta, limit, up_shift);
+  const Gate form = check_gate(activation, params);
   GatedAct g = describe(check_gated_act(gate, up, form, call.place()), gate, up);
   check_same(d_out, "d_out", gate, g.dtype, call.place());
   g.d_out = matrix(d_out);

@@ -26,12 +26,12 @@ MaybeTensor of_branch(const std::vector<Tensor>& biases, size_t i) {
 
 std::tuple<Tensor, Tensor, Tensor> gated_linear(const Tensor& x, std::vector<Tensor> w_gate, std::vector<Tensor> w_up,
                                                 std::vector<Tensor> b_gate, std::vector<Tensor> b_up,
-                                                std::string activation, double beta, bool save) {
+                                                std::string activation, std::vector<double> params, bool save) {
   Call call(x, "x");
   const GatedLinearShape s =
-      check_gated_linear(x, w_gate, w_up, b_gate, b_up, check_gate_form(activation, beta), call.place());
+      check_gated_linear(x, w_gate, w_up, b_gate, b_up, check_gate(activation, params), call.place());
   Tensor y = call.fresh({s.T, s.F});
-  const int64_t kept = save ? s.G : 1;  // else each branch takes the place of the one before
+  const int64_t kept = save ? s.G : 1;  // else each branch overwrites the previous one
   Tensor gate = call.fresh({kept, s.T, s.F}), up = call.fresh({kept, s.T, s.F});
   void* sum = s.G > 1 ? call.workspace(s.T * s.F * storage_size(arithmetic_dtype(s.dtype))) : nullptr;
   for (int64_t i = 0; i < s.G; ++i) {
@@ -55,10 +55,10 @@ std::tuple<Tensor, Tensor, Tensor> gated_linear(const Tensor& x, std::vector<Ten
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_linear_backward(
     const Tensor& d_y, const Tensor& x, std::vector<Tensor> w_gate, std::vector<Tensor> w_up,
     std::vector<Tensor> b_gate, std::vector<Tensor> b_up, const Tensor& gate, const Tensor& up, std::string activation,
-    double beta, std::vector<bool> needs) {
+    std::vector<double> params, std::vector<bool> needs) {
   Call call(x, "x");
   const GatedLinearShape s =
-      check_gated_linear(x, w_gate, w_up, b_gate, b_up, check_gate_form(activation, beta), call.place());
+      check_gated_linear(x, w_gate, w_up, b_gate, b_up, check_gate(activation, params), call.place());
   check_gated_linear_gradient(s, d_y, gate, up, needs, call.place());
   const int64_t half = s.G * s.F;
 

@@ -89,7 +89,7 @@ inline bool copies_fit(const Operand& o, DType dtype, bool along_k) {
          multiple_of_16(along_k ? o.lane_stride : o.k_stride, dtype) && multiple_of_16(o.expert_stride, dtype);
 }
 
-// With fewer rows per expert, a short tile wastes less than it costs.
+// With fewer rows per expert, a short tile saves more than it costs.
 constexpr int64_t tall_rows(DType dtype, bool hopper) { return is_16_bit(dtype) && !hopper ? 256 : 128; }
 // With fewer blocks, tall tiles would leave multiprocessors idle.
 constexpr int64_t kTallBlocks = 256;
@@ -112,8 +112,8 @@ inline GemmShape gemm_shape(const GroupedGemm& g, bool hopper, bool vector) {
   };
   if ((hopper && !vector) || rows < gemm_grid::tall_rows(g.dtype, hopper) || !fills(GemmShape::kTall))
     return GemmShape::kShort;
-  // A wide tile is alone on its multiprocessor: nothing is multiplied while it is finished. Long sums make up for that,
-  // unless the gradient of an activation is to come, or the wide operand has its rows to look up.
+  // A wide tile is alone on its multiprocessor, which multiplies nothing during its epilogue. Long sums make up for
+  // that, unless the gradient of an activation is to come, or the wide operand has its rows to look up.
   const bool outer = g.kind == GroupedGemm::Kind::kOuter;
   const bool long_sum = outer ? g.R / g.E >= 2 * gemm_grid::kWideK && !g.b.gather : g.K >= gemm_grid::kWideK;
   const bool wide = hopper && long_sum && g.epilogue.kind != Epilogue::Kind::kActivateGrad;

@@ -1,5 +1,5 @@
 // The grouped product's one kernel: a block finds its tile, streams operands through shared memory in stages, and hands
-// the finished tile to the epilogue. And the choice among its instances, which launches and tests share.
+// the finished tile to the epilogue. Also the choice among its instances, which launches and tests share.
 #pragma once
 
 #include "epilogue.cuh"
@@ -36,37 +36,37 @@ struct GemmInstance {
   static constexpr int64_t kSharedBytes = gemm_shared_bytes(Codec<S>::kDType, kShape, kHopper);
   static_assert(kTile.stages * kStageBytes <= kSharedBytes);
   static_assert(BLOCK_M * (BLOCK_N + kTilePadding) * int(sizeof(typename Core::Scalar)) <= kSharedBytes);
-  // Products in flight (Hopper) while the next stage is awaited. Where two blocks share a multiprocessor, one's
+  // Products in flight (Hopper) while the next stage loads. If two blocks share a multiprocessor, one's
   // products fill the other's waiting.
   static constexpr int kRunning = kHopper && kTile.blocks == 1 ? 1 : 0;
 };
 
 // What the block reads of A and of B.
 template <class I>
-FFN_FN OperandPart part_a(const GroupedGemm& job, const TilePlace& place) {
-  const RowTile& rows = place.rows;
-  if (I::kOuter) return {job.a, job.a, I::BLOCK_M, rows.expert, place.m, job.M, rows.row, rows.row + rows.rows, true};
+FFN_FN OperandPart part_a(const GroupedGemm& job, const TileCoord& coord) {
+  const RowTile& rows = coord.rows;
+  if (I::kOuter) return {job.a, job.a, I::BLOCK_M, rows.expert, coord.m, job.M, rows.row, rows.row + rows.rows, true};
   return {job.a, job.a, I::BLOCK_M, 0, rows.row, rows.row + rows.rows, 0, job.K, false};
 }
 template <class I>
-FFN_FN OperandPart part_b(const GroupedGemm& job, const TilePlace& place) {
-  const RowTile& rows = place.rows;
-  if (I::kOuter) return {job.b, job.b, I::BLOCK_N, rows.expert, place.n, job.N, rows.row, rows.row + rows.rows, true};
-  return {job.b, job.b_up, job.gated ? I::BLOCK_N / 2 : I::BLOCK_N, rows.expert, place.n, job.N, 0, job.K, false};
+FFN_FN OperandPart part_b(const GroupedGemm& job, const TileCoord& coord) {
+  const RowTile& rows = coord.rows;
+  if (I::kOuter) return {job.b, job.b, I::BLOCK_N, rows.expert, coord.n, job.N, rows.row, rows.row + rows.rows, true};
+  return {job.b, job.b_up, job.gated ? I::BLOCK_N / 2 : I::BLOCK_N, rows.expert, coord.n, job.N, 0, job.K, false};
 }
 
-// core += the product over all of k. While one stage is multiplied, the next kAhead are on their way, and the last
-// kRunning before it are still read.
+// core += the product over all of k. While one stage is multiplied, the next kAhead are loading, and products may still
+// read the last kRunning before it.
 template <class I>
-FFN_FN void run_stages(const GroupedGemm& job, const TilePlace& place, typename I::Core& core) {
+FFN_FN void run_stages(const GroupedGemm& job, const TileCoord& coord, typename I::Core& core) {
   char* const shared = dynamic_shared();
   constexpr int kStages = I::kTile.stages, kAhead = kStages - 1 - I::kRunning;
-  typename I::LoaderA loader_a(part_a<I>(job, place));
-  typename I::LoaderB loader_b(part_b<I>(job, place));
+  typename I::LoaderA loader_a(part_a<I>(job, coord));
+  typename I::LoaderB loader_b(part_b<I>(job, coord));
   const auto a_of = [&](int slot) { return shared + slot * I::kStageBytes; };
   const auto b_of = [&](int slot) { return shared + slot * I::kStageBytes + I::Core::TileA::kBytes; };
 
-  int64_t left = I::kOuter ? place.rows.rows : job.K;  // of k, from the stage that is multiplied next on
+  int64_t left = I::kOuter ? coord.rows.rows : job.K;  // of k, from the stage that is multiplied next on
   for (int s = 0; s < kAhead; ++s) {
     if (left > s * I::BLOCK_K) {
       loader_a.load(a_of(s), left - s * I::BLOCK_K);
@@ -80,7 +80,7 @@ FFN_FN void run_stages(const GroupedGemm& job, const TilePlace& place, typename 
   const auto step = [&] {
     cp_async_wait<kAhead - 1>();
     if constexpr (I::kHopper) fence_async();
-    __syncthreads();  // the stage in `slot` is there for all, and the one that `ahead` held is no longer read
+    __syncthreads();  // all threads see the stage in `slot`, and nobody reads the one in `ahead` any more
     if constexpr (I::kHopper) core.start(a_of(slot), b_of(slot));
     const bool more = left > kAhead * I::BLOCK_K;
     if (more) {
@@ -107,38 +107,38 @@ FFN_FN void run_stages(const GroupedGemm& job, const TilePlace& place, typename 
   if constexpr (I::kHopper) wgmma_wait<0>();
 }
 
-// The block's tile, from its place to its epilogue. Dynamic shared memory: the stages; after them, in the same place,
-// the finished tile.
+// The block's tile, from its coordinates to its epilogue. Dynamic shared memory: the stages; after them, in the same
+// place, the finished tile.
 template <class I>
 FFN_FN void make_tile(const GroupedGemm& job, const GemmPlan& plan, const RowTile* table) {
   using S = typename I::Storage;
   using T = ComputeOf<S>;
   const int cols = job.gated ? I::BLOCK_N / 2 : I::BLOCK_N;
-  const TilePlace place = find_tile(job, plan, table, I::BLOCK_M, cols);
+  const TileCoord coord = find_tile(job, plan, table, I::BLOCK_M, cols);
   FinishedTile<T> tile{reinterpret_cast<T*>(dynamic_shared()),
                        I::BLOCK_N + kTilePadding,
                        I::BLOCK_N,
-                       place.rows.row,
-                       place.rows.rows,
-                       place.n,
-                       place.rows.expert};
+                       coord.rows.row,
+                       coord.rows.rows,
+                       coord.n,
+                       coord.rows.expert};
   if (I::kOuter) {
-    tile.row = place.rows.expert * job.M + place.m;
-    tile.rows = job.M - place.m;
+    tile.row = coord.rows.expert * job.M + coord.m;
+    tile.rows = job.M - coord.m;
   } else {
-    if (place.rows.rows == 0) return;
-    if (place.rows.expert == job.E) return zero_tile<S>(job, tile, I::BLOCK_M, cols);
+    if (coord.rows.rows == 0) return;
+    if (coord.rows.expert == job.E) return zero_tile<S>(job, tile, I::BLOCK_M, cols);
   }
 
   typename I::Core core;
-  run_stages<I>(job, place, core);
+  run_stages<I>(job, coord, core);
   __syncthreads();  // the stages are no longer read
   core.hand_over(reinterpret_cast<T*>(dynamic_shared()), tile.stride);
   __syncthreads();
   finish_tile<S>(job, tile, I::BLOCK_M);
 }
 
-// Of 16 bits, each GPU has one way to multiply: the other is not compiled for it.
+// For 16 bits each GPU uses one kind of product; the other is not compiled for it.
 template <class I>
 __global__ void FFN_KERNEL_BOUNDS(kGemmThreads, I::kTile.blocks)
     grouped_gemm_kernel(GroupedGemm job, GemmPlan plan, const RowTile* table) {

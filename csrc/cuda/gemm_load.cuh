@@ -1,5 +1,5 @@
-// Tiles of operands from global into shared memory: gathered, ragged, of any stride, by 16-byte copies in flight or
-// element by element into the same places.
+// Loads tiles of operands from global into shared memory: gathered, ragged, with any stride, by asynchronous 16-byte
+// copies or element by element into the same places.
 #pragma once
 
 #include <type_traits>
@@ -72,7 +72,7 @@ class TileLoader {
     }
   }
 
-  // Starts to read the next kDepth of k, `left` being left of it: copies into `stage`, or elements into registers.
+  // Starts to read the next kDepth of k, of which `left` remain: copies into `stage`, or elements into registers.
   FFN_FN void load(char* stage, int64_t left) {
     if constexpr (kAlongK) {
       // The thread's chunks begin at one k.
@@ -99,7 +99,7 @@ class TileLoader {
     }
   }
 
-  // What the last load() holds in registers goes to `stage`.
+  // Writes the registers of the last load() to `stage`.
   FFN_FN void store(char* stage) {
     if constexpr (!kVector) {
 #pragma unroll

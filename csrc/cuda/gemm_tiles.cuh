@@ -1,5 +1,5 @@
-// Where the blocks of a grouped product work: offsets become a table of row tiles on the device, and a block's number
-// becomes its tile. Nothing here reads a matrix.
+// Maps the blocks of a grouped product to tiles: the device makes a table of row tiles from offsets, and a block finds
+// its tile by its number. This file reads no matrix.
 #pragma once
 
 #include "device.cuh"
@@ -20,7 +20,7 @@ FFN_FN int64_t block_scan(int64_t value, int64_t* warp_totals, Combine combine, 
     const int64_t before = __shfl_up_sync(0xffffffffu, value, by);
     if (lane >= by) value = combine(before, value);
   }
-  __syncthreads();  // the totals of the call before have been read
+  __syncthreads();  // the totals of the previous call have been read
   if (lane == 31) warp_totals[warp] = value;
   __syncthreads();
   int64_t sum = warp_totals[0];
@@ -32,8 +32,8 @@ FFN_FN int64_t block_scan(int64_t value, int64_t* warp_totals, Combine combine, 
   return value;
 }
 
-// held[0 .. E]: offsets from 0 on, within [0, R], never falling, whatever a hand-made routing says: every row has a
-// tile.
+// held[0 .. E]: offsets clamped to start at 0, stay in [0, R] and never fall, even for a wrong hand-made routing, so
+// that every row has a tile.
 FFN_FN void hold_offsets(const int64_t* offsets, int64_t E, int64_t R, int64_t* held, int64_t* warp_totals) {
   const auto larger = [](int64_t a, int64_t b) { return a < b ? b : a; };
   int64_t before = 0;
@@ -78,12 +78,12 @@ __global__ void FFN_KERNEL_BOUNDS(kThreads, 1)
   if (tile_rows == 0) {
     for (int64_t e = threadIdx.x; e < E; e += kTableThreads) {
       const int64_t rows = held[e + 1] - held[e];
-      int64_t place = E <= kMostRanked ? 0 : e;
+      int64_t rank = E <= kMostRanked ? 0 : e;
       for (int64_t other = 0; E <= kMostRanked && other < E; ++other) {
         const int64_t more = held[other + 1] - held[other] - rows;
-        place += more > 0 || (more == 0 && other < e);
+        rank += more > 0 || (more == 0 && other < e);
       }
-      table[place] = {held[e], rows, e};
+      table[rank] = {held[e], rows, e};
     }
     return;
   }
@@ -106,15 +106,15 @@ __global__ void FFN_KERNEL_BOUNDS(kThreads, 1)
 }
 
 // A block's part of the output: rows of one expert (kOuter: all of them) and the first row (kOuter) and column.
-struct TilePlace {
+struct TileCoord {
   RowTile rows;
   int64_t m, n;
 };
 
-// Row tiles whose column tiles are taken together: their blocks run at once and share what they read of both operands.
+// Row tiles whose column tiles are numbered together: their blocks run at once and share reads of both operands.
 constexpr unsigned kGroupTiles = 8;
 
-FFN_FN TilePlace find_tile(const GroupedGemm& job, const GemmPlan& plan, const RowTile* table, int64_t tile_rows,
+FFN_FN TileCoord find_tile(const GroupedGemm& job, const GemmPlan& plan, const RowTile* table, int64_t tile_rows,
                            int64_t tile_cols) {
   const bool outer = job.kind == GroupedGemm::Kind::kOuter;
   const auto row_tiles = static_cast<unsigned>(plan.row_tiles), col_tiles = static_cast<unsigned>(plan.col_tiles);
@@ -125,13 +125,13 @@ FFN_FN TilePlace find_tile(const GroupedGemm& job, const GemmPlan& plan, const R
   const unsigned left = row_tiles - group * kGroupTiles;
   const unsigned height = left < kGroupTiles ? left : kGroupTiles;
   const int64_t row_tile = group * kGroupTiles + in_group % height;
-  TilePlace place{{0, job.R, 0}, row_tile * tile_rows, in_group / height * tile_cols};
+  TileCoord coord{{0, job.R, 0}, row_tile * tile_rows, in_group / height * tile_cols};
   if (table) {
-    place.rows = table[outer ? expert : row_tile];
+    coord.rows = table[outer ? expert : row_tile];
   } else if (!outer) {
-    place.rows = {place.m, job.R - place.m < tile_rows ? job.R - place.m : tile_rows, 0};
+    coord.rows = {coord.m, job.R - coord.m < tile_rows ? job.R - coord.m : tile_rows, 0};
   }
-  return place;
+  return coord;
 }
 
 }  // namespace ffn_ops::cuda

@@ -1,5 +1,5 @@
-// How element-wise work, sums and routing are cut into blocks, and what memory they need: pure functions of shapes and
-// strides, tested without a GPU. No torch, no CUDA.
+// Cuts element-wise work, sums and routing into blocks, and sizes their memory: pure functions of shapes and strides,
+// tested without a GPU. No torch, no CUDA.
 #pragma once
 
 #include "kernels.h"

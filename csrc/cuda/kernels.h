@@ -1,4 +1,4 @@
-// What launches and kernels agree on: plain descriptions of one piece of work, the twins of those in cpu/kernels.h.
+// What launches and kernels agree on: plain descriptions of one piece of work, as those of cpu/kernels.h for the CPU.
 // What depends on data stays on the device: the rows of an expert are read from offsets, never known to the host. No
 // torch, no CUDA.
 #pragma once
@@ -6,7 +6,7 @@
 #include <cstdint>
 
 #include "../common/dtypes.h"
-#include "../common/gate_form.h"
+#include "../common/gate.h"
 
 namespace ffn_ops::cuda {
 
@@ -20,7 +20,7 @@ struct Matrix {
 };
 
 // Element-wise passes over [rows, cols]. What is null is not there.
-struct GatedAct : GateForm {
+struct GatedAct : Gate {
   int64_t rows = 0, cols = 0;
   DType dtype = DType::kFloat32;
   const int64_t* kept = nullptr;     // rows from *kept on are not read, and zero in every output; null: all are there
@@ -150,7 +150,7 @@ struct Operand {
   int64_t gather_limit = 0;
 };
 
-struct Epilogue : GateForm {
+struct Epilogue : Gate {
   enum class Kind {
     kStore,         // out = acc + bias
     kActivate,      // out = act(gate) * up or act(gate), each with its bias; saves gate and up where asked
@@ -173,7 +173,7 @@ struct Epilogue : GateForm {
   // [R, row_dots_stride], part p = sum over the p-th row_dots_cols() columns of dA' * act(gate) * up
   void* row_dots = nullptr;
   int64_t row_dots_stride = 0;
-  bool interleaved = false;  // kActivateGrad, gated: rows of out hold d_gate and d_up in turns, there is no out_up
+  bool interleaved = false;  // kActivateGrad, gated: d_gate and d_up alternate along rows of out, there is no out_up
 };
 
 // kRows: for each expert e and each of its rows r, out[r, n] = sum over k of A(r, k) * B_e(n, k).

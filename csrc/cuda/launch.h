@@ -1,5 +1,5 @@
-// One call of an operator on a GPU: its device and stream, fresh tensors, launches that are checked, and plain products
-// by torch. Nothing here waits for the device.
+// One call of an operator on a GPU: its device and stream, new tensors, checked launches, and plain products by torch.
+// Nothing here waits for the device.
 #pragma once
 
 #include <algorithm>
@@ -32,7 +32,7 @@ class Call {
  public:
   // `first`, the tensor that all others are checked against, sets device and dtype.
   Call(const Tensor& first, const char* name) : place_{gpu_of(first, name)}, guard_(place_.gpu) {
-    // torch and this library have a CUDA runtime each, which remember devices on their own.
+    // torch and this library each have a CUDA runtime, with a current device of its own.
     check_cuda(cudaSetDevice(place_.gpu), "cudaSetDevice");
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(place_.gpu, &stream));
@@ -51,8 +51,8 @@ class Call {
     return major;
   }
 
-  // Dense, of the call's dtype where none is given. Memory comes from torch's allocator, which knows the stream: it may
-  // be dropped while kernels that use it are still to run.
+  // Dense, of the call's dtype where none is given. Memory comes from torch's allocator, which knows the stream, so it
+  // may be freed before the kernels that use it have run.
   Tensor fresh(std::initializer_list<int64_t> sizes) const { return fresh(dtype_, sizes); }
   Tensor fresh(DType dtype, std::initializer_list<int64_t> sizes) const { return fresh(code(dtype), sizes); }
   Tensor fresh_indices(std::initializer_list<int64_t> sizes) const { return fresh(aoti_torch_dtype_int64(), sizes); }
@@ -73,7 +73,7 @@ class Call {
   }
   const int64_t* indices(const MaybeTensor& t) { return static_cast<const int64_t*>(dense(t)); }
 
-  // Puts a kernel on the stream, unless there are no blocks to do.
+  // Launches a kernel on the stream, unless it has no blocks.
   template <class... Parameters>
   void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared_bytes,
               Parameters... arguments) const {
@@ -143,15 +143,16 @@ inline Tensor view(const Tensor& t, int64_t offset, int64_t rows, int64_t cols, 
 
 inline Tensor transposed(const Tensor& t) { return view(t, 0, t.size(1), t.size(0), t.stride(1), t.stride(0)); }
 
-inline Tensor rows_of(const Tensor& t, int64_t begin, int64_t rows) {
-  return view(t, begin * t.stride(0), rows, t.size(1), t.stride(0), t.stride(1));
+// Every step-th row from `begin` on.
+inline Tensor rows_of(const Tensor& t, int64_t begin, int64_t rows, int64_t step = 1) {
+  return view(t, begin * t.stride(0), rows, t.size(1), step * t.stride(0), t.stride(1));
 }
 
 // Of a vector.
-inline Tensor elements_of(const Tensor& t, int64_t begin, int64_t count) {
-  const int64_t stride = t.stride(0);
+inline Tensor elements_of(const Tensor& t, int64_t begin, int64_t count, int64_t step = 1) {
+  const int64_t stride = step * t.stride(0);
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), 1, &count, &stride, begin * stride, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), 1, &count, &stride, begin * t.stride(0), &handle));
   return Tensor(handle);
 }
 

@@ -1,4 +1,4 @@
-// The one place that puts kernels on a stream. No torch.
+// The only place that launches kernels. No torch.
 #pragma once
 
 #include <cuda_runtime.h>

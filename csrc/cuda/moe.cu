@@ -1,5 +1,5 @@
 // moe on a GPU: every expert's feed-forward layer over its routed rows, gathered on the fly and combined per token, and
-// its backward. Without a routing the rows stand in order already and nothing is combined.
+// its backward. Without a routing the rows are already in order, and nothing is combined.
 #include <tuple>
 
 #include <torch/csrc/stable/library.h>
@@ -54,11 +54,11 @@ void pre_activations(Call& call, const Moe& c, const Tensor& x, const Tensor& w_
 std::tuple<Tensor, Tensor, Tensor> moe(const Tensor& x, MaybeTensor token, MaybeTensor weight, const Tensor& offsets,
                                        MaybeTensor row, MaybeTensor slot_offsets, const Tensor& w_in,
                                        const Tensor& w_down, MaybeTensor b_in, MaybeTensor b_down, bool gated,
-                                       bool interleaved, std::string activation, double beta,
-                                       std::optional<double> limit, double up_shift, bool save) {
+                                       bool interleaved, std::string activation, std::vector<double> params,
+                                       bool save) {
   Call call(x, "x");
   const MoeShape s = check_moe(x, token, weight, offsets, row, slot_offsets, w_in, w_down, b_in, b_down, gated,
-                               interleaved, check_gate_form(activation, beta, limit, up_shift), call.place());
+                               interleaved, check_gate(activation, params), call.place());
   const Moe c = describe(call, s, token, weight, offsets, row, slot_offsets);
   Tensor y = call.fresh({c.T, c.O});
   Tensor gate = save ? call.fresh({c.R, c.F}) : call.nothing();
@@ -71,7 +71,7 @@ std::tuple<Tensor, Tensor, Tensor> moe(const Tensor& x, MaybeTensor token, Maybe
   return {y, gate, up};
 }
 
-// What backward computes in one pass over the hidden width, each where there is memory for it.
+// The results of backward's pass over the hidden width, each only if it has memory.
 struct HiddenGradient {
   void* d_hidden = nullptr;  // [R, 2F]: d_gate, then d_up
   void* h = nullptr;         // [R, F], times the row's weight where `weigh_h` says so
@@ -102,7 +102,7 @@ void hidden_gradient(Call& call, const Moe& c, const Tensor& d_y, const Tensor& 
   launch_product(call, g);
 }
 
-// h alone, where nothing else is asked for.
+// Only h, if nothing else is needed.
 void hidden(const Call& call, const Moe& c, const void* gate, const void* up, const HiddenGradient& out) {
   GatedAct a;
   a.set_form(c.form);
@@ -110,7 +110,7 @@ void hidden(const Call& call, const Moe& c, const void* gate, const void* up, co
   a.cols = a.out_stride[2] = c.F;
   a.dtype = c.dtype;
   a.kept = c.experts.routes.kept;
-  a.gate = a.d_out = dense_matrix(gate, c.F);  // d_out: any, it goes into nothing
+  a.gate = a.d_out = dense_matrix(gate, c.F);  // d_out: any value, nothing uses it
   if (c.gated) a.up = dense_matrix(up, c.F);
   a.out[2] = out.h;
   a.row_weight = out.weigh_h ? c.experts.weight : nullptr;
@@ -151,12 +151,12 @@ Tensor weights_gradient(Call& call, const Moe& c, const Tensor& w, const Operand
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_backward(
     const Tensor& d_y, const Tensor& x, MaybeTensor token, MaybeTensor weight, const Tensor& offsets, MaybeTensor row,
     MaybeTensor slot_offsets, const Tensor& w_in, const Tensor& w_down, MaybeTensor b_in, MaybeTensor b_down,
-    const Tensor& gate, const Tensor& up, bool gated, bool interleaved, std::string activation, double beta,
-    std::optional<double> limit, double up_shift, std::vector<bool> needs) {
+    const Tensor& gate, const Tensor& up, bool gated, bool interleaved, std::string activation,
+    std::vector<double> params, std::vector<bool> needs) {
   check_needs(needs, 6);
   Call call(x, "x");
   const MoeShape s = check_moe(x, token, weight, offsets, row, slot_offsets, w_in, w_down, b_in, b_down, gated,
-                               interleaved, check_gate_form(activation, beta, limit, up_shift), call.place());
+                               interleaved, check_gate(activation, params), call.place());
   check_tensor(d_y, "d_y", s.dtype, {s.T, s.O}, call.place());
   const bool saved = check_saved("moe", gate, up, s.dtype, s.R, s.F, s.gated, call.place());
   const Moe c = describe(call, s, token, weight, offsets, row, slot_offsets);
@@ -179,7 +179,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_backward(
   Tensor h = need_down ? call.fresh({c.R, c.F}) : call.nothing();
   HiddenGradient of;
   if (need_down) of.h = h.mutable_data_ptr();
-  // The weight times h can be too small for float16: dY takes the weight there, as in eager.
+  // The weight times h can be too small for float16; dY is multiplied by the weight there, as in eager.
   of.weigh_h = c.dtype != DType::kFloat16;
   if (need_weight) {
     of.num_parts = row_dots_parts(c.dtype, c.F);
@@ -223,7 +223,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_backward(
   return {d_x, d_weight, d_w_in, d_w_down, d_b_in, d_b_down};
 }
 
-// rows[r] w[e]^T, rows behind the experts' zero.
+// rows[r] w[e]^T, rows after the experts' are zero.
 Tensor moe_linear(const Tensor& rows, const Tensor& w, const Tensor& offsets) {
   Call call(rows, "rows");
   const DType dtype = storage_dtype(rows, "rows");

@@ -1,5 +1,5 @@
 // route_linear on a GPU: a router's logits, and their backward, as products of one expert in the arithmetic's dtype.
-// 16-bit tensors are copied to float32 for it: a router is a small part of a mixture, and its rounding chooses experts.
+// 16-bit tensors are copied to float32: a router is a small part of a mixture, and its rounding decides the experts.
 #include <tuple>
 
 #include <torch/csrc/stable/library.h>

@@ -66,7 +66,7 @@ Tensor route_top_k_backward(const Tensor& d_weights, const Tensor& logits, const
 
 // ---- sort -----------------------------------------------------------------------------------------------------------
 
-// What is set to zero, then `before`, then all passes.
+// Sets memory to zero, then launches `before`, then all passes.
 template <class Entries, class Before>
 void run_sort(const Call& call, const SortPlan& plan, const Entries& entries, const Before& before) {
   for (const auto& each : plan.clear)

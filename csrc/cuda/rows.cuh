@@ -1,5 +1,5 @@
-// What moves rows between tokens and experts, and the products of rows with their tokens. Nothing is scattered: each
-// output row gathers what belongs to it, in one order. Routes may be anyone's: an index out of range counts as dropped.
+// Moves rows between tokens and experts, and computes products of rows with their tokens. Nothing is scattered: each
+// output row gathers its inputs in one order. Routes may be hand-made: an index out of range counts as dropped.
 #pragma once
 
 #include "elementwise.cuh"
@@ -16,7 +16,7 @@ __global__ void dispatch_rows_kernel(MoveRows m, PackGrid grid) {
   constexpr int kPack = Pack<S>::kSize;
   const int64_t kept = kept_rows(m.routes);
   const T* const weight = static_cast<const T*>(m.weight);
-  PackPlace at[kVectorSteps];
+  PackCoord at[kVectorSteps];
   pack_places<kPack>(grid, m.routes.rows, m.cols, at);
   Pack<S, kPack> in[kVectorSteps]{};
   T w[kVectorSteps];
@@ -40,7 +40,7 @@ __global__ void dispatch_rows_kernel(MoveRows m, PackGrid grid) {
   }
 }
 
-// out[t] = sum of weight[r] * in[r] over the rows of t; a few of them are on their way at a time.
+// out[t] = sum of weight[r] * in[r] over the rows of t, with a few loads in flight.
 template <class S>
 FFN_KERNEL_BOUNDS(kPackThreads, 2)
 __global__ void combine_rows_kernel(MoveRows m, PackGrid grid) {
@@ -48,10 +48,10 @@ __global__ void combine_rows_kernel(MoveRows m, PackGrid grid) {
   constexpr int kPack = Pack<S>::kSize, kAtOnce = 4;
   const int64_t kept = kept_rows(m.routes);
   const T* const weight = static_cast<const T*>(m.weight);
-  PackPlace places[kVectorSteps];
-  pack_places<kPack>(grid, m.routes.tokens, m.cols, places);
+  PackCoord packs[kVectorSteps];
+  pack_places<kPack>(grid, m.routes.tokens, m.cols, packs);
 #pragma unroll
-  for (const PackPlace& at : places) {
+  for (const PackCoord& at : packs) {
     if (at.n == 0) continue;
     const int64_t begin = held(m.routes.slot_offsets[at.row], 0, m.routes.rows);
     const int64_t end = held(m.routes.slot_offsets[at.row + 1], begin, m.routes.rows);
@@ -83,7 +83,7 @@ __global__ void combine_rows_kernel(MoveRows m, PackGrid grid) {
   }
 }
 
-// The expert whose rows r lies among: the first one that ends behind r, or the last of all.
+// The expert of row r: the first one that ends after r, or the last of all.
 FFN_FN int64_t expert_of_row(const int64_t* offsets, int64_t experts, int64_t r) {
   int64_t low = 0, high = experts - 1;
   while (low < high) {

@@ -47,7 +47,7 @@ FFN_FN float quotient(float a, float b) {
 }
 FFN_FN double quotient(double a, double b) { return a / b; }
 
-// As Vec<T> in cpu/isa/vec.h, with bool for a mask. kBrief: what comes of it is rounded to 16 bits.
+// The interface of Vec<T> in cpu/isa/vec.h, with bool as mask. kBrief: results will be rounded to 16 bits.
 template <class T, bool kBrief = false>
 struct Lane {
   using Scalar = T;
@@ -130,7 +130,7 @@ struct Lane {
 
 #include "../common/math.h"
 
-// e is 2^-17 of itself off at worst, where |z| is near 90: a thirtieth of what rounding to float16 is.
+// The largest relative error of e is 2^-17, for |z| near 90: a thirtieth of the rounding to float16.
 FFN_FN SigmoidPair<Lane<float, true>> sigmoid_pair(Lane<float, true> z) {
   const float e = approximate_exp2(max(Lane<float>(-152.0f), Lane<float>(-::fabsf(z.value) * 1.44269504f)).value);
   const float larger = approximate_reciprocal(1 + e), smaller = e * larger;
@@ -140,6 +140,7 @@ FFN_FN SigmoidPair<Lane<float, true>> sigmoid_pair(Lane<float, true> z) {
 #include "../common/activations.h"
 
 #include "../common/scores.h"
+#include "../common/gate_math.h"
 
 // ---- storage --------------------------------------------------------------------------------------------------------
 
@@ -197,12 +198,6 @@ FFN_FN uint32_t encode_pair(float first, float second) {
 struct alignas(16) Words {
   uint32_t word[4];
 };
-
-template <class V>
-FFN_FN GateLimit<V> limit_of(const GateForm& form) {
-  using T = typename V::Scalar;
-  return {form.limited(), V(T(form.bound())), V(T(form.up_shift))};
-}
 
 // N values of storage type S in registers, a multiple of 16 bytes.
 template <class S, int N = 16 / int(sizeof(S))>

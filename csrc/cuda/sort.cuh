@@ -7,13 +7,13 @@
 
 namespace ffn_ops::cuda {
 
-// a / b for a >= 0, b > 0: 64-bit division takes a GPU several times as long.
+// a / b for a >= 0, b > 0, because 64-bit division is several times slower on a GPU.
 FFN_FN int64_t divide(int64_t a, int64_t b) {
   if (((a | b) >> 32) == 0) return uint32_t(a) / uint32_t(b);
   return a / b;
 }
 
-// Ascending as integers where the values descend; all NaN are behind everything, and 0 and -0 are equal.
+// Maps descending values to ascending integers. All NaN come last; 0 and -0 are equal.
 template <class T>
 FFN_FN uint64_t descending_key(T value) {
   constexpr int kBits = 8 * sizeof(T);
@@ -25,14 +25,14 @@ FFN_FN uint64_t descending_key(T value) {
   return bits & sign ? bits : all ^ sign ^ bits;
 }
 
-// An entry x is a number: its place among the entries in the order that the first pass begins with.
+// An entry x is a number: its position among the entries in the order that the first pass begins with.
 struct SortEntries {
   Sort s;
   const int64_t* order;  // entries by token, null: as they come
   const int64_t* start;
   char* kept;  // null: all
 
-  // The entry of place x in the queue of those who want to be kept: all first choices before any second.
+  // The entry of position x in the queue of those who want to be kept: all first choices before any second.
   FFN_FN int64_t queued(int64_t x) const {
     if (s.token) return x;
     const int64_t slot = divide(x, s.T);
@@ -68,27 +68,27 @@ struct SortEntries {
         return uint64_t(expert_of(i));
     }
   }
-  // Entry x has got its place among all.
-  FFN_FN void finish(SortKey key, int64_t x, int64_t place) const {
+  // Entry x has got its position among all.
+  FFN_FN void finish(SortKey key, int64_t x, int64_t position) const {
     const int64_t i = entry(key, x);
     if (key == SortKey::kExpert) {
       const int64_t e = expert_of(i);
-      kept[i] = e < s.E && place - start[e] < s.capacity;
+      kept[i] = e < s.E && position - start[e] < s.capacity;
       return;
     }
     if (s.weight_dtype == DType::kFloat64)
-      static_cast<double*>(s.out_weight)[place] = static_cast<const double*>(s.weight)[i];
-    else static_cast<float*>(s.out_weight)[place] = static_cast<const float*>(s.weight)[i];
-    s.out_row[x] = place;
+      static_cast<double*>(s.out_weight)[position] = static_cast<const double*>(s.weight)[i];
+    else static_cast<float*>(s.out_weight)[position] = static_cast<const float*>(s.weight)[i];
+    s.out_row[x] = position;
     if (s.token) {
       const int64_t t = token_of(i);
-      s.out_token[place] = t < s.T ? t : 0;
-      s.out_place[i] = place;
+      s.out_token[position] = t < s.T ? t : 0;
+      s.out_place[i] = position;
     } else {
-      s.out_token[place] = divide(i, s.K);
+      s.out_token[position] = divide(i, s.K);
     }
   }
-  // What is left to write when all entries are finished, in pieces for each thread.
+  // Writes the rest after all entries are finished; each thread writes a part.
   FFN_FN void finish_rest(SortKey key, int64_t thread, int64_t threads) const {
     if (key != SortKey::kKept || s.token) return;
     for (int64_t t = thread; t <= s.T; t += threads) s.out_slot_offsets[t] = t * s.K;
@@ -112,8 +112,8 @@ struct RoundEntries {
     if (r.dtype == DType::kFloat64) return score_key(static_cast<const double*>(r.scores)[t * r.E + e]);
     return score_key(static_cast<const float*>(r.scores)[t * r.E + e]);
   }
-  FFN_FN void finish(SortKey, int64_t x, int64_t place) const {
-    const int64_t e = divide(x, r.T), out = start[e] + place - e * r.T;
+  FFN_FN void finish(SortKey, int64_t x, int64_t position) const {
+    const int64_t e = divide(x, r.T), out = start[e] + position - e * r.T;
     if (out >= start[e + 1]) return;
     r.out_expert[out] = e;
     r.out_token[out] = x - e * r.T;
@@ -132,7 +132,7 @@ FFN_FN void add_total(int64_t* total, uint32_t count) {
   atomicAdd(reinterpret_cast<unsigned long long*>(total), static_cast<unsigned long long>(count));
 }
 
-// Counts the digits of one chunk, and where asked for all values of the key: a digit that is the whole key serves both.
+// Counts the digits of one chunk and, if asked, all values of the key; one count serves both if the digit is the key.
 template <class Entries>
 __global__ void sort_count_kernel(Entries entries, SortPass pass) {
   uint32_t* const counts = reinterpret_cast<uint32_t*>(dynamic_shared());
@@ -194,8 +194,8 @@ __global__ void FFN_KERNEL_BOUNDS(kThreads, 1) scan_kernel(ScanJobs jobs) {
   if (job.total && threadIdx.x == 0) job.out[job.n] = carried;
 }
 
-// Puts the entries of one chunk to their places. Each warp has a stretch of the chunk: after the warps' counts have
-// been summed up, an entry's place follows from those of its digit before it in the stretch.
+// Puts the entries of one chunk to their places. Each warp has a part of the chunk: after the warps' counts have
+// been summed up, an entry's position follows from those of its digit before it in the part.
 template <class Entries>
 __global__ void sort_scatter_kernel(Entries entries, SortPass pass) {
   constexpr int kWarps = kSortThreads / kWarpSize, kRounds = int(kChunk) / kSortThreads;
@@ -237,9 +237,9 @@ __global__ void sort_scatter_kernel(Entries entries, SortPass pass) {
     if (there && below == 0) mine[digit[i]] += __popc(same[i]);
     __syncwarp();
     if (!there) continue;
-    const int64_t place = pass.counts[digit[i] * pass.chunks + chunk] + before;
-    if (pass.to) pass.to[place] = entry[i];
-    else entries.finish(pass.key, entry[i], place);
+    const int64_t position = pass.counts[digit[i] * pass.chunks + chunk] + before;
+    if (pass.to) pass.to[position] = entry[i];
+    else entries.finish(pass.key, entry[i], position);
   }
   if (!pass.to) entries.finish_rest(pass.key, chunk * kSortThreads + threadIdx.x, pass.chunks * kSortThreads);
 }
@@ -255,7 +255,7 @@ __global__ void mark_choices_kernel(RoundTokens r, Flag* chose) {
   if (e >= 0 && e < r.E) chose[e * r.T + divide(i, r.K)] = 1;
 }
 
-// One block for each expert: how many tokens it is to have.
+// One block for each expert: computes its rounded number of tokens.
 template <class Flag>
 __global__ void round_counts_kernel(RoundTokens r, const Flag* chose, int64_t* wanted) {
   unsigned long long* const count = reinterpret_cast<unsigned long long*>(dynamic_shared());

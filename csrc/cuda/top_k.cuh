@@ -26,7 +26,7 @@ FFN_FN bool ranks_before(const Candidate<T>& a, const Candidate<T>& b) {
   return a_is_nan == b_is_nan ? a.index < b.index : b_is_nan;
 }
 
-// The best of a warp's candidates, in each lane.
+// Returns the best of a warp's candidates in each lane.
 template <class T>
 FFN_FN Candidate<T> warp_best(Candidate<T> mine) {
 #pragma unroll
@@ -128,14 +128,14 @@ struct TopKRow {
   FFN_FN Score<T> score_by_ids() const { return k.of_row && k.by_logits ? score_of_chosen() : score_of_all(); }
 };
 
-// Marks what experts are chosen by in `values`, and chooses: into ids.
+// Writes the values that decide the choice into `values`, and the chosen experts into ids.
 template <class S, class T>
 FFN_FN void choose_experts(const TopKRow<S>& row, const Score<T>& score, T* values) {
   const TopK& k = row.k;
   const int E = int(k.E - k.shared), count = int(k.K - k.shared);
   const int groups = int(k.num_groups), width = E / groups, lane = row.lane;
   const T* const bias = static_cast<const T*>(k.bias);
-  // Scores grow with logits, and logits distinguish more.
+  // Scores increase with logits, and logits separate more values.
   const bool by_score = (bias || groups > 1) && !k.by_logits;
   for (int e = lane; e < E; e += kWarpSize) {
     const T value = by_score ? score(row.logit(e)) : row.logit(e);

@@ -1,4 +1,4 @@
-// What warps and blocks share in sums and searches; each in one order, whatever runs beside it.
+// Sums and searches over warps and blocks, in one fixed order.
 #pragma once
 
 #include "grid.h"
@@ -6,7 +6,7 @@
 
 namespace ffn_ops::cuda {
 
-// `value`, held within what is allowed.
+// `value`, clamped.
 FFN_FN int64_t held(int64_t value, int64_t least, int64_t most) {
   return value < least ? least : value > most ? most : value;
 }

@@ -1,14 +1,15 @@
-"""replace, restore, replace_report: feed-forward layers of anybody's model computed by this package's operators.
+"""replace, restore, replace_report: run the feed-forward layers of any model with this package's operators.
 
-Which module is a feed-forward layer is decided in recognise.py, what a call does in layer.py.
+recognise.py decides which module is a feed-forward layer; layer.py defines a call.
 """
 
 from __future__ import annotations
 
+import inspect
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -17,12 +18,12 @@ from torch import nn
 from ..modules import has_own_forward
 from .layer import CALLS, PLAN, Plan, state
 from .probe import ORIGINAL, original_class
-from .recognise import METHODS, OURS, Finding, Recogniser, bottleneck, plausible
+from .recognise import METHODS, OURS, Finding, Recogniser, linear_children, plausible
 from .refused import has_stacked_experts, is_feed_forward
 from .swap import FUSES, Calls, fused_class
 
 _log = logging.getLogger("ffn_ops.replace")
-EXPERTS = "ffn_ops"  # the name under which integrations/transformers.py registers
+EXPERTS = "ffn_ops"  # registered by integrations/transformers.py
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -30,8 +31,14 @@ Model = TypeVar("Model", bound=nn.Module)
 class ReplaceEntry:
     """One feed-forward layer of a model.
 
-    ``status`` is "replaced", "partly" (replaced; ``why`` says what is not fused at present), "replaceable", "left", or
-    "fused": it uses the operators by itself, as this package's modules do.
+    ``status`` is "replaced", "partly" (replaced, but ``why`` says what is not fused at present), "replaceable", "left"
+    (for the reason in ``why``), or "fused" (it uses the operators by itself, as this package's modules do).
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
+        >>> (entry,) = ffn_ops.replace_report(model).entries
+        >>> entry.status, entry.computes
+        ('replaceable', '2(gelu(0(x)))')
     """
 
     path: str
@@ -39,18 +46,24 @@ class ReplaceEntry:
     status: str
     computes: str
     why: str = ""
-    fused_calls: int = 0  # since it was replaced, but for those of compiled code
-    own_calls: int = 0  # the layer's own forward ran
+    fused_calls: int = 0  # since it was replaced, without calls of compiled code
+    own_calls: int = 0  # calls of the layer's own forward
 
 
 @dataclass(frozen=True)
 class ReplaceReport:
-    """What :func:`replace_report` finds, readable with ``print``: layers alike stand in one line."""
+    """The result of :func:`replace_report`. ``print`` shows identical layers in one line.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
+        >>> ffn_ops.replace_report(model).paths("replaceable")
+        ['']
+    """
 
     entries: tuple[ReplaceEntry, ...]
 
     def paths(self, *statuses: str) -> list[str]:
-        """Of the entries with one of these statuses."""
+        """Paths of the entries with one of these statuses."""
         return [entry.path for entry in self.entries if entry.status in statuses]
 
     def __str__(self) -> str:
@@ -80,48 +93,61 @@ class _Site:
 
 
 def replace(model: Model) -> Model:
-    """Lets this package's operators compute the feed-forward layers of ``model``, in place, and returns it.
+    """Makes this package's operators compute the feed-forward layers of ``model``, in place, and returns it.
 
-    A layer is recognised by what its forward does with its children: run on a hollow copy whose linear layers return
-    random numbers, it must compute ``down(act(gate x) * up x)``, ``down(act(first x))``, or a GLU layer without
-    ``down``, with dropout, normalisation and a residual connection at most around it. Else it is left alone.
+    A layer is recognised by what its forward does with its children. ``replace`` runs it on a stub copy of the layer,
+    whose linear layers return random values. It must compute ``down(act(gate x) * up x)``, ``down(act(first x))``, or a
+    GLU layer without ``down``, with only dropout, normalisation and a residual connection around it. Other layers are
+    left alone.
 
-    Parameters, their names, the state dict, hooks, dtypes, devices and ``requires_grad`` stay as they are: an instance
-    gets a subclass of its class whose forward calls an operator on the same parameters. In every call it looks at what
-    may have changed since: where adapters (LoRA), hooks, quantised weights, parametrisations or dropout act on a child,
-    that child is called and only what is between is fused; where the activation has hooks or is another one, the
-    layer's own forward runs. :func:`replace_report` says what holds now.
+    Parameters, their names, the state dict, hooks, dtypes, devices and ``requires_grad`` stay as they are. The instance
+    gets a subclass of its class, whose forward calls an operator on the same parameters. Every call checks what may
+    have changed. If adapters (LoRA), hooks, quantised weights, parametrisations or dropout act on a child, that child
+    is called, and only the part between is fused. If the activation has hooks or was exchanged, the layer's own forward
+    runs. :func:`replace_report` says what is fused at present.
 
-    deepcopy, pickle (in an environment that has this package) and ``torch.compile(fullgraph=True)`` work as before;
-    :func:`restore` gives the classes back.
+    deepcopy, pickle (in an environment that has this package) and ``torch.compile(fullgraph=True)`` work as before.
+    :func:`restore` restores the classes.
 
     Raises:
-        TypeError: for what is no ``nn.Module``.
+        TypeError: if ``model`` is not an ``nn.Module``.
     Warns:
-        UserWarning: where no layer was recognised.
+        UserWarning: if no layer was recognised.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
+        >>> print(ffn_ops.replace_report(ffn_ops.replace(model)))
+        replaced    the model itself (Sequential): 2(gelu(0(x)))
     """
     _check(model)
     replaced = False
-    for site in list(_sites(model)):
+    sites = list(_sites(model))
+    for site in sites:
         replaced |= _is_replaced(site.layer) or site.by_itself
         if site.finding.plan is not None and not _is_replaced(site.layer):
             replaced |= _swap(site, site.finding.plan)
     if not replaced:
-        warnings.warn(f"ffn_ops.replace: no layer was replaced\n{replace_report(model)}", UserWarning, stacklevel=2)
+        warnings.warn(f"ffn_ops.replace: no layer was replaced\n{_report(sites)}", UserWarning, stacklevel=2)
     elif _log.isEnabledFor(logging.INFO):
-        _log.info("%s", replace_report(model))
+        _log.info("%s", _report(sites))
     return model
 
 
 def restore(model: Model) -> Model:
-    """Undoes :func:`replace`, in place, and returns ``model``: every layer is of its class again, and computes the bits
-    that it computed before.
+    """Undoes :func:`replace`, in place, and returns ``model``. Every layer has its class again, and computes the same
+    bits as before.
 
-    Where another library has made a subclass of ours since (as FSDP2's ``fully_shard`` does), the class stays, and its
-    forward is the original one.
+    If another library has subclassed our class since (as FSDP2's ``fully_shard`` does), that class stays, with the
+    original forward.
 
     Raises:
-        TypeError: for what is no ``nn.Module``.
+        TypeError: if ``model`` is not an ``nn.Module``.
+
+    Example:
+        >>> model, x = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8)), torch.randn(4, 8)
+        >>> y = model(x)
+        >>> torch.equal(ffn_ops.restore(ffn_ops.replace(model))(x), y)
+        True
     """
     _check(model)
     for module in model.modules():
@@ -135,16 +161,25 @@ def restore(model: Model) -> Model:
 
 
 def replace_report(model: nn.Module) -> ReplaceReport:
-    """Every feed-forward layer of ``model``: replaced, partly fused at present, replaceable, or left, and why.
+    """Lists every feed-forward layer of ``model``: replaced, partly fused at present, replaceable, or left, and why.
 
-    It looks at the model as it is now: adapters and hooks added since, training or eval. Nothing is changed. Entries
-    of replaced layers count the calls since then, fused and not; the calls of compiled code are not counted.
+    It reports the present state: adapters and hooks, training or eval. It changes nothing. Entries of replaced layers
+    count the calls since the replacement, fused and not, without calls of compiled code.
 
     Raises:
-        TypeError: for what is no ``nn.Module``.
+        TypeError: if ``model`` is not an ``nn.Module``.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
+        >>> print(ffn_ops.replace_report(model))
+        replaceable the model itself (Sequential): 2(gelu(0(x)))
     """
     _check(model)
-    return ReplaceReport(tuple([_entry(site) for site in _sites(model)]))
+    return _report(_sites(model))
+
+
+def _report(sites: Iterable[_Site]) -> ReplaceReport:
+    return ReplaceReport(tuple([_entry(site) for site in sites]))
 
 
 def _check(model: Any) -> None:
@@ -157,7 +192,7 @@ def _is_replaced(module: nn.Module) -> bool:
 
 
 def _sites(model: nn.Module) -> Iterator[_Site]:
-    """Outermost layers first; what belongs to one is not looked at again."""
+    """Yields outermost layers first, and skips modules inside them."""
     taken: set[int] = set()
     recognise = Recogniser()
     for path, module in model.named_modules():
@@ -179,35 +214,53 @@ def _site(path: str, module: nn.Module, recognise: Recogniser) -> _Site | None:
         return _Site(path, module, "forward", Finding(None, "one of this package's modules, which fuses itself"), True)
     if known:
         return _Site(path, module, "", Finding(known))
+    if not module._modules:
+        return _experts(path, module)
     refused: list[tuple[str, Finding]] = []
     for method in METHODS:
         if plausible(module) if method == "forward" else callable(getattr(type(module), method, None)):
             finding = recognise(module, method)
             if finding.plan is not None:
+                if method == "forward" and _hands_on(module, recognise):
+                    return None
                 return _Site(path, module, method, finding)
             refused.append((method, finding))
     methods = [(m, f) for m, f in refused if m != "forward" and not f.lacks_child]
     if methods:
         method, finding = methods[0]
         return _Site(path, module, method, Finding(None, f"{method}: {finding.reason}"))
-    pair = bottleneck(module)
     reason = next((f.reason for m, f in refused if m == "forward"), "")
-    if pair is not None:
-        finding = recognise.part(module)
-        if finding.plan is not None:
-            return _Site(path, module, finding.method, finding)
-        reason = reason or f"{' and '.join(pair)} are children of a layer that does more than an FFN: {finding.reason}"
+    inner = recognise.part(module)
+    if inner is not None:
+        if inner.plan is not None and inner.plan.part is not None:
+            return _Site(path, module, inner.plan.part.methods[0], inner)
+        reason = "" if inner.outside else reason or inner.reason
     if reason and (known is False or is_feed_forward(module, recognise)):
         return _Site(path, module, "forward", Finding(None, reason))
-    if has_stacked_experts(module):
-        return _experts(path, module)
-    return None
+    return _experts(path, module)
 
 
-def _experts(path: str, module: nn.Module) -> _Site:
-    """Those of transformers say in their configuration who computes them."""
+def _hands_on(module: nn.Module, recognise: Recogniser) -> bool:
+    """It takes arguments that it does not name, which may be for a layer in it: that one knows what they do."""
+    kinds = [p.kind for p in inspect.signature(original_class(module).forward).parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL not in kinds and inspect.Parameter.VAR_KEYWORD not in kinds:
+        return False
+    inner: nn.Module | None = module
+    while inner is not None:
+        children = {path.split(".")[0] for path in linear_children(inner, 3)}
+        inner = inner._modules[children.pop()] if len(children) == 1 else None
+        site = None if inner is None else _site("", inner, recognise)
+        if site is not None and site.finding.plan is not None:
+            return True
+    return False
+
+
+def _experts(path: str, module: nn.Module) -> _Site | None:
+    """Stacked experts. Those of transformers name their implementation in the configuration."""
+    if not has_stacked_experts(module):
+        return None
     chosen = getattr(getattr(module, "config", None), "_experts_implementation", None)
-    if not hasattr(module, "is_concatenated"):  # not exchangeable, whatever the configuration says
+    if not hasattr(module, "is_concatenated"):  # transformers cannot exchange it
         return _Site(path, module, "", Finding(None, "stacked experts: replace() takes no mixtures"))
     if chosen == EXPERTS:
         return _Site(path, module, "", Finding(None, f'experts computed by experts_implementation="{EXPERTS}"'), True)
@@ -222,7 +275,7 @@ def _swap(site: _Site, plan: Plan) -> bool:
             original: Any = original_class(site.layer)
             site.layer.__class__ = fused_class(original, site.method, plan.part)
         elif getattr(kind, FUSES) != (site.method, plan.part):
-            raise TypeError(f"{kind.__name__} is another library's, above a class that fuses something else")
+            raise TypeError(f"{kind.__name__} is another library's subclass of a class that fuses other children")
     except TypeError as error:  # classes of another memory layout, or that refuse subclasses
         _log.warning("%s is left alone: its class cannot be replaced: %s", site.path, error)
         return False

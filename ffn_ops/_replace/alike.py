@@ -1,8 +1,8 @@
-"""Layers that a probe cannot tell apart, so that one look is enough for all of them.
+"""Finds layers that a probe cannot tell apart, so that one probe is enough for all of them.
 
 Two layers are alike when they have the same tree of classes, attribute names, parameters and sizes, and when every
-attribute that forward read of the first has the same value in the second. What is written down about one layer is
-kept for one call of ``replace`` or ``replace_report``, in which nothing changes.
+attribute that forward read in the first has the same value in the second. Records are kept for one call of ``replace``
+or ``replace_report``, during which nothing changes.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from typing import Any, Generic, TypeVar
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-WATCH = "_ffn_ops_watch"  # of a hollow module: what is called with the name of an attribute that is read
+WATCH = "_ffn_ops_watch"  # of a stub copy: a function that is called with the name of each attribute that is read
 OF_EVERY_MODULE = frozenset(vars(nn.Module())) | {"_compiled_call_impl"}
 SIZES = ("in_features", "out_features", "nx", "nf")  # of linear layers, whose weights may be packed
 ABSENT = object()
 _VALUES = (bool, int, float, str, bytes, type(None))
-_MOST = 16  # layers of one structure, each with its own attributes, that are kept
+_MOST = 16  # most layers of one structure, with different attributes, that are kept
 Reads = dict[tuple[str, str], Any]  # path and attribute: its value
 Found = TypeVar("Found")
 
 
 @functools.cache
 def watched(cls: Any) -> Any:
-    """A subclass, of the same name, whose instances report which of their attributes are read."""
+    """Makes a subclass of the same name, whose instances report which of their attributes are read."""
 
     def getattribute(self: Any, name: str) -> Any:
         own = object.__getattribute__(self, "__dict__")
@@ -43,13 +43,14 @@ def watched(cls: Any) -> Any:
         raise AttributeError(f"'{cls.__name__}' object has no attribute '{name}'")
 
     members: dict[str, Any] = {"__getattribute__": getattribute, "__module__": cls.__module__}
-    if cls.__getattr__ is nn.Module.__getattr__:  # which looks into __dict__, as an attribute of unknown names
+    if cls.__getattr__ is nn.Module.__getattr__:  # reads __dict__, which counts as reading every attribute
         members["__getattr__"] = getattr_
     return type(cls)(cls.__name__, (cls,), {**members, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__})
 
 
 def structure(layer: nn.Module, class_of: Callable[[nn.Module], type]) -> Hashable:
-    """All of a tree of modules that its attributes do not say. A module in two places has a number in the second."""
+    """The structure of a tree of modules, without its attributes. A module that occurs twice has a number the second
+    time."""
     seen: dict[int, int] = {}
 
     def of(module: nn.Module | None) -> Hashable:
@@ -89,7 +90,7 @@ def _equal(a: Any, b: Any) -> bool:
         return len(a) == len(b) and all(map(_equal, a, b))
     if isinstance(a, functools.partial):
         return _equal((a.func, a.args, *sorted(a.keywords.items())), (b.func, b.args, *sorted(b.keywords.items())))
-    if isinstance(a, types.FunctionType):  # made by the same line of code, of the same values
+    if isinstance(a, types.FunctionType):  # made by the same line of code, with the same values
         cells = [tuple([cell.cell_contents for cell in f.__closure__ or ()]) for f in (a, b)]
         same = a.__code__ is b.__code__ and a.__globals__ is b.__globals__ and not a.__dict__ and not b.__dict__
         return same and _equal(a.__defaults__, b.__defaults__) and _equal(a.__kwdefaults__, b.__kwdefaults__) and (
@@ -110,13 +111,14 @@ def _alike(layer: nn.Module, reads: Reads) -> bool:
 
 
 class Known(Generic[Found]):
-    """What was found for the layers so far."""
+    """The findings for the layers so far."""
 
     def __init__(self) -> None:
         self._found: dict[Hashable, list[tuple[Reads, Found]]] = {}
 
     def get(self, layer: nn.Module, key: Hashable, look: Callable[[Reads], Found]) -> Found:
-        """``look(reads)`` of this layer or of one that is alike; it writes into ``reads`` what it read."""
+        """Returns ``look(reads)`` of this layer, or of an earlier one that is alike. It records in ``reads`` what it
+        read."""
         kept = self._found.setdefault(key, [])
         for reads, found in kept:
             if _alike(layer, reads):

@@ -1,21 +1,23 @@
-"""What a traced layer computes, as a Form: which children are gate, up and down, which activation, what stands around.
+"""What a traced layer computes, as a Form: which children are gate, up and down, which activation, and what surrounds
+them.
 
-A form is accepted only where it explains every call of a child and every number that flowed.
+A form is accepted only if it explains every call of a child and every value.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from ..reference import ACTIVATIONS
+from .._gate import NAMES, Gate
+from ..reference import UPS, gated_act
 from .probe import Event, ProbeError, Trace
 
-ADD_INPUT = ""  # a step behind the layer: the residual connection
+BY_TORCH = ("relu", "sigmoid", "tanh", "gelu", "silu", "identity")  # not gelu_tanh: ours is twice as fast
+ADD_INPUT = ""  # a step after the layer: the residual connection
 
 
 @dataclass(frozen=True)
@@ -27,20 +29,13 @@ class Form:
     down: str | None
     halves: str | None  # gate and up are the rows of one layer: "gate first" or "up first"
     up_called_first: bool
-    activation: str
-    beta: float
-    limit: float | None
-    up_shift: float
-    head: tuple[str | tuple[int, ...], ...]  # what the input goes through first: children, ``reshape(-1, *sizes)``
+    gate: Gate
+    head: tuple[str | tuple[int, ...], ...]  # steps before the layer: children, ``reshape(-1, *sizes)``
     dropout: str | None  # between activation and down
-    tail: tuple[str, ...]  # children behind, and ADD_INPUT
-    run: tuple[str, ...]  # modules whose own forward is stepped over
+    early: bool  # or between the first layer and the activation
+    tail: tuple[str, ...]  # steps after the layer: children, and ADD_INPUT
+    run: tuple[str, ...]  # modules whose own forward is bypassed
     reads_weights: bool
-
-    @property
-    def act(self) -> dict[str, Any]:
-        """As the operators take it."""
-        return {"activation": self.activation, "beta": self.beta, "limit": self.limit, "up_shift": self.up_shift}
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -48,12 +43,15 @@ class Form:
 
     @property
     def _act(self) -> str:
-        return f"swish(beta={self.beta:g})" if self.activation == "swish" else self.activation
+        return str(self.gate.replace(limit=None, up_shift=0.0))
 
     def _gate(self, gate: str, up: str) -> str:
-        if self.limit is not None:
-            gate, up = f"min({gate}, {self.limit:g})", f"clamp({up}, {self.limit:g})"
-        return f"{self._act}({gate}) * {f'({up} + {self.up_shift:g})' if self.up_shift else up}"
+        limit, shift = self.gate.limit, self.gate.up_shift
+        if self.gate.activation in UPS:
+            return f"{self._act}({gate}, {up})"
+        if limit is not None:
+            gate, up = f"min({gate}, {limit:g})", f"clamp({up}, {limit:g})"
+        return f"{self._act}({gate}) * {f'({up} + {shift:g})' if shift else up}"
 
     def __str__(self) -> str:
         inner = "x"
@@ -65,28 +63,26 @@ class Form:
             pairs = zip(self.gates, self.ups, strict=True)
             text = " + ".join([self._gate(f"{gate}({inner})", f"{up}({inner})") for gate, up in pairs])
         else:
-            text = f"{self._act}({self.gates[0]}({inner}))"
-        for path in (self.dropout, self.down, *self.tail):
+            text = f"{self.gates[0]}({inner})"
+            text = f"{self._act}({self.dropout}({text}))" if self.early else f"{self._act}({text})"
+        for path in (None if self.early else self.dropout, self.down, *self.tail):
             if path is not None:
                 text = f"{text} + x" if path == ADD_INPUT else f"{path}({text})"
         return text
-
-
-_Act = tuple[str, float, float | None, float]  # name, beta, limit, up_shift
 
 
 @dataclass(frozen=True)
 class _Found:
     gates: tuple[int, ...]
     ups: tuple[int, ...]
-    act: _Act
+    gate: Gate
 
 
 def explain(trace: Trace, known: Form | None = None) -> Form:
-    """The form of a trace; ``known`` says which is expected, where rounding leaves several activations and a reshape
-    does nothing.
+    """Returns the form of a trace. ``known`` is the expected form; it decides where rounding would allow several
+    activations, or where a reshape does nothing.
 
-    Raises: ProbeError, with what does not fit.
+    Raises: ProbeError, with the reason.
     """
     events = list(trace.events)
     x = trace.x
@@ -103,61 +99,73 @@ def explain(trace: Trace, known: Form | None = None) -> Form:
         if events[0].kind == "linear":
             break
         if events[0].kind == "other":
-            raise ProbeError(f"{events[0].path}, which goes first, may give another shape than it is given")
+            raise ProbeError(f"{events[0].path}, the first step, may change the shape")
         head.append(events[0].path)
         x = events.pop(0).output
     first = []
     while events and events[0].kind == "linear" and _same(events[0].input, x):
         first.append(events.pop(0))
     if not first:
-        raise ProbeError("no linear child is called with its input")
+        raise ProbeError("no linear child is called with the layer's input")
     dropout = None
-    if len(events) > 1 and events[0].kind == "dropout" and events[1].kind == "linear":
+    early = _is_early(first, events)
+    if early:
+        dropout = events.pop(0)
+        first = [replace(first[0], output=dropout.output)]
+    elif len(events) > 1 and events[0].kind == "dropout" and events[1].kind == "linear":
         dropout = events.pop(0)
         if not _same(events[0].input, dropout.output):
-            raise ProbeError(f"{events[0].path} is not called with what {dropout.path} gives")
+            raise ProbeError(f"{events[0].path} is not called with the output of {dropout.path}")
     down = events.pop(0) if events and events[0].kind == "linear" else None
-    # What the activation and the gate gave is the input of whoever comes next.
-    following = dropout or down or (events[0] if events else None)
+    # The output of the activation and the gate is the input of the next child.
+    following = (None if early else dropout) or down or (events[0] if events else None)
     hidden = trace.y if following is None else following.input
+    between = following is not None and following is not dropout and following is not down
+    if between and len(first) == 1 and torch.equal(hidden.reshape(-1), first[0].output.reshape(-1)):
+        _check_later(events, "identity")
     halves = None
-    act = None if known is None else _act_of(known)
+    gate = None if known is None else known.gate
     gates: tuple[str, ...]
     ups: tuple[str, ...] = ()
     if len(first) == 1 and hidden.shape[-1] * 2 == first[0].output.shape[-1]:
         both = first[0].output.double().chunk(2, -1)
-        found = _activation(hidden, both, act)
+        found = _activation(hidden, both, gate)
         halves = "gate first" if found.gates == (0,) else "up first"
         gates = (first[0].path,)
     else:
-        found = _activation(hidden, [event.output.double() for event in first], act)
+        found = _activation(hidden, [event.output.double() for event in first], gate)
         gates = tuple([first[i].path for i in found.gates])
         ups = tuple([first[i].path for i in found.ups])
-    if down is None and not (ups and len(gates) >= 1):
-        if any(event.kind == "linear" for event in events):
-            raise ProbeError(f"{events[0].path}, a norm or an activation that learns, is between its linear children")
-        raise ProbeError("it has an activation behind one linear child, and no second one")
+    if down is None and not ups and halves is None:
+        _check_later(events, found.gate.activation)
     paths = [event.path for event in first] + ([down.path] if down else [])
     if len(set(paths)) != len(paths):
         raise ProbeError("it calls a child twice")
     return Form(
         gates, ups, None if down is None else down.path, halves, bool(ups) and found.ups[0] < found.gates[0],
-        *found.act, tuple(head), None if dropout is None else dropout.path,
+        found.gate, tuple(head), None if dropout is None else dropout.path, early,
         _tail(trace, events, hidden if down is None else down.output), tuple([path for path in trace.run if path]),
         trace.reads_weights,
     )  # fmt: skip
 
 
-def explain_between(first: Event, last: Event, run: Sequence[str], known: Form | None) -> Form:
-    """The form of ``last(act(first(x)))``, where a layer does more around them. Raises: ProbeError."""
-    if first.output.shape != last.input.shape:
-        raise ProbeError(f"{last.path} is called with another shape than {first.path} gives")
-    found = _activation(last.input, [first.output.double()], _act_of(known) if known else None)
-    return Form((first.path,), (), last.path, None, False, *found.act, (), None, (), tuple(run), False)
+def _is_early(first: Sequence[Event], events: Sequence[Event]) -> bool:
+    """Dropout acts on what one linear layer gives, and what it gives is not what the next one gets."""
+    if len(first) != 1 or len(events) < 2 or [event.kind for event in events[:2]] != ["dropout", "linear"]:
+        return False
+    return _same(events[0].input, first[0].output) and not _same(events[1].input, events[0].output)
 
 
-def _act_of(form: Form) -> _Act:
-    return form.activation, form.beta, form.limit, form.up_shift
+def _check_later(events: Sequence[Event], act: str) -> None:
+    """An activation that a linear layer follows after more than dropout. Raises: ProbeError where that is no FFN, or
+    nothing would be gained."""
+    later = [i for i, event in enumerate(events) if event.kind == "linear"]
+    if not later:
+        raise ProbeError("an activation follows one linear child, and there is no second one")
+    if act in BY_TORCH:
+        where = next((event.path for event in events[: later[0]] if event.kind != "dropout"), events[0].path)
+        alone = f", and torch has {act} as one operator" if act != "identity" else ""
+        raise ProbeError(f"{where}, a norm or an activation with parameters, is between its linear children{alone}")
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -171,24 +179,24 @@ def _tail(trace: Trace, events: Sequence[Event], value: Tensor) -> tuple[str, ..
         if not _same(event.input, value):
             if added or value.shape != trace.x.shape or not _same(event.input, value + trace.x):
                 if event.kind == "linear":
-                    raise ProbeError(f"{event.path} is one linear layer more than an FFN has")
-                raise ProbeError(f"{event.path} is called with something else than the result so far")
+                    raise ProbeError(f"{event.path} is an additional linear layer")
+                raise ProbeError(f"{event.path} is not called with the previous result")
             steps.append(ADD_INPUT)
             added = True
         steps.append(event.path)
         value = event.output
     if not _same(trace.y, value):
         if added or value.shape != trace.x.shape or not _same(trace.y, value + trace.x):
-            raise ProbeError("what it returns is not what its last child gave")
+            raise ProbeError("it does not return the output of its last child")
         steps.append(ADD_INPUT)
     return tuple(steps)
 
 
-def _activation(hidden: Tensor, outputs: Sequence[Tensor], known: _Act | None) -> _Found:
-    """Which of the linear children's outputs are gates, which ups, and by which activation they give ``hidden``."""
+def _activation(hidden: Tensor, outputs: Sequence[Tensor], known: Gate | None) -> _Found:
+    """Finds which linear children's outputs are gates and ups, and which activation makes ``hidden`` of them."""
     n = len(outputs)
     if any(output.shape != hidden.shape for output in outputs):
-        raise ProbeError("what follows its first linear children is of another shape than they give")
+        raise ProbeError("what follows its first linear children has another shape than their output")
     pairings: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
     if n == 1:
         pairings = [((0,), ())]
@@ -201,53 +209,64 @@ def _activation(hidden: Tensor, outputs: Sequence[Tensor], known: _Act | None) -
         pairs: list[tuple[Tensor, Tensor | None]] = [(outputs[0], None)]
         if ups:
             pairs = [(outputs[g], outputs[u]) for g, u in zip(gates, ups, strict=True)]
-        for act in [known] if known else _candidates(hidden, pairs):
-            if _fits(hidden, pairs, act):
-                return _Found(gates, ups, act)
-    raise ProbeError("no activation that the operators have gives what it computes between its linear children")
+        for gate in [known] if known else _candidates(hidden, pairs):
+            if _fits(hidden, pairs, gate):
+                return _Found(gates, ups, gate)
+    raise ProbeError("no activation of the operators matches what it computes between its linear children")
 
 
-def _candidates(hidden: Tensor, pairs: Sequence[tuple[Tensor, Tensor | None]]) -> Iterator[_Act]:
-    named = [(name, 1.0) for name in ACTIVATIONS if name != "swish"]
-    yield from [(name, beta, None, 0.0) for name, beta in named]
+def _candidates(hidden: Tensor, pairs: Sequence[tuple[Tensor, Tensor | None]]) -> Iterator[Gate]:
+    named = [Gate(name) for name in NAMES if name != "swish" and name not in UPS]
+    yield from named
     if len(pairs) > 1:
         return
     ((gate, up),) = pairs
     for shift in (0.0,) if up is None else (0.0, 1.0):
         near = torch.ones_like(gate, dtype=torch.bool) if up is None else (up.abs() < 0.5) & (gate < 0.5)
         beta = _beta(hidden[near], gate[near], None if up is None else up[near] + shift)
-        acts = [*named, *([] if beta is None else [("swish", beta)])]
-        yield from [(*act, None, shift) for act in (acts if shift else acts[len(named) :])]
+        acts = [*named, *([] if beta is None else [Gate("swish", beta=beta)])]
+        yield from [act.replace(up_shift=shift) for act in (acts if shift else acts[len(named) :])]
         if up is None:
-            return
-        for name, beta in acts:  # where up is far from zero it is at its limit, which is what the share says
-            value = ACTIVATIONS[name](gate, beta)
-            far = (up.abs() >= 25) & (gate < 0.5) & (value.abs() > 0.02)
-            if far.any():
-                limit = float(f"{((hidden.double() / value)[far] - shift).abs().median().item():.6g}")
+            break
+        for act in acts:
+            for limit in _limits(hidden.double(), gate, up, shift, gated_act(gate, activation=act)):
                 if 0.5 <= limit <= 25:
-                    yield name, beta, limit, shift
+                    yield act.replace(limit=float(f"{limit:.6g}"), up_shift=shift)
+    yield from [Gate(name) for name in NAMES if name in UPS]  # with the numbers that models have
 
 
-def _fits(hidden: Tensor, pairs: Sequence[tuple[Tensor, Tensor | None]], act: _Act) -> bool:
-    """Up to the rounding of several steps in the dtype of ``hidden``.
+def _limits(hidden: Tensor, gate: Tensor, up: Tensor, shift: float, value: Tensor) -> Iterator[float]:
+    """What the limit may be, if ``value`` is the activation of gates that are below it."""
+    far = (up.abs() >= 25) & (gate < 0.5) & (value.abs() > 0.02)  # up is at its limit, which is what the share says
+    if far.any():
+        yield ((hidden / value)[far] - shift).abs().median().item()
+    power = {25.0: 1.0, 625.0: 2.0}.get(value[gate == 25].max().item() if (gate == 25).any() else 0.0)
+    if power is None or shift:
+        return
+    # relu and its square are 0 below 0, so few numbers are there. Where gate is at its limit: up is not, or is, too.
+    at = (gate >= 25) & (hidden != 0)
+    for share, root in ((hidden / up)[at], power), (hidden[at], power + 1):
+        yield from share.abs().pow(1 / root).tolist()
 
-    An activation that is near 0 as a difference of larger terms errs by an epsilon of those: hence ``size``.
+
+def _fits(hidden: Tensor, pairs: Sequence[tuple[Tensor, Tensor | None]], form: Gate) -> bool:
+    """Equality up to the rounding of several steps in the dtype of ``hidden``.
+
+    ``size``: an activation near 0 that is a difference of larger terms has an error of an epsilon of these terms.
     """
-    name, beta, most, shift = act
     eps = torch.finfo(hidden.dtype).eps
     expected = torch.zeros_like(hidden, dtype=torch.float64)
     size = torch.zeros_like(expected)
     for gate, up in pairs:
-        if most is not None and up is not None:
-            gate, up = gate.clamp(max=most), up.clamp(-most, most)
-        value = ACTIVATIONS[name](gate, beta)
-        if shift and up is not None:
-            size += (value * up).abs() + (value * shift).abs()
-            up = up + shift
-        expected += value if up is None else value * up
-        size += (gate if up is None else gate * up).abs()
-        size += (value if up is None else value * up).abs()
+        if form.limit is not None and up is not None:
+            gate, up = gate.clamp(max=form.limit), up.clamp(-form.limit, form.limit)
+        if up is not None and form.up_shift:
+            value = gated_act(gate, activation=form.replace(limit=None, up_shift=0.0))
+            size += (value * up).abs() + (value * form.up_shift).abs()
+        value = gated_act(gate, up, activation=form)
+        expected += value
+        shifted = None if up is None else up + form.up_shift
+        size += (gate if shifted is None else gate * shifted).abs() + value.abs()
     limit = 4 * eps * size + 8 * eps * expected.abs() + torch.finfo(hidden.dtype).tiny
     largest = torch.finfo(hidden.dtype).max
     error = (hidden.double().clamp(-largest, largest) - expected.clamp(-largest, largest)).abs()
@@ -255,7 +274,7 @@ def _fits(hidden: Tensor, pairs: Sequence[tuple[Tensor, Tensor | None]], act: _A
 
 
 def _beta(hidden: Tensor, gate: Tensor, up: Tensor | None) -> float | None:
-    """The factor of ``z * sigmoid(beta * z)``, to six digits: the median of what single numbers say."""
+    """The factor in ``z * sigmoid(beta * z)``, to six digits: the median over single values."""
     share = hidden.double() / (gate if up is None else gate * up)
     telling = (gate.abs() > 0.3) & (gate.abs() < 3) & (share > 1e-3) & (share < 1 - 1e-3)
     if not telling.any():

@@ -1,7 +1,7 @@
-"""A recognised layer's plan, and what a call of it does.
+"""The plan of a recognised layer, and what a call of it does.
 
-What may change behind our back (adapters, hooks, quantised weights, training, dropout, the activation) is looked at in
-every call: then less is fused, or the layer's own forward runs. Which, says ``state``.
+Every call checks what other code may have changed (adapters, hooks, quantised weights, training, dropout, the
+activation), and then fuses less or runs the layer's own forward. ``state`` reports which.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from .. import _checks as check
 from .. import ops
 from .._library import CUDA_ABSENT
 from ..modules import PLAIN_TENSORS, is_idle, is_plain_linear, is_unhooked
-from ..reference import ACTIVATIONS
-from .form import Form
+from ..reference import gated_act
+from .form import BY_TORCH, Form
+from .part import Part
 
-PLAN = "_ffn_ops_plan"  # of an instance; None: restored; False: changed into something that is not recognised
-CALLS = "_ffn_ops_calls"  # of an instance: its Calls since it was replaced
+PLAN = "_ffn_ops_plan"  # attribute of an instance; None: restored; False: changed, and no longer recognised
+CALLS = "_ffn_ops_calls"  # attribute of an instance: its Calls since it was replaced
 Path = tuple[str, ...]
-_BY_TORCH = ("relu", "sigmoid", "tanh", "gelu", "silu", "identity")  # not gelu_tanh: ours is twice as fast
-LINEARS: set[Any] = set()  # subclasses of nn.Linear whose forward was seen to be that of nn.Linear
+LINEARS: set[Any] = set()  # subclasses of nn.Linear whose forward is that of nn.Linear
 _OF_LINEARS = vars(nn.Linear(1, 1, device="meta")).keys()
-_TRACES_DICTS = torch.__version__ >= "2.15"  # dynamo of 2.11 does not: such layers are called in its graphs
+_TRACES_DICTS = torch.__version__ >= "2.15"  # dynamo of 2.11 does not: its graphs call such layers
 _DEVICES = ("cpu", "meta") if CUDA_ABSENT else ("cpu", "meta", "cuda")
 _SCALARS = (bool, int, float, str, type(None), types.FunctionType, types.BuiltinFunctionType)
 
 
 @dataclass(frozen=True)
 class Guard:
-    """A module whose own forward is stepped over, as it was when the layer was recognised."""
+    """The state, at recognition, of a module whose own forward is bypassed."""
 
     path: Path
     cls: Any
@@ -45,12 +45,12 @@ class Guard:
 @dataclass(frozen=True)
 class Plan:
     form: Form
-    arguments: tuple[str, ...]  # names of forward's: one tensor first
-    idle: dict[str, Any]  # further ones by name, with the value that does nothing
+    arguments: tuple[str, ...]  # forward's parameters: one tensor first
+    idle: dict[str, Any]  # further parameters, with the value that has no effect
     ranks: tuple[int, ...]  # numbers of dimensions for which the form holds
-    widths: tuple[int, ...]  # and numbers of columns
+    widths: tuple[int, ...]  # and input widths
     dtypes: tuple[torch.dtype, ...]
-    eval_only: str  # what forward does otherwise in training, or nothing
+    eval_only: str  # what forward does differently in training, or nothing
     children: int
     guards: tuple[Guard, ...]
     gates: tuple[Path, ...]
@@ -59,8 +59,8 @@ class Plan:
     head: tuple[Path | tuple[int, ...], ...]
     dropout: Path | None
     tail: tuple[Path, ...]
-    direct: tuple[str, str | None, str] | None  # names of gate, up and down, where they are all there is to find
-    part: tuple[str, str, str] | None  # first, activation and last, which forward calls among others
+    direct: tuple[str, str | None, str] | None  # names of gate, up and down, if the layer has nothing else
+    part: Part | None  # of a layer that does more
 
 
 def plan(
@@ -72,7 +72,7 @@ def plan(
     widths: tuple[int, ...],
     dtypes: tuple[torch.dtype, ...],
     eval_only: str,
-    part: tuple[str, str, str] | None = None,
+    part: Part | None = None,
 ) -> Plan:
     def path(text: str) -> Path:
         return tuple(text.split(".")) if text else ()
@@ -85,7 +85,7 @@ def plan(
         direct = (form.gates[0], form.ups[0] if form.ups else None, form.down)
     if "." in "".join(form.linears):
         direct = None
-    # Those that ran, and those that only hold others.
+    # Modules whose forward ran, and modules that only hold others.
     holders = {p[:i] for p in paths(form.linears) for i in range(1, len(p))}
     stepped_over = sorted({*paths(form.run), *holders})
     return Plan(
@@ -116,7 +116,7 @@ def child(module: nn.Module, path: Path) -> Any:
 
 
 def _is_conv1d(layer: Any) -> bool:
-    """transformers' layer of GPT-2: a Linear whose weight is [in, out]. Known by name: it need not be imported."""
+    """transformers' layer of GPT-2: a Linear whose weight is [in, out]. Recognised by name, without importing it."""
     cls = type(layer)
     return (
         cls.__name__ == "Conv1D"
@@ -127,12 +127,12 @@ def _is_conv1d(layer: Any) -> bool:
 
 
 def is_plain(layer: Any) -> bool:
-    """Its weight and bias say all that calling it does."""
+    """True if weight and bias define everything that a call does."""
     return is_plain_linear(layer) or _is_conv1d(layer) or (type(layer) in LINEARS and has_only_weights(layer))
 
 
 def has_only_weights(layer: Any) -> bool:
-    """Nothing stands in it by which it could differ from an nn.Linear but its class."""
+    """True if only its class distinguishes it from an nn.Linear."""
     weight = layer._parameters.get("weight")
     return (
         (_TRACES_DICTS or not torch.compiler.is_compiling())
@@ -153,7 +153,7 @@ def _weights(layer: Any) -> tuple[Tensor, Tensor | None]:
 
 
 def changed(layer: nn.Module, plan: Plan) -> str | None:
-    """Why the children that would be stepped over must be called, or None."""
+    """The reason why children that would be bypassed must be called, or None."""
     if len(layer._modules) != plan.children:
         return "it has other children than before"
     for guard in plan.guards:
@@ -185,12 +185,12 @@ def _fits(layer: nn.Module, plan: Plan, x: Any) -> bool:
 
 
 def _is_torchs(form: Form) -> bool:
-    """Without a gate, and an activation that torch has as one operator: alone ours is slower than that."""
-    return not form.ups and form.halves is None and form.activation in _BY_TORCH
+    """True without a gate, if torch has the activation as one operator, which alone is faster than ours."""
+    return not form.ups and form.halves is None and form.gate.activation in BY_TORCH
 
 
 def _of_dtype(layers: list[Any], dtype: torch.dtype) -> bool:
-    """Where weights are of another dtype, a forward may cast between its children, so its own must run."""
+    """True if weights have another dtype: the forward may cast between its children, so it must run itself."""
     for layer in layers:
         weight = layer._parameters.get("weight")
         if weight is not None and weight.dtype is not dtype:
@@ -199,7 +199,7 @@ def _of_dtype(layers: list[Any], dtype: torch.dtype) -> bool:
 
 
 def fused(layer: nn.Module, plan: Plan, x: Tensor) -> Tensor | None:
-    """The layer's result with as much fused as may be; None where its own forward must run."""
+    """The layer's result, with as much fused as is correct; None if its own forward must run."""
     if not _fits(layer, plan, x):
         return None
     device = x.device.type
@@ -216,28 +216,8 @@ def fused(layer: nn.Module, plan: Plan, x: Tensor) -> Tensor | None:
     return value
 
 
-def fuses(layer: nn.Module, plan: Plan, x: Any) -> bool:
-    """Whether ``whole`` computes a part of the layer from x."""
-    if not _fits(layer, plan, x):
-        return False
-    assert plan.down is not None
-    linears = [child(layer, path) for path in (*plan.gates, plan.down)]
-    if not all(linear is not None and is_plain(linear) for linear in linears):
-        return False
-    device = x.device.type
-    if torch._C._is_any_autocast_enabled() and device != "meta" and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device) in plan.dtypes
-    return _of_dtype(linears, x.dtype)
-
-
-def whole(layer: nn.Module, plan: Plan, x: Tensor) -> Tensor:
-    """``last(act(first(x)))`` by one operator."""
-    assert plan.down is not None
-    return _whole(plan.form, x, child(layer, plan.gates[0]), None, child(layer, plan.down))
-
-
 def _direct(layer: nn.Module, plan: Plan, x: Tensor, cast: bool) -> Tensor | None:
-    """The usual case in few steps, which a small layer feels: plain nn.Linear children, and no dropout between."""
+    """The usual case, short because small layers feel every step: plain nn.Linear children, no dropout between."""
     gate_name, up_name, down_name = plan.direct  # type: ignore[misc]
     modules: Any = layer._modules
     gate, down = modules.get(gate_name), modules.get(down_name)
@@ -258,12 +238,12 @@ def _direct(layer: nn.Module, plan: Plan, x: Tensor, cast: bool) -> Tensor | Non
         return None
     return ops.ffn(
         x, w_in, w_down, w_up=w_up, b_in=first["bias"], b_up=b_up, b_down=last["bias"],
-        gated=True if form.halves is not None else None, **form.act,
+        gated=True if form.halves is not None else None, activation=form.gate,
     )  # fmt: skip
 
 
 def _by_parts(layer: nn.Module, plan: Plan, x: Tensor, cast: bool) -> Tensor | None:
-    """Any form, any children: all but the tail. None where the layer's own forward must run."""
+    """The general case: computes all but the tail. None if the layer's own forward must run."""
     gates = [child(layer, path) for path in plan.gates]
     ups = [child(layer, path) for path in plan.ups]
     down = None if plan.down is None else child(layer, plan.down)
@@ -279,7 +259,7 @@ def _by_parts(layer: nn.Module, plan: Plan, x: Tensor, cast: bool) -> Tensor | N
     if dropout is not None and is_idle(dropout):
         dropout = None
     whole = down is not None and dropout is None and len(gates) == 1 and plain
-    if not whole and _is_torchs(plan.form):
+    if not whole and (_is_torchs(plan.form) or (dropout is not None and plan.form.early)):
         return None
     value = x
     for step in plan.head:
@@ -298,32 +278,30 @@ def _by_parts(layer: nn.Module, plan: Plan, x: Tensor, cast: bool) -> Tensor | N
 def _whole(form: Form, x: Tensor, gate: Any, up: Any, down: Any) -> Tensor:
     w_in, b_in = _weights(gate)
     w_down, b_down = _weights(down)
-    act = form.act
     if up is not None:
         w_up, b_up = _weights(up)
-        return ops.ffn(x, w_in, w_down, w_up=w_up, b_in=b_in, b_up=b_up, b_down=b_down, **act)
+        return ops.ffn(x, w_in, w_down, w_up=w_up, b_in=b_in, b_up=b_up, b_down=b_down, activation=form.gate)
     if form.halves == "up first":
         w_up, w_in = w_in.chunk(2)
         b_up, b_in = (None, None) if b_in is None else b_in.chunk(2)
-        return ops.ffn(x, w_in, w_down, w_up=w_up, b_in=b_in, b_up=b_up, b_down=b_down, **act)
-    return ops.ffn(x, w_in, w_down, gated=form.halves is not None, b_in=b_in, b_down=b_down, **act)
+        return ops.ffn(x, w_in, w_down, w_up=w_up, b_in=b_in, b_up=b_up, b_down=b_down, activation=form.gate)
+    return ops.ffn(x, w_in, w_down, gated=form.halves is not None, b_in=b_in, b_down=b_down, activation=form.gate)
 
 
 def _hidden(form: Form, x: Tensor, gates: list[Any], ups: list[Any]) -> Tensor:
-    """What goes into ``down``: by one operator, or the children called as forward calls them and one operator."""
-    limited = form.limit is not None or form.up_shift != 0
-    if ups and not limited and all(is_plain(layer) for layer in (*gates, *ups)):
+    """Computes the input of ``down``: by one operator, or by calling the children as forward does and one operator."""
+    if form.halves is not None and is_plain(gates[0]):
+        return _halves(form, x, *_weights(gates[0]))
+    if ups and all(is_plain(layer) for layer in (*gates, *ups)):
         gate_weights, up_weights = [_weights(g) for g in gates], [_weights(u) for u in ups]
         b_gate = [b for _, b in gate_weights if b is not None]
         b_up = [b for _, b in up_weights if b is not None]
         if len(b_gate) in (0, len(gates)) and len(b_up) in (0, len(ups)):
             w_gate, w_up = [w for w, _ in gate_weights], [w for w, _ in up_weights]
-            return ops.gated_linear(
-                x, w_gate, w_up, b_gate=b_gate, b_up=b_up, activation=form.activation, beta=form.beta
-            )
+            return ops.gated_linear(x, w_gate, w_up, b_gate=b_gate, b_up=b_up, activation=form.gate)
     total: Tensor | None = None
     for i, gate in enumerate(gates):
-        if ups and form.up_called_first:  # adapters with dropout draw in the order of the calls
+        if ups and form.up_called_first:  # adapters with dropout draw random numbers in the order of the calls
             up = ups[i](x)
             value = gate(x)
         else:
@@ -339,18 +317,23 @@ def _hidden(form: Form, x: Tensor, gates: list[Any], ups: list[Any]) -> Tensor:
     return total
 
 
+def _halves(form: Form, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    w_gate, w_up = weight.chunk(2)
+    b_gate, b_up = (None, None) if bias is None else bias.chunk(2)
+    if form.halves == "up first":
+        w_gate, b_gate, w_up, b_up = w_up, b_up, w_gate, b_gate
+    return ops.gated_linear(x, w_gate, w_up, b_gate=b_gate, b_up=b_up, activation=form.gate)
+
+
 def _between(gate: Tensor, up: Tensor | None, form: Form) -> Tensor:
     both = [gate] if up is None else [gate, up]
     if all(type(t) in PLAIN_TENSORS and t.dtype is gate.dtype and t.dtype in check.DTYPES for t in both):
-        return ops.gated_act(gate, up, **form.act)
-    if form.limit is not None and up is not None:
-        gate, up = gate.clamp(max=form.limit), up.clamp(-form.limit, form.limit)
-    value = ACTIVATIONS[form.activation](gate, form.beta)  # a DTensor, say: by torch's own operators
-    return value if up is None else value * (up + form.up_shift if form.up_shift else up)
+        return ops.gated_act(gate, up, activation=form.gate)
+    return gated_act(gate, up, activation=form.gate)  # such as a DTensor: uses torch's own operators
 
 
 def state(layer: nn.Module, plan: Plan) -> tuple[bool, str]:
-    """Whether all that was recognised is fused now, and if not, what is and why."""
+    """Returns whether everything recognised is fused at present, and if not, what is fused and why."""
     if reason := changed(layer, plan):
         return False, f"its own forward runs: {reason}"
     if _has_any_global_hook():
@@ -365,8 +348,6 @@ def state(layer: nn.Module, plan: Plan) -> tuple[bool, str]:
         why = CUDA_ABSENT if first.device.type == "cuda" else "no kernels for it"
         return False, f"its own forward runs on {first.device.type}: {why}"
     called = [f"{'.'.join(path)} is called ({_why_called(module)})" for path, module in parts if not is_plain(module)]
-    if called and plan.part:
-        return False, f"its own forward runs: {'; '.join(called)}"
     if called and plan.form.reads_weights:
         return False, f"its own forward runs, because it reads weights: {'; '.join(called)}"
     if not called and not _of_dtype([module for _, module in parts], parts[0][1]._parameters["weight"].dtype):
@@ -374,8 +355,10 @@ def state(layer: nn.Module, plan: Plan) -> tuple[bool, str]:
     if plan.dropout and not is_idle(child(layer, plan.dropout)):
         called.append(f"{'.'.join(plan.dropout)} is called (p > 0 in training)")
     notes = "; ".join(called)
+    if plan.form.early and plan.dropout and not is_idle(child(layer, plan.dropout)):
+        return False, f"its own forward runs: {notes}, before the activation"
     if called and _is_torchs(plan.form):
-        return False, f"its own forward runs, with torch's {plan.form.activation}: {notes}"
+        return False, f"its own forward runs, with torch's {plan.form.gate.activation}: {notes}"
     if plan.eval_only:
         notes = "; ".join(filter(None, [notes, f"in training its own forward runs: {plan.eval_only}"]))
     return not called, notes
@@ -385,7 +368,7 @@ def _why_called(module: Any) -> str:
     if not isinstance(module, nn.Linear) and not _is_conv1d(module):
         return f"{type(module).__module__.split('.')[0]}'s {type(module).__name__}"
     if not is_unhooked(module):
-        return "hooks, or a forward of its own"
+        return "hooks, or a forward set on the instance"
     weight = module._parameters.get("weight")
     if type(weight) not in PLAIN_TENSORS:
         return "its weight is computed" if weight is None else f"its weight is a {type(weight).__name__}"

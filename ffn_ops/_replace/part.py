@@ -1,245 +1,200 @@
-"""A feed-forward that is a part of a layer which does more: its two linear layers and its activation are children of a
-block with attention and norms (BART, Whisper, OPT). Which part, and what a call does with it.
+"""A feed-forward that is a part of a layer which does more: its linear layers are children of a block with attention
+and norms (BART, Whisper, ESM-2), or of a longer ``nn.Sequential``. Which statements it is, and a forward around them.
 
-The block's own forward runs, in a copy that asks for three methods in place of the three children. The first hands its
-input on, the activation too, with one dimension more to show that it was asked, and the last computes all three by one
-operator.
+The source of the block's method is cut: from the first linear layer's input to the last one's output it becomes a
+function of one tensor, which is recognised as a layer's forward is. The rest stays as its author wrote it.
 """
 
 from __future__ import annotations
 
+import ast
 import functools
 import inspect
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.compiler import is_compiling
-from torch.utils import _pytree
+from torch import nn
 
-from .. import _checks as check
-from ..modules import PLAIN_TENSORS
-from .alike import Reads, watched
-from .form import Form, explain_between
-from .layer import CALLS, PLAN, Plan, fuses, whole
-from .probe import (
-    Event,
-    Probe,
-    ProbeError,
-    Trace,
-    aside,
-    asked_besides,
-    enough_rows,
-    linear_shape,
-    original_class,
-    why_eval_only,
-)
+from .probe import ProbeError, linear_shape, original_class
+from .segment import Names, Segment, called, function_of, named, source
 
-FIRST, BETWEEN, LAST = "_ffn_ops_first", "_ffn_ops_between", "_ffn_ops_last"
-Names = tuple[str, str, str]  # children: first, activation (or an attribute), last
+_PART = "_ffn_ops_part"
 
 
-def renamed(function: Any, names: Names) -> Any:
-    """The same function, which asks for FIRST, BETWEEN and LAST where it asked for attributes of these names.
+@dataclass(frozen=True)
+class Part:
+    """Of a class: which children, and the methods that have them. It says all that there is to rewrite."""
 
-    Of a decorated one the decorator's function is copied too, with the copy of the decorated one in its closure.
-    """
-    code, closure = function.__code__, function.__closure__
-    if names[0] in code.co_names:
-        new = dict(zip(names, (FIRST, BETWEEN, LAST), strict=True))
-        code = code.replace(co_names=tuple([new.get(name, name) for name in code.co_names]))
-    else:
-        inner = function.__wrapped__
-        copied = types.CellType(renamed(inner, names))
-        closure = tuple([copied if cell.cell_contents is inner else cell for cell in closure or ()])
-    copy = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, closure)
-    copy.__kwdefaults__ = function.__kwdefaults__
-    return copy
+    names: Names
+    methods: tuple[str, ...]
 
 
-def undecorated(function: Any, first: str, last: str) -> Any:
-    """The function whose own code asks for both children, below decorators that hold it in their closure, or None."""
+@dataclass(frozen=True)
+class Cut:
+    """A method with its part taken out."""
+
+    part: Any  # function of self and one tensor
+    outer: Any  # the method, which calls the part by its name
+    children: frozenset[str] | None  # that the part asks for, or None: it may ask for any
+
+
+def part_name(method: str) -> str:
+    return f"{_PART}_{method}"
+
+
+def _is_sequence(cls: Any) -> bool:
+    return cls.forward is nn.Sequential.forward
+
+
+def candidates(layer: nn.Module) -> list[Names]:
+    """Direct children whose shapes are those of an FFN: D to F (twice, or 2 F, where there is a gate) and back to D."""
+    shapes = {name: linear_shape(module) for name, module in layer._modules.items() if module is not None}
+    known = {name: shape for name, shape in shapes.items() if shape is not None}
+    cls: Any = original_class(layer)
+    called = [list(known)] if _is_sequence(cls) else list(_orders(cls, frozenset(known)))
+    found: dict[Names, None] = {}
+    for order in called:
+        for i, last in enumerate(order):
+            f, d = known[last]
+            if i > 0 and known[order[i - 1]] in ((d, f), (d, 2 * f)):
+                found[(order[i - 1],), last] = None
+            if i > 1 and known[order[i - 1]] == known[order[i - 2]] == (d, f) and not _is_sequence(cls):
+                found[(order[i - 2], order[i - 1]), last] = None
+    return list(found)
+
+
+@functools.cache
+def _orders(cls: type, children: frozenset[str]) -> tuple[list[str], ...]:
+    """For each method: these children, in the order in which its source calls them."""
+    orders = []
+    for method in _methods(cls):
+        function = _undecorated(inspect.getattr_static(cls, method, None), children)
+        if function is not None:
+            try:
+                tree = source(function.__code__)
+            except ProbeError:  # then cut() says so
+                orders.append([name for name in function.__code__.co_names if name in children])
+                continue
+            calls = [called(node, tree) for node in ast.walk(tree) if isinstance(node, ast.Call)]
+            order = [name for name, _ in sorted([c for c in calls if c and c[0] in children], key=lambda c: c[1])]
+            if len(order) > 1:
+                orders.append(order)
+    return tuple(orders)
+
+
+@functools.cache
+def _methods(cls: type) -> list[str]:
+    """forward, the methods that it names, and those that they name: another is not known to be called."""
+    found = ["forward"]
+    for method in found:  # which grows
+        names: dict[str, None] = {}
+        for base in cls.__mro__:
+            if method in vars(base) and base is not nn.Module:
+                named_here = dict.fromkeys(_named(vars(base)[method]))
+                names |= named_here
+                if "super" not in named_here:
+                    break
+        for name in names:
+            own = inspect.getattr_static(cls, name, None)
+            if isinstance(own, types.FunctionType) and not hasattr(nn.Module, name) and name not in found:
+                found.append(name)
+    return found
+
+
+def _named(function: Any) -> Iterator[str]:
+    """By the code of a function, of those in it, and of those that it decorates."""
+    codes = []
     while isinstance(function, types.FunctionType):
-        if {first, last} <= set(function.__code__.co_names):
+        codes.append(function.__code__)
+        function = getattr(function, "__wrapped__", None)
+    for code in codes:  # which grows
+        yield from code.co_names
+        codes += [each for each in code.co_consts if isinstance(each, types.CodeType)]
+
+
+def methods_with(cls: Any, names: Names) -> list[str]:
+    """Those whose own code asks for all of the children."""
+    if _is_sequence(cls):
+        return ["forward"]
+    children = {*names[0], names[1]}
+    found = [(name, _undecorated(inspect.getattr_static(cls, name, None), children, all)) for name in _methods(cls)]
+    return [name for name, function in found if function is not None]
+
+
+def _undecorated(function: Any, children: Iterable[str], which: Any = any) -> Any:
+    """The function whose own code asks for children, below decorators that hold it in their closure, or None."""
+    while isinstance(function, types.FunctionType):
+        if which(name in function.__code__.co_names for name in children):
             return function
         inner = getattr(function, "__wrapped__", None)
-        if not any(cell.cell_contents is inner for cell in function.__closure__ or ()):
+        if not any(_content(cell) is inner for cell in function.__closure__ or ()):
             return None
         function = inner
     return None
 
 
-def method_with(cls: type, first: str, last: str) -> str | None:
-    """The method whose own code asks for both children."""
-    for name in ("forward", *[name for name in dir(cls) if not name.startswith("__")]):
-        if undecorated(inspect.getattr_static(cls, name, None), first, last) is not None:
-            return name
-    return None
-
-
-class Part:
-    """One look at the part of a layer. Raises: ProbeError, or whatever the layer's own code raises."""
-
-    def __init__(self, layer: nn.Module, method: str, first: str, last: str, reads: Reads) -> None:
-        self.layer, self.method, self.reads = layer, method, reads
-        self.first, self.last = first, last
-        self.width = linear_shape(layer._modules[first])[0]  # type: ignore[arg-type,index]
-        self.names: Names = (first, "", last)
-        self.function = inspect.getattr_static(original_class(layer), method)
-        self.required = asked_besides(self.function)
-        full = (*enough_rows(3, self.width), self.width)
-        self.given_again = False  # what forward asks for besides is None, or the input again (a residual, say)
-        try:
-            base = self._holds(full, False, torch.float32, None)
-        except ProbeError:
-            raise
-        except Exception:
-            if not self.required:
-                raise
-            self.given_again = True
-            base = self._holds(full, False, torch.float32, None)
-        self.form: Form = base[0]
-        self.rank = base[1]
-        self._holds((1, 1, self.width), False, torch.float32, self.form)
-        self.dtypes = tuple([each for each in check.DTYPES if self._also(False, each)])
-        self.eval_only = why_eval_only(lambda: self._also(True, torch.float32), f"between {first} and {last}")
-
-    def _also(self, training: bool, dtype: torch.dtype) -> bool:
-        try:
-            self._holds((*enough_rows(3, self.width), self.width), training, dtype, self.form)
-        except Exception:
-            return False
-        return True
-
-    def _holds(
-        self, shape: tuple[int, ...], training: bool, dtype: torch.dtype, known: Form | None
-    ) -> tuple[Form, int]:
-        seen = self._run(shape, training, dtype, None)
-        at = [i for i, event in enumerate(seen.events) if event.path in (self.first, self.last)]
-        if [seen.events[i].path for i in at] != [self.first, self.last]:
-            raise ProbeError(f"it does not call {self.first} and {self.last} once each, one after the other")
-        given, result = (seen.events[i] for i in at)
-        if at[1] != at[0] + 1:
-            raise ProbeError(f"{seen.events[at[0] + 1].path} stands between {self.first} and {self.last}")
-        ran = [path for path, i in zip(seen.run, seen.run_at, strict=True) if i == at[1]]
-        form = explain_between(given, result, ran, known)
-        if known is None:
-            self.names = (self.first, self._activation(ran), self.last)
-        elif form != known:
-            raise ProbeError("what it computes depends on how it is called")
-        self._check_alike(seen, self._run(shape, training, dtype, self.names), given)
-        return form, given.input.dim()
-
-    def _activation(self, ran: Iterable[str]) -> str:
-        children = {path.split(".")[0] for path in ran}
-        found = [name for name in children if type(self.layer._modules[name]) is not nn.Dropout]
-        if not found:
-            asked = undecorated(self.function, self.first, self.last).__code__.co_names
-            found = [n for n in dict.fromkeys(asked) if callable(vars(self.layer).get(n))]
-        if len(found) != 1:
-            raise ProbeError(f"what stands between {self.first} and {self.last} is neither a child nor an attribute")
-        return found[0]
-
-    def _run(self, shape: tuple[int, ...], training: bool, dtype: torch.dtype, names: Names | None) -> Trace:
-        probe = Probe(dtype, training, 1, self.reads, dropout_is_stub=False)
-        with aside():
-            x = probe.numbers(shape, dtype)
-            probe.trace.x = x.clone()
-            hollow = probe.hollow_of(self.layer, "")
-            # Through nn.Module, this and what follows would count as a look at every attribute.
-            if names:
-                cls: Any = original_class(self.layer)
-                object.__setattr__(hollow, "__class__", _hollow_class(cls, self.method, names))
-            own = object.__getattribute__(hollow, "__dict__")
-            before = dict(own)
-            others = [x.clone() if self.given_again else None for _ in range(self.required)]
-            probe.trace.y = getattr(hollow, self.method)(x, *others)
-            if own.keys() != before.keys() or any(before[k] is not v for k, v in own.items()):
-                raise ProbeError("it sets attributes of its own when it is called")
-            if not torch.equal(x, probe.trace.x):
-                raise ProbeError("it writes into its input")
-        return probe.trace
-
-    def _check_alike(self, seen: Trace, parted: Trace, given: Event) -> None:
-        """All that is called, and the result, is as it was, with the part's input in the place of what is in it."""
-        both = list(zip(seen.events, parted.events, strict=False))
-        ok = len(seen.events) == len(parted.events)
-        for a, b in both:
-            expected = given.input if a.path == self.last else a.input
-            ok &= a.path == b.path and _same(expected, b.input) and _same(a.output, b.output)
-        leaves, others = (_pytree.tree_leaves(trace.y) for trace in (seen, parted))
-        ok &= len(leaves) == len(others)
-        pairs = list(zip(leaves, others, strict=False))
-        ok &= all([_same(a, b) if isinstance(a, Tensor) else a is b or a == b for a, b in pairs])
-        if not ok:
-            raise ProbeError(f"it does more than an activation between {self.first} and {self.last}")
-
-
-def _same(a: Tensor, b: Any) -> bool:
-    same = isinstance(b, Tensor) and a.shape == b.shape and a.dtype is b.dtype
-    return same and torch.equal(a.nan_to_num(), b.nan_to_num())
+def _content(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # empty
+        return _content
 
 
 @functools.cache
-def _hollow_class(cls: Any, method: str, names: Names) -> Any:
-    """Of a hollow copy: the stubs of first and last draw the numbers that they draw in the layer's own forward."""
+def cut(cls: Any, method: str, names: Names) -> Cut:
+    """Raises: ProbeError, with what is in the way."""
+    if _is_sequence(cls):
+        return _cut_sequence(method, names)
+    own = inspect.getattr_static(cls, method, None)
+    function = _undecorated(own, {*names[0], names[1]}, all)
+    if function is None:
+        raise ProbeError(f"{named(names)} are not called by {method} itself")
+    tree = source(function.__code__)
+    segment = Segment(tree, names, function.__code__)
+    inner = segment.inner()
+    part = function_of(inner, function, inner.name)
+    outer = function_of(segment.outer(part_name(method)), function, function.__name__)
+    asked = segment.asked
+    alone = asked is not None and not any(hasattr(cls, name) for name in asked)  # else it calls methods, say
+    return Cut(part, _decorated_like(own, function, outer), asked if alone else None)
 
-    def first(self: Any, x: Tensor) -> Tensor:
-        self._modules[names[0]](x)
+
+def _cut_sequence(method: str, names: Names) -> Cut:
+    (first,), last = names
+
+    def part(self: Any, x: Any) -> Any:
+        inside = False
+        for name, module in self._modules.items():
+            inside = inside or name == first
+            if inside:
+                x = module(x)
+            if name == last:
+                break
         return x
 
-    def last(self: Any, x: Tensor) -> Any:
-        stub = self._modules[names[2]]
-        return stub.answer(x[0], stub.shape[1])
+    def outer(self: Any, input: Any) -> Any:
+        inside = False
+        for name, module in self._modules.items():
+            if name == first:
+                inside = True
+                input = getattr(self, part_name(method))(input)
+            elif not inside:
+                input = module(input)
+            inside = inside and name != last
+        return input
 
-    kind = watched(cls)
-    members = {
-        method: renamed(inspect.getattr_static(cls, method), names), FIRST: first, BETWEEN: lambda self, z: z[None],
-        LAST: last, "__module__": cls.__module__,
-    }  # fmt: skip
-    return type(kind)(cls.__name__, (kind,), members)
-
-
-def methods(names: Names, cls: Any, method: str) -> dict[str, Any]:
-    """Of the class that stands in a block's place: its forward, and what that calls in the place of the children."""
-    own = inspect.getattr_static(cls, method)
-    inner = renamed(own, names)
-    name, activation, _ = names
-
-    @functools.wraps(own)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return (inner if getattr(self, PLAN, None) else own)(self, *args, **kwargs)
-
-    def first(self: Any, x: Any) -> Any:
-        return x if fuses(self, self._ffn_ops_plan, x) else self._modules[name](x)
-
-    def between(self: Any, z: Any) -> Any:
-        return z[None] if _passed(self._ffn_ops_plan, z) else _child(self, activation)(z)
-
-    def last(self: Any, h: Any) -> Any:
-        plan = self._ffn_ops_plan
-        asked = h.dim() - plan.ranks[0] if _passed(plan, h) else 0
-        if not is_compiling():
-            calls = self.__dict__[CALLS]
-            calls.fused, calls.own = calls.fused + (asked == 1), calls.own + (asked != 1)
-        if not _passed(plan, h):
-            return self._modules[names[2]](h)
-        if asked == 1:
-            return whole(self, plan, h[0])
-        h = self._modules[name](h[(0,) * asked])  # other arguments, another way through forward
-        for _ in range(asked):
-            h = _child(self, activation)(h)
-        return self._modules[names[2]](h)
-
-    return {method: forward, FIRST: first, BETWEEN: between, LAST: last}
+    return Cut(part, outer, None)
 
 
-def _child(layer: nn.Module, name: str) -> Any:
-    return layer._modules.get(name) or vars(layer)[name]
-
-
-def _passed(plan: Plan, x: Any) -> bool:
-    """The input of the part, and not what the first layer gives, which is wider."""
-    return type(x) in PLAIN_TENSORS and x.shape[-1] == plan.widths[0]
+def _decorated_like(own: Any, function: Any, inner: Any) -> Any:
+    """``own`` with ``inner`` in the place of the function that its decorators hold in their closures."""
+    if own is function:
+        return inner
+    below = own.__wrapped__
+    held = types.CellType(_decorated_like(below, function, inner))
+    closure = tuple([held if _content(cell) is below else cell for cell in own.__closure__])
+    made = types.FunctionType(own.__code__, own.__globals__, own.__name__, own.__defaults__, closure)
+    made.__kwdefaults__ = own.__kwdefaults__
+    return made

@@ -1,9 +1,8 @@
-"""From a module to its plan, or to the reason why it is left alone. Nothing is changed here."""
+"""Finds the plan of a module, or the reason why it is left alone. It changes nothing."""
 
 from __future__ import annotations
 
 import functools
-import inspect
 import itertools
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
@@ -17,14 +16,15 @@ from ..modules import GLU, FeedForward, GatedFFN, PlainFFN, has_own_forward
 from .alike import Found, Known, Reads, structure
 from .form import Form, explain
 from .layer import LINEARS, Plan, child, has_only_weights, plan
-from .part import Part, method_with
-from .probe import ProbeError, aside, enough_rows, linear_shape, norm_width, original_class, trace, why_eval_only
+from .part import Part, candidates, cut, methods_with
+from .probe import ProbeError, Run, aside, enough_rows, linear_shape, norm_width, original_class, trace, why_eval_only
+from .segment import FromOutsideError, Names, named
 
-# Where a feed-forward has a method of its own: transformers' encoders, torch's nn.TransformerEncoderLayer.
+# Methods that hold a feed-forward: of transformers' encoders and torch's nn.TransformerEncoderLayer.
 METHODS = ("forward", "feed_forward_chunk", "feed_forward_chunk_query", "ff_chunk", "_ff_block")
-OURS = (FeedForward, PlainFFN, GLU, GatedFFN)  # which fuse themselves
+OURS = (FeedForward, PlainFFN, GLU, GatedFFN)  # these fuse themselves
 _MOST_BRANCHES = 16
-_MANY = 512  # modules below a layer that is looked at
+_MANY = 512  # most modules inside a candidate layer
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,11 @@ class Finding:
     plan: Plan | None
     reason: str = ""
     lacks_child: bool = False  # the class's method uses a child that this instance does not have
-    method: str = "forward"
+    outside: bool = False  # an argument goes in between its linear layers
 
 
 def linear_children(layer: nn.Module, most: int) -> dict[str, tuple[int, int]]:
-    """Paths and (in, out) of the outermost linear layers below; at most one more than ``most``."""
+    """Paths and (in, out) of the outermost linear layers inside; stops at one more than ``most``."""
     found: dict[str, tuple[int, int]] = {}
 
     def look(module: nn.Module, prefix: str) -> None:
@@ -54,7 +54,7 @@ def linear_children(layer: nn.Module, most: int) -> dict[str, tuple[int, int]]:
 
 
 def plausible(layer: nn.Module) -> bool:
-    """The shapes of the linear layers below could be those of one feed-forward layer."""
+    """True if the linear layers inside have the shapes of one feed-forward layer."""
     most = 2 * _MOST_BRANCHES + 1
     shapes = list(linear_children(layer, most).values())
     if not 2 <= len(shapes) <= most or sum(1 for _ in layer.modules()) > _MANY:
@@ -82,11 +82,12 @@ def bottleneck(layer: nn.Module) -> tuple[str, str] | None:
 
 @dataclass(frozen=True)
 class _Seen:
-    """What holds for a layer and for all that are alike."""
+    """The finding for a layer and for all layers that are alike."""
 
     form: Form | None
     reason: str = ""
     lacks_child: bool = False
+    outside: bool = False
     arguments: tuple[str, ...] = ()
     idle: dict[str, Any] = field(default_factory=dict)
     ranks: tuple[int, ...] = ()
@@ -96,69 +97,94 @@ class _Seen:
 
 
 class Recogniser:
-    """Recognises the layers of one model, those that are alike once."""
+    """Recognises the layers of one model, looking at identical layers once."""
 
     def __init__(self) -> None:
         self._known: Known[Any] = Known()
+        self._structures: dict[int, tuple[nn.Module, int]] = {}  # of a module by its id: which it is, and its structure
+        self._numbers: dict[Hashable, int] = {}
 
     def once(self, layer: nn.Module, what: Hashable, look: Callable[[Reads], Found]) -> Found:
-        """``look(reads)`` of this layer, or what it gave for one that is alike."""
-        found: Found = self._known.get(layer, (what, structure(layer, original_class)), look)
+        """Returns ``look(reads)`` of this layer, or its result for a layer that is alike."""
+        kept = self._structures.get(id(layer))
+        if kept is None:
+            tree = structure(layer, original_class)
+            kept = self._structures[id(layer)] = layer, self._numbers.setdefault(tree, len(self._numbers))
+        found: Found = self._known.get(layer, (what, kept[1]), look)
         return found
 
-    def part(self, layer: nn.Module) -> Finding:
-        """Whether two linear children and an activation of a layer that does more are a feed-forward."""
-        first, last = bottleneck(layer) or ("", "")
-        cls = original_class(layer)
-        method = method_with(cls, first, last)
-        own = method == "forward" and has_own_forward(layer)
-        if method is None or (method in vars(layer) and not own):
-            return Finding(None, f"{first} and {last} are not called by a method of its class itself")
+    def part(self, layer: nn.Module) -> Finding | None:
+        """Whether some children of a layer that does more are a feed-forward; None where none have such shapes."""
+        refused: list[tuple[Names, _Seen]] = []
+        for names in candidates(layer):
+            found: list[tuple[str, _Seen]] = []
+            for method in methods_with(original_class(layer), names):
+                seen = self._part(layer, method, names)
+                if seen.form is None:
+                    refused.append((names, seen))
+                elif not found or seen == found[0][1]:
+                    found.append((method, seen))
+            if found:
+                return _finding(layer, found[0][1], Part(names, tuple([method for method, _ in found])))
+        if not refused:
+            return None
+        names, seen = next((each for each in refused if (each[0][0][0], each[0][1]) == bottleneck(layer)), refused[0])
+        why = f"{named(names)} are children of a layer that does more than an FFN: {seen.reason}"
+        return Finding(None, why, outside=seen.outside)
 
-        def look(reads: Reads) -> Part | str:
+    def _part(self, layer: nn.Module, method: str, names: Names) -> _Seen:
+        if _was_set(layer, method):
+            return _Seen(None, f"{method} was set on the instance")
+
+        def look(reads: Reads) -> _Seen:
             try:
-                return Part(layer, method, first, last, reads)
+                cls: Any = original_class(layer)
+                made = cut(cls, method, names)
             except ProbeError as error:
-                return str(error)
-            except Exception as error:
-                return f"{method} does not take one tensor: {_first_line(error)}"
+                return _Seen(None, str(error), outside=isinstance(error, FromOutsideError))
+            width = linear_shape(layer.get_submodule(names[0][0]))[0]  # type: ignore[index]
+            narrowest = min(width, linear_shape(layer.get_submodule(names[1]))[0])  # type: ignore[index]
+            seen = _recognise(layer, Run(method, made.part, made.children), width, narrowest, reads)
+            if seen.form is not None and set(seen.form.linears) != {*names[0], names[1]}:
+                return _Seen(None, "other linear layers are between")
+            return seen
 
-        found = self.once(layer, (method, first, last), look)
-        if isinstance(found, str):
-            return Finding(None, found)
-        try:
-            _check_stateless(layer, found.form, own=False)
-        except ProbeError as error:
-            return Finding(None, str(error))
-        for path in found.form.linears:
-            _look_at_class(layer.get_submodule(path))
-        options = ((found.rank,), (found.width,), found.dtypes, found.eval_only, found.names)
-        return Finding(plan(layer, found.form, (), {}, *options), method=method)
+        return self.once(layer, (method, names), look)
 
     def __call__(self, layer: nn.Module, method: str) -> Finding:
-        """What ``method`` of the layer computes, from runs on a hollow copy: ranks, training and eval, dtypes."""
+        """Finds what ``method`` of the layer computes, from runs on a stub copy: ranks, training and eval, dtypes."""
         cls = original_class(layer)
         if not callable(getattr(cls, method, None)):
             return Finding(None, f"it has no {method}")
-        if method in vars(layer) and not (method == "forward" and has_own_forward(layer)):
+        if _was_set(layer, method):
             return Finding(None, f"{method} was set on the instance (as accelerate's hooks and kernel libraries do)")
         seen = self.once(layer, method, lambda reads: _look(layer, method, reads))
         if seen.form is None:
             return Finding(None, seen.reason, seen.lacks_child)
-        try:
-            _check_stateless(layer, seen.form)
-        except ProbeError as error:
-            return Finding(None, str(error))
-        for path in seen.form.linears:
-            _look_at_class(layer.get_submodule(path))
-        options = (seen.ranks, seen.widths, seen.dtypes, seen.eval_only)
-        return Finding(plan(layer, seen.form, seen.arguments, seen.idle, *options))
+        return _finding(layer, seen)
+
+
+def _was_set(layer: nn.Module, method: str) -> bool:
+    return method in vars(layer) and not (method == "forward" and has_own_forward(layer))
+
+
+def _finding(layer: nn.Module, seen: _Seen, part: Part | None = None) -> Finding:
+    """For this very layer what was seen of one that is alike."""
+    assert seen.form is not None
+    try:
+        _check_stateless(layer, seen.form, own=part is None)
+    except ProbeError as error:
+        return Finding(None, str(error))
+    for path in seen.form.linears:
+        _look_at_class(layer.get_submodule(path))
+    options = (seen.ranks, seen.widths, seen.dtypes, seen.eval_only, part)
+    return Finding(plan(layer, seen.form, seen.arguments, seen.idle, *options))
 
 
 def _look(layer: nn.Module, method: str, reads: Reads) -> _Seen:
     first: _Seen | None = None
     for width, narrowest in widths(layer):
-        seen = _recognise(layer, method, width, narrowest, reads)
+        seen = _recognise(layer, Run(method), width, narrowest, reads)
         if seen.form is not None:
             return seen
         first = first or seen
@@ -176,7 +202,7 @@ def widths(layer: nn.Module) -> list[tuple[int, int]]:
     return [(width, narrowest) for width in dict.fromkeys([*inputs, *norms]) if width > 1][:4]
 
 
-def _recognise(layer: nn.Module, method: str, width: int, narrowest: int, reads: Reads) -> _Seen:
+def _recognise(layer: nn.Module, run: Run, width: int, narrowest: int, reads: Reads) -> _Seen:
     cls = original_class(layer)
 
     def form(
@@ -184,7 +210,7 @@ def _recognise(layer: nn.Module, method: str, width: int, narrowest: int, reads:
     ) -> Form:
         seed = 0 if known is None else 1 + len(shape)
         options: Any = {"dtype": dtype, "training": training, "seed": seed, "given": given or {}, "reads": reads}
-        return explain(trace(layer, method, shape, **options), known)
+        return explain(trace(layer, run, shape, **options), known)
 
     def full(rank: int, width: int) -> tuple[int, ...]:
         return (*enough_rows(rank, narrowest), width)
@@ -198,21 +224,26 @@ def _recognise(layer: nn.Module, method: str, width: int, narrowest: int, reads:
     try:
         try:
             base, first = form(full(3, width), False, torch.float32), 3
-        except Exception:
-            base, first = form(full(2, width), False, torch.float32), 2
+        except Exception as error:
+            try:
+                base, first = form(full(2, width), False, torch.float32), 2
+            except Exception:
+                if isinstance(error, ProbeError):
+                    raise error from None
+                raise
     except ProbeError as error:
         return _Seen(None, str(error))
     except Exception as error:  # the layer's own code, called in a way that it may not expect
         lacks = isinstance(error, AttributeError) and f"'{cls.__name__}' object has no attribute" in str(error)
-        return _Seen(None, _why_failed(layer, method, error), lacks)
+        return _Seen(None, _why_failed(layer, run, error), lacks)
     dtype = next((t.dtype for t in layer.parameters() if t.dtype in check.DTYPES), torch.float32)
     dtypes = tuple([each for each in check.DTYPES if holds(base, full(first, width), False, each)])
     if dtype not in dtypes:
-        return _Seen(None, f"in {str(dtype).removeprefix('torch.')} it computes something else than in float32")
-    laid = [step[-1] for step in base.head if not isinstance(step, str)]  # rows side by side: how wide they are then
+        return _Seen(None, f"in {str(dtype).removeprefix('torch.')} it computes something other than in float32")
+    laid = [step[-1] for step in base.head if not isinstance(step, str)]  # layers that merge rows: the merged widths
 
     def both(rank: int, width: int, training: bool = False) -> bool:
-        """With several rows and with the fewest, which a squeeze, say, would treat differently."""
+        """Runs with several rows and with the fewest, which a squeeze would treat differently."""
         fewest = (*[1] * (rank - 2), max([1, *[-(-wide // width) for wide in laid]]), width)[-rank:]
         return holds(base, full(rank, width), training, torch.float32) and holds(base, fewest, training, torch.float32)
 
@@ -226,29 +257,32 @@ def _recognise(layer: nn.Module, method: str, width: int, narrowest: int, reads:
         return all(holds(base, full(rank, width), True, torch.float32) for rank in ranks)
 
     eval_only = why_eval_only(in_training, "which is no child")
-    first_name, *names = list(inspect.signature(getattr(cls, method)).parameters.values())[1:]
+    first_name, *names = list(run.signature(layer).parameters.values())[1:]
     named = [p for p in names if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    # Given as they are without being given they do nothing, unless forward asks whether they are given.
+    # Passing the defaults has no effect, unless forward checks whether an argument was passed.
     idle = {p.name: p.default for p in named if isinstance(p.default, (bool, int, float, str, type(None)))}
     if idle and not holds(base, full(first, width), False, torch.float32, idle):
         idle = {}
     arguments = (first_name.name, *[p.name for p in named if p.kind is not p.KEYWORD_ONLY])
-    return _Seen(base, "", False, arguments, idle, ranks, widths, dtypes, eval_only)
+    return _Seen(base, "", False, False, arguments, idle, ranks, widths, dtypes, eval_only)
 
 
-def _why_failed(layer: nn.Module, method: str, error: Exception) -> str:
+def _why_failed(layer: nn.Module, run: Run, error: Exception) -> str:
+    method = run.name
+    if run.function is not None:
+        return f"what is between them does not run alone: {_first_line(error)}"
     for path, module in layer.named_modules():
         if not path or (method == "forward" and module._modules and linear_shape(module) is None):
             own = [name for name, value in (*module._parameters.items(), *module._buffers.items()) if value is not None]
             if own:
-                return f"it has a tensor of its own, {path}{'.' if path else ''}{own[0]}"
+                return f"it holds a tensor of its own, {path}{'.' if path else ''}{own[0]}"
     if isinstance(error, NotImplementedError) and 'required "forward"' in str(error):
         return "it has no forward: the layer around it calls its children"
     return f"{method} does not run with one tensor [..., D] alone: {_first_line(error)}"
 
 
 def _look_at_class(linear: nn.Module) -> None:
-    """Into LINEARS with a subclass of nn.Linear that computes the same (as openai-whisper's, which casts weights)."""
+    """Adds a subclass of nn.Linear to LINEARS if it computes the same (as openai-whisper's, which casts weights)."""
     cls: Any = type(linear)
     if cls is not nn.Linear and isinstance(linear, nn.Linear) and has_only_weights(linear) and _is_linear_class(cls):
         LINEARS.add(cls)
@@ -284,12 +318,12 @@ def _first_line(error: Exception) -> str:
 
 
 def _check_stateless(layer: nn.Module, form: Form, own: bool = True) -> None:
-    """What is stepped over may not hold numbers of its own: they would be frozen as they are today."""
+    """Checks that bypassed modules hold no tensors of their own, whose present values would be frozen."""
     for path in ("", *form.run) if own else form.run:
         module = child(layer, tuple(path.split(".")) if path else ())
         where = f"{path}." if path else ""
         for name, value in (*module._parameters.items(), *module._buffers.items(), *vars(module).items()):
             if isinstance(value, Tensor):
-                raise ProbeError(f"it has a tensor of its own, {where}{name}")
+                raise ProbeError(f"it holds a tensor of its own, {where}{name}")
         if path and not has_own_forward(module):
             raise ProbeError(f"{where}forward was set on the instance")

@@ -1,6 +1,6 @@
-"""Whether a module that is left alone is a feed-forward layer at all, and so is listed. Nothing is changed here.
+"""Decides whether a module that is left alone is a feed-forward layer, and so belongs in the report.
 
-Attention has linear layers of the same shapes. What tells them apart: a feed-forward layer computes each row from that
+Attention has linear layers of the same shapes. The difference: a feed-forward layer computes each row from that
 row alone, and has an activation between its linear layers.
 """
 
@@ -14,17 +14,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..reference import ACTIVATIONS
+from .._gate import NAMES
 from .alike import Reads
 from .probe import Event, enough_rows, events_of, linear_shape, original_class, result_of
 from .recognise import Recogniser, bottleneck, linear_children, plausible, widths
 
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
-_MOST_LINEARS = 3  # gate, up and down, where nothing but shapes can be seen
+_LONGEST = 1 << 10  # rows
+_MOST_LINEARS = 3  # gate, up and down, if only shapes are known
 
 
 def is_feed_forward(layer: nn.Module, recognise: Recogniser) -> bool:
-    """By what its forward does with its linear children, or, where it takes more than one tensor, by what they are."""
+    """Judges by what its forward does with its linear children, or by their shapes if it takes several tensors."""
     pair = bottleneck(layer)
     likely = plausible(layer) and not _one_child_has_all(layer)
     if pair is None and not likely:
@@ -36,7 +37,7 @@ def is_feed_forward(layer: nn.Module, recognise: Recogniser) -> bool:
 
 
 def _look(layer: nn.Module, pair: tuple[str, str] | None, reads: Reads) -> bool:
-    """``pair``: its two linear layers, where others are beside them."""
+    """``pair``: its two linear layers, if it has others too."""
     for width, narrowest in widths(layer):
         seen = _seen(layer, width, narrowest, None if pair is None else pair[1], reads)
         if seen is not None:
@@ -48,7 +49,7 @@ def _look(layer: nn.Module, pair: tuple[str, str] | None, reads: Reads) -> bool:
 
 
 def _one_child_has_all(layer: nn.Module) -> bool:
-    """Then that child is the one to look at."""
+    """True if one child holds all linear layers: then that child is the candidate."""
     paths = [path.split(".") for path in linear_children(layer, _MOST_LINEARS)]
     return len({path[0] for path in paths}) == 1 and len(paths[0]) > 1
 
@@ -63,36 +64,47 @@ def _fit(layer: nn.Module) -> bool:
 
 
 def _seen(layer: nn.Module, width: int, narrowest: int, down: str | None, reads: Reads) -> bool | None:
-    """Whether the layer is seen to be one, with ``down`` as its last linear; None where it is not seen, as it fails."""
-    for rank in (3, 2):
+    """Whether a run shows a feed-forward with ``down`` as its last linear layer; None if the run fails."""
+    called = len(linear_children(layer, _MOST_LINEARS))
+    for lead in (enough_rows(3, narrowest), enough_rows(2, narrowest), *_lengths(layer)):
         (first, whole), (second, _) = (
-            events_of(layer, (*enough_rows(rank, narrowest), width), disturbed=disturbed, reads=reads)
-            for disturbed in (False, True)
+            events_of(layer, (*lead, width), disturbed=disturbed, reads=reads) for disturbed in (False, True)
         )
         linears = [i for i, event in enumerate(first) if event.kind == "linear"]
         if len(linears) < 2 or len(first) != len(second):
             continue
-        mixing = next((a for a, b in zip(first, second, strict=True) if not _row_by_row(a, b)), None)
+        rows = first[linears[0]].input.shape[:-1].numel()
+        mixing = next((a for a, b in zip(first, second, strict=True) if not _row_by_row(a, b, rows)), None)
         if mixing is not None:
-            return False if down in (None, mixing.path) else None  # else what mixes is beside the pair
+            return False if down in (None, mixing.path) else None  # otherwise other children mix rows
         raw = [first[0].input, *[event.output for event in first]]
         begin, end = first[linears[0]], first[linears[-1]]
-        behind = first[linears[0] + 1 :] if whole and begin.input.shape == end.output.shape else []  # a head is none
+        # a head is not a feed-forward
+        behind = first[linears[0] + 1 :] if whole and begin.input.shape == end.output.shape else []
         for event in (first[i] for i in linears[1:]):
             if down is None or event.path == down:
                 computed = not any(_same(event.input, each) for each in raw)
                 by_child = any(e.kind != "linear" and _same(event.input, e.output) for e in behind)
                 if computed or by_child:
                     return True
+        if whole and down is None and len({first[i].path for i in linears}) == called:
+            return False  # all were called, and nothing is between them
     return None
 
 
-def _row_by_row(a: Event, b: Event) -> bool:
-    """The first row of x and of every child's output differs between the runs: no other row may."""
-    if a.input.shape != b.input.shape:
+def _lengths(layer: nn.Module) -> Iterator[tuple[int, int]]:
+    """Two sequences as long as a square table of the layer's own says, which attention has for its positions."""
+    own = [t for t in (*layer._parameters.values(), *layer._buffers.values()) if t is not None and not is_lazy(t)]
+    shapes = [tuple(t.shape) for t in own if t.dim() >= 2]
+    yield from dict.fromkeys((2, shape[-1]) for shape in shapes if shape[-1] == shape[-2] < _LONGEST)
+
+
+def _row_by_row(a: Event, b: Event, rows: int) -> bool:
+    """The first row of x and of every child's output differs between the runs: no other row may, and none may be gone
+    or come, as in a pool."""
+    if a.input.shape != b.input.shape or (a.kind == "linear" and a.input.shape[:-1].numel() != rows):
         return False
-    rows = [t.reshape(-1, t.shape[-1])[1:] for t in (a.input, b.input)]
-    return torch.equal(*rows)
+    return torch.equal(*[t.reshape(-1, t.shape[-1])[1:] for t in (a.input, b.input)])
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -100,23 +112,23 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def _stand_alone(layer: nn.Module, *pair: str) -> bool:
-    """Beside the pair there is at most a gate: queries, keys and values are more, and so are embeddings."""
+    """True if at most a gate is beside the pair; queries, keys, values and embeddings are more."""
     shapes = {name: linear_shape(module) for name, module in layer._modules.items() if module is not None}
     others = [shape for name, shape in shapes.items() if shape is not None and name not in pair]
     return not others or others == [shapes[pair[0]]]
 
 
 def _has_activation(layer: nn.Module, reads: Reads, most: int | None = None) -> bool:
-    """``most``: so many levels below the layer."""
+    """``most``: how many levels to search below the layer."""
     code: Any = getattr(original_class(layer).forward, "__code__", None)
-    if code is not None and not set(ACTIVATIONS).isdisjoint(code.co_names):
+    if code is not None and not set(NAMES).isdisjoint(code.co_names):
         return True
     functions = _functions(layer)
     return any(_is_activation(f, path, reads) for path, f in functions if most is None or path.count(".") < most)
 
 
 def _functions(layer: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Modules and functions that may be activations, and the paths of the modules that they are or belong to."""
+    """Yields modules and functions that may be activations, with the paths of their modules."""
     for path, module in layer.named_modules():
         if not (module._modules or module._parameters or module._buffers or linear_shape(module)):
             yield path, module
@@ -124,7 +136,7 @@ def _functions(layer: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _is_activation(function: Any, path: str, reads: Reads) -> bool:
-    """It changes numbers, and each by itself."""
+    """True if it changes values, each independently."""
     x = torch.linspace(-2, 2, 6, device="cpu").reshape(2, 3)
     try:
         y = result_of(function, x, path, reads)
@@ -135,7 +147,7 @@ def _is_activation(function: Any, path: str, reads: Reads) -> bool:
 
 
 def has_stacked_experts(layer: nn.Module) -> bool:
-    """Its own parameters have the shapes of a mixture's: [E, F, D] and [E, D, F], the first with one or two F."""
+    """True if its own parameters have the shapes of a mixture: [E, F, D] or [E, 2F, D], and [E, D, F]."""
     known = [p for p in layer._parameters.values() if p is not None and not is_lazy(p)]
     shapes = [tuple(p.shape) for p in known if p.dim() == 3 and min(p.shape) > 1]
     pairs = [(a, b) for i, a in enumerate(shapes) for j, b in enumerate(shapes) if i != j and _up_and_down(a, b)]

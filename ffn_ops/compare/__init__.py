@@ -1,6 +1,7 @@
-"""``python -m ffn_ops compare``: the study guides' feed-forward layers, counted, timed and trained side by side.
+"""``python -m ffn_ops compare``: the feed-forward layers of two Chinese study guides, counted, timed
+and trained side by side.
 
-Importing this package needs torch alone; ``run`` checks for matplotlib and rich (the ``compare`` extra) first.
+Importing this package needs only torch; ``run`` first checks for matplotlib and rich (the ``compare`` extra).
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from .settings import CompareError, Settings
 if TYPE_CHECKING:
     from .results import Results
 
-LOG_WIDTH = 140  # of the tables where the output is a file or a pipe
+LOG_WIDTH = 140  # width of the tables if the output is a file or a pipe
 COMPILE_CHOICES = ("some", "all", "none")
 
 
-# Far above what anyone waits for: a run of so many steps takes days.
+# An upper bound: a run of so many steps takes days.
 MOST_STEPS, MOST_SEEDS, MOST_REPEATS = 100_000, 1000, 10_000
 
 
@@ -58,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """The whole command: 0, or 2 with one line on stderr for a caller's mistake, or 1 where a layer was refused."""
+    """Runs the command. Returns 0; 2, with one line on stderr, for a caller's mistake; 1 if a layer was refused."""
     try:
         _require_extras()
         from .machine import choose_device
@@ -88,7 +89,7 @@ def _require_extras() -> None:
 
 
 def _prepare_folder(path: Path) -> None:
-    """Make the folder and write into it once, so that a bad one is known before any work."""
+    """Makes the folder and writes into it once, so that an error shows before any work."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
@@ -98,7 +99,7 @@ def _prepare_folder(path: Path) -> None:
 
 
 def write(results: Results, out: Path) -> None:
-    """Plots, report and results. Each file is moved to its place when all are written."""
+    """Writes plots, report and results, and moves the files to their places when all are complete."""
     from . import plots, report
     from .results import write_json
 
@@ -113,7 +114,7 @@ def write(results: Results, out: Path) -> None:
 
 
 def compare(settings: Settings) -> int:
-    """Check the text and the folder, run every stage, write the report."""
+    """Checks the text and the folder, runs every stage and writes the report."""
     from rich.console import Console
 
     from . import activations, counts, layers, tables, terminal, text, train

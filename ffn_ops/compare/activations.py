@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import ffn_ops
-from ffn_ops import reference
+from ffn_ops import Gate, reference
 
 from .layers import Timing, interleaved
 from .settings import Settings
@@ -46,15 +47,15 @@ class Activations:
     times: dict[str, dict[str, Timing]]  # activation -> provider -> forward and backward
 
 
-def _value_and_slope(activation: str, beta: float, x: Tensor) -> tuple[Tensor, Tensor]:
+def _value_and_slope(activation: Gate, x: Tensor) -> tuple[Tensor, Tensor]:
     leaf = x.clone().requires_grad_()
-    value = ffn_ops.gated_act(leaf, activation=activation, beta=beta)
+    value = ffn_ops.gated_act(leaf, activation=activation)
     (slope,) = torch.autograd.grad(value.sum(), leaf)
     return value.detach(), slope
 
 
-def _curve(label: str, activation: str, beta: float, x: Tensor) -> Curve:
-    value, slope = _value_and_slope(activation, beta, x)
+def _curve(label: str, activation: Gate, x: Tensor) -> Curve:
+    value, slope = _value_and_slope(activation, x)
     return Curve(label, _rounded(value), _rounded(slope))
 
 
@@ -73,24 +74,24 @@ def _step(act: Callable[..., Tensor], activation: str, x: Tensor) -> Callable[[]
 
 def measure(settings: Settings) -> Activations:
     device = torch.device(settings.device)
-    names = tuple(ffn_ops.activations())
+    names = [name for name in ffn_ops.activations() if not Gate(name).own]
     x = torch.linspace(-LIMIT, LIMIT, POINTS, dtype=torch.float64)
-    curves = [_curve(name, name, 1.0, x) for name in names if name != "swish"]
-    swish = [_curve(f"beta = {beta:g}", "swish", beta, x) for beta in BETAS]
+    curves = [_curve(name, Gate(name), x) for name in names]
+    swish = [_curve(f"beta = {beta:g}", Gate("swish", beta=beta), x) for beta in BETAS]
 
-    def act(activation: str, beta: float = 1.0) -> Tensor:
-        return ffn_ops.gated_act(x, activation=activation, beta=beta)
+    def act(activation: str, **own: Any) -> Tensor:
+        return ffn_ops.gated_act(x, activation=Gate(activation, **own))
 
     limits = SwishLimits(
-        _distance(act("swish", 0.0), x / 2),
-        _distance(act("swish", 1.0), act("silu")),
-        _distance(act("swish", LARGE_BETA), act("relu")),
+        _distance(act("swish", beta=0.0), x / 2),
+        _distance(act("swish", beta=1.0), act("silu")),
+        _distance(act("swish", beta=LARGE_BETA), act("relu")),
         LARGE_BETA,
     )
     hidden = torch.randn(settings.layer.tokens, settings.layer.d_ff, generator=torch.Generator().manual_seed(0))
     hidden = hidden.to(device)
     providers = {"eager": reference.gated_act, "fused": ffn_ops.gated_act}
-    timed = [name for name in names if name not in ("swish", "identity")]  # swish at beta 1 is silu
+    timed = [name for name in names if name != "identity"]
     calls = {(n, p): _step(provider, n, hidden) for n in timed for p, provider in providers.items()}
     found = interleaved(calls, settings.repeats, device, lambda: None)
     times = {name: {p: found[name, p] for p in providers} for name in timed}

@@ -1,4 +1,4 @@
-"""The guides' advice beside what this run measured. Every sentence is built from a figure; nothing is assumed."""
+"""Compares the guides' advice with what this run measured. Every sentence comes from a measured figure."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _difference(results: Results, key: str, other: str) -> Paired | None:
 
 
 def _claim_lower(results: Results, guide: str, pairs: list[tuple[str, str]]) -> Advice:
-    """The guide says that the first of each pair does better than the second."""
+    """The guides say that the first of each pair does better than the second."""
     differences = [_difference(results, *pair) for pair in pairs]
     verdicts = [d.verdict if d is not None else UNTESTABLE for d in differences]
     texts = [describe(a, b, d) for (a, b), d in zip(pairs, differences, strict=True)]
@@ -65,7 +65,7 @@ def _best(results: Results) -> Trained | None:
 
 
 def _good_enough(results: Results, guide: str, keys: tuple[str, ...]) -> Advice:
-    """The guide recommends ``keys``: does any of them lose to the best layer of this run?"""
+    """The guides recommend ``keys``: is any of them worse than the best layer of this run?"""
     best = _best(results)
     if best is None:
         return Advice(guide, "no finished run", NOT_TESTED)
@@ -112,7 +112,7 @@ def _gradients(rows: list[Trained]) -> Advice:
 
 
 def _speed(results: Results) -> Advice:
-    """The same claim at three places: the activation alone (eager), the eager layer, the fused layer."""
+    """Checks one claim at three levels: the activation alone (eager), the eager layer, the fused layer."""
     guide = "Speed: ReLU fastest, Swish next, GELU slower"
     order = ("relu", "silu", "gelu")
     layers = {r.architecture: r.providers for r in results.layers}
@@ -178,7 +178,7 @@ def guide_advice(results: Results) -> list[Advice]:
 
 
 def _sparse(results: Results) -> Advice:
-    """The guide's two figures for compute, beside those of its own code."""
+    """Compares the guides' two figures for compute with those of their code."""
     guide = "MoE: 8x the parameters, 25 % active, compute only 25 to 50 % more"
     rows = {row.name: row for row in results.counts}
     if not {NAMES["relu"], NAMES["moe"]} <= rows.keys():
@@ -210,7 +210,7 @@ def _switch(results: Results) -> Advice:
 
 
 def _balance(results: Results) -> Advice:
-    """No run goes without its means of balance, so that none of them is shown to be the cause."""
+    """No run is without a means of balance, so no run shows that it is the cause."""
     guide = "Dynamic choice of experts (BASE), top-k with a balancing loss: experts share the work"
     parts = []
     for t in trained(results.mixtures):
@@ -239,7 +239,7 @@ def _leak(results: Results) -> Advice:
 
 
 def choice(results: Results) -> list[str]:
-    """Which layer this run speaks for, and how firmly."""
+    """Which layer this run supports, and how strongly."""
     rows = [t for t in trained(results.runs) if t.loss is not None]
     lines: list[str] = []
     best = _best(results)
@@ -267,7 +267,7 @@ def choice(results: Results) -> list[str]:
 
 
 def _mixture_line(results: Results) -> str:
-    """The mixtures whose loss means something, against the dense baseline."""
+    """The mixtures with a meaningful loss, against the dense baseline."""
     counts = {row.name: row for row in results.mixture_counts}
     pairs = [(m.key, _difference(results, m.key, BASELINE)) for m in CAUSAL_MIXTURES]
     texts = [
@@ -315,7 +315,7 @@ def _memory_line(results: Results) -> str:
 
 
 def limits(results: Results) -> list[str]:
-    """What the run cannot carry."""
+    """What the run does not show."""
     settings, runs = results.settings, results.runs
     model = runs[0].model_parameters if runs else 0
     comparisons = len(ARCHITECTURES) - 1 + len(CAUSAL_MIXTURES)

@@ -1,8 +1,8 @@
 """THE lists of layers: ``ARCHITECTURES`` are counted, timed and trained at equal parameters; ``LAYERS`` adds the
 guides' mixture of experts, which is counted and timed at their size and trained in the variants of ``mixtures.py``.
 
-Holds what an architecture is: its fused and its plain PyTorch layer, its units, the guides' claims about it. Not how
-anything is measured.
+An architecture has a fused and a plain PyTorch layer, units, and the guides' claims about it. This file measures
+nothing.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def count_parameters(layer: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class Claim:
-    """What the guides say at d_model 512, d_ff 2048; a multiple is of the ReLU FFN's parameters."""
+    """The guides' claims at d_model 512, d_ff 2048; a multiple is relative to the ReLU FFN's parameters."""
 
     parameters_millions: float | None = None
     lookup_multiple: float | None = None
@@ -39,10 +39,10 @@ class Claim:
 
 @dataclass(frozen=True)
 class Layer:
-    """What can be trained. ``fused`` takes (d_model, d_ff).
+    """A layer that can be trained. ``fused`` takes (d_model, d_ff).
 
-    ``units`` gives every unit's activation output [T, U] for the layer's input [T, D]: a unit whose output stays at
-    zero switches its hidden column off, whatever ``up`` holds.
+    ``units`` returns every unit's activation output [T, U] for the layer's input [T, D]. A unit whose output stays zero
+    switches off its hidden column, whatever ``up`` holds.
     """
 
     key: str
@@ -59,7 +59,7 @@ class Architecture(Layer):
     eager: Build
     claim: Claim = Claim()
     active_parameters: Callable[[nn.Module], int] = count_parameters
-    data_dependent: bool = False  # shapes inside ``eager`` depend on the data: nothing for torch.compile or meta
+    data_dependent: bool = False  # shapes inside ``eager`` depend on data: unsuitable for torch.compile and meta
 
 
 def _units(gate_layers: Callable[[nn.Module], list[nn.Module]], activation: str) -> Units:
@@ -68,11 +68,6 @@ def _units(gate_layers: Callable[[nn.Module], list[nn.Module]], activation: str)
         return torch.cat(gates, -1)
 
     return units
-
-
-def _guide_width(d_ff: int) -> int:
-    """``hidden_dim`` that makes the guide's FeedForward (multiple_of 1) ``d_ff`` wide: 2 * hidden_dim // 3 == d_ff."""
-    return (3 * d_ff + 1) // 2
 
 
 def _plain(key: str, name: str, formula: str, fused: Build, claim: Claim) -> Architecture:
@@ -92,9 +87,9 @@ def _gated(key: str, name: str, formula: str, activation: str, claim: Claim) -> 
         key,
         name,
         formula,
-        lambda d_model, d_ff: modules.FeedForward(d_model, _guide_width(d_ff), 1, 0.0, activation=activation),
+        lambda d_model, d_ff: modules.FeedForward(d_model, d_ff=d_ff, activation=activation),
         _units(lambda layer: [layer.get_submodule("w1")], activation),
-        lambda d_model, d_ff: reference.FeedForward(d_model, _guide_width(d_ff), 1, 0.0, activation=activation),
+        lambda d_model, d_ff: reference.FeedForward(d_model, d_ff=d_ff, activation=activation),
         claim,
     )
 
@@ -102,7 +97,7 @@ def _gated(key: str, name: str, formula: str, activation: str, claim: Claim) -> 
 def expert_units(layer: nn.Module, x_TD: Tensor) -> Tensor:
     """[C, E * F]: the units of each expert on the tokens that it computes, then zeros; C is the largest load.
 
-    So a unit of an expert that no token reaches counts as dead.
+    A unit of an expert without tokens therefore counts as dead.
     """
     assert isinstance(layer, ffn_ops.MoEFFN)
     routing = layer.route(layer.logits(x_TD))
@@ -111,12 +106,12 @@ def expert_units(layer: nn.Module, x_TD: Tensor) -> Tensor:
     for e, tokens in enumerate(computed.split(routing.offsets.diff().tolist())):
         bias = None if layer.b_in is None else layer.b_in[e]
         hidden = F.linear(x_TD[tokens], layer.w_in[e], bias)
-        outputs.append(ffn_ops.gated_act(hidden, activation=layer.activation, beta=layer.beta))
+        outputs.append(ffn_ops.gated_act(hidden, activation=layer.activation))
     return nn.utils.rnn.pad_sequence(outputs).flatten(1)
 
 
 def active_parameters(layer: nn.Module, per_token: float = TOP_K, experts: int = EXPERTS) -> int:
-    """Of a mixture: the router's and those of the experts that one token meets."""
+    """Active parameters of a mixture: the router's, and those of the experts of one token."""
     router = count_parameters(layer.get_submodule("router"))
     return router + round((count_parameters(layer) - router) * per_token / experts)
 
@@ -175,7 +170,7 @@ def state(layer: nn.Module) -> dict[str, Tensor]:
 
 
 def disagreement(fused: nn.Module, eager: nn.Module) -> list[str]:
-    """State keys or shapes in which the two layers of one entry differ; empty where weights can be exchanged."""
+    """State keys or shapes in which the two layers of an entry differ; empty if they can exchange weights."""
     a = {k: tuple(v.shape) for k, v in state(fused).items()}
     b = {k: tuple(v.shape) for k, v in state(eager).items()}
     return sorted(k for k in a.keys() | b.keys() if a.get(k) != b.get(k))

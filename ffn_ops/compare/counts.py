@@ -56,10 +56,10 @@ def _row(name: str, counted: str, layer: nn.Module, d_model: int, d_ff: int, uni
 
 
 def count(size: LayerSize) -> list[CountRow]:
-    """One row per architecture, then the readings of the guides that explain their diverging multiples.
+    """One row per architecture, then the interpretations that explain the guides' differing multiples.
 
-    Built on the meta device, where nothing is allocated: the flop counter needs shapes alone. A layer whose shapes
-    depend on the data is built and run.
+    Layers are on the meta device, because the flop counter needs only shapes. A layer whose shapes depend on data is
+    built and run.
     """
     d_model, d_ff = size.d_model, size.d_ff
     rows: list[CountRow] = []
@@ -83,7 +83,7 @@ def count(size: LayerSize) -> list[CountRow]:
 def count_mixtures(size: ModelSize) -> list[CountRow]:
     """One feed-forward layer of the language model: the dense baseline, then every mixture at its equal active FLOPs.
 
-    A mixture's FLOPs are those of all rows, dropped ones too: the most that it computes.
+    A mixture's FLOPs count all rows, including dropped ones: an upper bound.
     """
     baseline = BY_KEY[BASELINE]
     dense = baseline.fused(size.d_model, size.d_ff)

@@ -15,13 +15,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from .._accuracy import PLENTY, WrongResultError, limit, worst
 from .architectures import LAYERS, Architecture, count_parameters, disagreement, state
 from .settings import Settings
 
 COMPILED_BY_DEFAULT = ("gelu", "swiglu", "gated_ffn")
-# Times eager's own error against float64, and never below a few roundings: on few tokens eager may be lucky.
-ERROR_FACTOR = 3.0
-ERROR_FLOOR = 8 * torch.finfo(torch.float32).eps
 WARM_UPS = 2
 # torch.compile keeps one entry per layer instance and grad mode for a forward shared by all; its default limit is 8.
 RECOMPILE_LIMIT = 64
@@ -72,9 +70,9 @@ def synchronize(device: torch.device) -> None:
 
 
 def interleaved(calls: dict[Name, Call], repeats: int, device: torch.device, advance: Call) -> dict[Name, Timing]:
-    """Time every call once per round, so that a slow moment of the machine hits all alike.
+    """Times every call once per round, so that slow moments of the machine affect all equally.
 
-    Every other round runs backwards: what a call leaves in the caches favours no fixed neighbour.
+    Every other round runs in reverse order, so that the contents of caches favour no provider.
     """
     times: dict[Name, list[float]] = {name: [] for name in calls}
     order = list(calls.items())
@@ -96,7 +94,7 @@ def _timing(values: list[float]) -> Timing:
 
 
 def saved_for_backward(layer: nn.Module, *inputs: Tensor) -> int:
-    """Bytes of the distinct storages that the forward keeps for the backward, parameters left out, inputs included."""
+    """Bytes of the distinct storages that forward keeps for backward, with inputs, without parameters."""
     parameters = {p.untyped_storage().data_ptr() for p in layer.parameters()}
     kept: dict[int, int] = {}
 
@@ -104,7 +102,7 @@ def saved_for_backward(layer: nn.Module, *inputs: Tensor) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in parameters:
             kept[storage.data_ptr()] = storage.nbytes()
-        # Detached: an output of the operator that keeps it would hold the graph that holds it, as would one in `kept`.
+        # Detached, because an output that is kept would hold the graph that holds it.
         return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -126,7 +124,7 @@ def _error(got: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor]) -> float:
 
 
 def _step(layer: nn.Module, x: Tensor, dy: Tensor) -> Call:
-    """Forward and backward for the input and every parameter; the plain loop leaves an idle expert's out."""
+    """Forward and backward for the input and every parameter; the plain loop skips experts without tokens."""
     leaf = x.detach().requires_grad_()
     wanted = [leaf, *layer.parameters()]
     return lambda: torch.autograd.grad(layer(leaf), wanted, dy, allow_unused=True)
@@ -140,16 +138,18 @@ def _forward(layer: nn.Module, x: Tensor) -> Call:
     return call
 
 
-def _inputs(settings: Settings) -> tuple[Tensor, Tensor]:
-    """``x`` and the gradient of the output, both [T, D]."""
+def _inputs(settings: Settings, least: int = 1) -> tuple[Tensor, Tensor]:
+    """``x`` and the gradient of the output, both [T, D], of at least ``least`` numbers each."""
     generator = torch.Generator().manual_seed(0)
-    shape = (settings.layer.tokens, settings.layer.d_model)
+    D = settings.layer.d_model
+    shape = (max(settings.layer.tokens, -(-least // D)), D)
     x, dy = (torch.randn(shape, generator=generator) for _ in range(2))
     return x.to(settings.device), dy.to(settings.device)
 
 
-def prepare(architecture: Architecture, settings: Settings, x: Tensor, dy: Tensor) -> Prepared:
-    """Build the providers and keep those that agree; a fused layer that does not is marked refused."""
+def prepare(architecture: Architecture, settings: Settings) -> Prepared:
+    """Builds the providers and keeps those that agree with float64; marks a fused layer that does not as refused."""
+    x, dy = _inputs(settings, PLENTY)
     size, device = settings.layer, torch.device(settings.device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -166,8 +166,9 @@ def prepare(architecture: Architecture, settings: Settings, x: Tensor, dy: Tenso
         fused.load_state_dict(state(eager))
     exact_layer.load_state_dict(eager.state_dict())
     exact = _gradients(exact_layer, x.double(), dy.double())
-    errors = {"eager": _error(_gradients(eager, x, dy), exact)}
-    limit = max(ERROR_FACTOR * errors["eager"], ERROR_FLOOR)
+    plain = _gradients(eager, x, dy)
+    errors = {"eager": _error(plain, exact)}
+    limits = [limit(ours, right) for ours, right in zip(plain, exact, strict=True)]
     if architecture.key in compiled_keys(settings.compile):
         compiled = torch.compile(eager)
         assert isinstance(compiled, nn.Module)
@@ -178,17 +179,19 @@ def prepare(architecture: Architecture, settings: Settings, x: Tensor, dy: Tenso
         )
     for name in [n for n in layers if n != "eager"]:
         try:
-            errors[name] = _error(_gradients(layers[name], x, dy), exact)
-        except Exception as error:  # torch.compile fails in many ways (no compiler, no Triton); the rest goes on
+            found = _gradients(layers[name], x, dy)
+            errors[name] = _error(found, exact)
+            worst(("y", "d_x"), found, exact, limits)
+        except WrongResultError as wrong:
+            result.refused = result.refused or name == "fused"
+            result.notes.append(f"{name} refused, against float64: {wrong}")
+            del layers[name]
+        # torch.compile can fail in many ways (no compiler, no Triton); the other providers go on
+        except Exception as error:
             if name != "compile":
                 raise
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             result.notes.append(f"torch.compile failed: {reason}")
-            del layers[name]
-            continue
-        if not errors[name] <= limit:
-            result.refused = result.refused or name == "fused"
-            result.notes.append(f"{name} refused: error {errors[name]:.1e} against float64, limit {limit:.1e}")
             del layers[name]
     return Prepared(layers, errors, result)
 
@@ -203,10 +206,10 @@ def measure(settings: Settings, advance: Call) -> list[LayerResult]:
     x, dy = _inputs(settings)
     prepared: dict[str, Prepared] = {}
     # one setting's name differs between the torch versions served
-    limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
-    with torch._dynamo.config.patch({limit: RECOMPILE_LIMIT}):
+    most = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
+    with torch._dynamo.config.patch({most: RECOMPILE_LIMIT}):
         for architecture in LAYERS:
-            prepared[architecture.key] = prepare(architecture, settings, x, dy)
+            prepared[architecture.key] = prepare(architecture, settings)
             advance()
         layers = {(key, name): layer for key, p in prepared.items() for name, layer in p.layers.items()}
         forward_calls = {at: _forward(layer, x) for at, layer in layers.items()}

@@ -14,12 +14,12 @@ from .settings import CompareError
 
 
 def cuda_ready() -> bool:
-    """A GPU is there, and so are the CUDA kernels."""
+    """True if there are a GPU and the CUDA kernels."""
     return torch.cuda.is_available() and torch._C._dispatch_has_kernel_for_dispatch_key("ffn_ops::ffn", "CUDA")
 
 
 def choose_device(name: str | None) -> str:
-    """``name``, or the GPU where it can run the fused layers, else the CPU."""
+    """``name``, or the GPU if it can run the fused layers, else the CPU."""
     if name is None:
         return "cuda" if cuda_ready() else "cpu"
     try:

@@ -1,5 +1,5 @@
-"""THE list of mixtures of experts that are trained, each at the dense baseline's active FLOPs per token, and what is
-recorded of their routing. A mixture has several times the baseline's parameters.
+"""THE list of mixtures of experts that are trained, each at the dense baseline's active FLOPs per token, and the
+records of their routing. A mixture has several times the baseline's parameters.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Mixture(Layer):
 
     experts_per_token: int
     balance: float = 0.0
-    leaks: bool = False  # a byte's output depends on later bytes, so that its loss says nothing
+    leaks: bool = False  # a byte's output depends on later bytes, so its loss means nothing
     after_step: Callable[[ffn_ops.MoEFFN, Routing, Tensor], None] | None = None  # what moves a bias
 
     def width(self, d_ff: int) -> int:
@@ -123,7 +123,7 @@ NAMES = {layer.key: layer.name for layer in (*LAYERS, *MIXTURES)}
 
 @dataclass(frozen=True)
 class Load:
-    """How evenly one routing, or the mean of several, fills the experts. Entropy and maximum are after dropping."""
+    """How evenly a routing, or the mean of several, loads the experts. Entropy and maximum are after dropping."""
 
     entropy: float  # divided by log E: 1 is uniform
     max_over_mean: float

@@ -18,7 +18,7 @@ FFN_SEED_OFFSET = 1_000_003
 
 
 class Block(nn.Module):
-    """Pre-norm attention and feed-forward; ``ffn`` is put in by the model."""
+    """Pre-norm attention and feed-forward; the model sets ``ffn``."""
 
     def __init__(self, size: ModelSize) -> None:
         super().__init__()
@@ -39,7 +39,8 @@ class Block(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Everything but the feed-forward layers is built first, from ``seed`` alone: equal for every architecture."""
+    """Builds everything but the feed-forward layers first, from ``seed`` alone, so that it is equal for all
+    architectures."""
 
     def __init__(self, size: ModelSize, make_ffn: Callable[[], nn.Module], seed: int) -> None:
         super().__init__()

@@ -58,7 +58,7 @@ def mixtures(results: Results) -> Figure:
 
 
 def _loss(every: Sequence[Run]) -> Figure:
-    """From the second evaluation on: the fall from the uniform loss would flatten all that follows."""
+    """From the second evaluation on, because the first drop would flatten the rest of the curve."""
     figure = Figure(figsize=(15, 4.8), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     for key in STYLES:
@@ -145,8 +145,7 @@ def dead(results: Results) -> Figure:
 
 
 def experts(results: Results) -> Figure:
-    """Blocks by mixtures, of the first seed: the experts of two seeds, like those of two blocks, have nothing in common
-    but their number."""
+    """Blocks by mixtures, for the first seed: experts of different seeds or blocks cannot be averaged."""
     runs = [r for m in MIXTURES for r in _runs(results.mixtures, m.key)[:1]]
     blocks = results.settings.model.layers
     figure = Figure(figsize=(15, 3 * blocks + 0.8), layout="constrained")
@@ -247,7 +246,7 @@ def _curves(x: list[float], curves: list[Curve], top: float, names: tuple[str, s
     figure = Figure(figsize=(12, 5), layout="constrained")
     for axes, title, slope in zip(figure.subplots(1, 2), names, (False, True), strict=True):
         for index, curve in enumerate(curves):
-            width = 3.2 - 2.2 * index / len(curves)  # a curve that covers an earlier one leaves its rim visible
+            width = 3.2 - 2.2 * index / len(curves)  # later curves are thinner, so that covered curves stay visible
             axes.plot(x, curve.slope if slope else curve.value, label=curve.label, linewidth=width, **_style(index))
         _finish(axes, title, "x", "d act / dx" if slope else "act(x)")
         axes.set_xlim(x[0], x[-1])

@@ -61,7 +61,7 @@ class Trained:
     loss: Summary | None
     paired: Paired | None
     step_ms: float
-    step_times: list[float]  # of the seeds that did not diverge, in order
+    step_times: list[float]  # losses of the seeds that did not diverge, in order
     gradient_ratio: float | None  # geometric mean over time and seeds of first layer's norm / last layer's
     units: int
     dead_at_start: int
@@ -93,7 +93,7 @@ def _end_load(recorded: Sequence[Sequence[Sequence[Load]]]) -> Load | None:
 
 
 def trained(runs: Sequence[Run]) -> list[Trained]:
-    """In the order of the lists of layers; those without a run are left out."""
+    """In the order of the lists of layers, without layers that did not run."""
     baseline = losses(runs, BASELINE)
     budget = next((r.ffn_parameters for r in runs if r.architecture == BASELINE), None)
     rows = []
@@ -133,7 +133,7 @@ def trained(runs: Sequence[Run]) -> list[Trained]:
 
 
 def write_json(results: Results, path: Path) -> None:
-    """Strict JSON, one line per part: what was not measured is null, a NaN would raise."""
+    """Strict JSON, one line per part. Values that were not measured are null; NaN raises."""
     record = asdict(results)
     record["settings"]["out"] = None
     record["settings"]["text"] = results.text.name

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 class CompareError(Exception):
-    """A caller's mistake (file, folder, option): the message is all that the user needs to see."""
+    """A caller's mistake (file, folder, option); only its message is shown."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Settings:
     device: str = "cpu"
     steps: int = 80
     seeds: int = 5
-    most_mixture_seeds: int = 3  # the mixtures' steps are the slowest: the first seeds alone, to keep the run short
+    most_mixture_seeds: int = 3  # only the first seeds, because the mixtures' steps are the slowest
     repeats: int = 9
     compile: str = "some"
     batch: int = 8
@@ -55,5 +55,5 @@ class Settings:
 
     @property
     def stress_steps(self) -> int:
-        """The stress run's length: enough for a too-high learning rate to do its harm."""
+        """The stress run's length, enough for a too high learning rate to show its effect."""
         return max(1, self.steps // 2)

@@ -83,7 +83,8 @@ def layers_table(results: Results) -> Table:
         columns,
         rows,
         "Median (quartiles) of interleaved rounds, after each output and input gradient agreed with float64 within"
-        " 3 times eager's own error (or 8 roundings). x eager: speed, forward+backward, median of the rounds' ratios"
+        " 1.5 times eager's own error (3 times for the worst number). x eager: speed, forward+backward, median of the"
+        " rounds' ratios"
         " (95 % interval). Kept: distinct storages saved for backward, input included, parameters not. "
         + " ".join(notes),
     )

@@ -1,4 +1,5 @@
-"""The text as bytes: reading it with clear errors, the split, and the batches that every architecture sees alike."""
+"""The text as bytes: reading it with clear errors, the split, and the batches, which are equal for every
+architecture."""
 
 from __future__ import annotations
 

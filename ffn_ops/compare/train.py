@@ -1,7 +1,7 @@
 """Train the language model with each architecture and record losses, gradient norms, dead units and step times.
 
-The architectures of one seed advance in lockstep: step by step the same batch, and times that one moment of the
-machine hits alike.
+The architectures of one seed advance in lockstep: each step uses the same batch, and slow moments of the machine affect
+all of them.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ class Trainer:
         return x.to(self.device), y.to(self.device)
 
     def evaluate(self, step: int) -> None:
-        """In evaluation mode: no noise on a router's input, and BASE balances nothing."""
+        """Evaluates in eval mode: no noise on the router's input, no balancing in BASE."""
         routed: list[Routed] = []
         self.model.eval()
         loss, dead = probe(self.model, self.layer, *self.check, routed)
@@ -138,7 +138,7 @@ class Trainer:
         self.dead.append(torch.cat(dead))
 
     def step(self, step: int, x: Tensor, y: Tensor) -> None:
-        """One update; a diverged run takes none."""
+        """Makes one update, unless the run has diverged."""
         if self.run.diverged:
             return
         began = time.perf_counter()
@@ -199,7 +199,7 @@ def train_together(
     for trainer in trainers:
         trainer.evaluate(0)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)  # the noise on a router's input is the one thing drawn in training
+        torch.manual_seed(seed)  # only the noise on a router's input is drawn in training
         for step in range(steps):
             x, y = (t.to(device) for t in text_module.windows(text.train, starts[step], context))
             for trainer in trainers if step % 2 == 0 else reversed(trainers):
@@ -209,7 +209,7 @@ def train_together(
 
 
 def _diverge(run: Run) -> None:
-    """Keep the finite part of the record alone: results hold no NaN."""
+    """Keeps only the finite part of the record: results hold no NaN."""
     run.diverged, run.final_validation = True, None
     keep = [i for i, loss in enumerate(run.validation) if math.isfinite(loss)]
     run.steps, run.validation = [run.steps[i] for i in keep], [run.validation[i] for i in keep]

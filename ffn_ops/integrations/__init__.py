@@ -1,1 +1,1 @@
-"""What makes other libraries' models use the operators: one file per library, each imported by whoever has it."""
+"""Integrations that make other libraries' models use the operators: one file per library. Users import them."""

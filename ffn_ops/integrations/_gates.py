@@ -1,55 +1,46 @@
-"""Which gate a transformers experts module computes, found by calling it: names of classes prove nothing.
+"""Finds which gate a transformers experts module computes, by calling it, because names of classes prove nothing.
 
-A gate is ``act(min(gate, limit)) * (clamp(up, -limit, limit) + up_shift)`` with numbers that the module holds. It is
-accepted where it gives the module's own values on a grid that covers signs, saturation and both sides of every limit.
+A :class:`ffn_ops.Gate` with numbers that the module holds is accepted where it gives the module's own values on a grid
+that covers signs, saturation and both sides of every limit.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ..reference import ACTIVATIONS, gated_act
+from .._gate import MODEL_GATES, NAMES, Gate, gate_from
+from ..reference import UPS, gated_act
 
-
-class Gate(NamedTuple):
-    """Keyword arguments of :func:`ffn_ops.moe`."""
-
-    activation: str
-    beta: float = 1.0
-    limit: float | None = None
-    up_shift: float = 0.0
-
-    def __str__(self) -> str:
-        name = self.activation if self.beta == 1 else f"{self.activation}[{self.beta:g}]"
-        limit = "" if self.limit is None else f", limit {self.limit:g}"
-        return name + limit + (f", up_shift {self.up_shift:g}" if self.up_shift else "")
-
-
-# What the operator reads; a module that holds more computes more.
+# Parameters that the operator reads. A module with more parameters computes something else.
 READ = frozenset(f"{name}{kind}" for name in ("gate_up_proj", "up_proj", "down_proj") for kind in ("", "_bias"))
-# torch's prune and weight_norm keep a parameter in such parts, and set an attribute of its name before each call.
+# torch's prune and weight_norm split a parameter into such parts, and set an attribute of its name before each call.
 PARTS = ("orig", "mask", "g", "v")
-# Float32 inside a module's gate passes; gelu and its tanh form are 5e-4 apart.
+# Large enough for float32 inside a module's gate; gelu and its tanh form differ by 5e-4.
 TOLERANCE = 2e-6
-QUICK_GELU = 1.702  # the one beta that activations without a number of their own have
 _POINTS = (0.0, 1e-3, 0.17, 0.4, 0.9, 1.3, 2.1, 3.3, 6.0, 11.0, 30.0, 300.0, 1e4, 1e6)
 _known: dict[Any, Gate | None] = {}
 
 
-@torch.compiler.assume_constant_result  # a trace takes what it finds, and asks again for another module
 def gate_of(experts: Any) -> Gate:
-    """The gate of a module with transformers' ``use_experts_implementation``.
+    """Returns the gate of a module with transformers' ``use_experts_implementation``.
 
     Raises:
-        ValueError: its gate is none of these, or it holds parameters that the operator does not read.
+        ValueError: if the gate has another form, or the module has parameters that the operator does not read.
     """
+    activation, params = _form_of(experts)
+    return gate_from(activation, params, experts.has_gate and not experts.is_concatenated)
+
+
+@torch.compiler.assume_constant_result  # tracing uses the cached gate, and looks again for another module
+def _form_of(experts: Any) -> tuple[str, tuple[float, ...]]:
     for name in (*experts._parameters, *experts._buffers):
         whole, _, part = name.rpartition("_")
         if name not in READ and not (part in PARTS and whole in READ and whole not in experts._parameters):
@@ -57,10 +48,11 @@ def gate_of(experts: Any) -> Gate:
                 f"{type(experts).__name__}: expected no parameters besides those of the experts, got {name}"
             )
     act = getattr(experts, "act_fn", None)
-    # peft parametrises the weights anew in each call, which makes a new class.
+    # peft adds the parametrisation again in each call, which makes a new class.
     parametrized = "parametrizations" in experts._modules
     cls = parametrize.type_before_parametrizations(experts) if parametrized else type(experts)
-    key = (cls, _settings(experts), type(act), act if not isinstance(act, nn.Module) else _settings(act))
+    held = tuple(map(_settings, act.modules())) if isinstance(act, nn.Module) else act
+    key = (cls, _settings(experts), type(act), held)
     if key not in _known:
         _known[key] = _recognise(experts, act)
     gate = _known[key]
@@ -68,10 +60,10 @@ def gate_of(experts: Any) -> Gate:
         form = "_apply_gate" if experts.has_gate else "act_fn"
         raise ValueError(
             f"{type(experts).__name__}.{form}: expected act(min(gate, limit)) * (clamp(up, -limit, limit) + up_shift)"
-            f" with act one of {', '.join(ACTIVATIONS)} and numbers that the module holds, got another function;"
+            f" with act one of {', '.join(NAMES)} and numbers that the module holds, got another function;"
             " use another experts_implementation for this model"
         )
-    return gate
+    return gate.activation, gate.params
 
 
 def _settings(module: nn.Module) -> tuple[tuple[str, Any], ...]:
@@ -80,10 +72,12 @@ def _settings(module: nn.Module) -> tuple[tuple[str, Any], ...]:
 
 def _recognise(experts: Any, act: Any) -> Gate | None:
     if isinstance(act, nn.Module) and next(iter(act.state_dict()), None) is not None:
-        return None  # it learns: what it computes now is not what it will compute
-    # Eager numbers on the CPU, also while a model is traced, exported or built on another device.
+        return None  # it learns, so its function will change
+    # Computes eagerly on the CPU, even while a model is traced, exported or built on another device.
     with _disable_current_modes(), torch.no_grad():
-        numbers = sorted({float(v) for _, v in _settings(experts) if type(v) in (int, float) and v > 0})
+        held = [experts, *(act.modules() if isinstance(act, nn.Module) else ())]
+        values = [v for module in held for _, v in _settings(module) if type(v) in (int, float)]
+        numbers = sorted({float(v) for v in values if 0 < v < math.inf})
         gate, up = _grid(numbers)
         if experts.has_gate:
             pair = (gate, up) if experts.is_concatenated else (gate.unsqueeze(-1), up.unsqueeze(-1))
@@ -95,7 +89,7 @@ def _recognise(experts: Any, act: Any) -> Gate | None:
         try:
             actual = function(together).double()
         except Exception:
-            return None  # it is no function of gate and up alone
+            return None  # not a function of gate and up alone
         for candidate in candidates:
             if _agrees(candidate, gate, up if experts.has_gate else None, actual):
                 return candidate
@@ -103,7 +97,7 @@ def _recognise(experts: Any, act: Any) -> Gate | None:
 
 
 def _grid(numbers: list[float]) -> tuple[Tensor, Tensor]:
-    """Every gate with every up, ``[1, N * N]`` each."""
+    """All pairs of a gate and an up value, ``[1, N * N]`` each."""
     points = {*_POINTS, *(factor * number for number in numbers for factor in (0.5, 0.99, 1.01, 3.0))}
     signed = torch.tensor(sorted({*points, *(-p for p in points)}), dtype=torch.float64, device="cpu")
     gate, up = torch.meshgrid(signed, signed, indexing="ij")
@@ -111,26 +105,27 @@ def _grid(numbers: list[float]) -> tuple[Tensor, Tensor]:
 
 
 def _candidates(numbers: list[float]) -> Iterator[Gate]:
-    for name in ACTIVATIONS:
-        for beta in sorted({QUICK_GELU, *numbers}) if name == "swish" else (1.0,):
-            yield Gate(name, beta)
+    """Every activation, its own parameters the defaults, those that models use or numbers that the module holds."""
+    for name in NAMES:
+        known = [gate.own for gate in (Gate(name), *MODEL_GATES.values()) if gate.activation == name]
+        for values in itertools.product(*(sorted({k[each] for k in known} | set(numbers)) for each in known[0])):
+            own: dict[str, Any] = dict(zip(known[0], values, strict=True))
+            yield Gate(name, **own)
 
 
 def _gated_candidates(numbers: list[float]) -> Iterator[Gate]:
+    """The plain ones first."""
     for limit, shift in itertools.product((None, *numbers), (0.0, 1.0)):
         for plain in _candidates(numbers):
-            yield plain._replace(limit=limit, up_shift=shift)
+            if plain.activation not in UPS or (limit is None and shift == 0):
+                yield plain.replace(limit=limit, up_shift=shift)
 
 
 def _agrees(candidate: Gate, gate: Tensor, up: Tensor | None, actual: Tensor) -> bool:
     if actual.shape != gate.shape:
         return False
-    act, beta, limit, shift = candidate
-    if up is None:
-        return _close(actual, gated_act(gate, activation=act, beta=beta), torch.ones(()))
-    bound = torch.inf if limit is None else limit
-    expected = gated_act(gate.clamp(max=bound), up.clamp(-bound, bound) + shift, activation=act, beta=beta)
-    return _close(actual, expected, 1 + up.abs())
+    scale = torch.ones(()) if up is None else 1 + up.abs()
+    return _close(actual, gated_act(gate, up, activation=candidate), scale)
 
 
 def _close(actual: Tensor, expected: Tensor, scale: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""ONNX: what the operators compute, in ONNX's own, for ``torch.onnx.export``. Backward operators are not there."""
+"""ONNX: translates the operators to ONNX's own, for ``torch.onnx.export``. Inference only."""
 
 # ruff: noqa: UP045
 
@@ -7,23 +7,34 @@ from collections.abc import Callable, Sequence
 from typing import Any, Optional
 
 import torch
+from torch.nn import functional as F
 
-# No `from __future__ import annotations` here, and Optional: torch reads the types of arguments to tell attributes
-# from tensors. A tensor is Any: what arrives is a value of the graph.
+from .._gate import gate_from
+from ..reference import gated_act
 
-_FLOAT, _INT64 = 1, 7  # ONNX's numbers of dtypes
+# Without `from __future__ import annotations`, and with Optional: torch reads the types of arguments to tell attributes
+# from tensors. Tensors have type Any, because they arrive as values of the graph.
+
+_FLOAT, _INT64 = 1, 7  # ONNX's dtype numbers
 
 
 def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """For ``torch.onnx.export(model, args, dynamo=True, custom_translation_table=translation_table())``.
+    """Returns the translations for ``torch.onnx.export(..., dynamo=True,
+    custom_translation_table=translation_table())``.
 
-    Inference only: gates, dense layers, mixtures and their parts, top-k and the sort, for every T. Arithmetic is
-    float32 (float64 for float64), rounded once, as the operators'; sums are in the runtime's order. NaN logits rank as
-    -inf. What ONNX cannot express raises a ``NotImplementedError`` that says so: BASE's assignment, rounding to tiles,
-    drops by weight, rows given as pairs (Expert Choice).
+    They cover inference: gates, dense layers, mixtures and their parts, top-k and the sort, for every T. Arithmetic is
+    float32 (float64 for float64) and rounded once, like the operators'. Sums are in the runtime's order. NaN logits
+    rank as -inf. ONNX cannot express BASE's assignment, rounding to tiles, drops by weight and rows given as pairs
+    (Expert Choice): these raise ``NotImplementedError``.
 
     Raises:
         ImportError: without onnxscript (``pip install "ffn_ops[onnx]"``).
+
+    Example:
+        >>> from ffn_ops.integrations.onnx import translation_table
+        >>> layer = ffn_ops.GELUFFN(8, 16).eval().requires_grad_(False)
+        >>> options = {"dynamo": True, "custom_translation_table": translation_table(), "verbose": False}
+        >>> program = torch.onnx.export(layer, (torch.randn(4, 8),), **options)
     """
     import onnxscript  # noqa: F401  (torch's exporter needs it as well)
 
@@ -60,52 +71,65 @@ def _number(value: float, like: Any) -> Any:
 
 
 def _wide(t: Any) -> Any:
-    """What is computed in: float32, float64 for float64."""
+    """Casts to the dtype of the arithmetic: float32, or float64 for float64."""
     return t if str(t.dtype) in ("DOUBLE", "FLOAT") else _op().Cast(t, to=_FLOAT)
 
 
 def _none(like: Any) -> Any:
-    """In the place of a saved pre-activation."""
+    """A placeholder for a pre-activation that is not saved."""
     op = _op()
     return op.Expand(_number(0.0, like), _numbers([0]))
 
 
-def _activate(z: Any, name: str, beta: float) -> Any:
-    op = _op()
+class _Recorder:
+    """A value of the graph in the place of a tensor, for the formulas of reference.py: what they do to it is written
+    into the graph."""
 
-    def c(value: float) -> Any:
-        return _number(value, z)
+    def __init__(self, value: Any) -> None:
+        self.value = value
 
-    if name == "relu":
-        return op.Relu(z)
-    if name == "relu_squared":
-        return op.Mul(op.Relu(z), op.Relu(z))
-    if name == "sigmoid":
-        return op.Sigmoid(z)
-    if name == "tanh":
-        return op.Tanh(z)
-    if name == "gelu":
-        return op.Mul(op.Mul(z, c(0.5)), op.Add(op.Erf(op.Mul(z, c(math.sqrt(0.5)))), c(1)))
-    if name == "gelu_tanh":
-        cubic = op.Mul(op.Mul(z, z), op.Mul(z, c(0.044715)))
-        inner = op.Mul(op.Add(z, cubic), c(math.sqrt(2 / math.pi)))
-        return op.Mul(op.Mul(z, c(0.5)), op.Add(op.Tanh(inner), c(1)))
-    if name in ("silu", "swish"):
-        return op.Mul(z, op.Sigmoid(z if name == "silu" else op.Mul(z, c(beta))))
-    if name == "identity":
-        return z
-    raise NotImplementedError(f"ffn_ops: activation {name} has no translation to ONNX")
+    def _do(self, name: str, *others: Any) -> "_Recorder":
+        values = [o.value if isinstance(o, _Recorder) else _number(o, self.value) for o in (self, *others)]
+        return _Recorder(getattr(_op(), name)(*values))
+
+    def __add__(self, other: Any) -> "_Recorder":
+        return self._do("Add", other)
+
+    def __mul__(self, other: Any) -> "_Recorder":
+        return self._do("Mul", other)
+
+    def __truediv__(self, other: Any) -> "_Recorder":
+        return self._do("Div", other)
+
+    __radd__, __rmul__ = __add__, __mul__
+
+    def square(self) -> "_Recorder":
+        return self * self
+
+    def clamp(self, min: float | None = None, max: float | None = None) -> "_Recorder":
+        held = self if max is None else self._do("Min", max)
+        return held if min is None else held._do("Max", min)
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any, kwargs: Any = None) -> "_Recorder":
+        (z,) = args
+        if function in (torch.relu, torch.sigmoid, torch.tanh):
+            return z._do({torch.relu: "Relu", torch.sigmoid: "Sigmoid", torch.tanh: "Tanh"}[function])  # type: ignore[no-any-return]
+        if function is F.silu:
+            return z * z._do("Sigmoid")  # type: ignore[no-any-return]
+        if function is F.gelu and (kwargs or {}).get("approximate") == "tanh":
+            cubic = z * z * (z * 0.044715)
+            return z * 0.5 * (((z + cubic) * math.sqrt(2 / math.pi))._do("Tanh") + 1)  # type: ignore[no-any-return]
+        if function is F.gelu:
+            return z * 0.5 * ((z * math.sqrt(0.5))._do("Erf") + 1)  # type: ignore[no-any-return]
+        raise NotImplementedError(f"ffn_ops: {function.__name__} has no translation to ONNX")
 
 
-def _gate(gate: Any, up: Any, activation: str, beta: float, limit: float | None, up_shift: float) -> Any:
-    op = _op()
-    if up is not None and limit is not None:
-        gate = op.Min(gate, _number(limit, gate))
-        up = op.Max(op.Min(up, _number(limit, up)), _number(-limit, up))
-    h = _activate(gate, activation, beta)
-    if up is None:
-        return h
-    return op.Mul(h, op.Add(up, _number(up_shift, up)) if up_shift else up)
+def _gate(gate: Any, up: Any, activation: str, params: Sequence[float]) -> Any:
+    form = gate_from(activation, params)
+    recorders: list[Any] = [_Recorder(gate), None if up is None else _Recorder(up)]
+    h: Any = gated_act(*recorders, activation=form)
+    return h.value
 
 
 def _linear(x: Any, w: Any, b: Any) -> Any:
@@ -118,29 +142,27 @@ def _route_linear(x: Any, weight: Any, bias: Optional[Any]) -> Any:
     return _linear(_wide(x), weight, bias)
 
 
-def _gated_act(
-    gate: Any, up: Optional[Any], activation: str, beta: float, limit: Optional[float] = None, up_shift: float = 0.0
-) -> Any:
-    h = _gate(_wide(gate), None if up is None else _wide(up), activation, beta, limit, up_shift)
+def _gated_act(gate: Any, up: Optional[Any], activation: str, params: Sequence[float]) -> Any:
+    h = _gate(_wide(gate), None if up is None else _wide(up), activation, params)
     return _op().CastLike(h, gate)
 
 
 def _gated_linear(
     x: Any, w_gate: Sequence[Any], w_up: Sequence[Any], b_gate: Sequence[Any], b_up: Sequence[Any],
-    activation: str, beta: float, save: bool,
+    activation: str, params: Sequence[float], save: bool,
 ) -> Any:  # fmt: skip
     op = _op()
     rows, total = _wide(x), None
     for g in range(len(w_gate)):
         gate = _linear(rows, w_gate[g], b_gate[g] if b_gate else None)
-        h = _gate(gate, _linear(rows, w_up[g], b_up[g] if b_up else None), activation, beta, None, 0.0)
+        h = _gate(gate, _linear(rows, w_up[g], b_up[g] if b_up else None), activation, params)
         total = h if total is None else op.Add(total, h)
     return op.CastLike(total, x), _none(x), _none(x)
 
 
 def _expert(
     x: Any, w_in: Any, w_up: Any, w_down: Any, b_in: Any, b_up: Any, b_down: Any, gated: bool, interleaved: bool,
-    form: tuple[str, float, float | None, float],
+    form: tuple[str, Sequence[float]],
 ) -> Any:  # fmt: skip
     op = _op()
     pre, up = _linear(x, w_in, b_in), None
@@ -156,21 +178,19 @@ def _expert(
 
 def _ffn(
     x: Any, w_in: Any, w_up: Optional[Any], w_down: Any, b_in: Optional[Any], b_up: Optional[Any],
-    b_down: Optional[Any], gated: bool, activation: str, beta: float, limit: Optional[float] = None,
-    up_shift: float = 0.0, save: bool = False,
+    b_down: Optional[Any], gated: bool, interleaved: bool, activation: str, params: Sequence[float], save: bool,
 ) -> Any:  # fmt: skip
-    form = (activation, beta, limit, up_shift)
-    y = _expert(_wide(x), w_in, w_up, w_down, b_in, b_up, b_down, gated, False, form)
+    form = (activation, params)
+    y = _expert(_wide(x), w_in, w_up, w_down, b_in, b_up, b_down, gated, interleaved, form)
     return _op().CastLike(y, x), _none(x), _none(x)
 
 
 def _moe(
     x: Any, token: Optional[Any], weight: Optional[Any], offsets: Any, row: Optional[Any],
     slot_offsets: Optional[Any], w_in: Any, w_down: Any, b_in: Optional[Any], b_down: Optional[Any], gated: bool,
-    interleaved: bool, activation: str, beta: float, limit: Optional[float] = None, up_shift: float = 0.0,
-    save: bool = False,
+    interleaved: bool, activation: str, params: Sequence[float], save: bool,
 ) -> Any:  # fmt: skip
-    """Expert by expert, each on its rows: as many products as there are experts stand in the graph."""
+    """Computes each expert on its rows. The graph has one product for each expert."""
     op = _op()
     rows = _wide(x) if token is None else op.Gather(_wide(x), _inside(token, x))
     axis, parts = _numbers([0]), []
@@ -181,7 +201,7 @@ def _moe(
     for e in range(w_in.shape[0]):
         begin, end = (op.Gather(offsets, _numbers([i])) for i in (e, e + 1))
         each = (of(w_in, e), None, of(w_down, e), of(b_in, e), None, of(b_down, e), gated, interleaved)
-        parts.append(_expert(op.Slice(rows, begin, end, axis), *each, (activation, beta, limit, up_shift)))
+        parts.append(_expert(op.Slice(rows, begin, end, axis), *each, (activation, params)))
     out = op.Concat(*parts, axis=0)  # the rows that are not dropped
     if token is None:
         missing = op.Sub(op.Shape(rows, start=0, end=1), op.Shape(out, start=0, end=1))
@@ -193,14 +213,14 @@ def _moe(
 
 
 def _inside(token: Any, x: Any) -> Any:
-    """Dropped rows may name no token."""
+    """The token of dropped rows may be out of range."""
     op = _op()
     last = op.Sub(op.Shape(x, start=0, end=1), _numbers([1]))
     return op.Max(op.Min(token, last), _numbers([0]))
 
 
 def _summed(rows: Any, token: Any, weight: Any, slot_offsets: Any) -> Any:
-    """Of each token, over the first rows of a routing, weighted."""
+    """The weighted sum of each token's rows, over the first rows of a routing."""
     op = _op()
     kept, zero = op.Shape(rows, start=0, end=1), _numbers([0])
     if weight is not None:
@@ -304,19 +324,19 @@ def _moe_sort(
     place = _range(count)
 
     def counts_of(chosen: Any) -> tuple[Any, Any]:
-        """[E], and [E + 1] where rows begin."""
+        """Counts [E], and offsets [E + 1]."""
         is_expert = op.Equal(op.Unsqueeze(chosen, _numbers([1])), _numbers(range(experts)))
         counts = op.ReduceSum(op.Cast(is_expert, to=_INT64), _numbers([0]), keepdims=0)
         return counts, op.Concat(_numbers([0]), op.CumSum(counts, op.Constant(value_int=0)), axis=0)
 
     def sorted_by(chosen: Any, then: Any) -> Any:
-        """Places by expert and, within it, by ``then``: different numbers below the count."""
+        """Sorts places by expert and, within an expert, by ``then``, whose numbers differ and lie below the count."""
         keys = op.Add(op.Mul(chosen, count), then)
         _, order = op.TopK(keys, count, axis=0, largest=0)
         return order
 
     def rank_of(order: Any) -> Any:
-        """Where each place stands in an order."""
+        """The inverse of a permutation."""
         return op.ScatterElements(place, order, place, axis=0)
 
     counts, offsets = counts_of(flat)
@@ -337,7 +357,7 @@ def _moe_sort(
 
 def _balanced_assignment(scores: Any, mask: Optional[Any] = None) -> Any:
     raise NotImplementedError(
-        "ffn_ops: BASE's balanced assignment has no translation to ONNX; in eval it takes the best"
+        "ffn_ops: BASE's balanced assignment has no translation to ONNX; call eval(), where it takes the best expert"
     )
 
 

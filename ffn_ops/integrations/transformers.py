@@ -1,4 +1,4 @@
-"""Hugging Face transformers: ``experts_implementation="ffn_ops"``. transformers is imported in ``register`` alone."""
+"""Hugging Face transformers: ``experts_implementation="ffn_ops"``. Only ``register`` imports transformers."""
 
 from __future__ import annotations
 
@@ -27,13 +27,20 @@ def register() -> None:
     """Makes ``experts_implementation="ffn_ops"`` known to ``from_pretrained``, ``from_config`` and
     ``model.set_experts_implementation``. Calling it again changes nothing.
 
-    transformers cannot exchange the experts of every mixture. Where a model is made with this implementation, or set to
-    it, and some of its experts stay with their own code, a ``UserWarning`` names their classes, once in a process.
+    transformers cannot exchange the experts of every mixture. If a model is made with this implementation, or set to
+    it, and some of its experts keep their own code, a ``UserWarning`` names their classes, once per process.
 
     Raises:
-        ImportError: transformers is missing or older than 5.23.
+        ImportError: if transformers is missing or older than 5.23.
 
     Source: ``ExpertsInterface`` of ``transformers/integrations/moe.py``.
+
+    Example:
+        >>> from ffn_ops.integrations.transformers import register
+        >>> register()
+        >>> from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+        >>> "ffn_ops" in ALL_EXPERTS_FUNCTIONS.valid_keys()
+        True
     """
     try:
         transformers = importlib.import_module("transformers")
@@ -51,18 +58,24 @@ def register() -> None:
 
 
 class ExpertsReport(ReplaceReport):
-    """What :func:`report` finds, readable with ``print``: layers alike stand in one line."""
+    """The result of :func:`report`. ``print`` shows identical layers in one line.
+
+    Example:
+        >>> from ffn_ops.integrations.transformers import report
+        >>> report(nn.Linear(2, 2)).entries
+        ()
+    """
 
     def __str__(self) -> str:
         return super().__str__() if self.entries else "no mixture of experts found"
 
 
 def report(model: nn.Module) -> ExpertsReport:
-    """Every module of ``model`` that holds experts, and whether a call computes them with this package.
+    """Lists every module of ``model`` that holds experts, and says whether this package computes them.
 
-    ``status`` is "ffn_ops"; "refused" where a call raises, as ``why`` says; "left" where another
-    ``experts_implementation`` is set, or where the module's forward asks for none, so that its own code runs whatever
-    is set (Switch Transformers, Llama 4, DBRX). Nothing is changed, no expert is computed.
+    ``status`` is "ffn_ops"; "refused" if a call would raise, with the reason in ``why``; or "left" if another
+    ``experts_implementation`` is set, or if the module runs its own code whatever is set (Switch Transformers, Llama 4,
+    DBRX). It changes nothing and computes no expert.
 
     ::
 
@@ -70,11 +83,16 @@ def report(model: nn.Module) -> ExpertsReport:
         model = AutoModelForCausalLM.from_pretrained(name, experts_implementation="ffn_ops")
         print(report(model))
 
-    Experts are modules that transformers declares as such, modules that hold a weight for each of a number of experts
-    that they name, and lists named ``experts``.
+    It finds modules that transformers declares as experts, modules whose weights have one slice for each of their
+    experts, and lists named ``experts``.
 
     Raises:
-        TypeError: for what is no ``nn.Module``.
+        TypeError: if ``model`` is not an ``nn.Module``.
+
+    Example:
+        >>> from ffn_ops.integrations.transformers import report
+        >>> print(report(nn.Linear(2, 2)))
+        no mixture of experts found
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
@@ -85,7 +103,7 @@ def _entries(model: nn.Module) -> Iterator[ReplaceEntry]:
     for path, module in model.named_modules():
         entry = functools.partial(ReplaceEntry, path, type(module).__name__)
         if isinstance(module, MoEFFN):
-            yield entry("ffn_ops", module.activation)
+            yield entry("ffn_ops", str(module.activation))
         elif _declared(module):
             implementation = getattr(module.config, "_experts_implementation", None)
             if implementation != NAME:
@@ -103,19 +121,19 @@ def _entries(model: nn.Module) -> Iterator[ReplaceEntry]:
 
 
 def _declared(module: nn.Module) -> bool:
-    """By transformers' ``use_experts_implementation``."""
+    """True for modules with transformers' ``use_experts_implementation``."""
     return all(hasattr(module, name) for name in ("config", "has_gate", "is_transposed", "_apply_gate"))
 
 
 class _AskedError(Exception):
-    """A forward came to ours, and was given this class in the place of a tensor."""
+    """Raised by our forward when it is called with this class in place of a tensor: proof that it was called."""
 
 
 def _asks(module: nn.Module) -> bool:
-    """Whether its class's forward calls ours now: another library may have put its own in the place.
+    """Whether the forward of its class calls ours at present; another library may have replaced it.
 
     Raises:
-        KeyError: it asks a table that does not have ours, as that for 8-bit weights.
+        KeyError: if it looks up a table without ours, such as the one for 8-bit weights.
     """
     try:
         type(module).forward(module, _AskedError, _AskedError, _AskedError)
@@ -137,7 +155,7 @@ def _holds_experts(path: str, module: nn.Module) -> bool:
     tables = [
         child for child in module.children() if isinstance(child, nn.Embedding) and child.num_embeddings in counts
     ]
-    # A router has one row for each expert, and one such weight.
+    # A router also has one row for each expert, but only one such weight.
     return len(stacked) + len(tables) > 1 or any(len(shape) > 2 and shape[0] in counts for shape in stacked)
 
 
@@ -159,7 +177,8 @@ def _warn_after(cls: Any, name: str, chosen: Callable[..., Any]) -> None:
 
 
 def _warn(model: nn.Module, every: bool) -> None:
-    """Of experts that are not computed here; unless ``every``, another implementation may be what was asked for."""
+    """Warns of experts that this package does not compute. Unless ``every``, only of those that no implementation
+    reaches."""
     left = {e.layer: e.why for e in _entries(model) if e.status == "left" and (every or e.why == OWN_CODE)}
     if new := left.keys() - _warned:
         _warned.update(new)
@@ -169,20 +188,20 @@ def _warn(model: nn.Module, every: bool) -> None:
 
 
 def experts_forward(self: Any, hidden_states: Any, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """What a module with ``use_experts_implementation`` computes, in one operator.
+    """Computes a module with ``use_experts_implementation`` in one operator.
 
     Args:
         self: the experts: ``gate_up_proj [E, 2F, D]`` (``up_proj [E, F, D]`` without a gate), ``down_proj [E, D, F]``,
-            each the other way round where ``is_transposed``, ``*_bias [E, ...]`` where ``has_bias``; the gate's rows
-            before those of up where ``is_concatenated``, else in turns.
+            each transposed if ``is_transposed``; ``*_bias [E, ...]`` if ``has_bias``. Gate rows come first if
+            ``is_concatenated``, else gate and up rows alternate.
         hidden_states: ``[T, D]``.
-        top_k_index, top_k_weights: ``[T, K]``; ids from ``num_experts`` on are another rank's: skipped.
+        top_k_index, top_k_weights: ``[T, K]``; ids from ``num_experts`` on belong to another rank and are skipped.
 
     Returns:
         ``[T, D]``. The weights are applied and summed in float32.
 
     Raises:
-        TypeError, ValueError: for weights that do not fit, and for a gate that the operator does not have.
+        TypeError, ValueError: if weights do not fit, or the operator does not have the gate.
     """
     if hidden_states is _AskedError:
         raise _AskedError
@@ -190,17 +209,12 @@ def experts_forward(self: Any, hidden_states: Any, top_k_index: Tensor, top_k_we
     w_in, w_down = getattr(self, first), self.down_proj
     if self.is_transposed:
         w_in, w_down = w_in.transpose(1, 2), w_down.transpose(1, 2)
-    gate = gate_of(self)
     routing = Routing.from_topk(top_k_index, top_k_weights, self.num_experts)
     experts: dict[str, Any] = {
         "gated": self.has_gate,
-        "interleaved": self.has_gate and not self.is_concatenated,
+        "activation": gate_of(self),
         "b_in": getattr(self, f"{first}_bias") if self.has_bias else None,
         "b_down": self.down_proj_bias if self.has_bias else None,
-        "activation": gate.activation,
-        "beta": gate.beta,
-        "limit": gate.limit,
-        "up_shift": gate.up_shift,
     }
     if not getattr(self, "has_post_expert_norm", False):
         return moe(hidden_states, routing, w_in, w_down, **experts)

@@ -1,17 +1,17 @@
 """The public functions. One file per operator: public function, fake kernel, autograd.
 
-The kernels see two-dimensional tensors; leading dimensions are folded here, as views where strides allow.
+The kernels see two-dimensional tensors. These functions fold leading dimensions, as views if strides allow.
 """
 
 import torch.fx
 
+from .._gate import activations
 from ._ffn import ffn
 from ._gated_act import gated_act
 from ._gated_linear import gated_linear
 from ._moe import moe, moe_experts
 from ._route_linear import route_linear
 from ._rows import moe_combine, moe_dispatch
-from ._shared import activations
 
 __all__ = [
     "activations",

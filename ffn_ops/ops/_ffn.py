@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,20 +10,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import _checks as check
+from .._gate import Gate, as_gate, check_gate
 from .._library import differentiable, fake, vmap_by_loop
-from ._gated_act import act_tangent, gated_act, gated_act_backward, gated_act_double_backward, gated_act_op
+from ._gated_act import act_tangent, gated_act, gated_act_op
 from ._shared import (
-    NAMES,
     autocast,
     backward_tangents,
     dense,
+    double_backward,
     fold,
     given,
+    halves,
     linear_cotangent,
     needs_grad,
     not_asked_for,
     prefers_torch,
-    split,
 )
 
 
@@ -36,10 +38,7 @@ def ffn(
     b_in: Tensor | None = None,
     b_up: Tensor | None = None,
     b_down: Tensor | None = None,
-    activation: str = "silu",
-    beta: float = 1.0,
-    limit: float | None = None,
-    up_shift: float = 0.0,
+    activation: str | Gate = "silu",
     recompute: bool = False,
 ) -> Tensor:
     """``(act(x w_in^T + b_in) * (x w_up^T + b_up)) w_down^T + b_down``, or without the gate: the whole FFN in one op.
@@ -47,23 +46,31 @@ def ffn(
     Args:
         x: ``[..., D]``; float64, float32, float16 or bfloat16.
         w_in: ``[F, D]``, the gate's weight where ``w_up`` is given and the one input weight of a plain FFN; with
-            ``gated=True`` and no ``w_up``, ``[2F, D]``, gate rows first.
+            ``gated=True`` and no ``w_up``, ``[2F, D]``, gate rows first, or alternating with those of up where the
+            gate is ``interleaved``.
         w_down: ``[D_out, F]``.
         w_up: ``[F, D]``: makes the FFN gated.
-        gated: None stands for "``w_up`` is given".
+        gated: None means True if ``w_up`` is given.
         b_in, b_up, b_down: biases of the same widths as their weights' rows, or None.
-        activation, beta, limit, up_shift: see :func:`gated_act`.
-        recompute: save x alone for backward and compute the pre-activations again there. Same bits, less memory.
+        activation: a name or a :class:`ffn_ops.Gate`.
+        recompute: save only x for backward, and compute the pre-activations again there. Same bits, less memory.
 
     Returns:
-        ``[..., D_out]``. For backward x and the pre-activations (``[T, F]``, two where gated) are saved, no more.
+        ``[..., D_out]``. Saved for backward: x and the pre-activations (``[T, F]``, two if gated).
 
     Raises:
-        TypeError, ValueError: name of the argument, what was expected and what came.
+        TypeError, ValueError: with the argument, what was expected and what came.
 
     Source:
         Vaswani et al., Attention Is All You Need (2017), equation 2; Shazeer, GLU Variants Improve Transformer (2020),
         equation 6.
+
+    Example:
+        >>> x, w_gate, w_up, w_down = torch.randn(4, 8), torch.randn(16, 8), torch.randn(16, 8), torch.randn(8, 16)
+        >>> ffn_ops.ffn(x, w_gate, w_down, w_up=w_up).shape  # SwiGLU
+        torch.Size([4, 8])
+        >>> y = ffn_ops.ffn(x, w_gate, w_down, activation="relu")  # no gate
+        >>> torch.testing.assert_close(y, torch.relu(x @ w_gate.T) @ w_down.T)
     """
     check.tensor("x", x)
     x, w_in, w_up, w_down, b_in, b_up, b_down = autocast(x, w_in, w_up, w_down, b_in, b_up, b_down)  # type: ignore[assignment]
@@ -75,27 +82,25 @@ def ffn(
     gated = bool(gated) or w_up is not None
     if x.dim() < 1:
         raise ValueError(f"x: expected shape [..., D], got {list(x.shape)}")
-    check.number("beta", beta)
-    check.gate_limit(limit, up_shift, gated)
-    form = (activation, float(beta), None if limit is None else float(limit), float(up_shift))
+    gate = as_gate(activation, gated=gated, one_weight=gated and w_up is None)
     by_torch = prefers_torch(x)
     if by_torch or torch.compiler.is_compiling():
-        _check_ffn(x, w_in, w_up, w_down, b_in, b_up, b_down, gated, activation)
+        _check_ffn(x, w_in, w_up, w_down, b_in, b_up, b_down, gated)
     if by_torch:
-        return _ffn_by_torch(x, w_in, w_up, w_down, b_in, b_up, b_down, gated, form)
+        return _ffn_by_torch(x, w_in, w_up, w_down, b_in, b_up, b_down, gated, gate)
     refused: Exception | None = None
     try:
         grad = needs_grad(x, w_in, w_down, w_up, b_in, b_up, b_down)
         save = grad and not recompute
-        args = (w_in, w_up, w_down, b_in, b_up, b_down, gated, *form, save)
+        args = (w_in, w_up, w_down, b_in, b_up, b_down, gated, gate.interleaved, gate.activation, gate.params, save)
         y = _ffn(fold(x), *args, grad=grad)[0]
     except Exception as error:
         refused = error
-    if refused is not None:  # the operator checks as strictly, and before any work; the words are found here
+    if refused is not None:  # the operator checks as strictly, before any work; these checks find the message
         try:
-            _check_ffn(x, w_in, w_up, w_down, b_in, b_up, b_down, gated, activation)
+            _check_ffn(x, w_in, w_up, w_down, b_in, b_up, b_down, gated)
             raise refused
-        finally:  # else the error, its traceback and this frame would keep each other, and the tensors
+        finally:  # breaks the cycle of error, traceback and frame, which would keep the tensors alive
             del refused
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], w_down.shape[0])  # type: ignore[no-any-return]
 
@@ -109,16 +114,15 @@ def _ffn_by_torch(
     b_up: Tensor | None,
     b_down: Tensor | None,
     gated: bool,
-    form: tuple[str, float, float | None, float],
+    gate: Gate,
 ) -> Tensor:
-    activation, beta, limit, up_shift = form
     pre = F.linear(x, w_in, b_in)
     up = None
     if w_up is not None:
         up = F.linear(x, w_up, b_up)
     elif gated:
-        pre, up = pre.chunk(2, -1)
-    h = gated_act(pre, up, activation=activation, beta=beta, limit=limit, up_shift=up_shift)
+        pre, up = (pre[..., ::2], pre[..., 1::2]) if gate.interleaved else pre.chunk(2, -1)
+    h = gated_act(pre, up, activation=gate.replace(interleaved=False) if gate.interleaved else gate)
     return F.linear(h, w_down, b_down)
 
 
@@ -131,7 +135,6 @@ def _check_ffn(
     b_up: Tensor | None,
     b_down: Tensor | None,
     gated: bool,
-    activation: str,
 ) -> tuple[Any, Any]:
     """Returns F and the width of the output."""
     check.tensor("w_in", w_in, ("2F" if gated and w_up is None else "F", x.shape[-1]), like=x)
@@ -141,7 +144,7 @@ def _check_ffn(
         check.tensor("w_up", w_up, (rows, x.shape[-1]), like=x)
     elif gated:
         if rows % 2:
-            raise ValueError(f"w_in: expected an even number of rows, gate rows first, got {list(w_in.shape)}")
+            raise ValueError(f"w_in: expected an even number of rows, of gate and up, got {list(w_in.shape)}")
         features = rows // 2
     check.tensor("w_down", w_down, ("D_out", features), like=x)
     if b_in is not None:
@@ -152,8 +155,13 @@ def _check_ffn(
         check.tensor("b_up", b_up, (features,), like=x)
     if b_down is not None:
         check.tensor("b_down", b_down, (w_down.shape[0],), like=x)
-    check.activation(activation, NAMES)
     return features, w_down.shape[0]
+
+
+def _check_form(gated: bool, fused: bool, interleaved: bool, activation: str, params: list[float]) -> None:
+    check_gate(activation, params, gated)
+    if interleaved and not fused:
+        raise ValueError("interleaved: expected False where no weight holds gate and up, got True")
 
 
 @fake("ffn")
@@ -166,16 +174,15 @@ def _(
     b_up: Tensor | None,
     b_down: Tensor | None,
     gated: bool,
+    interleaved: bool,
     activation: str,
-    beta: float,
-    limit: float | None,
-    up_shift: float,
+    params: list[float],
     save: bool,
 ) -> Any:
     check.tensor("x", x, ("T", "D"))
     gated = gated or w_up is not None
-    check.gate_limit(limit, up_shift, gated)
-    features, out = _check_ffn(x, w_in, w_up, w_down, b_in, b_up, b_down, gated, activation)
+    _check_form(gated, gated and w_up is None, interleaved, activation, params)
+    features, out = _check_ffn(x, w_in, w_up, w_down, b_in, b_up, b_down, gated)
     gate = dense(x, x.shape[0], features) if save else dense(x, 0)
     up = dense(x, x.shape[0], features) if save and gated else dense(x, 0)
     return dense(x, x.shape[0], out), gate, up
@@ -193,15 +200,15 @@ def _(
     gate: Tensor,
     up: Tensor,
     gated: bool,
+    interleaved: bool,
     activation: str,
-    beta: float,
-    limit: float | None,
-    up_shift: float,
+    params: list[float],
     needs: list[bool],
 ) -> Any:
     check.tensor("x", x, ("T", "D"))
     gated = gated or w_up is not None
-    features, out = _check_ffn(x, w_in, w_up, w_down, b_in, b_up, None, gated, activation)
+    _check_form(gated, gated and w_up is None, interleaved, activation, params)
+    features, out = _check_ffn(x, w_in, w_up, w_down, b_in, b_up, None, gated)
     check.tensor("d_y", d_y, (x.shape[0], out), like=x)
     in_shape = tuple(w_in.shape)
     shapes: tuple[Any, ...] = (
@@ -220,7 +227,7 @@ def _(
 
 
 def _ffn_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    x, w_in, w_up, w_down, b_in, b_up, _b_down, ctx.gated, *ctx.form, _save = inputs
+    x, w_in, w_up, w_down, b_in, b_up, _b_down, ctx.gated, ctx.interleaved, *ctx.form, _save = inputs
     _y, gate, up = output
     ctx.mark_non_differentiable(gate, up)
     ctx.set_materialize_grads(False)
@@ -229,103 +236,58 @@ def _ffn_setup(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _ffn_backward_formula(ctx: Any, d_y: Tensor | None, _gate: Any, _up: Any) -> Any:
     if d_y is None:
-        return (None,) * 13
+        return (None,) * 12
     x, w_in, w_up, w_down, b_in, b_up, gate, up = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:7])
-    grads = _ffn_backward(d_y, x, w_in, w_up, w_down, b_in, b_up, gate, up, ctx.gated, *ctx.form, needs)
-    return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), *(None,) * 6)
+    grads = _ffn_backward(
+        d_y, x, w_in, w_up, w_down, b_in, b_up, gate, up, ctx.gated, ctx.interleaved, *ctx.form, needs
+    )
+    return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), *(None,) * 5)
 
 
 def _ffn_backward_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    d_y, x, w_in, w_up, w_down, b_in, b_up, gate, up, ctx.gated, *ctx.form, ctx.needs = inputs
+    d_y, x, w_in, w_up, w_down, b_in, b_up, gate, up, ctx.gated, ctx.interleaved, *ctx.form, ctx.needs = inputs
     not_asked_for(ctx, output)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(d_y, x, w_in, w_up, w_down, b_in, b_up, gate, up)
 
 
 def _ffn_double_backward(ctx: Any, *grads: Tensor | None) -> Any:
-    """Differentiates the backward, with gate and up as functions of x, weights and biases."""
-    d_y, x, w_in, w_up, w_down, b_in, b_up, gate, up = ctx.saved_tensors
-    dd_x, dd_w_in, dd_w_up, dd_w_down, dd_b_in, dd_b_up, dd_b_down = (given(g) for g in grads)
-    fused = ctx.gated and w_up is None
-    features = w_down.shape[1]
-    w_g, w_u = split(w_in, features) if fused else (w_in, w_up)
-    if fused:
-        dd_w_in, dd_w_up = split(dd_w_in, features)
-        dd_b_in, dd_b_up = split(dd_b_in, features)
-    if gate.dim() == 1:  # not saved
-        b_g, b_u = split(b_in, features) if fused else (b_in, b_up)
-        gate = F.linear(x, w_g, b_g)
-        up = None if w_u is None else F.linear(x, w_u, b_u)
-    elif w_u is None:
-        up = None
-    act = ctx.form
+    d_y, *inputs = ctx.saved_tensors[:7]
+    directions = [given(grad) for grad in grads]
 
-    d_h = d_y @ w_down
-    d_g, d_u = gated_act_backward(d_h, gate, up, *act, [True, True])
-    dd_g = linear_cotangent(x, w_g, dd_x, dd_w_in, dd_b_in)
-    dd_u = None if w_u is None else linear_cotangent(x, w_u, dd_x, dd_w_up, dd_b_up)
-    by_d_h, by_g, by_u = gated_act_double_backward(dd_g, dd_u, d_h, gate, up, *act)
-    by_d_y = by_d_h @ w_down.t()
-    if dd_w_down is not None:  # d_w_down = d_y^T h
-        by_d_y = by_d_y + gated_act_op(gate, up, *act) @ dd_w_down.t()
-        more_g, more_u = gated_act_backward(d_y @ dd_w_down, gate, up, *act, [True, True])
-        by_g = by_g + more_g
-        by_u = by_u if w_u is None else by_u + more_u
-    if dd_b_down is not None:
-        by_d_y = by_d_y + dd_b_down
+    def along(inputs: Sequence[Any]) -> Tensor:
+        return _along(ctx, inputs, directions)
 
-    def by_linear(by_z: Tensor, d_z: Tensor, weight: Tensor, dd_w: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        by_x, by_w = by_z @ weight, by_z.t() @ x
-        if dd_w is not None:
-            by_x = by_x + d_z @ dd_w
-        if dd_x is not None:
-            by_w = by_w + d_z.t() @ dd_x
-        return by_x, by_w, by_z.sum(0)
-
-    by_x, by_w_in, by_b_in = by_linear(by_g, d_g, w_g, dd_w_in)
-    by_w_up = by_b_up = None
-    if w_u is not None:
-        by_x_up, by_w_up, by_b_up = by_linear(by_u, d_u, w_u, dd_w_up)
-        by_x = by_x + by_x_up
-        if fused:
-            by_w_in, by_w_up = torch.cat((by_w_in, by_w_up)), None
-            by_b_in, by_b_up = torch.cat((by_b_in, by_b_up)), None
-    return (
-        by_d_y,
-        by_x,
-        by_w_in,
-        by_w_up,
-        d_y.t() @ by_d_h,
-        by_b_in if b_in is not None else None,
-        by_b_up if b_up is not None else None,
-        *(None,) * 8,
-    )
+    by_d_y, by = double_backward(ctx, along, d_y, inputs, directions, ctx.needs_input_grad[1:7])
+    return by_d_y, *by
 
 
 def _ffn_backward_tangent(ctx: Any, *tangents: Any) -> Any:
     def again(d: Tensor) -> Any:
-        return _ffn_backward(d, *ctx.saved_tensors[1:], ctx.gated, *ctx.form, ctx.needs)
+        return _ffn_backward(d, *ctx.saved_tensors[1:], ctx.gated, ctx.interleaved, *ctx.form, ctx.needs)
 
     return backward_tangents(ctx, tangents, again, _ffn_double_backward, (1, 2, 3, 4, 5, 6, None))
 
 
 def _ffn_tangent(ctx: Any, *tangents: Any) -> Any:
-    x, w_in, w_up, w_down, b_in, b_up, _gate, _up = ctx.saved_tensors
-    x_t, w_in_t, w_up_t, w_down_t, b_in_t, b_up_t, b_down_t = tangents[:7]
-    fused = ctx.gated and w_up is None
-    features = w_down.shape[1]
-    w_g, w_u = split(w_in, features) if fused else (w_in, w_up)
-    b_g, b_u = split(b_in, features) if fused else (b_in, b_up)
-    gate = F.linear(x, w_g, b_g)  # the saved one is a constant to other levels
-    up = None if w_u is None else F.linear(x, w_u, b_u)
-    if fused:
-        (w_in_t, w_up_t), (b_in_t, b_up_t) = split(w_in_t, features), split(b_in_t, features)
-    gate_t = linear_cotangent(x, w_g, x_t, w_in_t, b_in_t)
-    up_t = None if w_u is None else linear_cotangent(x, w_u, x_t, w_up_t, b_up_t)
+    return _along(ctx, ctx.saved_tensors[:6], tangents[:7]), None, None
+
+
+def _along(ctx: Any, inputs: Sequence[Any], directions: Sequence[Any]) -> Tensor:
+    """The tangent of the output. It computes the pre-activations again: the saved ones are constants to autograd."""
+    x, w_in, w_up, w_down, b_in, b_up = inputs
+    x_t, w_in_t, w_up_t, w_down_t, b_in_t, b_up_t, b_down_t = directions
+    if ctx.gated and w_up is None:
+        (w_in, w_up), (b_in, b_up) = (halves(t, ctx.interleaved) for t in (w_in, b_in))
+        (w_in_t, w_up_t), (b_in_t, b_up_t) = (halves(t, ctx.interleaved) for t in (w_in_t, b_in_t))
+    gate = F.linear(x, w_in, b_in)
+    up = None if w_up is None else F.linear(x, w_up, b_up)
+    gate_t = linear_cotangent(x, w_in, x_t, w_in_t, b_in_t)
+    up_t = None if w_up is None else linear_cotangent(x, w_up, x_t, w_up_t, b_up_t)
     h_t = act_tangent(gate, up, ctx.form, gate_t, up_t)
     h = h_t if w_down_t is None else gated_act_op(gate, up, *ctx.form)
-    return linear_cotangent(h, w_down, h_t, w_down_t, b_down_t), None, None
+    return linear_cotangent(h, w_down, h_t, w_down_t, b_down_t)
 
 
 _ffn_backward = differentiable("ffn_backward", _ffn_backward_setup, _ffn_double_backward, _ffn_backward_tangent)

@@ -10,53 +10,40 @@ from typing import Any
 from torch import Tensor
 
 from .. import _checks as check
+from .._gate import Gate, as_gate, check_gate
 from .._library import differentiable, fake, vmap_by_loop
-from ._shared import NAMES, backward_tangents, dense, fold, not_asked_for, plus, third_order, third_setup
+from ._shared import backward_tangents, dense, fold, not_asked_for, plus, third_order, third_setup
 
 
-def gated_act(
-    gate: Tensor,
-    up: Tensor | None = None,
-    *,
-    activation: str = "silu",
-    beta: float = 1.0,
-    limit: float | None = None,
-    up_shift: float = 0.0,
-) -> Tensor:
+def gated_act(gate: Tensor, up: Tensor | None = None, *, activation: str | Gate = "silu") -> Tensor:
     """``act(gate) * up``, or ``act(gate)`` where ``up`` is None, in one pass over memory.
-
-    With ``limit`` and ``up_shift`` it is ``act(min(gate, limit)) * (clamp(up, -limit, limit) + up_shift)``; gate and up
-    at the limit and beyond get no gradient, as from ``torch.clamp``. gpt-oss has ``activation="swish", beta=1.702,
-    limit=7.0, up_shift=1.0``.
 
     Args:
         gate: any shape; float64, float32, float16 or bfloat16. DTensors are computed shard by shard.
         up: same shape, dtype and device as ``gate``.
-        activation: one of :func:`activations`.
-        beta: the factor of ``swish(z) = z * sigmoid(beta * z)``; other activations ignore it.
-        limit: a positive number, or None for none; only with ``up``, as is ``up_shift``.
-        up_shift: what is added to ``up``.
+        activation: a name or a :class:`ffn_ops.Gate`, which may limit both and shift ``up``.
 
     Returns:
         A tensor like ``gate``. Arithmetic is float32 (float64 for float64), rounded once.
 
     Raises:
-        TypeError, ValueError: name of the argument, what was expected and what came.
+        TypeError, ValueError: with the argument, what was expected and what came.
 
     Source:
-        Shazeer, GLU Variants Improve Transformer (2020), equations 5 and 6 without their products; the limit and the
-        shift: gpt-oss-120b & gpt-oss-20b Model Card (2025).
+        Shazeer, GLU Variants Improve Transformer (2020), equations 5 and 6 without their products.
+
+    Example:
+        >>> gate, up = torch.randn(4, 8), torch.randn(4, 8)
+        >>> y = ffn_ops.gated_act(gate, up, activation="gelu")
+        >>> torch.testing.assert_close(y, nn.functional.gelu(gate) * up)
     """
     if check.is_dtensor(gate):
-        options = {"activation": activation, "beta": beta, "limit": limit, "up_shift": up_shift}
-        return on_shards(functools.partial(gated_act, **options), gate, up)  # type: ignore[arg-type]
+        return on_shards(functools.partial(gated_act, activation=activation), gate, up)
     check.tensor("gate", gate)
     if up is not None:
         check.tensor("up", up, gate.shape, like=gate)
-    check.activation(activation, NAMES)
-    check.number("beta", beta)
-    check.gate_limit(limit, up_shift, up is not None)
-    form = (activation, float(beta), None if limit is None else float(limit), float(up_shift))
+    kind = as_gate(activation, gated=up is not None)
+    form = (kind.activation, kind.params)
     if gate.dim() == 2:
         return gated_act_op(gate, up, *form)  # type: ignore[no-any-return]
     shape = gate.shape
@@ -70,7 +57,7 @@ def gated_act(
 
 
 def on_shards(function: Callable[..., Tensor], gate: Any, up: Any) -> Tensor:
-    """An element-wise ``function`` of DTensors, whose placements may be any that hold whole elements."""
+    """Applies an element-wise ``function`` to DTensors, with any placements that hold whole elements."""
     from torch.distributed.tensor import DTensor, Replicate
 
     if up is not None and (not isinstance(up, DTensor) or up.device_mesh != gate.device_mesh):
@@ -89,19 +76,18 @@ def _dense_stride(t: Tensor) -> tuple[int, ...]:
 
 
 def _check_gated_act(
-    gate: Tensor, up: Tensor | None, activation: str, limit: float | None, up_shift: float, **others: Tensor | None
+    gate: Tensor, up: Tensor | None, activation: str, params: list[float], **others: Tensor | None
 ) -> None:
     check.tensor("gate", gate, ("rows", "columns"))
     for name, value in {"up": up, **others}.items():
         if value is not None:
             check.tensor(name, value, gate.shape, like=gate)
-    check.activation(activation, NAMES)
-    check.gate_limit(limit, up_shift, up is not None)
+    check_gate(activation, params, up is not None)
 
 
 @fake("gated_act")
-def _(gate: Tensor, up: Tensor | None, activation: str, beta: float, limit: float | None, up_shift: float) -> Tensor:
-    _check_gated_act(gate, up, activation, limit, up_shift)
+def _(gate: Tensor, up: Tensor | None, activation: str, params: list[float]) -> Tensor:
+    _check_gated_act(gate, up, activation, params)
     return dense(gate, *gate.shape)
 
 
@@ -111,12 +97,10 @@ def _(
     gate: Tensor,
     up: Tensor | None,
     activation: str,
-    beta: float,
-    limit: float | None,
-    up_shift: float,
+    params: list[float],
     needs: list[bool],
 ) -> Any:
-    _check_gated_act(gate, up, activation, limit, up_shift, d_out=d_out)
+    _check_gated_act(gate, up, activation, params, d_out=d_out)
     return (
         dense(gate, *gate.shape) if needs[0] else dense(gate, 0),
         dense(gate, *gate.shape) if needs[1] and up is not None else dense(gate, 0),
@@ -131,11 +115,9 @@ def _(
     gate: Tensor,
     up: Tensor | None,
     activation: str,
-    beta: float,
-    limit: float | None,
-    up_shift: float,
+    params: list[float],
 ) -> Any:
-    _check_gated_act(gate, up, activation, limit, up_shift, d_out=d_out, dd_gate=dd_gate, dd_up=dd_up)
+    _check_gated_act(gate, up, activation, params, d_out=d_out, dd_gate=dd_gate, dd_up=dd_up)
     none = dense(gate, 0)
     return dense(gate, *gate.shape), dense(gate, *gate.shape), none if up is None else dense(gate, *gate.shape)
 
@@ -149,7 +131,7 @@ def _gated_act_backward_formula(ctx: Any, d_out: Tensor) -> Any:
     gate, up = ctx.saved_tensors
     needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1]]
     d_gate, d_up = gated_act_backward(d_out, gate, up, *ctx.form, needs)
-    return d_gate if needs[0] else None, d_up if needs[1] else None, *(None,) * 4
+    return d_gate if needs[0] else None, d_up if needs[1] else None, *(None,) * 2
 
 
 def _gated_act_backward_setup(ctx: Any, inputs: Any, output: Any) -> None:
@@ -166,9 +148,9 @@ def _gated_act_double_backward_formula(ctx: Any, dd_gate: Tensor | None, dd_up: 
     if dd_gate is not None and dd_gate.numel() == 0 and gate.numel() != 0:
         dd_gate = None
     if dd_gate is None and dd_up is None:
-        return (None,) * 8
+        return (None,) * 6
     by_d, by_gate, by_up = gated_act_double_backward(dd_gate, dd_up, d_out, gate, up, *ctx.form)
-    return by_d, by_gate, None if up is None else by_up, *(None,) * 5
+    return by_d, by_gate, None if up is None else by_up, *(None,) * 3
 
 
 def _gated_act_backward_tangent(ctx: Any, *tangents: Any) -> Any:
@@ -179,7 +161,7 @@ def _gated_act_backward_tangent(ctx: Any, *tangents: Any) -> Any:
 
 
 def act_tangent(gate: Tensor, up: Tensor | None, form: Any, gate_t: Tensor | None, up_t: Tensor | None) -> Any:
-    """``act'(gate) * up * gate_t + act(gate) * up_t``, None where both tangents are."""
+    """``act'(gate) * up * gate_t + act(gate) * up_t``, or None if both tangents are None."""
     by_gate = by_up = None
     if gate_t is not None:
         by_gate = gated_act_backward(gate_t, gate, up, *form, [True, False])[0]

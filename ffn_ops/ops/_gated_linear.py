@@ -11,13 +11,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import _checks as check
+from .._gate import Gate, as_gate, check_gate
 from .._library import differentiable, fake, vmap_by_loop
-from ._gated_act import act_tangent, gated_act, gated_act_backward, gated_act_double_backward
+from ._gated_act import act_tangent, gated_act
 from ._shared import (
-    NAMES,
     autocast,
     backward_tangents,
     dense,
+    double_backward,
     fold,
     given,
     linear_cotangent,
@@ -35,8 +36,7 @@ def gated_linear(
     *,
     b_gate: Tensor | Sequence[Tensor] | None = None,
     b_up: Tensor | Sequence[Tensor] | None = None,
-    activation: str = "sigmoid",
-    beta: float = 1.0,
+    activation: str | Gate = "sigmoid",
 ) -> Tensor:
     """``act(x w_gate^T + b_gate) * (x w_up^T + b_up)``: the GLU layer. With lists of G weights, the sum over branches.
 
@@ -44,17 +44,22 @@ def gated_linear(
         x: ``[..., D]``; float64, float32, float16 or bfloat16.
         w_gate, w_up: ``[F, D]`` each, or equally long sequences of such (one per branch).
         b_gate, b_up: ``[F]`` each, or sequences; None for no bias.
-        activation, beta: see :func:`gated_act`.
+        activation: a name or a :class:`ffn_ops.Gate`, of every branch.
 
     Returns:
-        ``[..., F]``. The activation and the sum over branches happen on the accumulators; nothing of shape ``[T, F]``
-        but the result is written in inference, and two pre-activations per branch are saved for backward.
+        ``[..., F]``. The activation and the sum over branches are computed on the accumulators. Inference writes
+        nothing of shape ``[T, F]`` but the result; training saves two pre-activations per branch for backward.
 
     Raises:
-        TypeError, ValueError: name of the argument, what was expected and what came.
+        TypeError, ValueError: with the argument, what was expected and what came.
 
     Source:
         Dauphin et al., Language Modeling with Gated Convolutional Networks (2017), equation 1.
+
+    Example:
+        >>> x, w_gate, w_up = torch.randn(4, 8), torch.randn(16, 8), torch.randn(16, 8)
+        >>> y = ffn_ops.gated_linear(x, w_gate, w_up)
+        >>> torch.testing.assert_close(y, torch.sigmoid(x @ w_gate.T) * (x @ w_up.T))
     """
     lists = [_as_list(n, v) for n, v in (("w_gate", w_gate), ("w_up", w_up), ("b_gate", b_gate), ("b_up", b_up))]
     check.tensor("x", x)
@@ -64,21 +69,20 @@ def gated_linear(
     gates, ups, gate_biases, up_biases = lists
     if x.dim() < 1:
         raise ValueError(f"x: expected shape [..., D], got {list(x.shape)}")
-    _check_gated_linear(x, gates, ups, gate_biases, up_biases, activation)
-    check.number("beta", beta)
+    kind = as_gate(activation, gated=True)
+    _check_gated_linear(x, gates, ups, gate_biases, up_biases)
     if prefers_torch(x):
         parts = [
             gated_act(
                 F.linear(x, gates[i], gate_biases[i] if gate_biases else None),
                 F.linear(x, ups[i], up_biases[i] if up_biases else None),
-                activation=activation,
-                beta=beta,
+                activation=kind,
             )
             for i in range(len(gates))
         ]
         return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
     grad = needs_grad(x, *gates, *ups, *gate_biases, *up_biases)
-    y = _gated_linear(fold(x), gates, ups, gate_biases, up_biases, activation, float(beta), grad, grad=grad)[0]
+    y = _gated_linear(fold(x), gates, ups, gate_biases, up_biases, kind.activation, kind.params, grad, grad=grad)[0]
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[-1])  # type: ignore[no-any-return]
 
 
@@ -98,7 +102,6 @@ def _check_gated_linear(
     w_up: Sequence[Tensor],
     b_gate: Sequence[Tensor],
     b_up: Sequence[Tensor],
-    activation: str,
 ) -> None:
     check.tensor("x", x)
     if not w_gate:
@@ -115,13 +118,15 @@ def _check_gated_linear(
             raise ValueError(f"{name}: expected none or one for each weight ({len(w_gate)}), got {len(biases)}")
         for bias in biases:
             check.tensor(name, bias, (features,), like=x)
-    check.activation(activation, NAMES)
 
 
 @fake("gated_linear")
-def _(x: Tensor, w_gate: Any, w_up: Any, b_gate: Any, b_up: Any, activation: str, beta: float, save: bool) -> Any:
+def _(
+    x: Tensor, w_gate: Any, w_up: Any, b_gate: Any, b_up: Any, activation: str, params: list[float], save: bool
+) -> Any:
     check.tensor("x", x, ("T", "D"))
-    _check_gated_linear(x, w_gate, w_up, b_gate, b_up, activation)
+    _check_gated_linear(x, w_gate, w_up, b_gate, b_up)
+    check_gate(activation, params, True)
     T, F_ = x.shape[0], w_gate[0].shape[0]
     saved = [dense(x, len(w_gate), T, F_) if save else dense(x, 0) for _ in range(2)]
     return dense(x, T, F_), saved[0], saved[1]
@@ -138,11 +143,12 @@ def _(
     gate: Tensor,
     up: Tensor,
     activation: str,
-    beta: float,
+    params: list[float],
     needs: list[bool],
 ) -> Any:
     check.tensor("x", x, ("T", "D"))
-    _check_gated_linear(x, w_gate, w_up, b_gate, b_up, activation)
+    _check_gated_linear(x, w_gate, w_up, b_gate, b_up)
+    check_gate(activation, params, True)
     G, T, D, F_ = len(w_gate), x.shape[0], x.shape[1], w_gate[0].shape[0]
     check.tensor("d_y", d_y, (T, F_), like=x)
     check.tensor("gate", gate, (G, T, F_), like=x)
@@ -156,7 +162,7 @@ def _any(needs: Any) -> bool:
 
 
 def _gated_linear_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    x, w_gate, w_up, b_gate, b_up, ctx.activation, ctx.beta, save = inputs
+    x, w_gate, w_up, b_gate, b_up, *ctx.form, save = inputs
     _y, gate, up = output
     ctx.mark_non_differentiable(gate, up)
     ctx.set_materialize_grads(False)
@@ -171,21 +177,22 @@ def _lists(tensors: Sequence[Any], lengths: Sequence[int]) -> list[list[Any]]:
 
 
 def _gated_linear_backward_formula(ctx: Any, d_y: Tensor | None, _gate: Any, _up: Any) -> Any:
-    none = [[None] * length for length in ctx.lengths]  # torch wants a list for a list, asked for or not
+    # torch expects a list for a list, whether or not gradients are needed
+    none = [[None] * length for length in ctx.lengths]
     if d_y is None:
         return None, *none, None, None, None
     x, gate, up, *others = ctx.saved_tensors
     needs = [_any(each) for each in ctx.needs_input_grad[:5]]
     lists = _lists(others, ctx.lengths)
-    if not ctx.save:  # as where a graph cannot know that another level of torch.func asks
-        _, gate, up = _gated_linear(x, *lists, ctx.activation, ctx.beta, True)
-    grads = _gated_linear_backward(d_y, x, *lists, gate, up, ctx.activation, ctx.beta, needs)
+    if not ctx.save:  # a graph cannot know whether another level of torch.func needs them
+        _, gate, up = _gated_linear(x, *lists, *ctx.form, True)
+    grads = _gated_linear_backward(d_y, x, *lists, gate, up, *ctx.form, needs)
     lists = [list(g.unbind(0)) if need else n for g, need, n in zip(grads[1:], needs[1:], none, strict=True)]
     return (grads[0] if needs[0] else None, *lists, None, None, None)
 
 
 def _gated_linear_backward_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    d_y, x, w_gate, w_up, b_gate, b_up, gate, up, ctx.activation, ctx.beta, ctx.needs = inputs
+    d_y, x, w_gate, w_up, b_gate, b_up, gate, up, *ctx.form, ctx.needs = inputs
     not_asked_for(ctx, output)
     ctx.lengths = [len(each) for each in (w_gate, w_up, b_gate, b_up)]
     ctx.set_materialize_grads(False)
@@ -193,31 +200,20 @@ def _gated_linear_backward_setup(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _gated_linear_double_backward(ctx: Any, *grads: Tensor | None) -> Any:
-    """Differentiates the backward, with gate and up as functions of x, weights and biases."""
-    d_y, x, gate, up, *weights = ctx.saved_tensors
-    G, _G, gate_biases, up_biases = ctx.lengths
-    w_gate, w_up, *_ = _lists(weights, ctx.lengths)
-    dd_x, dd_w_gate, dd_w_up, dd_b_gate, dd_b_up = (given(g) for g in grads)
-    by_d_y, by_x = torch.zeros_like(d_y), torch.zeros_like(x)
-    by_w_gate, by_w_up, by_b_gate, by_b_up = [], [], [], []
-    for i in range(G):
-        part = [None if t is None else t[i] for t in (dd_w_gate, dd_w_up, dd_b_gate, dd_b_up)]
-        dd_g = linear_cotangent(x, w_gate[i], dd_x, part[0], part[2])
-        dd_u = linear_cotangent(x, w_up[i], dd_x, part[1], part[3])
-        form = (ctx.activation, ctx.beta, None, 0.0)
-        d_g, d_u = gated_act_backward(d_y, gate[i], up[i], *form, [True, True])
-        by_d, by_g, by_u = gated_act_double_backward(dd_g, dd_u, d_y, gate[i], up[i], *form)
-        by_d_y = by_d_y + by_d
-        by_x = by_x + by_g @ w_gate[i] + by_u @ w_up[i]
-        if part[0] is not None:
-            by_x = by_x + d_g @ part[0]
-        if part[1] is not None:
-            by_x = by_x + d_u @ part[1]
-        by_w_gate.append(by_g.t() @ x if dd_x is None else by_g.t() @ x + d_g.t() @ dd_x)
-        by_w_up.append(by_u.t() @ x if dd_x is None else by_u.t() @ x + d_u.t() @ dd_x)
-        by_b_gate.append(by_g.sum(0))
-        by_b_up.append(by_u.sum(0))
-    return by_d_y, by_x, by_w_gate, by_w_up, by_b_gate[:gate_biases], by_b_up[:up_biases], *(None,) * 5
+    d_y, x, _gate, _up, *others = ctx.saved_tensors
+    x_t, *stacked = (given(grad) for grad in grads)
+    lists_t: list[list[Any]] = [
+        [None] * n if t is None else list(t.unbind(0)) for t, n in zip(stacked, ctx.lengths, strict=True)
+    ]
+
+    def along(inputs: Sequence[Any]) -> Tensor:
+        return _along(inputs[0], _lists(inputs[1:], ctx.lengths), x_t, lists_t, ctx.form)
+
+    needs = [ctx.needs_input_grad[1]]
+    for each, length in zip(ctx.needs_input_grad[2:6], ctx.lengths, strict=True):
+        needs.extend(each if isinstance(each, list) else [each] * length)
+    by_d_y, (by_x, *by_others) = double_backward(ctx, along, d_y, [x, *others], [x_t, *stacked], needs)
+    return by_d_y, by_x, *_lists(by_others, ctx.lengths)
 
 
 def _gated_linear_backward_tangent(ctx: Any, d_t: Tensor | None, *tangents: Any) -> Any:
@@ -225,7 +221,7 @@ def _gated_linear_backward_tangent(ctx: Any, d_t: Tensor | None, *tangents: Any)
     lists = _lists(weights, ctx.lengths)
 
     def again(d: Tensor) -> Any:
-        return _gated_linear_backward(d, x, *lists, gate, up, ctx.activation, ctx.beta, ctx.needs)
+        return _gated_linear_backward(d, x, *lists, gate, up, *ctx.form, ctx.needs)
 
     def second(ctx: Any, *stacked: Any) -> Any:
         by = _gated_linear_double_backward(ctx, *stacked)[:6]
@@ -243,16 +239,21 @@ def _stacked(tangents: Sequence[Tensor | None], like: Sequence[Tensor]) -> Tenso
 
 def _gated_linear_tangent(ctx: Any, x_t: Tensor | None, *lists_t: Any) -> Any:
     x, _gate, _up, *others = ctx.saved_tensors
-    w_gate, w_up, b_gate, b_up = _lists(others, ctx.lengths)
-    w_gate_t, w_up_t, b_gate_t, b_up_t = lists_t[:4]
+    return _along(x, _lists(others, ctx.lengths), x_t, lists_t[:4], ctx.form), None, None
+
+
+def _along(x: Tensor, lists: Sequence[Any], x_t: Tensor | None, lists_t: Sequence[Any], form: Sequence[Any]) -> Any:
+    """The tangent of the output. It computes the pre-activations again: the saved ones are constants to autograd."""
+    w_gate, w_up, b_gate, b_up = lists
+    w_gate_t, w_up_t, b_gate_t, b_up_t = lists_t
     y_t = None
     for i in range(len(w_gate)):
-        gate = F.linear(x, w_gate[i], b_gate[i] if b_gate else None)  # the saved one is a constant to other levels
+        gate = F.linear(x, w_gate[i], b_gate[i] if b_gate else None)
         up = F.linear(x, w_up[i], b_up[i] if b_up else None)
         gate_t = linear_cotangent(x, w_gate[i], x_t, w_gate_t[i], b_gate_t[i] if b_gate else None)
         up_t = linear_cotangent(x, w_up[i], x_t, w_up_t[i], b_up_t[i] if b_up else None)
-        y_t = plus(y_t, act_tangent(gate, up, (ctx.activation, ctx.beta, None, 0.0), gate_t, up_t))
-    return y_t, None, None
+        y_t = plus(y_t, act_tangent(gate, up, form, gate_t, up_t))
+    return y_t
 
 
 _gated_linear_backward = differentiable(

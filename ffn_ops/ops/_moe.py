@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from .. import _checks as check
+from .._gate import Gate, as_gate, check_gate
 from .._library import differentiable, fake, vmap_by_loop
-from ._moe_derivatives import moe_double_backward, moe_tangent
+from ._moe_derivatives import PLACES, moe_double_backward, moe_tangent
 from ._rows import check_routing
-from ._shared import NAMES, arithmetic, autocast, backward_tangents, dense, fold, needs_grad, not_asked_for
+from ._shared import arithmetic, autocast, backward_tangents, dense, fold, needs_grad, not_asked_for
 
 if TYPE_CHECKING:
     from ..routing import Routing
@@ -23,13 +24,9 @@ def moe(
     w_down: Tensor,
     *,
     gated: bool = False,
-    interleaved: bool = False,
     b_in: Tensor | None = None,
     b_down: Tensor | None = None,
-    activation: str = "gelu",
-    beta: float = 1.0,
-    limit: float | None = None,
-    up_shift: float = 0.0,
+    activation: str | Gate = "gelu",
     recompute: bool = False,
 ) -> Tensor:
     """``y[t] = sum over the rows r of token t of weight[r] * expert(x[t])``: a mixture of experts in one operator.
@@ -39,37 +36,44 @@ def moe(
 
     Args:
         x: ``[..., D]`` with T tokens; float64, float32, float16 or bfloat16.
-        routing: who computes what, see :mod:`ffn_ops.routing`. Its weights get a gradient; they are float32 (float64
-            for float64), also under autocast; 16-bit ones, as casts of arguments leave them, are widened.
-        w_in: ``[E, F, D]``; gated ``[E, 2F, D]``, gate rows first.
-        w_down: ``[E, D_out, F]``. Weights may have any strides; the gradient of one that is the transpose of a dense
-            tensor is stored in its order.
+        routing: which expert computes which token, see :mod:`ffn_ops.routing`. Its weights get a gradient. They are
+            float32 (float64 for float64), even under autocast; 16-bit weights, as casts of arguments leave them, are
+            widened.
+        w_in: ``[E, F, D]``; gated ``[E, 2F, D]``, gate rows first, or alternating with those of up where the gate is
+            ``interleaved``, as are those of ``b_in`` then.
+        w_down: ``[E, D_out, F]``. Weights may have any strides. The gradient of a transposed dense tensor is stored in
+            that tensor's order.
         gated: whether ``w_in`` holds gate and up weights.
-        interleaved: gated: whether rows of ``w_in``, and of ``b_in``, are those of gate and up in turns.
         b_in, b_down: ``[E, F]`` (gated ``[E, 2F]``) and ``[E, D_out]``, or None.
-        activation, beta, limit, up_shift: see :func:`ffn_ops.gated_act`.
-        recompute: save x and the routing alone for backward. Same bits, less memory.
+        activation: a name or a :class:`ffn_ops.Gate`.
+        recompute: save only x and the routing for backward. Same bits, less memory.
 
     Returns:
-        ``[..., D_out]``, zeros for a token all of whose rows are dropped. For backward x, the pre-activations
-        (``[R, F]``, two where gated) and the routing are saved.
+        ``[..., D_out]``, zeros for a token whose rows are all dropped. Saved for backward: x, the pre-activations
+        (``[R, F]``, two if gated) and the routing.
 
     Raises:
-        TypeError, ValueError: name of the argument, what was expected and what came.
+        TypeError, ValueError: with the argument, what was expected and what came.
 
     Source:
         Shazeer et al., Outrageously Large Neural Networks (2017), equation 1; the gradient of the weight as <dA', A>:
         SonicMoE (2025).
+
+    Example:
+        >>> x, w_in, w_down = torch.randn(5, 8), torch.randn(4, 16, 8), torch.randn(4, 8, 16)  # E 4, F 16
+        >>> routing = ffn_ops.routing.top_k(torch.randn(5, 4), k=2)
+        >>> ffn_ops.moe(x, routing, w_in, w_down).shape
+        torch.Size([5, 8])
     """
     check.tensor("x", x)
     x, w_in, w_down, b_in, b_down = autocast(x, w_in, w_down, b_in, b_down)  # type: ignore[assignment]
     check_routing(x, routing)
-    form = gate_form(activation, beta, limit, up_shift, gated, interleaved, recompute)
+    form = expert_form(activation, gated, recompute)
     check_weights(x, routing.offsets, w_in, w_down, b_in, b_down, gated)
     token, weight, offsets, row, slot_offsets = routing[:5]
     weight = weight.to(arithmetic(x))
     grad = needs_grad(x, weight, w_in, w_down, b_in, b_down)
-    experts = (w_in, w_down, b_in, b_down, gated, interleaved, *form, grad and not recompute)
+    experts = (w_in, w_down, b_in, b_down, *form, grad and not recompute)
     y = moe_op(fold(x), token, weight, offsets, row, slot_offsets, *experts, grad=grad)[0]
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], w_down.shape[1])  # type: ignore[no-any-return]
 
@@ -81,59 +85,56 @@ def moe_experts(
     w_down: Tensor,
     *,
     gated: bool = False,
-    interleaved: bool = False,
     b_in: Tensor | None = None,
     b_down: Tensor | None = None,
-    activation: str = "gelu",
-    beta: float = 1.0,
-    limit: float | None = None,
-    up_shift: float = 0.0,
+    activation: str | Gate = "gelu",
     recompute: bool = False,
 ) -> Tensor:
-    """The experts of :func:`moe` on rows that are sorted already: expert e computes rows ``offsets[e]`` to
-    ``offsets[e + 1]``.
+    """The experts of :func:`moe` on sorted rows: expert e computes rows ``offsets[e]`` to ``offsets[e + 1]``.
 
     Args:
-        rows: ``[R, D]``, as :func:`moe_dispatch` gives them or a collective brings them.
-        offsets: ``[E + 1]`` int64, from 0, never falling. Rows from ``offsets[E]`` on are not read.
-        w_in, w_down, gated, interleaved, b_in, b_down, activation, beta, limit, up_shift, recompute: see :func:`moe`.
+        rows: ``[R, D]``, from :func:`moe_dispatch` or from a collective.
+        offsets: ``[E + 1]`` int64, starting at 0, non-decreasing. Rows from ``offsets[E]`` on are not read.
+        w_in, w_down, gated, b_in, b_down, activation, recompute: see :func:`moe`.
 
     Returns:
         ``[R, D_out]``, zeros from ``offsets[E]`` on.
 
     Raises:
-        TypeError, ValueError: name of the argument, what was expected and what came.
+        TypeError, ValueError: with the argument, what was expected and what came.
 
     Source:
         See :func:`moe`.
+
+    Example:
+        >>> x, w_in, w_down = torch.randn(5, 8), torch.randn(4, 16, 8), torch.randn(4, 8, 16)
+        >>> routing = ffn_ops.routing.top_k(torch.randn(5, 4), k=2)
+        >>> rows = ffn_ops.moe_experts(ffn_ops.moe_dispatch(x, routing), routing.offsets, w_in, w_down)
+        >>> torch.testing.assert_close(ffn_ops.moe_combine(rows, routing), ffn_ops.moe(x, routing, w_in, w_down))
     """
     check.tensor("rows", rows, ("R", "D"))
     rows, w_in, w_down, b_in, b_down = autocast(rows, w_in, w_down, b_in, b_down)  # type: ignore[assignment]
     check.indices("offsets", offsets)
     check.device("offsets", offsets, rows, "rows")
-    form = gate_form(activation, beta, limit, up_shift, gated, interleaved, recompute)
+    form = expert_form(activation, gated, recompute)
     check_weights(rows, offsets, w_in, w_down, b_in, b_down, gated)
     grad = needs_grad(rows, w_in, w_down, b_in, b_down)
-    experts = (w_in, w_down, b_in, b_down, gated, interleaved, *form, grad and not recompute)
+    experts = (w_in, w_down, b_in, b_down, *form, grad and not recompute)
     return moe_op(rows, None, None, offsets, None, None, *experts, grad=grad)[0]  # type: ignore[no-any-return]
 
 
-_Form = tuple[str, float, float | None, float]
-
-
-def gate_form(
-    activation: str, beta: float, limit: float | None, up_shift: float, gated: bool, interleaved: bool, recompute: bool
-) -> _Form:
-    """Checks the options and returns those that say what a gate computes."""
+def expert_form(activation: str | Gate, gated: bool, recompute: bool) -> tuple[bool, bool, str, tuple[float, ...]]:
+    """Checks the options and returns those that say what an expert computes, as the operator takes them."""
     check.flag("gated", gated)
-    check.flag("interleaved", interleaved)
     check.flag("recompute", recompute)
-    check.activation(activation, NAMES)
-    check.number("beta", beta)
-    check.gate_limit(limit, up_shift, gated)
+    gate = as_gate(activation, gated=gated, one_weight=gated)
+    return gated, gate.interleaved, gate.activation, gate.params
+
+
+def _check_form(gated: bool, interleaved: bool, activation: str, params: list[float]) -> None:
+    check_gate(activation, params, gated)
     if interleaved and not gated:
-        raise ValueError("interleaved: expected False where gated is False, got True")
-    return activation, float(beta), None if limit is None else float(limit), float(up_shift)
+        raise ValueError("interleaved: expected False where nothing is gated, got True")
 
 
 def check_weights(
@@ -179,13 +180,11 @@ def _(
     gated: bool,
     interleaved: bool,
     activation: str,
-    beta: float,
-    limit: float | None,
-    up_shift: float,
+    params: list[float],
     save: bool,
 ) -> Any:
     check.tensor("x", x, ("T", "D"))
-    gate_form(activation, beta, limit, up_shift, gated, interleaved, False)
+    _check_form(gated, interleaved, activation, params)
     features, out = check_weights(x, offsets, w_in, w_down, b_in, b_down, gated)
     rows = _num_rows(x, token)
     gate = dense(x, rows, features) if save else dense(x, 0)
@@ -211,13 +210,11 @@ def _(
     gated: bool,
     interleaved: bool,
     activation: str,
-    beta: float,
-    limit: float | None,
-    up_shift: float,
+    params: list[float],
     needs: list[bool],
 ) -> Any:
     check.tensor("x", x, ("T", "D"))
-    gate_form(activation, beta, limit, up_shift, gated, interleaved, False)
+    _check_form(gated, interleaved, activation, params)
     _features, out = check_weights(x, offsets, w_in, w_down, b_in, b_down, gated)
     check.tensor("d_y", d_y, (x.shape[0], out), like=x)
     experts = w_in.shape[0]
@@ -232,40 +229,36 @@ def _(
 
 
 def _as_stored(w: Tensor) -> Tensor:
-    """A dense tensor in the order of the weight, where that is the transpose's."""
+    """Allocates a dense tensor, in the order of the weight if that is transposed."""
     if w.stride(1) == 1 and w.stride(2) != 1:
         return dense(w, w.shape[0], w.shape[2], w.shape[1]).transpose(1, 2)
     return dense(w, *w.shape)
 
 
 def _moe_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    *tensors, ctx.gated, ctx.interleaved, activation, beta, limit, up_shift, _save = inputs
-    ctx.form = (activation, beta, limit, up_shift)
+    *tensors, ctx.gated, ctx.interleaved, activation, params, _save = inputs
+    ctx.form = (activation, params)
     _y, gate, up = output
     ctx.mark_non_differentiable(gate, up)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, gate, up)
 
 
-# Places of x, weight, w_in, w_down, b_in and b_down among the arguments of moe.
-_PLACES = (0, 2, 6, 7, 8, 9)
-
-
 def _moe_backward_formula(ctx: Any, d_y: Tensor | None, _gate: Any, _up: Any) -> Any:
-    result: list[Any] = [None] * 17
+    result: list[Any] = [None] * 15
     if d_y is None:
         return tuple(result)
-    needs = [ctx.needs_input_grad[place] for place in _PLACES]
+    needs = [ctx.needs_input_grad[place] for place in PLACES]
     grads = moe_backward_op(d_y, *ctx.saved_tensors, ctx.gated, ctx.interleaved, *ctx.form, needs)
-    for place, grad, need in zip(_PLACES, grads, needs, strict=True):
+    for place, grad, need in zip(PLACES, grads, needs, strict=True):
         result[place] = grad if need else None
     return tuple(result)
 
 
 def _moe_backward_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    *tensors, ctx.gated, ctx.interleaved, activation, beta, limit, up_shift, ctx.needs = inputs
+    *tensors, ctx.gated, ctx.interleaved, activation, params, ctx.needs = inputs
     not_asked_for(ctx, output)
-    ctx.form = (activation, beta, limit, up_shift)
+    ctx.form = (activation, params)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors)
 
@@ -274,7 +267,7 @@ def _moe_backward_tangent(ctx: Any, *tangents: Any) -> Any:
     def again(d: Tensor) -> Any:
         return moe_backward_op(d, *ctx.saved_tensors[1:], ctx.gated, ctx.interleaved, *ctx.form, ctx.needs)
 
-    return backward_tangents(ctx, tangents, again, moe_double_backward, [1 + place for place in _PLACES])
+    return backward_tangents(ctx, tangents, again, moe_double_backward, [1 + place for place in PLACES])
 
 
 moe_backward_op = differentiable("moe_backward", _moe_backward_setup, moe_double_backward, _moe_backward_tangent)

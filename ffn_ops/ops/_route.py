@@ -1,6 +1,6 @@
 """Operators of routing: the choice of experts, the sort of routed rows, BASE's assignment and rounding to tiles.
 
-Public functions stand in ffn_ops/routing; here are fakes and autograd.
+The public functions are in ffn_ops/routing; this file has fakes and autograd.
 """
 
 from __future__ import annotations

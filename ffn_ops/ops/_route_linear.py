@@ -15,11 +15,11 @@ from ._shared import arithmetic, backward_tangents, fold, given, linear_cotangen
 def route_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x weight^T + bias``, the logits of a router, in float32 from tensors of any dtype (float64 for float64).
 
-    A token's logits have the same bits alone and in every batch, so that its experts do not depend on its neighbours.
+    A token's logits have the same bits alone and in every batch, so its experts do not depend on other tokens.
     Autocast changes nothing.
 
     Args:
-        x: ``[..., D]``; float64, float32, float16 or bfloat16. It is read as it is: no float32 copy is made on a CPU.
+        x: ``[..., D]``; float64, float32, float16 or bfloat16. On a CPU no float32 copy is made.
         weight: ``[E, D]``, of x's dtype or float32 (float64 where x is float64).
         bias: ``[E]``, of weight's dtype, or None.
 
@@ -27,7 +27,7 @@ def route_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
         ``[..., E]``, not rounded to x's dtype. Gradients come in the dtypes of x, weight and bias.
 
     Raises:
-        TypeError, ValueError: name of the argument, what was expected and what came.
+        TypeError, ValueError: with the argument, what was expected and what came.
 
     Source:
         Shazeer et al., Outrageously Large Neural Networks (2017), section 2.1; in float32: Fedus, Zoph, Shazeer,

@@ -1,5 +1,5 @@
-"""Rows between tokens and experts: dispatch, combine, row products, and products per expert. Each is built from the
-others' gradients, so all can be differentiated to any order.
+"""Moves of rows between tokens and experts: dispatch, combine, row products, and products per expert. The gradient of
+each is made of the others, so all can be differentiated to any order.
 
 The five index tensors of a routing come in the order token, weight, offsets, row, slot_offsets everywhere.
 """
@@ -27,13 +27,20 @@ def moe_dispatch(x: Tensor, routing: Routing) -> Tensor:
         routing: of these T tokens.
 
     Returns:
-        ``[R, D]``, for whoever puts a collective between the parts of :func:`moe`; ``moe`` itself does not write it.
+        ``[R, D]``, for code that puts a collective between the parts of :func:`moe`. ``moe`` itself does not write
+        these rows.
 
     Raises:
-        TypeError, ValueError: name of the argument, what was expected and what came.
+        TypeError, ValueError: with the argument, what was expected and what came.
 
     Source:
         GShard, Lepikhin et al. (2020), algorithm 1, without its one-hot products.
+
+    Example:
+        >>> x = torch.randn(5, 8)
+        >>> routing = ffn_ops.routing.top_k(torch.randn(5, 4), k=2)
+        >>> torch.equal(ffn_ops.moe_dispatch(x, routing), x[routing.token])
+        True
     """
     check.tensor("x", x)
     (x,) = autocast(x)  # type: ignore[assignment]
@@ -52,10 +59,15 @@ def moe_combine(rows: Tensor, routing: Routing) -> Tensor:
         ``[T, D]``, summed in the order of each token's slots, in float32 (float64 for float64), rounded once.
 
     Raises:
-        TypeError, ValueError: name of the argument, what was expected and what came.
+        TypeError, ValueError: with the argument, what was expected and what came.
 
     Source:
         Shazeer et al., Outrageously Large Neural Networks (2017), equation 1.
+
+    Example:
+        >>> x = torch.randn(5, 8)
+        >>> routing = ffn_ops.routing.top_k(torch.randn(5, 4), k=2, renormalize=True)  # weights of a token sum to 1
+        >>> torch.testing.assert_close(ffn_ops.moe_combine(ffn_ops.moe_dispatch(x, routing), routing), x)
     """
     check.tensor("rows", rows)
     (rows,) = autocast(rows)  # type: ignore[assignment]
@@ -111,7 +123,7 @@ def _move_setup(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _routed_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    """Values are kept for the gradient of weights alone: without them nothing but the routing is."""
+    """Saves values only if the weights need a gradient, else nothing but the routing."""
     values, token, weight, *rest = inputs
     ctx.save_for_backward(None if weight is None else values, token, weight, *rest)
 

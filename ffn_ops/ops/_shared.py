@@ -1,4 +1,4 @@
-"""What the operators' files share: names, folding of leading dimensions, autocast, pieces of derivatives."""
+"""What the operators' files share: folding of leading dimensions, autocast, pieces of derivatives."""
 
 from __future__ import annotations
 
@@ -7,15 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.eager_transforms import enable_inplace_requires_grad
 
-from ..reference import ACTIVATIONS
-
-NAMES = tuple(ACTIVATIONS)
-
-
-def activations() -> tuple[str, ...]:
-    """The names that every ``activation=`` takes."""
-    return NAMES
+from .._library import GRADS_BATCHED, ContextWith
 
 
 def fold(x: Tensor) -> Tensor:
@@ -25,7 +19,7 @@ def fold(x: Tensor) -> Tensor:
 
 
 def autocast(x: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Casts what a native matrix product under autocast casts; the rest, right or wrong, is left to the checks."""
+    """Casts what torch's own matrix product casts under autocast. The checks look at everything else."""
     if not torch._C._is_any_autocast_enabled():
         return (x, *tensors)
     device = x.device.type
@@ -38,18 +32,21 @@ def autocast(x: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 _CAST_FROM = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def split(x: Tensor | None, width: int) -> tuple[Any, Any]:
-    return (None, None) if x is None else (x[:width], x[width:])
+def halves(rows: Tensor | None, interleaved: bool) -> tuple[Any, Any]:
+    """Those of gate and of up."""
+    if rows is None:
+        return None, None
+    return (rows[::2], rows[1::2]) if interleaved else (rows[: len(rows) // 2], rows[len(rows) // 2 :])
 
 
 def arithmetic(t: Tensor) -> torch.dtype:
-    """What a tensor is computed in, and what its routing weights are."""
+    """The dtype of a tensor's arithmetic and of its routing weights."""
     return torch.float64 if t.dtype is torch.float64 else torch.float32
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
-    """Also where another level of torch.func may ask, and where torch.jit.trace checks its graph without gradients,
-    which must come out the same."""
+    """True also if another level of torch.func may need it, and while torch.jit.trace checks its graph without
+    gradients, which must give the same graph."""
     if torch.is_grad_enabled() or torch._C._get_tracing_state() is not None:
         for t in tensors:
             if t is not None and t.requires_grad:
@@ -63,7 +60,8 @@ def dense(like: Tensor, *shape: Any) -> Tensor:
 
 
 def prefers_torch(x: Tensor) -> bool:
-    """16-bit layers on a CPU with AMX: torch's own products are far ahead there, and our gate goes between them."""
+    """True for 16-bit layers on a CPU with AMX: torch's own products are much faster there; our gate runs between
+    them."""
     return x.element_size() == 2 and x.device.type == "cpu" and _HAS_AMX
 
 
@@ -71,7 +69,7 @@ _HAS_AMX: bool = torch.ops.ffn_ops._has_amx()
 
 
 def given(grad: Tensor | None) -> Tensor | None:
-    """A cotangent of a gradient that was not asked for is empty: the same as none."""
+    """The cotangent of a gradient that was not asked for is empty, which means None."""
     return None if grad is None or grad.numel() == 0 else grad
 
 
@@ -86,6 +84,50 @@ def linear_cotangent(
     if dd_w is not None:
         total = total + x @ dd_w.t()
     return total if dd_b is None else total + dd_b
+
+
+def double_backward(
+    ctx: Any,
+    along: Callable[[Sequence[Any]], Tensor],
+    d: Tensor,
+    inputs: Sequence[Tensor | None],
+    directions: Sequence[Tensor | None],
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """Differentiates the gradients of <d, f(inputs)>, f an operator: gives the derivatives by d and by each input.
+
+    The cotangents of those gradients, ``directions``, are a direction in the space of the inputs, and ``along(inputs)``
+    is the tangent of f in it. The derivative by d is that tangent. Those by the inputs are the gradient of
+    <d, tangent>, as Hessians are symmetric: autograd finds it, through the functions of which ``along`` consists.
+    """
+    places = [i for i, (t, need) in enumerate(zip(inputs, needs, strict=True)) if need and t is not None]
+    if all(t is None for t in directions):
+        return None, [None] * len(inputs)
+    if not places:
+        return along(inputs), [None] * len(inputs)
+
+    def of_needed(*needed: Tensor) -> Tensor:
+        values = dict(zip(places, needed, strict=True))
+        return along([values.get(i, t) for i, t in enumerate(inputs)])
+
+    needed: list[Any] = [inputs[place] for place in places]
+    grads: Sequence[Any] = [None] * len(needed)
+    batched = torch._C._dispatch_tls_is_dispatch_key_included(GRADS_BATCHED)
+    if not getattr(ctx, "in_forward_mode", False) and (batched or torch._C._are_functorch_transforms_active()):
+        # In reach of vmap, which torch.autograd.grad refuses; and saved tensors may be those of a level that has ended.
+        tangent, pull = torch.func.vjp(of_needed, *needed)  # type: ignore[misc]
+        grads = pull(d, retain_graph=False)
+    else:  # torch.func.vjp fails within forward mode and under hooks on saved tensors, and takes small layers longer
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad(), enable_inplace_requires_grad(True):
+            needed = [t.view_as(t) for t in needed]  # one input may be a function of another
+            needed = [t if t.requires_grad else t.requires_grad_() for t in needed]
+            tangent = of_needed(*needed)
+            if tangent.requires_grad:
+                grads = torch.autograd.grad(tangent, needed, d, create_graph=create_graph, allow_unused=True)
+        tangent = tangent if create_graph else tangent.detach()
+    found = dict(zip(places, grads, strict=True))
+    return tangent, [found.get(i) for i in range(len(inputs))]
 
 
 def plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
@@ -109,12 +151,12 @@ def backward_tangents(
     of_d: Sequence[Tensor | None] = [None] * len(places) if tangents[0] is None else again(tangents[0])
     by: Sequence[Any] = ()
     if any(t is not None for t in given):
-        by = second(ctx, *given)
+        by = second(ContextWith(ctx, needs_input_grad=[True] * len(tangents), in_forward_mode=True), *given)
     result: list[Tensor | None] = []
     zeros: Sequence[Tensor] = ()
     for i, (place, need) in enumerate(zip(places, ctx.needs, strict=True)):
         t = plus(of_d[i], by[place] if by and place is not None else None) if need else None
-        if need and t is None:  # torch wants zeros there
+        if need and t is None:  # torch expects zeros there
             zeros = zeros or again(torch.zeros_like(ctx.saved_tensors[0]))
             t = zeros[i]
         result.append(t)
@@ -122,7 +164,7 @@ def backward_tangents(
 
 
 def not_asked_for(ctx: Any, output: Sequence[Tensor]) -> None:
-    """The empty gradients of a backward operator have no derivative."""
+    """Empty gradients of a backward operator have no derivative."""
     ctx.mark_non_differentiable(*(t for t, need in zip(output, ctx.needs, strict=True) if not need))
 
 
@@ -131,5 +173,5 @@ def third_setup(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def third_order(ctx: Any, *grads: Any) -> Any:
-    """Without this torch would only warn and drop the third derivative."""
-    raise NotImplementedError("ffn_ops: third derivatives are not implemented, gradients and their gradients are")
+    """Without it torch would only warn, and drop the third derivative."""
+    raise NotImplementedError("ffn_ops: third derivatives are not implemented; first and second derivatives are")

@@ -1,8 +1,9 @@
-"""Routers: functions from logits ``[T, E]`` to a :class:`Routing`. One file each; any callable that gives a Routing
-will do in their place.
+"""Routers: functions from logits ``[T, E]`` to a :class:`ffn_ops.Routing`. Any callable that returns one can take
+their place.
 
-z are the logits in float32 (float64 for float64), p = softmax(z). Ties go to the lowest index; NaN logits rank last and
-show in the weight. ``mask`` (bool, one for each token, False for padding) leaves tokens out of everything.
+In the formulas z is the logits in float32 (float64 for float64), and p = softmax(z). Ties go to the lowest index. NaN
+logits rank last, and the weight shows them. ``mask`` (bool, one for each token, False for padding) leaves tokens out of
+everything.
 """
 
 import torch.fx

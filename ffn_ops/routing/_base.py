@@ -11,11 +11,11 @@ from ._routing import Routing, fold_logits, wide
 
 
 def base(logits: Tensor, *, training: bool = True, mask: Tensor | None = None) -> Routing:
-    """One expert for each token, weighted with sigmoid(z): in training the assignment with the largest sum of z in
-    which every expert gets floor(T/E) or ceil(T/E) tokens; else the expert with the highest z.
+    """One expert for each token, weighted with sigmoid(z). In training: the assignment with the largest sum of z in
+    which every expert gets floor(T/E) or ceil(T/E) tokens. Else: the expert with the highest z.
 
-    The assignment is exact and deterministic, for every T and E. It is solved on the CPU: logits on a GPU are copied
-    there and waited for, the one place where this package waits, so a CUDA graph refuses it.
+    The assignment is exact and deterministic, for every T and E. The CPU solves it. Logits on a GPU are copied there,
+    which is the only place where this package waits for the device; a CUDA graph refuses it.
 
     Args:
         logits: ``[..., E]`` for T tokens.
@@ -23,6 +23,11 @@ def base(logits: Tensor, *, training: bool = True, mask: Tensor | None = None) -
         mask: see :func:`top_k`; only real tokens are balanced.
 
     Source: Lewis et al., BASE Layers (2021), equations 1 and 2.
+
+    Example:
+        >>> routing = ffn_ops.routing.base(torch.randn(10, 4))
+        >>> sorted(routing.counts.tolist())  # 10 / 4
+        [2, 2, 3, 3]
     """
     check.flag("training", training)
     z, mask = fold_logits(logits, mask)

@@ -1,4 +1,4 @@
-"""Balance without a loss: a bias on the choice, moved against the load after every step."""
+"""Balance without a loss: a bias that is added for the choice and moved against the load after every step."""
 
 from __future__ import annotations
 
@@ -19,29 +19,34 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def update_bias(bias: Tensor, routing: Routing, rate: float = 1e-3, *, group: Group | None = None) -> None:
-    """In place ``bias += rate * sign(mean load - load)``, with the load before dropping. ``bias`` [E], float32 or
-    float64 (such steps vanish in 16 bits), has no gradient.
+    """Updates in place: ``bias += rate * sign(mean load - load)``, with the load before dropping.
 
     Args:
-        bias: ``[E]``.
-        routing: of this step; of several, one call for each, or one with their counts added up.
-        rate: how far a step goes.
+        bias: ``[E]``, float32 or float64 (such small steps vanish in 16 bits), without a gradient.
+        routing: of this step. For several routings in a step: one call for each, or one with the sum of their counts.
+        rate: the size of a step.
         group: a ``ProcessGroup`` or a ``DeviceMesh`` (all of its dimensions) whose ranks train one model, each with
-            tokens of its own: their loads are added up, so that every rank makes the same step. **Without it each rank
-            follows its own load, and the ranks' biases drift apart.** The call is then a collective, which every rank
-            joins, also without tokens.
+            its own tokens. Their loads are added up, so that every rank makes the same step. **Without it each rank
+            follows its own load, and the ranks' biases drift apart.** With it the call is a collective, which every
+            rank must join, even without tokens.
 
     Raises:
-        TypeError, ValueError: name of the argument, what was expected and what came.
+        TypeError, ValueError: with the argument, what was expected and what came.
 
     Source: DeepSeek-V3 (2024), section 2.1.2; Wang et al., Auxiliary-Loss-Free Load Balancing (2024), algorithm 1.
+
+    Example:
+        >>> bias = torch.zeros(2)
+        >>> ffn_ops.routing.update_bias(bias, ffn_ops.routing.top_k(torch.tensor([[1.0, 0.0]]), k=1), rate=0.5)
+        >>> bias
+        tensor([-0.5000,  0.5000])
     """
     check.wide("bias", bias)
     check.routing(routing, bias, "bias")
     check.tensor("bias", bias, (routing.counts.shape[0],))
     check.number("rate", rate)
     load = sum_over(routing.counts, group)
-    below = load.sum() - load * load.shape[0]  # E times the mean less the load: exact, in integers
+    below = load.sum() - load * load.shape[0]  # the sign of E * (mean load - load), exact in integers
     bias += rate * torch.sign(below).to(bias.dtype)
 
 
@@ -133,8 +138,14 @@ class BiasedTopK(nn.Module):
         k: experts per token.
         options: further options of :func:`top_k`; the defaults are DeepSeek-V3's, sigmoid scores renormalised.
 
-    State: ``bias`` ``[E]``, without the ``shared`` experts of the options; float32 whatever the model's dtype or the
-    checkpoint's: casts leave its values alone.
+    State: ``bias`` ``[E]``, without the ``shared`` experts of the options; always float32: casts of the
+    module and of checkpoints do not change its values.
+
+    Example:
+        >>> router = ffn_ops.routing.BiasedTopK(num_experts=4, k=2)
+        >>> layer = ffn_ops.MoEFFN(8, 16, num_experts=4, router=router)
+        >>> y, routing, logits = layer(torch.randn(5, 8), return_routing=True)
+        >>> layer.choose.update(routing)
     """
 
     bias: Tensor
@@ -156,7 +167,14 @@ class BiasedTopK(nn.Module):
         return top_k(logits, self.k, bias=self.bias, **{**self.options, **options})
 
     def update(self, routing: Routing, rate: float = 1e-3, *, group: Group | None = None) -> None:
-        """See :func:`update_bias`. Under data or expert parallelism a collective of ``group``, which it needs there."""
+        """Moves the bias, see :func:`update_bias`. Data and expert parallelism need ``group``; it is then a collective.
+
+        Example:
+            >>> router = ffn_ops.routing.BiasedTopK(num_experts=2, k=1)
+            >>> router.update(router(torch.tensor([[1.0, 0.0]])))
+            >>> router.bias
+            tensor([-0.0010,  0.0010])
+        """
         check.routing(routing, self.bias, "bias")
         chosen = routing._replace(counts=routing.counts[: self.bias.shape[0]])  # without the shared experts
         update_bias(self.bias, chosen, rate, group=group)
@@ -172,7 +190,7 @@ class BiasedTopK(nn.Module):
         solve_bias(self.bias, z[:, : self.bias.shape[0]], self.k, **options, mask=mask, group=group)
 
     def reset_parameters(self) -> None:
-        """``bias = 0``."""
+        """Sets ``bias`` to 0."""
         nn.init.zeros_(self.bias)
 
     # The steps of update() would vanish in 16 bits, and a rounded bias sends tokens to other experts.
@@ -185,4 +203,4 @@ class BiasedTopK(nn.Module):
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)  # type: ignore[no-untyped-call]
-        self.bias = self.bias.float()  # load_state_dict(assign=True) takes what comes
+        self.bias = self.bias.float()  # load_state_dict(assign=True) keeps the dtype of the checkpoint

@@ -17,24 +17,29 @@ def expert_choice(
 ) -> Routing:
     """Each expert takes its top ``ceil(capacity_factor * T / E)`` tokens (at most T) of p, weighted with p.
 
-    The load is perfectly balanced; a token may get no expert or all. **The choice compares tokens with each other, so a
-    token's output depends on later ones**: in a causal model training sees the future and generation cannot repeat it.
-    The function warns unless ``causal=False`` says that the data are not causal.
+    The load is perfectly balanced. A token may get no expert, or all. **The choice compares tokens with each other, so
+    a token's output depends on later tokens**: a causal model sees the future in training, and cannot repeat that in
+    generation. The function warns unless ``causal=False``.
 
     Args:
         logits: ``[..., E]`` for T tokens.
-        capacity_factor: experts per token in the mean.
+        capacity_factor: mean number of experts per token.
         causal: False where tokens may see each other (encoders, vision).
-        mask: see :func:`top_k`; T counts padding too, padded tokens' places stay empty.
+        mask: see :func:`top_k`; T includes padding; the places of padded tokens stay empty.
 
     Source: Zhou et al., Mixture-of-Experts with Expert Choice Routing (2022), equation 2.
+
+    Example:
+        >>> routing = ffn_ops.routing.expert_choice(torch.randn(16, 4), capacity_factor=1.0, causal=False)
+        >>> routing.counts
+        tensor([4, 4, 4, 4])
     """
     check.flag("causal", causal)
     z, mask = fold_logits(logits, mask)
     if causal and not torch.compiler.is_compiling():
         warnings.warn(
             "expert_choice: a token's experts depend on later tokens, which leaks the future in causal models;"
-            " causal=False says that the data are not causal",
+            " pass causal=False if the data are not causal",
             UserWarning,
             stacklevel=2,
         )

@@ -27,12 +27,17 @@ def glam_top2(
         logits: ``[..., E]``, E >= 2.
         capacity_factor, min_capacity, drop, mask: see :func:`top_k`; the capacity is
             ``ceil(capacity_factor * 2 T / E)``.
-        renormalize: ``"before_drop"`` divides both weights by their sum, ``"after_drop"`` by the sum of those that are
-            kept, ``"none"`` leaves p.
+        renormalize: ``"before_drop"`` divides both weights by their sum, ``"after_drop"`` by the sum of the weights
+            that are kept, ``"none"`` leaves p.
         random_second: keep the second expert with probability ``min(1, w2 / 0.2)``, where w2 is its renormalised
             weight, drawn from ``generator``. Training only.
 
     Source: Lepikhin et al., GShard (2020), algorithm 1; Du et al., GLaM (2021), section 4.
+
+    Example:
+        >>> routing = ffn_ops.routing.glam_top2(torch.randn(16, 4), capacity_factor=2.0)
+        >>> routing.counts.sum()
+        tensor(32)
     """
     check.choice("renormalize", renormalize, ("none", "before_drop", "after_drop"))
     check.flag("random_second", random_second)

@@ -1,4 +1,4 @@
-"""Counts of all ranks that train one model together. ``torch.distributed`` is imported where it is needed."""
+"""Sums of counts over all ranks that train one model. It imports ``torch.distributed`` only when it needs it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def sum_over(counts: Tensor, group: Any, reduction: str = "sum") -> Tensor:
-    """A collective, unless ``group`` is None: the sum of ``counts`` over the ranks of a group, or of all of a mesh."""
+    """The sum of ``counts`` over the ranks of a group or of a whole mesh. A collective, unless ``group`` is None."""
     if group is None:
         return counts
     from torch.distributed import ProcessGroup

@@ -13,7 +13,12 @@ from ._routing import Routing, check_mask, fold_logits, has_values
 def hash_table(vocabulary: int, num_experts: int, *, seed: int = 0) -> Tensor:
     """A random table ``[vocabulary]`` in which every expert has floor or ceil of ``vocabulary / num_experts`` ids.
 
-    The same on every device; it stands on torch's default device."""
+    The values are the same on every device. The table is on torch's default device.
+
+    Example:
+        >>> ffn_ops.routing.hash_table(vocabulary=100, num_experts=4).bincount()
+        tensor([25, 25, 25, 25])
+    """
     check.at_least("vocabulary", vocabulary, 1)
     check.at_least("num_experts", num_experts, 1)
     order = torch.randperm(vocabulary, generator=torch.Generator().manual_seed(seed), device="cpu")
@@ -43,10 +48,15 @@ def hash(
         mask: see :func:`top_k`.
 
     Raises:
-        TypeError, ValueError: name of the argument, what was expected and what came. Of ids outside the table on a GPU
-            or in a compiled graph an assertion says so, as nothing waits for values there.
+        TypeError, ValueError: with the argument, what was expected and what came. On a GPU
+            and in compiled graphs a device-side assertion reports ids outside the table, because nothing waits there.
 
     Source: Roller et al., Hash Layers (2021), section 3; with scores: DeepSeek-V4 (2026), section 2.1.
+
+    Example:
+        >>> table = ffn_ops.routing.hash_table(vocabulary=100, num_experts=4)
+        >>> ffn_ops.routing.hash(torch.tensor([7, 7, 8]), table, num_experts=4).counts.sum()
+        tensor(3)
     """
     for name, value in (("token_ids", token_ids), ("table", table)):
         if not isinstance(value, Tensor):
@@ -75,8 +85,8 @@ def hash(
 def _check_inside(tokens: Tensor, vocabulary: int) -> None:
     """An id below 0 would count from the table's end."""
     inside = (tokens >= 0) & (tokens < vocabulary)
-    wrong = f"token_ids: expected ids of 0 to {vocabulary - 1} where the mask is not False"
+    wrong = f"token_ids: expected ids from 0 to {vocabulary - 1} outside of padding"
     if tokens.is_cuda or not has_values(tokens):
         torch._assert_async(inside.all(), wrong)
-    elif not torch._C._functorch.is_batchedtensor(inside) and not inside.all():  # else index_select says it
+    elif not torch._C._functorch.is_batchedtensor(inside) and not inside.all():  # otherwise index_select raises
         raise ValueError(f"{wrong}, got {int(tokens[~inside][0])}")

@@ -1,4 +1,4 @@
-"""Losses that keep a router balanced and its logits small. Returned tensors, never globals."""
+"""Losses that keep a router balanced and its logits small. They return tensors and keep no state."""
 
 from __future__ import annotations
 
@@ -30,23 +30,29 @@ def load_balancing_loss(
 
     Args:
         logits: ``[..., E]`` for T tokens; in float32 (float64 for float64).
-        routing: what the router made of them.
+        routing: the router's result for them.
         score: ``"softmax"``, or ``"sigmoid"`` for sigmoid scores divided by their sum.
-        mask: the routing's own mask, which is taken in any case, or None. Another one is refused, as f does not leave
-            out what P would; comparing the two waits for a GPU.
-        group: a ``ProcessGroup`` or a ``DeviceMesh`` (all of its dimensions): f is then of the tokens of all of its
-            ranks, which balances the whole batch and not each rank's part of it. The call is a collective. P, and with
-            it the gradient, stays this rank's: the mean over ranks, which DDP and FSDP take of gradients, is the
-            whole batch's loss and gradient where every rank has as many real tokens.
+        mask: None or the routing's own mask, which is used in either case. Another mask raises an error, because f and
+            P would leave out different tokens. The comparison waits for a GPU.
+        group: a ``ProcessGroup`` or a ``DeviceMesh`` (all of its dimensions): f then counts the tokens of all of
+            its ranks, which balances the whole batch instead of each rank's part. The call is a collective. P, and with
+            it the gradient, is of this rank's tokens: the mean over ranks, as DDP and FSDP average gradients, is the
+            loss and gradient of the whole batch if every rank has equally many real tokens.
 
     Returns:
         A scalar; 0 for T = 0.
 
     Raises:
-        TypeError, ValueError: name of the argument, what was expected and what came.
+        TypeError, ValueError: with the argument, what was expected and what came.
 
     Source: Fedus, Zoph, Shazeer, Switch Transformers (2021), equations 4 to 6; f over a group: Qiu et al., Demons in
         the Detail (2025).
+
+    Example:
+        >>> logits = torch.zeros(4, 4)
+        >>> balanced = ffn_ops.Routing.from_topk(torch.arange(4)[:, None], torch.ones(4, 1), num_experts=4)
+        >>> ffn_ops.routing.load_balancing_loss(logits, balanced)
+        tensor(1.)
     """
     z, _ = fold_logits(logits)
     check.routing(routing, z, "logits")
@@ -71,6 +77,10 @@ def z_loss(logits: Tensor, *, mask: Tensor | None = None) -> Tensor:
         mask: bool, one for each token, False for padding.
 
     Source: Zoph et al., ST-MoE (2022), equation 5.
+
+    Example:
+        >>> ffn_ops.routing.z_loss(torch.zeros(3, 1))
+        tensor(0.)
     """
     z, real = fold_logits(logits, mask)
     return _mean(torch.logsumexp(wide(z), 1).square().unsqueeze(1), real).sum()

@@ -1,4 +1,4 @@
-"""What a router gives: which tokens go to which experts, with which weights. No router stands here."""
+"""The result of a router: which tokens go to which experts, with which weights. This file has no router."""
 
 from __future__ import annotations
 
@@ -17,26 +17,62 @@ from ..ops._shared import arithmetic
 
 
 class Statistics(NamedTuple):
-    """Float32, on the routing's device."""
+    """The load of the experts, in float32, on the routing's device.
 
-    tokens_per_expert: Tensor  # [E], computed, after dropping
-    dropped_fraction: Tensor  # of the rows that chose an expert
-    load_entropy: Tensor  # of tokens_per_expert in nats, divided by log E: 1 is uniform; 1 for one expert
-    max_over_mean: Tensor  # of tokens_per_expert: 1 is uniform
+    Attributes:
+        tokens_per_expert: ``[E]``, rows that each expert computes, after dropping.
+        dropped_fraction: scalar, the share of dropped rows among those that chose an expert.
+        load_entropy: scalar, the entropy of ``tokens_per_expert`` divided by log E: 1 is uniform (1 for E = 1).
+        max_over_mean: scalar, the largest load over the mean load: 1 is uniform.
+
+    Example:
+        >>> routing = ffn_ops.routing.switch(torch.randn(16, 4), capacity_factor=None)
+        >>> routing.statistics().dropped_fraction
+        tensor(0.)
+    """
+
+    tokens_per_expert: Tensor
+    dropped_fraction: Tensor
+    load_entropy: Tensor
+    max_over_mean: Tensor
 
 
 class Routing(NamedTuple):
-    """Rows: pairs of a token and an expert, sorted by expert and, within it, by token. A pytree of tensors whose shapes
-    do not depend on data; R = T * K for top-k. One whose fields contradict each other is an error on the CPU:
-    each kept row stands in ``row`` once, under its token."""
+    """Which token goes to which expert, with which weight: rows (pairs of a token and an expert), sorted by expert and,
+    within an expert, by token.
 
-    token: Tensor  # [R] int64, the source of each row
-    weight: Tensor  # [R] float32 (float64 for float64 logits), differentiable; 16 bits, as casts leave it, are widened
-    offsets: Tensor  # [E + 1] int64: rows of expert e are offsets[e] .. offsets[e + 1], from offsets[E] on dropped
-    row: Tensor  # [R] int64: the rows of token t are row[slot_offsets[t]] .. row[slot_offsets[t + 1]]
-    slot_offsets: Tensor  # [T + 1] int64
-    counts: Tensor  # [E] int64, rows that chose each expert, before dropping
-    mask: Tensor | None = None  # [T] bool, False for the tokens that were left out; [0] or None: there is no mask
+    It is a pytree of tensors whose shapes do not depend on data. R is T * K for top-k. Dropped rows stand last.
+
+    Attributes:
+        token: ``[R]`` int64, the token of each row.
+        weight: ``[R]`` float32 (float64 for float64 logits), the factor of each row's output; differentiable.
+            Operators widen 16-bit weights, as casts of arguments leave them.
+        offsets: ``[E + 1]`` int64. Rows ``offsets[e]`` to ``offsets[e + 1]`` are those of expert e; rows from
+            ``offsets[E]`` on are dropped.
+        row: ``[R]`` int64, the inverse of ``token``: the rows of token t are ``row[slot_offsets[t]]`` to
+            ``row[slot_offsets[t + 1]]``.
+        slot_offsets: ``[T + 1]`` int64, see ``row``.
+        counts: ``[E]`` int64, how many rows chose each expert, before dropping.
+        mask: ``[T]`` bool, False for tokens that were left out; None or of shape ``[0]`` without a mask.
+
+    Raises:
+        RuntimeError: from an operator on the CPU, where the fields contradict each other. ``row`` must list each kept
+            row once, under its token.
+
+    Example:
+        >>> ids = torch.tensor([[1], [0], [1]])
+        >>> routing = ffn_ops.Routing.from_topk(ids, torch.ones(3, 1), num_experts=2)
+        >>> routing.token, routing.offsets  # token 1 goes to expert 0, tokens 0 and 2 to expert 1
+        (tensor([1, 0, 2]), tensor([0, 1, 3]))
+    """
+
+    token: Tensor
+    weight: Tensor
+    offsets: Tensor
+    row: Tensor
+    slot_offsets: Tensor
+    counts: Tensor
+    mask: Tensor | None = None
 
     @classmethod
     def from_topk(
@@ -49,19 +85,24 @@ class Routing(NamedTuple):
         drop: str = "position",
         mask: Tensor | None = None,
     ) -> Routing:
-        """A routing from any router's choice.
+        """Makes a routing from the choice of any router.
 
         Args:
             ids: ``[T, K]`` integers; those below 0 or >= ``num_experts`` mean "not on this rank" and are skipped.
             weights: ``[T, K]``; float32 or float64 are kept, others become float32.
             num_experts: E.
-            capacity: the most rows an expert takes; the others are dropped. None for no limit.
-            drop: who is dropped: ``"position"`` keeps earlier tokens, all first slots before any second;
-                ``"weight"`` the largest weights, ties in that order.
+            capacity: the largest number of rows of an expert; other rows are dropped. None for no limit.
+            drop: which rows are dropped: ``"position"`` keeps earlier tokens, and all first slots before any second;
+                ``"weight"`` keeps the largest weights, ties in that order.
             mask: ``[T]`` bool, False for tokens to leave out, whatever their ids and weights are.
 
         Raises:
-            TypeError, ValueError: name of the argument, what was expected and what came.
+            TypeError, ValueError: with the argument, what was expected and what came.
+
+        Example:
+            >>> weights, ids = torch.randn(5, 4).softmax(-1).topk(2)
+            >>> ffn_ops.Routing.from_topk(ids, weights, num_experts=4).offsets[-1]  # 5 * 2 rows, none dropped
+            tensor(10)
         """
         if not isinstance(ids, Tensor):
             raise TypeError(f"ids: expected a torch.Tensor, got {type(ids).__name__}")
@@ -107,7 +148,13 @@ class Routing(NamedTuple):
         return self._replace(weight=self.weight * scale.to(self.weight.dtype)[expert])
 
     def statistics(self) -> Statistics:
-        """Counts of this routing, without a synchronisation."""
+        """Statistics of the load, computed without a synchronisation.
+
+        Example:
+            >>> ids = torch.tensor([[0], [0], [1]])
+            >>> ffn_ops.Routing.from_topk(ids, torch.ones(3, 1), num_experts=2).statistics().tokens_per_expert
+            tensor([2., 1.])
+        """
         load = self.offsets.diff().float()
         kept, wanted, experts = load.sum(), self.counts.sum().float(), load.shape[0]
         share = load / kept.clamp(min=1)
@@ -120,7 +167,7 @@ class Routing(NamedTuple):
         )
 
 
-# So that torch.export.save writes programs that take or return them, and torch.load(weights_only=True) reads them.
+# torch.export.save can then write programs that take or return them, and torch.load(weights_only=True) reads them.
 for _kind in (Routing, Statistics):
     pytree._register_namedtuple(_kind, serialized_type_name=f"ffn_ops.{_kind.__name__}")
 torch.serialization.add_safe_globals([Routing, Statistics])
@@ -136,7 +183,8 @@ def sorted_rows(
     drop: str = "position",
     mask: Tensor | None = None,
 ) -> Routing:
-    """Of entries: ``expert`` [T, K], or ``expert`` and ``token`` [R]. Experts and tokens out of range are skipped."""
+    """Sorts entries into a Routing: ``expert`` [T, K], or ``expert`` and ``token`` [R]. It skips experts and tokens
+    out of range."""
     if capacity is not None:
         check.at_least("capacity", capacity, 0)
     check.choice("drop", drop, ("position", "weight"))
@@ -152,7 +200,8 @@ def sorted_rows(
 
 
 def fold_logits(logits: Any, mask: Any = None) -> tuple[Tensor, Tensor | None]:
-    """``[T, E]`` and ``[T]``. Padding gets zeros and a gradient of exactly 0: NaN there must not meet a product."""
+    """Returns logits ``[T, E]`` and mask ``[T]``. Logits of padding become 0 with a gradient of exactly 0, because NaN
+    there must not enter a product."""
     check.tensor("logits", logits)
     if logits.dim() < 2 or logits.shape[-1] < 1:
         raise ValueError(f"logits: expected shape [..., T, E] with E >= 1, got {list(logits.shape)}")
@@ -164,7 +213,7 @@ def fold_logits(logits: Any, mask: Any = None) -> tuple[Tensor, Tensor | None]:
 
 
 def check_mask(mask: Any, tokens: Tensor, name: str = "mask") -> Tensor:
-    """``[T]``, for ``tokens`` [T, ...]."""
+    """Returns the mask as ``[T]``, for ``tokens`` [T, ...]."""
     if not isinstance(mask, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(mask).__name__}")
     if mask.dtype is not torch.bool:
@@ -176,19 +225,19 @@ def check_mask(mask: Any, tokens: Tensor, name: str = "mask") -> Tensor:
 
 
 def has_values(t: Tensor) -> bool:
-    """Whether Python may look at them: not while a graph is made of the call."""
+    """Whether Python may read the values: not while the call is traced."""
     return type(t) is Tensor and not t.is_meta and not torch.compiler.is_compiling()
 
 
 def mask_of(routing: Routing, mask: Any, tokens: Tensor) -> Tensor | None:
-    """The mask that ``routing`` was made with, or None; ``mask``, where it is given, must be the same."""
+    """The mask that ``routing`` was made with, or None. ``mask``, if given, must be the same."""
     own = routing.mask if routing.mask is not None and routing.mask.dim() == 1 and routing.mask.shape[0] else None
     if own is not None:
         own = check_mask(own, tokens, "routing.mask")
     if mask is None:
         return own
     mask = check_mask(mask, tokens)
-    wrong = "mask: expected the routing's own, which is what counts for it, or None; got another"
+    wrong = "mask: expected the routing's own mask or None, got another mask"
     if tokens.shape[0] and own is None:
         raise ValueError(f"{wrong}: the routing was made without one")
     if own is None:
@@ -201,7 +250,7 @@ def mask_of(routing: Routing, mask: Any, tokens: Tensor) -> Tensor | None:
 
 
 def wide(logits: Tensor) -> Tensor:
-    """What scores are computed in: float32, float64 for float64; autocast does not lower it."""
+    """Casts to the dtype of scores: float32, or float64 for float64. Autocast does not lower it."""
     return logits.to(arithmetic(logits))
 
 
@@ -213,10 +262,10 @@ def expert_capacity(tokens: Any, k: int, num_experts: int, capacity_factor: floa
     check.number("capacity_factor", capacity_factor)
     if capacity_factor < 0:
         raise ValueError(f"capacity_factor: expected 0 or more, got {capacity_factor}")
-    # In integers: exact for the decimal fraction that was meant, and a graph with symbolic T can be stored.
-    if torch._C._get_tracing_state() is not None:  # sizes are tensors there, and what its graph holds are numbers
+    # Integers are exact for the decimal fraction that the caller meant, and a graph with symbolic T can store them.
+    if torch._C._get_tracing_state() is not None:  # sizes are tensors there, but its graph holds numbers
         tokens, num_experts = int(tokens), int(num_experts)
     factor = Fraction(capacity_factor).limit_denominator(10**6)
     divisor = factor.denominator * num_experts
-    wanted = (factor.numerator * tokens * k + divisor - 1) // divisor  # of what is below 0 ONNX's quotients round up
+    wanted = (factor.numerator * tokens * k + divisor - 1) // divisor  # ONNX rounds negative quotients up
     return torch.sym_min(tokens, torch.sym_max(min_capacity, wanted))

@@ -27,14 +27,24 @@ def switch(
         capacity_factor, min_capacity, drop, mask: see :func:`top_k`; the capacity is ``ceil(capacity_factor * T / E)``.
 
     Source: Fedus, Zoph, Shazeer, Switch Transformers (2021), equations 2 and 3.
+
+    Example:
+        >>> routing = ffn_ops.routing.switch(torch.zeros(8, 4), capacity_factor=1.0)  # ties: all choose expert 0
+        >>> routing.statistics().tokens_per_expert  # C = 8 / 4
+        tensor([2., 0., 0., 0.])
     """
     return top_k(logits, 1, capacity_factor=capacity_factor, min_capacity=min_capacity, drop=drop, mask=mask)
 
 
 def jitter(x: Tensor, epsilon: float = 0.01, generator: torch.Generator | None = None) -> Tensor:
-    """``x * U(1 - epsilon, 1 + epsilon)``, element by element: for the router's input, in training only.
+    """``x * U(1 - epsilon, 1 + epsilon)``, element by element, for the router's input in training.
 
     Source: Fedus, Zoph, Shazeer, Switch Transformers (2021), section 2.4.
+
+    Example:
+        >>> x = ffn_ops.routing.jitter(torch.ones(100), epsilon=0.01)
+        >>> bool((x >= 0.99).all() and (x <= 1.01).all())
+        True
     """
     check.tensor("x", x)
     check.number("epsilon", epsilon)

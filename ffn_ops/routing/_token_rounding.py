@@ -13,10 +13,10 @@ from ._routing import Routing, fold_logits, sorted_rows, wide
 def token_rounding(
     logits: Tensor, k: int, *, tile: int = 128, renormalize: bool = False, mask: Tensor | None = None
 ) -> Routing:
-    """Top-k of p, then each expert's count is rounded to the nearest multiple of ``tile`` (half up, at most T): its
-    lowest scores leave, or the highest of the tokens that did not choose it join.
+    """Top-k of p, with each expert's count rounded to the nearest multiple of ``tile`` (half up, at most T): the expert
+    loses its tokens with the lowest scores, or gets those with the highest scores among the other tokens.
 
-    No tile of the products is partly empty. It changes results, so nothing chooses it by itself.
+    Then no tile of the products is partly empty. It changes results, so nothing uses it by default.
 
     Args:
         logits: ``[..., E]`` for T tokens.
@@ -26,16 +26,21 @@ def token_rounding(
         mask: see :func:`top_k`; padded tokens join no expert, so a count may then be lower.
 
     Returns:
-        A :class:`Routing` with R = T * k + E * min(tile // 2, T).
+        A :class:`ffn_ops.Routing` with R = T * k + E * min(tile // 2, T).
 
     Source: SonicMoE (2025), token rounding.
+
+    Example:
+        >>> routing = ffn_ops.routing.token_rounding(torch.randn(64, 4), k=2, tile=16)
+        >>> routing.statistics().tokens_per_expert % 16
+        tensor([0., 0., 0., 0.])
     """
     check.at_least("tile", tile, 1)
     check.flag("renormalize", renormalize)
     z, mask = fold_logits(logits, mask)
     tokens, experts = z.shape
     highest, ids = top_k_of(z, k)
-    if isinstance(tokens, int) and tokens == 0:  # rows that would fill tiles have no token to name
+    if isinstance(tokens, int) and tokens == 0:  # unused rows name no token
         return sorted_rows(ids, None, highest, experts, tokens, mask=mask)
     p = torch.softmax(wide(z), 1)
     choice = p.detach()

@@ -1,4 +1,4 @@
-"""Top-k routing: the documents' router and those of most models of 2024 to 2026 are its options."""
+"""Top-k routing. Its options give the routers of most models of 2024 to 2026."""
 
 from __future__ import annotations
 
@@ -48,15 +48,15 @@ def top_k(
         scale: factor of all weights.
         capacity_factor, min_capacity: an expert takes at most ``C = ceil(capacity_factor * T * k / E)`` rows, at least
             ``min_capacity``, at most T; the others are dropped. None, and with shared experts: dropless.
-        drop: see :meth:`Routing.from_topk`.
-        mask: bool, one for each token, False for padding: no rows, no part in C's queue.
+        drop: see :meth:`ffn_ops.Routing.from_topk`.
+        mask: bool, one for each token, False for padding, which gets no rows and does not count for the capacity.
 
     Returns:
-        A :class:`Routing` with R = T * (k + shared). The gradient of the weights reaches the logits through the chosen
-        entries.
+        A :class:`ffn_ops.Routing` with R = T * (k + shared). The gradient of the weights reaches the logits through
+        the chosen entries.
 
     Raises:
-        TypeError, ValueError: name of the argument, what was expected and what came.
+        TypeError, ValueError: with the argument, what was expected and what came.
 
     Example:
         >>> import torch
@@ -67,6 +67,11 @@ def top_k(
     Source:
         Shazeer et al., Outrageously Large Neural Networks (2017); Jiang et al., Mixtral of Experts (2024), section 2.1;
         DeepSeek-V2 (2024), section 2.1.2; DeepSeek-V3 (2024), equations 13 to 16; DeepSeek-V4 (2026), section 2.1.
+
+    Example:
+        >>> routing = ffn_ops.routing.top_k(torch.randn(5, 4), k=2, renormalize=True)
+        >>> routing.weight.sum()  # 1 for each token
+        tensor(5.0000)
     """
     z, mask = fold_logits(logits, mask)
     tokens, experts = z.shape

@@ -1,6 +1,4 @@
 // The kernels of avx512_bf16 in a namespace of their own, with vdpbf16ps emulated: for machines with plain AVX-512.
-#include "../../csrc/cpu/kernels.h"  // before the name is taken: the list of instruction sets has it too
-
 #define FFN_OPS_EMULATE_BFLOAT16_PAIRS
-#define avx512_bf16 avx512_bf16_emulated
+#define FFN_OPS_NAMESPACE avx512_bf16_emulated
 #include "../../csrc/cpu/isa/avx512_bf16.cpp"

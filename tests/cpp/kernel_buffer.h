@@ -1,4 +1,4 @@
-// What the kernel tests share: storage of any dtype read as double, and the comparison that counts failures.
+// Helpers for the kernel tests: storage of any dtype read as double, and the comparison that counts failures.
 #pragma once
 
 #include <cmath>

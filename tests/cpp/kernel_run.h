@@ -1,4 +1,4 @@
-// What the kernel tests share of products: a plain description of one, and its run as the boundary would schedule it.
+// Products for the kernel tests: a plain description, and a run as the scheduler would make it.
 #pragma once
 
 #include <cstdint>
@@ -15,16 +15,16 @@ struct Shape {
 };
 
 inline void run(const KernelTable& table, const Gemm& whole) {
-  std::vector<Gemm> parts;
-  for (const std::vector<Gemm>& group : plan_products({whole}, table, 2))
+  std::vector<ScheduledGemm> parts;
+  for (const std::vector<ScheduledGemm>& group : plan_products({whole}, table, 2))
     parts.insert(parts.end(), group.begin(), group.end());
-  for (Gemm& g : parts) {
-    std::vector<char> packed(static_cast<size_t>(g.panels_m * g.panel_rows * g.packed_length() * g.element()));
+  for (ScheduledGemm& g : parts) {
+    std::vector<char> packed(static_cast<size_t>(g.panels_m * g.mr * g.packed_length() * g.element()));
     std::vector<double> scratch(static_cast<size_t>(gemm_scratch_bytes(g, table)) / sizeof(double) + 1,
                                 std::numeric_limits<double>::quiet_NaN());
     g.packed_a = packed.data();
     // Last panels first: a store over a panel's end must not touch its neighbour.
-    for (int64_t c = g.chunks() - 1; c >= 0; --c)
+    for (int64_t c = g.k_blocks() - 1; c >= 0; --c)
       for (int64_t p = g.panels_m - 1; p >= 0; --p) table.pack_a(g, c, p, p + 1);
     for (int64_t t = 0; t < g.tasks_m() * g.tasks_n(); ++t) table.gemm(g, t, scratch.data());
   }

@@ -5,10 +5,11 @@
 #include <cstdint>
 #include <cstdio>
 #include <limits>
+#include <string>
 #include <vector>
 
 #include "../../csrc/common/activation_names.h"
-#include "kernel_ways.h"
+#include "kernels_agree.h"
 
 namespace ffn_ops {
 #if defined(__x86_64__)
@@ -116,7 +117,7 @@ void test_gated(const char* isa, const KernelTable& table, DType dtype, const Sh
   }
 }
 
-// dH = A B^T with B along k in two stretches; gate and up gradients, and act(gate) * up. With weights for the rows all
+// dH = A B^T with two B operands along k; gate and up gradients, and act(gate) * up. With weights for the rows all
 // of them times the weight, and the products of dH with act(gate) * up.
 void test_grad(const char* isa, const KernelTable& table, DType dtype, const Shape& s, int activation, bool weighted) {
   const int64_t half = s.K / 2, K = 2 * half;
@@ -140,7 +141,7 @@ void test_grad(const char* isa, const KernelTable& table, DType dtype, const Sha
   e.up = up.data.get();
   e.pre_stride = s.N;
   e.activation = activation;
-  const int64_t panels = divide_up(s.N, table.tile_vectors * table.lanes * 4 / g.element());
+  const int64_t panels = divide_up(s.N, table.nr_vectors * table.lanes * 4 / g.element());
   Buffer weight(arithmetic_dtype(dtype), s.M), dots(arithmetic_dtype(dtype), s.M * panels);
   if (weighted) {
     e.row_weight = weight.data.get();
@@ -303,9 +304,44 @@ void test_top_k(const char* isa, const KernelTable& table, DType dtype, int64_t 
   }
 }
 
+// What a debugger prints: the problem, and the schedule that a table of known sizes leads to.
+void test_printing() {
+  KernelTable table = {};
+  table.lanes = 8;
+  table.mr = 6;
+  table.nr_vectors = 2;
+  table.axpy_rows = 8;
+  table.bfloat16_kr = 2;
+  Operand b[2];
+  const auto expect_text = [&](const Gemm& g, const std::string& wanted) {
+    const std::string printed = to_string(plan_products({g}, table, 1)[0][0]);
+    if (printed != wanted && ++failures <= 20)
+      std::printf("printed\n  %s\nin place of\n  %s\n", printed.c_str(), wanted.c_str());
+  };
+  Gemm g = product({40, 70, 131}, DType::kBFloat16);
+  g.b = b;
+  expect_text(g,
+              "gemm: M 40, N 70, K 131, bfloat16, store; schedule: packed, first row 0, mr 6, nr 16, kr 2, "
+              "7 panels of A, 5 of B, mc 7 panels, nc 5 panels");
+  g.mixed = true;
+  g.M = 100;
+  g.K = 2048;
+  expect_text(g,
+              "gemm: M 70, N 100, K 2048, bfloat16, mixed, store; schedule: packed, transposed, first row 0, mr 6, "
+              "nr 16, kr 1, 12 panels of A, 7 of B, mc 12 panels, nc 7 panels");
+  g = product({2, 70, 131}, DType::kFloat32);
+  g.b = b;
+  g.num_b = 2;
+  g.gated = true;
+  g.epilogue.kind = Epilogue::Kind::kActivate;
+  expect_text(g,
+              "gemm: M 2, N 70, K 131, float32, activate, gated, 1 branches; schedule: dot, first row 0, mr 2, nr 8, "
+              "kr 1, 1 panels of A, 9 of B, mc 1 panels, guided 1");
+}
+
 void test_table(const char* isa, const KernelTable& table) {
   const int activation = activation_index("silu");
-  // One row, the register tile's edges, primes, more than one chunk of k, more than one task in both directions.
+  // One row, the micro-tile's edges, primes, more than one block of k, more than one task in both directions.
   const Shape shapes[] = {{1, 1, 1}, {1, 37, 600},   {6, 16, 64},   {14, 32, 512}, {15, 33, 1031},
                           {3, 2, 0}, {61, 307, 131}, {16, 70, 150}, {32, 9, 1031}};
   const int before = failures;
@@ -316,10 +352,10 @@ void test_table(const char* isa, const KernelTable& table) {
       test_gated(isa, table, dtype, shape, activation);
       for (const bool weighted : {false, true}) test_grad(isa, table, dtype, shape, activation, weighted);
     }
-    // A single k, less than a run, odd ends of a run and of a chunk; fewer columns than rows, and more.
+    // A single k, less than a summation block, odd ends of one and of kc; fewer columns than rows, and more.
     for (const int64_t K : {1, 31, 64, 131, 601}) {
       for (const int64_t N : {5, 70})
-        for (const int64_t stretches : {0, 1, 3}) test_ways(isa, table, dtype, {40, N, K}, stretches);
+        for (const int64_t num_b : {0, 1, 3}) test_kernels_agree(isa, table, dtype, {40, N, K}, num_b);
     }
     test_elementwise(isa, table, dtype, 5, 77, activation);
     test_elementwise(isa, table, dtype, 1100, 3, activation);
@@ -337,6 +373,7 @@ void test_table(const char* isa, const KernelTable& table) {
 
 int main() {
   using namespace ffn_ops;
+  test_printing();
   for (const Isa isa : kIsas) {
     const KernelTable* table = kernel_table(isa);
     if (table && isa_supported(isa)) test_table(isa_name(isa), *table);

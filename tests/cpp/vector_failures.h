@@ -1,4 +1,4 @@
-// How the checks of vector_test.cpp report, and two helpers on bits.
+// Reports of failures for vector_test.cpp, and two helpers for bits.
 #pragma once
 
 #include <cstdio>

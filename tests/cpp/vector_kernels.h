@@ -1,4 +1,4 @@
-// Fills a VectorTable. Included inside each instruction set's namespace and target region by vector_isas.cpp.
+// Fills a VectorTable: the kernels that csrc/cpu/isa/*.cpp are compiled with for vector_test, after vector_table.h.
 
 template <class T, class F>
 void for_vectors(const T* x, T* out, int64_t count, F f) {
@@ -6,17 +6,18 @@ void for_vectors(const T* x, T* out, int64_t count, F f) {
 }
 
 template <class T>
-void run_activation(int index, T beta, const T* z, T* const (&out)[6], int64_t count) {
+void run_activation(int index, const T* own, const T* z, T* const (&out)[6], int64_t count) {
   using V = Vec<T>;
+  const V p[kMostOwnParams] = {V(own[0]), V(own[1]), V(own[2]), V(own[3])};
   dispatch_activation(index, [&](auto tag) {
     using Activation = typename decltype(tag)::Type;
     for (int64_t i = 0; i < count; i += V::kLanes) {
       const V v = load<V>(z + i);
-      store(out[0] + i, Activation::fwd(v, V(beta)));
-      const Grad<V> g = Activation::grad(v, V(beta));
+      store(out[0] + i, Activation::fwd(v, p));
+      const Grad<V> g = Activation::grad(v, p);
       store(out[1] + i, g.value);
       store(out[2] + i, g.slope);
-      const Grad2<V> g2 = Activation::grad2(v, V(beta));
+      const Grad2<V> g2 = Activation::grad2(v, p);
       store(out[3] + i, g2.value);
       store(out[4] + i, g2.slope);
       store(out[5] + i, g2.curvature);
@@ -91,13 +92,6 @@ constexpr Storage<S> storage() {
           [](const T* lanes, S* p, int n) { n < 0 ? store(p, load<V>(lanes)) : store(p, load<V>(lanes), n); }};
 }
 
-constexpr VectorTable table(Isa isa) {
-  return {isa,
-          kHasFma,
-          arithmetic<float>(),
-          arithmetic<double>(),
-          storage<double>(),
-          storage<float>(),
-          storage<Half>(),
-          storage<BFloat16>()};
-}
+extern const VectorTable kVectorTable;
+const VectorTable kVectorTable = {Isa::FFN_OPS_ISA,  kHasFma,          arithmetic<float>(), arithmetic<double>(),
+                                  storage<double>(), storage<float>(), storage<Half>(),     storage<BFloat16>()};

@@ -1,5 +1,4 @@
-// Measures the functions and activations of every instruction set against the references, and holds them to their
-// bounds.
+// Compares the functions and activations of every instruction set with the references, and checks their bounds.
 #pragma once
 
 #include <array>
@@ -20,6 +19,8 @@ constexpr double kMathBound[kMathCount] = {2, 2, 2, 2, 12};
 // Epsilons of the magnitude sums in vector_reference.h.
 constexpr double kActivationBound[3] = {4, 6, 8};
 constexpr double kBeta = 1.5;
+template <class T>
+constexpr T kOwn[kMostOwnParams] = {T(kBeta), T(kBeta), T(kBeta), T(kBeta)};
 
 struct Worst {
   double error = 0, at = 0;
@@ -102,23 +103,23 @@ class Sweep {
   }
 
   void run_activation(int a, std::vector<T> (&out)[6]) {
-    std::vector<reference::Point<W>> points(kBlock);
+    std::vector<std::optional<reference::Point<W>>> points(kBlock);
     for (int i = 0; i < kBlock; ++i)
       points[i] = reference::activation<W>(kActivations.rows[a].name, block_[i], W(kBeta));
     for (size_t t = 0; t < tables_.size(); ++t) {
       T* const pointers[6] = {out[0].data(), out[1].data(), out[2].data(), out[3].data(), out[4].data(), out[5].data()};
-      arithmetic_of<T>(*tables_[t]).activation(a, T(kBeta), block_.data(), pointers, kBlock);
+      arithmetic_of<T>(*tables_[t]).activation(a, kOwn<T>, block_.data(), pointers, kBlock);
       for (int i = 0; i < kBlock; ++i) {
         const T z = block_[i];
         if (!std::isfinite(z)) continue;  // check_special
         // Denormal factors have lost digits before they are multiplied by z, w' or their squares.
         const W lost = 4 * W(kMin) * (1 + std::fabs(W(z))) * (1 + W(z) * W(z)) * (1 + W(z) * W(z));
         constexpr int kOutput[3] = {0, 2, 5};
-        for (int r = 0; r < 3; ++r) {
-          const W want = points[i].result[r];
+        for (int r = 0; r < 3 && points[i]; ++r) {
+          const W want = points[i]->result[r];
           const T got = out[kOutput[r]][i];
           if (std::isinf(got) && std::fabs(want) > W(std::numeric_limits<T>::max())) continue;
-          const W unit = std::numeric_limits<T>::epsilon() / 2 * points[i].magnitude[r] * points[i].condition;
+          const W unit = std::numeric_limits<T>::epsilon() / 2 * points[i]->magnitude[r] * points[i]->condition;
           const W excess = std::fabs(W(got) - want) - lost;
           act_[t][a][r].add(excess <= 0 ? 0 : double(excess / unit), z);
         }

@@ -1,11 +1,12 @@
-// What vector_test.cpp calls of each instruction set: plain functions over arrays, so that the test itself is compiled
-// for the baseline only. No vectors.
+// The functions of each instruction set that vector_test.cpp calls: plain functions over arrays, so that the test
+// itself is compiled for the baseline only. No vectors.
 #pragma once
 
 #include <stdint.h>
 
 #include "../../csrc/common/dtypes.h"
-#include "../../csrc/cpu/isa/isa.h"
+#include "../../csrc/cpu/dispatch.h"
+#include "../../csrc/common/gate.h"
 
 namespace ffn_ops {
 
@@ -18,7 +19,7 @@ struct Arithmetic {
   int lanes;
   void (*math[kMathCount])(const T* x, T* out, int64_t count);  // count: a multiple of lanes
   // out: fwd, then value and slope of grad, then value, slope and curvature of grad2.
-  void (*activation)(int index, T beta, const T* z, T* const (&out)[6], int64_t count);
+  void (*activation)(int index, const T* own, const T* z, T* const (&out)[6], int64_t count);
   void (*transpose)(T* square);
   T (*reduce_add)(const T* x);
   // One vector of each result, in the order of `check_basics`.
@@ -43,7 +44,24 @@ struct VectorTable {
   Storage<BFloat16> storage_bfloat16;
 };
 
+#define FFN_OPS_DECLARE(name, ...)       \
+  namespace name {                       \
+  extern const VectorTable kVectorTable; \
+  }
+FFN_OPS_BUILT_ISAS(FFN_OPS_DECLARE)
+#undef FFN_OPS_DECLARE
+
 // Null where this build does not have it.
-const VectorTable* vector_table(Isa isa);
+inline const VectorTable* vector_table(Isa isa) {
+  switch (isa) {
+#define FFN_OPS_CASE(name, ...) \
+  case Isa::name:               \
+    return &name::kVectorTable;
+    FFN_OPS_BUILT_ISAS(FFN_OPS_CASE)
+#undef FFN_OPS_CASE
+    default:
+      return nullptr;
+  }
+}
 
 }  // namespace ffn_ops

@@ -1,5 +1,5 @@
-// What kernels call, on the host: CUDA's qualifiers and built-in functions as far as csrc/cuda uses them, and the
-// primitives of csrc/cuda/device.cuh. Warp-wide functions want all 32 lanes, as the kernels promise.
+// The functions that kernels call, on the host: CUDA's qualifiers and built-in functions that csrc/cuda uses, and the
+// primitives of csrc/cuda/device.cuh. Warp-wide functions need all 32 lanes, as the kernels promise.
 #pragma once
 
 #include "../../csrc/common/dtypes.h"

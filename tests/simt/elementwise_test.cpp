@@ -98,7 +98,7 @@ constexpr int kLayouts = 7;
 
 // What the kernels must give, from the activation in double.
 template <class Act>
-void expected_at(const Case& k, double gate, double up, double d, double ddg, double ddu, const GateForm& form,
+void expected_at(const Case& k, double gate, double up, double d, double ddg, double ddu, const Gate& form,
                  double (&out)[3]) {
   using V = Lane<double>;
   double pass_gate = 1, pass_up = 1;  // slopes of the limits
@@ -106,15 +106,23 @@ void expected_at(const Case& k, double gate, double up, double d, double ddg, do
     pass_gate = gate < form.limit, pass_up = std::abs(up) < form.limit;
     gate = std::min(gate, form.limit), up = std::clamp(up, -form.limit, form.limit) + form.up_shift;
   }
-  const auto a = Act::grad2(V(gate), V(form.beta));
+  V own[kMostOwnParams];
+  for (int i = 0; i < kMostOwnParams; ++i) own[i] = V(form.own[i]);
+  const auto a = Act::grad2(V(gate), own);
   const double value = a.value.value, slope = a.slope.value, bend = a.curvature.value;
+  double up_slope = pass_up, up_bend = 0;
+  if constexpr (Act::has_up) {
+    const auto h = Act::up_grad2(V(up), own);
+    up = h.value.value, up_slope = h.slope.value, up_bend = h.curvature.value;
+  }
   if (!k.gated) up = 1;
-  ddg *= pass_gate, ddu *= pass_up;
+  ddg *= pass_gate;
   if (k.pass == 0) out[0] = value * up;
-  if (k.pass == 1) out[0] = pass_gate * d * slope * up, out[1] = pass_up * d * value, out[2] = value * up;
+  if (k.pass == 1) out[0] = pass_gate * d * slope * up, out[1] = d * value * up_slope, out[2] = value * up;
   if (k.pass == 2)
-    out[0] = ddg * up * slope + ddu * value, out[1] = pass_gate * d * (ddg * up * bend + ddu * slope),
-    out[2] = pass_up * ddg * d * slope;
+    out[0] = ddg * up * slope + ddu * up_slope * value,
+    out[1] = pass_gate * d * (ddg * up * bend + ddu * up_slope * slope),
+    out[2] = d * (ddg * slope * up_slope + ddu * value * up_bend);
 }
 
 template <class S, class Act>
@@ -143,8 +151,8 @@ void run_case(const Case& k, uint64_t seed) {
   if (k.kept) g.kept = &kept;
   if (k.weighted && k.pass == 1) g.row_weight = weight.data();
   if (k.summed && k.pass == 0) g.sum = sum.data(), g.accumulate = random.coin();
-  g.beta = 1.5;
-  if (k.limited && k.gated) g.limit = 2.25, g.up_shift = 0.75;
+  for (double& own : g.own) own = 1.5;
+  if (k.limited && k.gated && !Act::has_up) g.limit = 2.25, g.up_shift = 0.75;
   const int64_t pad = random.coin() ? 0 : 16 / int64_t(sizeof(S));
   std::vector<Buffer<S>> out;
   for (int i = 0; i < 3; ++i) {

@@ -1,4 +1,4 @@
-// Call stacks that one OS thread switches between by hand, known to the address sanitizer. Nothing here knows CUDA.
+// Call stacks between which one OS thread switches, registered with the address sanitizer. Independent of CUDA.
 #pragma once
 
 #include <sanitizer/asan_interface.h>
@@ -51,7 +51,7 @@ struct Context {
   __sanitizer_finish_switch_fiber(from.fake_stack, nullptr, nullptr);
 }
 
-// A stack with a page behind it that nobody may touch. It serves many calls, one after the other.
+// A stack with a guard page. It serves many calls, one after the other.
 class Fiber {
  public:
   using Entry = void (*)();
@@ -102,7 +102,7 @@ class Fiber {
   Context context_;
 };
 
-// The first thing that a fiber's entry does; `from` is told the extent of the stack that was left.
+// The first call of a fiber's entry. It records the extent of the previous stack in `from`.
 inline void entered(Context& from) { __sanitizer_finish_switch_fiber(nullptr, &from.bottom, &from.bytes); }
 
 }  // namespace simt

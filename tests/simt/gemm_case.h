@@ -1,5 +1,5 @@
-// What one test of a grouped product is: shapes, layouts, epilogue; and matrices of any layout, poisoned where nothing
-// may be read.
+// One test case of a grouped product: shapes, layouts, epilogue; and matrices of any layout, with NaN where nothing may
+// be read.
 #pragma once
 
 #include "../../csrc/cuda/gemm_kernel.cuh"

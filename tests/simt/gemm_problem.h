@@ -1,6 +1,8 @@
-// One grouped product for tests/simt/gemm_test.cpp: its operands, what the kernels make of them, and the same in double
-// from naive loops.
+// One grouped product for tests/simt/gemm_test.cpp: its operands, the kernels' results, and the same in double from
+// naive loops.
 #pragma once
+
+#include <array>
 
 #include "gemm_case.h"
 
@@ -175,8 +177,8 @@ class Problem {
       if (c_.gated) e.bias_up = bias_up_->data();
     }
     e.activation = c_.activation;
-    e.beta = 1.5;
-    if (c_.limited) e.limit = 0.75, e.up_shift = 0.5;
+    for (double& own : e.own) own = 1.5;
+    if (c_.limited && !has_up()) e.limit = 0.75, e.up_shift = 0.5;
     e.interleaved = c_.interleaved;
     if (c_.finish == Finish::kActivate && c_.save) {
       gate_out_ = make_out(R_, c_.N);
@@ -251,14 +253,29 @@ class Problem {
     Grad<Lane<double>> g{0, 0};
     dispatch_activation(c_.activation, [&](auto tag) {
       const double limit = job_.epilogue.limit;
-      g = decltype(tag)::Type::grad(Lane<double>(std::min(z, limit)), Lane<double>(job_.epilogue.beta));
+      g = decltype(tag)::Type::grad(Lane<double>(std::min(z, limit)), own().data());
       if (z >= limit) g.slope = 0;
     });
     return g;
   }
-  double up_at(double u) const {
+  Grad<Lane<double>> up_at(double u) const {
     const Epilogue& e = job_.epilogue;
-    return std::max(-e.limit, std::min(e.limit, u)) + e.up_shift;
+    Grad<Lane<double>> h{std::max(-e.limit, std::min(e.limit, u)) + e.up_shift, std::abs(u) < e.limit ? 1 : 0};
+    dispatch_activation(c_.activation, [&](auto tag) {
+      using Act = typename decltype(tag)::Type;
+      if constexpr (Act::has_up) h = Act::up_grad(Lane<double>(u), own().data());
+    });
+    return h;
+  }
+  std::array<Lane<double>, kMostOwnParams> own() const {
+    std::array<Lane<double>, kMostOwnParams> own{};
+    for (size_t i = 0; i < own.size(); ++i) own[i] = job_.epilogue.own[i];
+    return own;
+  }
+  bool has_up() const {
+    bool has = false;
+    dispatch_activation(c_.activation, [&](auto tag) { has = decltype(tag)::Type::has_up; });
+    return has;
   }
 
   void check_element(int64_t r, int64_t n) {
@@ -281,7 +298,7 @@ class Problem {
       Sum up = product(job_.b_up, r, e, n);
       if (bias_up_) up.add(bias_up_->value(e, n));
       if (up_out_) close(up_out_->at(r, n), up.value, up.magnitude, terms, "up", r, n);
-      value *= up_at(up.value);
+      value *= up_at(up.value).value.value;
       magnitude *= up.magnitude + 1;
     }
     if (c_.act) close(out_->at(r, n), value, magnitude, terms, "out", r, n);
@@ -291,8 +308,8 @@ class Problem {
   void check_grad(const Sum& acc, int64_t r, int64_t n) {
     const double terms = double(c_.K), weight = weight_ ? double(weight_->at(0, r)) : 1;
     const auto act = act_at(gate_->value(r, n));
-    const double raw_up = up_ ? up_->value(r, n) : 1, up = up_ ? up_at(raw_up) : 1, d = weight * acc.value;
-    const double d_up = std::abs(raw_up) >= job_.epilogue.limit ? 0 : d * act.value.value;
+    const double raw_up = up_ ? up_->value(r, n) : 1, up = up_ ? up_at(raw_up).value.value : 1, d = weight * acc.value;
+    const double d_up = d * act.value.value * up_at(raw_up).slope.value;
     const int64_t at = c_.interleaved ? 2 * n : n;
     close(out_->at(r, at), d * act.slope.value * up, 10 * acc.magnitude, terms, "out", r, at);
     if (up_) {
@@ -309,7 +326,7 @@ class Problem {
     double magnitude = 0;
     for (int64_t n = part * width; n < c_.N && n < (part + 1) * width; ++n) {
       const Sum acc = product(job_.b, r, expert(r), n);
-      dot.add(acc.value * act_at(gate_->value(r, n)).value.value * (up_ ? up_at(up_->value(r, n)) : 1));
+      dot.add(acc.value * act_at(gate_->value(r, n)).value.value * (up_ ? up_at(up_->value(r, n)).value.value : 1));
       magnitude += 10 * acc.magnitude;
     }
     close(dots_->at(r, part), dot.value, magnitude, double(c_.K + width), "row_dots", r, part);

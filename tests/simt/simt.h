@@ -1,11 +1,11 @@
-// CUDA kernels on the host: what csrc/cuda/device.cuh gives when FFN_OPS_SIMT is defined. A kernel's threads are fibers
+// CUDA kernels on the host: csrc/cuda/device.cuh includes it if FFN_OPS_SIMT is defined. A kernel's threads are fibers
 // of one OS thread, blocks run one after the other; this file holds the scheduler, builtins.h the functions that
 // kernels call. Built with the address sanitizer.
 //
-// Order is random but follows from the seed. Some blocks let one warp run ahead as far as it can, others all warps
-// alike. A thread runs undisturbed up to its next barrier or warp-wide function: a missing barrier shows as a wrong
-// result, or as poison read, under some seed. What hangs or is undefined on a GPU throws simt::Error here: a barrier or
-// warp-wide function that not every thread reaches, or that threads reach at different places.
+// Order is random but follows from the seed. In some blocks one warp runs ahead as far as it can, in others
+// all warps advance equally. A thread runs without interruption to its next barrier or warp-wide function, so a missing
+// barrier gives a wrong result, or reads poison, under some seed. Code that hangs or is undefined on a GPU throws here:
+// a barrier or warp-wide function that not every thread reaches, or that threads reach at different places.
 #pragma once
 
 #include <algorithm>
@@ -252,7 +252,7 @@ class Block {
       std::swap(runnable_[i - 1], runnable_[first + random_.below(i - first)]);
   }
 
-  // Nobody can go on: all have returned, or all wait at one barrier, or the kernel is wrong.
+  // No thread can continue: all have returned, or all wait at one barrier, or the kernel is wrong.
   void open_barrier() {
     const auto threads = static_cast<unsigned>(grid_.threads);
     unsigned returned = 0;
@@ -267,7 +267,7 @@ class Block {
     shuffle(0);
   }
 
-  // Ends the launch; says where its threads stand, each place once.
+  // Ends the launch with an error that lists where its threads wait, each place once.
   [[noreturn]] void stop() {
     std::string text = name_of(kernel_) + format(": %s; block %u of %u, seed %llu", error_.c_str(), blockIdx.x,
                                                  gridDim.x, static_cast<unsigned long long>(grid_.seed));

@@ -7,9 +7,9 @@ struct Vec {
   using Scalar = T;
   using Register = RegisterOf<T>;
   static constexpr int kLanes = kVectorBytes / int(sizeof(T));
-  // As an operand of a product: what sums up, and how many neighbours along k a lane holds.
+  // As an operand of a product: the type of the sum, and how many neighbours along k a lane holds.
   using Sum = Vec;
-  static constexpr int kTerms = 1;
+  static constexpr int kKR = 1;
 
   struct Mask {
     MaskOf<T> bits;
@@ -47,7 +47,7 @@ struct Vec {
   // a·b + c: one rounding where `kHasFma`, else two.
   FFN_FN friend Vec fma(Vec a, Vec b, Vec c) { return Vec(fma_lanes(a.reg, b.reg, c.reg)); }
 
-  // Where a lane of a or b is NaN, both give b's lane: `max(lo, min(hi, x))` keeps a NaN of x.
+  // If a lane of a or b is NaN, both return b's lane: `max(lo, min(hi, x))` keeps a NaN of x.
   FFN_FN friend Vec min(Vec a, Vec b) { return Vec(min_lanes(a.reg, b.reg)); }
   FFN_FN friend Vec max(Vec a, Vec b) { return Vec(max_lanes(a.reg, b.reg)); }
 

@@ -56,7 +56,7 @@ FFN_FN R load_bits(const S* p) {
   __builtin_memcpy(&r, p, sizeof(R));
   return r;
 }
-// The sizes are constants, so that no call of memcpy is left.
+// The sizes are constants, so that the compiler removes the call of memcpy.
 template <class R, class S>
 FFN_FN R load_bits(const S* p, int n) {
   R r{};

@@ -2,7 +2,7 @@
 // avx512_bf16's namespace and target region, after vec_avx512.h.
 
 // sum + a's second * b's second, then + a's first * b's first: each a fused multiply-add that rounds to nearest even,
-// takes denormals as zero and gives zero for them. So says Intel's manual.
+// reads denormals as zero and returns zero for them, by Intel's manual.
 #ifdef FFN_OPS_EMULATE_BFLOAT16_PAIRS  // tests on machines without the instruction
 FFN_FN FloatLanes flush_denormals(FloatLanes v) {
   constexpr int kDenormal = 0x20;
@@ -30,7 +30,7 @@ struct BFloat16Pairs {
   using Register = FloatLanes;
   using Sum = Vec<float>;
   static constexpr int kLanes = Sum::kLanes;
-  static constexpr int kTerms = 2;
+  static constexpr int kKR = 2;
 
   Register reg;
 

@@ -1,10 +1,10 @@
 // Textual, per instruction set: gated activation with its first and second derivatives, and sums over rows.
 
-constexpr int64_t kStretch = 256;  // elements that pass through scratch in L1 at a time
+constexpr int64_t kRowBlock = 256;  // elements that pass through scratch in L1 at a time
 
 template <class V>
-struct Stretch {
-  alignas(64) typename V::Scalar values[kStretch];
+struct RowBlock {
+  alignas(64) typename V::Scalar values[kRowBlock];
 
   const typename V::Scalar* read(const Matrix& m, int64_t r, int64_t c, int64_t n) {
     if (!m.data) return nullptr;
@@ -22,14 +22,14 @@ struct Stretch {
   }
 };
 
-// Runs the kernel that `pick` chooses over rows and columns of the range, a stretch at a time.
+// Runs the kernel that `pick` chooses over rows and columns of the range, a block at a time.
 template <class V>
 void gated_act_range(const GatedAct& g, void (*ActKernels<V>::*pick)(const ActVectors<V>&), const Range& range) {
   const auto kernel = act_kernels<V>(g).*pick;
-  Stretch<V> gate, up, d, dd_gate, dd_up, out[3];
+  RowBlock<V> gate, up, d, dd_gate, dd_up, out[3];
   for (int64_t r = range.row_begin; r < range.row_end; ++r) {
-    for (int64_t c = range.col_begin; c < range.col_end; c += kStretch) {
-      const int64_t n = range.col_end - c < kStretch ? range.col_end - c : kStretch;
+    for (int64_t c = range.col_begin; c < range.col_end; c += kRowBlock) {
+      const int64_t n = range.col_end - c < kRowBlock ? range.col_end - c : kRowBlock;
       kernel({.count = divide_up(n, V::kLanes),
               .stride = V::kLanes,
               .gate = gate.read(g.gate, r, c, n),

@@ -15,7 +15,7 @@ void tile_to_storage(const TilePart& t, DType dtype, const typename V::Scalar* t
     for (int64_t j = 0; j < t.cols; j += W) {
       const int64_t n = t.cols - j < W ? t.cols - j : W;
       S* to = static_cast<S*>(base) + t.row0 * row_stride + t.col + j;
-      for (int64_t i = 0; i < t.rows; ++i) store_part(to + i * row_stride, load<V>(tile + i * kTileVectors * W + j), n);
+      for (int64_t i = 0; i < t.rows; ++i) store_part(to + i * row_stride, load<V>(tile + i * kNRVectors * W + j), n);
     }
   });
 }
@@ -28,13 +28,12 @@ void storage_to_tile(const TilePart& t, DType dtype, const void* base, int64_t r
     for (int64_t j = 0; j < t.cols; j += W) {
       const int64_t n = t.cols - j < W ? t.cols - j : W;
       const S* from = static_cast<const S*>(base) + t.row0 * row_stride + t.col + j;
-      for (int64_t i = 0; i < t.rows; ++i)
-        store(tile + i * kTileVectors * W + j, load_part<V>(from + i * row_stride, n));
+      for (int64_t i = 0; i < t.rows; ++i) store(tile + i * kNRVectors * W + j, load_part<V>(from + i * row_stride, n));
     }
   });
 }
 
-// Columns of two tiles in turns.
+// Columns of two tiles alternate.
 template <class V>
 void tiles_to_interleaved(const TilePart& t, DType dtype, const typename V::Scalar* first,
                           const typename V::Scalar* second, void* base, int64_t row_stride) {
@@ -46,8 +45,8 @@ void tiles_to_interleaved(const TilePart& t, DType dtype, const typename V::Scal
       S* row = static_cast<S*>(base) + (t.row0 + i) * row_stride + 2 * t.col;
       for (int64_t j = 0; j < t.cols; j += W) {
         for (int64_t lane = 0; lane < W; ++lane) {
-          pair[2 * lane] = first[i * kTileVectors * W + j + lane];
-          pair[2 * lane + 1] = second[i * kTileVectors * W + j + lane];
+          pair[2 * lane] = first[i * kNRVectors * W + j + lane];
+          pair[2 * lane + 1] = second[i * kNRVectors * W + j + lane];
         }
         const int64_t n = 2 * (t.cols - j < W ? t.cols - j : W);
         store_part(row + 2 * j, load<V>(pair), n < W ? n : W);
@@ -66,7 +65,7 @@ void add_bias(const TilePart& t, DType dtype, const void* bias, typename V::Scal
     for (int64_t j = 0; j < t.cols; j += W) {
       const V b = load_part<V>(static_cast<const S*>(bias) + t.col + j, t.cols - j < W ? t.cols - j : W);
       for (int64_t i = 0; i < t.rows; ++i) {
-        typename V::Scalar* at = tile + i * kTileVectors * W + j;
+        typename V::Scalar* at = tile + i * kNRVectors * W + j;
         store(at, load<V>(at) + b);
       }
     }
@@ -78,7 +77,7 @@ template <class V>
 void finish_gated(const Gemm& g, int64_t branch, typename V::Scalar* tile, const TilePart& t,
                   typename V::Scalar* sums) {
   constexpr int64_t W = V::kLanes;
-  constexpr int64_t kHalf = kTileVectors / 2 * W;
+  constexpr int64_t kHalf = kNRVectors / 2 * W;
   const Epilogue& e = g.epilogue;
   if (e.bias) {
     add_bias<V>(t, e.dtype, e.bias[2 * branch], tile);
@@ -124,7 +123,7 @@ void finish_transposed(const Epilogue& e, const typename V::Scalar* tile, const 
       using S = typename decltype(tag)::Type;
       for (int64_t j = 0; j < t.cols; j += W) {
         V block[W];
-        for (int64_t r = 0; r < W; ++r) block[r] = r < n ? load<V>(tile + (i + r) * kTileVectors * W + j) : V::zero();
+        for (int64_t r = 0; r < W; ++r) block[r] = r < n ? load<V>(tile + (i + r) * kNRVectors * W + j) : V::zero();
         transpose(block);
         S* to = static_cast<S*>(e.out) + (t.col + j) * e.out_stride + t.row0 + i;
         for (int64_t c = 0; c < W && c < t.cols - j; ++c)
@@ -143,7 +142,7 @@ void finish_plain(const Epilogue& e, typename V::Scalar* tile, const TilePart& t
     constexpr int64_t W = V::kLanes;
     for (int64_t j = 0; j < t.cols; j += W)
       act_kernels<V>(e).forward(
-          {.count = t.rows, .stride = kTileVectors * W, .gate = tile + j, .out = {tile + j}, .form = e});
+          {.count = t.rows, .stride = kNRVectors * W, .gate = tile + j, .out = {tile + j}, .form = e});
   }
   tile_to_storage<V>(t, e.out_dtype(), tile, e.out, e.out_stride);
 }
@@ -155,7 +154,7 @@ void scale_rows(const Epilogue& e, const TilePart& t, const typename V::Scalar* 
   const auto* weight = static_cast<const typename V::Scalar*>(e.row_weight) + t.row0;
   for (int64_t i = 0; i < t.rows; ++i)
     for (int64_t j = 0; j < t.cols; j += W)
-      store(scaled + i * kTileVectors * W + j, V(weight[i]) * load<V>(tile + i * kTileVectors * W + j));
+      store(scaled + i * kNRVectors * W + j, V(weight[i]) * load<V>(tile + i * kNRVectors * W + j));
 }
 
 // row_dots = <tile, h> for each row; h becomes weight * h.
@@ -164,11 +163,11 @@ void dot_rows(const Epilogue& e, const TilePart& t, const typename V::Scalar* ti
   using T = typename V::Scalar;
   constexpr int64_t W = V::kLanes;
   const T* weight = static_cast<const T*>(e.row_weight) + t.row0;
-  T* dots = static_cast<T*>(e.row_dots) + t.row0 * e.row_dots_stride + t.col / (kTileVectors * W);
+  T* dots = static_cast<T*>(e.row_dots) + t.row0 * e.row_dots_stride + t.col / (kNRVectors * W);
   for (int64_t i = 0; i < t.rows; ++i) {
     V sum = V::zero();
     for (int64_t j = 0; j < t.cols; j += W) {
-      const int64_t at = i * kTileVectors * W + j;
+      const int64_t at = i * kNRVectors * W + j;
       const int64_t n = t.cols - j < W ? t.cols - j : W;
       const V value = load_part<V>(h + at, n);
       sum = fma(load_part<V>(tile + at, n), value, sum);
@@ -183,9 +182,9 @@ template <class V>
 void finish_activate_grad(const Epilogue& e, typename V::Scalar* tile, const TilePart& t) {
   using T = typename V::Scalar;
   constexpr int64_t W = V::kLanes;
-  alignas(64) T gate[kTileRows * kTileVectors * W];
-  alignas(64) T up[kTileRows * kTileVectors * W];
-  alignas(64) T scaled[kTileRows * kTileVectors * W];
+  alignas(64) T gate[kMR * kNRVectors * W];
+  alignas(64) T up[kMR * kNRVectors * W];
+  alignas(64) T scaled[kMR * kNRVectors * W];
   storage_to_tile<V>(t, e.dtype, e.gate, e.pre_stride, gate);
   if (e.up) storage_to_tile<V>(t, e.dtype, e.up, e.pre_stride, up);
   if (e.row_weight) scale_rows<V>(e, t, tile, scaled);
@@ -193,7 +192,7 @@ void finish_activate_grad(const Epilogue& e, typename V::Scalar* tile, const Til
   for (int64_t j = 0; j < t.cols; j += W) {   // vectors behind the part are not set
     T *at = gate + j, *at_up = up + j;
     act_kernels<V>(e).backward({.count = t.rows,
-                                .stride = kTileVectors * W,
+                                .stride = kNRVectors * W,
                                 .gate = at,
                                 .up = e.up ? at_up : nullptr,
                                 .d = d + j,
@@ -224,9 +223,10 @@ FFN_FN void prefetch_tile(const Epilogue& e, const TilePart& t) {
 }
 
 template <class V>
-void finish_tile(const Gemm& g, int64_t branch, typename V::Scalar* tile, const TilePart& t, typename V::Scalar* sums) {
+void finish_tile(const ScheduledGemm& g, int64_t branch, typename V::Scalar* tile, const TilePart& t,
+                 typename V::Scalar* sums) {
   if (g.epilogue.kind == Epilogue::Kind::kActivateGrad) finish_activate_grad<V>(g.epilogue, tile, t);
   else if (g.gated) finish_gated<V>(g, branch, tile, t, sums);
-  else if (g.swapped) finish_transposed<V>(g.epilogue, tile, t);
+  else if (g.transposed) finish_transposed<V>(g.epilogue, tile, t);
   else finish_plain<V>(g.epilogue, tile, t);
 }

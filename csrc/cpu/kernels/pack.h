@@ -1,4 +1,4 @@
-// Textual, per instruction set: panels for the micro kernel, out[step of k * stride + lane], read from any strided,
+// Textual, per instruction set: panels for the micro-kernel, out[step of k * stride + lane], read from any strided,
 // gathered or 16-bit operand. Storage dtypes and layouts end here; behind it everything is dense: float32, float64, or
 // pairs of bfloat16 neighbours along k, of which the last is half zero where their number is odd.
 
@@ -16,7 +16,7 @@ FFN_FN void dispatch_storage(DType dtype, const F& f) {
 template <class V, class F>
 FFN_FN void dispatch_operand(DType dtype, const F& f) {
   dispatch_storage<typename V::Scalar>(dtype, [&](auto storage) {
-    if constexpr (V::kTerms == 1 || __is_same(typename decltype(storage)::Type, BFloat16)) f(storage);
+    if constexpr (V::kKR == 1 || __is_same(typename decltype(storage)::Type, BFloat16)) f(storage);
   });
 }
 
@@ -28,7 +28,7 @@ FFN_FN const S* row_pointer(const Matrix& m, int64_t r) {
 // The first n elements of a vector, the rest zero.
 template <class V, class S>
 FFN_FN V load_part(const S* from, int64_t n) {
-  return n == V::kLanes * V::kTerms ? load<V>(from) : load<V>(from, static_cast<int>(n));
+  return n == V::kLanes * V::kKR ? load<V>(from) : load<V>(from, static_cast<int>(n));
 }
 
 template <class V, class S>
@@ -41,7 +41,7 @@ FFN_FN void store_part(S* to, V v, int64_t n) {
 template <class V, class S>
 FFN_FN V load_columns(const S* row, int64_t col_stride, int64_t c, int64_t n) {
   if (col_stride == 1) return load_part<V>(row + c, n);
-  S buffer[V::kLanes * V::kTerms] = {};
+  S buffer[V::kLanes * V::kKR] = {};
   for (int64_t i = 0; i < n; ++i) buffer[i] = row[(c + i) * col_stride];
   return load<V>(buffer);
 }
@@ -52,7 +52,7 @@ template <class V, class S>
 FFN_FN V load_step(const S* const* row, int64_t rows_left, int64_t col_stride, int64_t c, int64_t n) {
   using Sum = typename V::Sum;
   const Sum first = load_columns<Sum>(row[0], col_stride, c, n);
-  if constexpr (V::kTerms == 1) return first;
+  if constexpr (V::kKR == 1) return first;
   else return V(first, rows_left > 1 ? load_columns<Sum>(row[1], col_stride, c, n) : Sum::zero());
 }
 
@@ -72,11 +72,11 @@ void read_row(const Matrix& m, int64_t r, int64_t c, int64_t n, typename V::Scal
 template <class V, class S>
 void pack_transposed(const Matrix& m, int64_t lane0, int64_t lanes, int64_t valid, int64_t k0, int64_t kc,
                      typename V::Scalar* out, int64_t stride) {
-  constexpr int64_t W = V::kLanes, kBlockK = W * V::kTerms;
+  constexpr int64_t W = V::kLanes, kBlockK = W * V::kKR;
   const S* row[W];
   for (int64_t i = 0; i < W; ++i) row[i] = row_pointer<S>(m, lane0 + (i < valid ? i : 0));
   // A full store may run over the end of its k row where the rows behind are written later, within the panel.
-  const int64_t room = lanes == stride ? divide_up(kc, V::kTerms) * stride - W : -1;  // last place of a full store
+  const int64_t room = lanes == stride ? divide_up(kc, V::kKR) * stride - W : -1;  // last position of a full store
   // Near their end the rows behind them are asked for.
   constexpr int64_t kAhead = kStreamBytes / sizeof(S);
   const int64_t ahead = kc < kAhead ? kc : kAhead;
@@ -96,7 +96,7 @@ void pack_transposed(const Matrix& m, int64_t lane0, int64_t lanes, int64_t vali
         block[i] = i < valid ? load_columns<V>(row[i], m.col_stride, k0 + k, n) : V::zero();
     }
     transpose(block);
-    const int64_t step = k / V::kTerms, steps = divide_up(n, V::kTerms);
+    const int64_t step = k / V::kKR, steps = divide_up(n, V::kKR);
     typename V::Scalar* to = out + step * stride;
     if (steps == W && (lanes == W || (step + W - 1) * stride <= room)) {
       FFN_UNROLL
@@ -109,8 +109,7 @@ void pack_transposed(const Matrix& m, int64_t lane0, int64_t lanes, int64_t vali
 }
 
 // Lanes are columns: rows are copied, a few of them panel by panel, so that what is written lies close together.
-// `stride` is that of one panel, `panel_step` the distance between the panels that the stretch of `lanes` columns fills
-// one after the other, `panel_lanes` columns each.
+// `stride` is that of one panel, `panel_step` the distance between panels, which hold `panel_lanes` columns each.
 template <class V, class S>
 void pack_copied(const Matrix& m, int64_t lane0, int64_t valid, int64_t k0, int64_t kc, int64_t panel_lanes,
                  typename V::Scalar* out, int64_t stride, int64_t panel_step, int64_t panels) {
@@ -119,7 +118,7 @@ void pack_copied(const Matrix& m, int64_t lane0, int64_t valid, int64_t k0, int6
   const int64_t wanted = panels * panel_lanes < valid ? panels * panel_lanes : valid;
   const int64_t whole = divide_up(panel_lanes, W) * W;  // lanes that whole vectors of a panel touch
   const bool dense = m.col_stride == 1;
-  const int64_t steps = divide_up(kc, V::kTerms);
+  const int64_t steps = divide_up(kc, V::kKR);
   for (int64_t kb = 0; kb < kc; kb += kRowsAtOnce) {
     const int64_t n = kc - kb < kRowsAtOnce ? kc - kb : kRowsAtOnce;
     const S* from[kRowsAtOnce];
@@ -133,12 +132,12 @@ void pack_copied(const Matrix& m, int64_t lane0, int64_t valid, int64_t k0, int6
     for (int64_t p = 0; p < panels; ++p) {
       const int64_t lane = p * panel_lanes;
       const bool full = dense && lane + whole <= valid;
-      for (int64_t i = 0; i < n; i += V::kTerms) {
-        const int64_t step = (kb + i) / V::kTerms;
+      for (int64_t i = 0; i < n; i += V::kKR) {
+        const int64_t step = (kb + i) / V::kKR;
         T* to = out + p * panel_step + step * stride;
         if constexpr (sizeof(S) == sizeof(T)) {
-          if (dense && panel_lanes == kTileRows && lane + panel_lanes <= valid) {
-            __builtin_memcpy(to, from[i] + lane, kTileRows * sizeof(T));  // no vectors across cache lines
+          if (dense && panel_lanes == kMR && lane + panel_lanes <= valid) {
+            __builtin_memcpy(to, from[i] + lane, kMR * sizeof(T));  // no vectors across cache lines
             continue;
           }
         }
@@ -180,7 +179,7 @@ void pack_panels(const Operand& op, int64_t lane0, int64_t lane_end, int64_t k0,
           if (left > 0) {
             pack_transposed<V, S>(op.matrix, lane, room, left < room ? left : room, k0, kc, to, stride);
           } else {
-            for (int64_t k = 0; k < divide_up(kc, V::kTerms); ++k) store_part(to + k * stride, V::zero(), room);
+            for (int64_t k = 0; k < divide_up(kc, V::kKR); ++k) store_part(to + k * stride, V::zero(), room);
           }
         }
       }

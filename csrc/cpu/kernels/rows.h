@@ -65,11 +65,11 @@ void row_dots_as(const RowDots& d, int64_t row_begin, int64_t row_end) {
       T total = 0;
       const T* parts = static_cast<const T*>(d.parts) + r * d.num_parts;
       for (int64_t i = 0; i < d.num_parts; ++i) total += parts[i];
-      // Runs of kStretch, so that the error grows with the root of the width, not with it.
-      for (int64_t run = 0; run < d.cols; run += kStretch) {
-        const int64_t end = d.cols - run < kStretch ? d.cols : run + kStretch;
+      // Blocks of kRowBlock, so that the error grows with the root of the width, not with it.
+      for (int64_t block = 0; block < d.cols; block += kRowBlock) {
+        const int64_t end = d.cols - block < kRowBlock ? d.cols : block + kRowBlock;
         V sum = V::zero();
-        for (int64_t c = run; c < end; c += V::kLanes) {
+        for (int64_t c = block; c < end; c += V::kLanes) {
           const int64_t n = end - c < V::kLanes ? end - c : V::kLanes;
           sum = fma(load_columns<V>(row_pointer<S>(d.a, r), d.a.col_stride, c, n),
                     load_columns<V>(row_pointer<S>(d.b, r), d.b.col_stride, c, n), sum);

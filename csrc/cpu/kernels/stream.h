@@ -20,24 +20,24 @@ FFN_FN void multiply_block(const typename V::Scalar* a, const V* block, int64_t 
 // Rows along k, transposed in registers. One vector of columns of the tile: lanes lane0 .. of `m`, the last of which is
 // repeated where there are fewer. Near their ends the rows from `next` on, which are read after these, are asked for.
 template <class V, class S, int H>
-void stream_vector(const Matrix& m, int64_t lane0, int64_t valid, int64_t K, const typename V::Scalar* a,
-                   typename V::Scalar* tile, const S* next) {
+void dot_kernel(const Matrix& m, int64_t lane0, int64_t valid, int64_t K, const typename V::Scalar* a,
+                typename V::Scalar* tile, const S* next) {
   using Sum = typename V::Sum;
-  constexpr int64_t W = V::kLanes, kBlockK = W * V::kTerms;
+  constexpr int64_t W = V::kLanes, kBlockK = W * V::kKR;
   const S* row[W];
   for (int64_t i = 0; i < W; ++i) row[i] = row_pointer<S>(m, lane0 + (i < valid ? i : valid - 1));
   Sum total[H];
   FFN_UNROLL
   for (int t = 0; t < H; ++t) total[t] = Sum::zero();
-  for (int64_t c = 0; c < K; c += kRunK) {
-    const int64_t end = K - c < kRunK ? K : c + kRunK;
+  for (int64_t c = 0; c < K; c += kSumBlock) {
+    const int64_t end = K - c < kSumBlock ? K : c + kSumBlock;
     Sum acc[H];
     FFN_UNROLL
     for (int t = 0; t < H; ++t) acc[t] = Sum::zero();
     int64_t k = c;
     constexpr int64_t kAhead = kStreamBytes / sizeof(S);
     const int64_t ahead = c + kAhead < K ? kAhead : next - row[0] + kAhead - K;
-    if constexpr (__is_same(S, BFloat16) && V::kTerms == 1) {
+    if constexpr (__is_same(S, BFloat16) && V::kKR == 1) {
       // Two neighbours move as one lane, so that transposing costs half.
       for (; k + 2 * W <= end; k += 2 * W) {
         V block[W];
@@ -69,33 +69,32 @@ void stream_vector(const Matrix& m, int64_t lane0, int64_t valid, int64_t K, con
         for (int64_t i = 0; i < W; ++i) block[i] = load<V>(row[i] + k, static_cast<int>(n));
       }
       transpose(block);
-      multiply_block<H>(a + k / V::kTerms * H, block, divide_up(n, V::kTerms), acc);
+      multiply_block<H>(a + k / V::kKR * H, block, divide_up(n, V::kKR), acc);
     }
     FFN_UNROLL
     for (int t = 0; t < H; ++t) total[t] = c == 0 ? acc[t] : total[t] + acc[t];
   }
   FFN_UNROLL
-  for (int t = 0; t < H; ++t) store(tile + t * kTileVectors * W, total[t]);
+  for (int t = 0; t < H; ++t) store(tile + t * kNRVectors * W, total[t]);
 }
 
 template <class V>
-void dots_task(const Gemm& g, int64_t task, void* scratch) {
+void dot_task(const ScheduledGemm& g, int64_t task, void* scratch) {
   using T = typename V::Scalar;
   constexpr int64_t W = V::kLanes;
-  constexpr int64_t kWidth = kTileVectors * W;
+  constexpr int64_t kWidth = kNRVectors * W;
   T* tile = static_cast<T*>(scratch);
-  T* sums = tile + g.panel_rows * kWidth;
-  // One panel: its chunks follow each other, so k runs on through them.
+  T* sums = tile + g.mr * kWidth;
+  // One panel: its blocks of k follow each other, so k runs on through them.
   const T* a = static_cast<const T*>(g.packed_a);
   const int64_t operands = g.gated ? 2 : 1;
   dispatch_operand<V>(g.b[0].matrix.dtype, [&](auto tag) {
     using S = typename decltype(tag)::Type;
-    const auto kernel =
-        choose<kTileRows>(g.panel_rows, [](auto rows) { return &stream_vector<V, S, decltype(rows)::value>; });
-    const auto [begin, end] = g.streamed_panels(task);
-    for (int64_t q = begin; q < end; ++q) {
-      const int64_t col = q * g.panel_columns;
-      const int64_t cols = g.N - col < g.panel_columns ? g.N - col : g.panel_columns;
+    const auto kernel = choose<kMR>(g.mr, [](auto rows) { return &dot_kernel<V, S, decltype(rows)::value>; });
+    const Schedule::Panels panels = g.guided_panels(task);
+    for (int64_t q = panels.begin; q < panels.end; ++q) {
+      const int64_t col = q * g.nr;
+      const int64_t cols = g.N - col < g.nr ? g.N - col : g.nr;
       const int64_t vectors = divide_up(cols, W), count = g.branches() * operands * vectors;
       const auto rows = [&](int64_t i) { return row_pointer<S>(g.b[i / vectors].matrix, col + i % vectors * W); };
       for (int64_t i = 0; i < count; ++i) {
@@ -110,14 +109,14 @@ void dots_task(const Gemm& g, int64_t task, void* scratch) {
   });
 }
 
-// Rows along k, tokens in the lanes: dots[R][N vectors] (+)= sum over a run of k of row r's element k * x[k][N
-// vectors]. `rows` are a run apart. Meanwhile the next run of the rows at `ahead`, `stride` apart, is asked for.
+// Rows along k, tokens in the lanes: dots[R][N vectors] (+)= sum over a block of k of row r's element k * x[k][N
+// vectors]. `rows` are a block apart. Meanwhile the next block of the rows at `ahead`, `stride` apart, is asked for.
 template <class V, class S, int R, int N>
-void token_run(const typename V::Scalar* rows, int64_t steps, const typename V::Scalar* x, typename V::Scalar* dots,
-               bool add, const S* ahead, int64_t stride) {
+void broadcast_kernel(const typename V::Scalar* rows, int64_t steps, const typename V::Scalar* x,
+                      typename V::Scalar* dots, bool add, const S* ahead, int64_t stride) {
   constexpr int W = V::kLanes;
   constexpr int kAtOnce = N == 1 ? 4 : N == 2 ? 2 : 1;  // of k: as many vectors of x as registers are left
-  constexpr int64_t kRun = kRunK / V::kTerms;
+  constexpr int64_t kSumSteps = kSumBlock / V::kKR;
   typename V::Sum acc[R][N];
   FFN_UNROLL
   for (int r = 0; r < R; ++r) {
@@ -134,7 +133,7 @@ void token_run(const typename V::Scalar* rows, int64_t steps, const typename V::
     }
     FFN_UNROLL
     for (int r = 0; r < R; ++r) {
-      const typename V::Scalar* row = rows + r * kRun + k;
+      const typename V::Scalar* row = rows + r * kSumSteps + k;
       FFN_UNROLL
       for (int i = 0; i < kCount; ++i) {
         const V b(row[i]);
@@ -144,78 +143,80 @@ void token_run(const typename V::Scalar* rows, int64_t steps, const typename V::
     }
   };
   int64_t k = 0;
-  constexpr int64_t kLine = 64 / sizeof(S), kRowLines = kRunK / kLine, kLines = R * kRowLines;
+  constexpr int64_t kLine = 64 / sizeof(S), kRowLines = kSumBlock / kLine, kLines = R * kRowLines;
   for (; k + kAtOnce <= steps; k += kAtOnce) {
-    for (int64_t line = k * kLines / kRun; line < (k + kAtOnce) * kLines / kRun; ++line)
+    for (int64_t line = k * kLines / kSumSteps; line < (k + kAtOnce) * kLines / kSumSteps; ++line)
       prefetch(ahead + line / kRowLines * stride + line % kRowLines * kLine);
     multiply(k, std::integral_constant<int, kAtOnce>{});
   }
   for (; k < steps; ++k) multiply(k, std::integral_constant<int, 1>{});
-  end_run(acc, dots, add);
+  add_partial_sums(acc, dots, add);
 }
 
-// The same over all of k; `next` are the rows that are read after these. Rows are copied run by run, whole cache lines
-// at a time: rows a power of two apart would evict each other.
+// The same over all of k; `next` are the rows that are read after these. Rows are copied block by block, whole cache
+// lines at a time: rows a power of two apart would evict each other.
 template <class V, class S, int R, int N>
-void token_rows(const S* rows, int64_t stride, int64_t K, const typename V::Scalar* x, typename V::Scalar* dots,
-                typename V::Scalar* copied, const S* next) {
-  constexpr int64_t W = V::kLanes, kAtOnce = W * V::kTerms;
-  for (int64_t run = 0; run < K; run += kRunK) {
-    const int64_t n = K - run < kRunK ? K - run : kRunK;
+void broadcast_rows(const S* rows, int64_t stride, int64_t K, const typename V::Scalar* x, typename V::Scalar* dots,
+                    typename V::Scalar* copied, const S* next) {
+  constexpr int64_t W = V::kLanes, kAtOnce = W * V::kKR;
+  for (int64_t begin = 0; begin < K; begin += kSumBlock) {
+    const int64_t n = K - begin < kSumBlock ? K - begin : kSumBlock;
     for (int r = 0; r < R; ++r) {
-      const S* row = rows + r * stride + run;
-      typename V::Scalar* to = copied + r * (kRunK / V::kTerms);
-      if (n == kRunK) {
+      const S* row = rows + r * stride + begin;
+      typename V::Scalar* to = copied + r * (kSumBlock / V::kKR);
+      if (n == kSumBlock) {
         FFN_UNROLL
-        for (int64_t i = 0; i < kRunK; i += kAtOnce) store(to + i / V::kTerms, load<V>(row + i));
+        for (int64_t i = 0; i < kSumBlock; i += kAtOnce) store(to + i / V::kKR, load<V>(row + i));
       } else {
         for (int64_t i = 0; i < n; i += kAtOnce)
-          store(to + i / V::kTerms, load_part<V>(row + i, n - i < kAtOnce ? n - i : kAtOnce));
+          store(to + i / V::kKR, load_part<V>(row + i, n - i < kAtOnce ? n - i : kAtOnce));
       }
     }
-    token_run<V, S, R, N>(copied, divide_up(n, V::kTerms), x + run / V::kTerms * N * W, dots, run > 0,
-                          run + kRunK < K ? rows + run + kRunK : next, stride);
+    broadcast_kernel<V, S, R, N>(copied, divide_up(n, V::kKR), x + begin / V::kKR * N * W, dots, begin > 0,
+                                 begin + kSumBlock < K ? rows + begin + kSumBlock : next, stride);
   }
 }
 
 // `count` rows of weights from `first` on, and then those from `next` on.
 template <class V, class S, int N>
-void token_dots(const Matrix& m, int64_t first, int64_t count, int64_t K, const typename V::Scalar* x,
-                typename V::Scalar* dots, typename V::Scalar* copied, const S* next) {
-  constexpr int kHalfTile = kTileVectors / 2 * V::kLanes;  // rows come in such numbers
+void broadcast_panel(const Matrix& m, int64_t first, int64_t count, int64_t K, const typename V::Scalar* x,
+                     typename V::Scalar* dots, typename V::Scalar* copied, const S* next) {
+  constexpr int kHalfTile = kNRVectors / 2 * V::kLanes;  // rows come in such numbers
   constexpr int kRows = (kHalfTile < 16 ? kHalfTile : 16) / (N == 3 ? 4 : N), R = kRows > 0 ? kRows : 1;
   constexpr int64_t kVectors = N * V::kLanes;
   const auto row = [&](int64_t r) { return r < count ? row_pointer<S>(m, first + r) : next; };
   int64_t r = 0;
   for (; r + R <= count; r += R)
-    token_rows<V, S, R, N>(row(r), m.row_stride, K, x, dots + r * kVectors, copied, row(r + R));
-  for (; r < count; ++r) token_rows<V, S, 1, N>(row(r), m.row_stride, K, x, dots + r * kVectors, copied, row(r + 1));
+    broadcast_rows<V, S, R, N>(row(r), m.row_stride, K, x, dots + r * kVectors, copied, row(r + R));
+  for (; r < count; ++r)
+    broadcast_rows<V, S, 1, N>(row(r), m.row_stride, K, x, dots + r * kVectors, copied, row(r + 1));
 }
 
 template <class V>
-void tokens_task(const Gemm& g, int64_t task, void* scratch) {
+void broadcast_task(const ScheduledGemm& g, int64_t task, void* scratch) {
   using T = typename V::Scalar;
   constexpr int64_t W = V::kLanes;
-  constexpr int64_t kWidth = kTileVectors * W;
-  const int64_t tokens = g.panel_rows;
+  constexpr int64_t kWidth = kNRVectors * W;
+  const int64_t tokens = g.mr;
   T* dots = static_cast<T*>(scratch);  // [kWidth][tokens]
   T* tile = dots + kWidth * tokens;    // [tokens][kWidth]
   T* copied = tile + kWidth * tokens;
-  T* sums = copied + kWidth * kRunK / V::kTerms;
+  T* sums = copied + kWidth * kSumBlock / V::kKR;
   const T* x = static_cast<const T*>(g.packed_a);
   const int64_t operands = g.gated ? 2 : 1, half = kWidth / operands;  // of a tile's row
-  const auto [begin, end] = g.streamed_panels(task);
+  const Schedule::Panels panels = g.guided_panels(task);
   dispatch_operand<V>(g.b[0].matrix.dtype, [&](auto tag) {
     using S = typename decltype(tag)::Type;
-    const auto kernel = choose<kTokenVectors>(tokens / W, [](auto n) { return &token_dots<V, S, decltype(n)::value>; });
-    for (int64_t q = begin; q < end; ++q) {
-      const int64_t col = q * g.panel_columns;
-      const int64_t cols = g.N - col < g.panel_columns ? g.N - col : g.panel_columns;
+    const auto kernel =
+        choose<kBroadcastVectors>(tokens / W, [](auto n) { return &broadcast_panel<V, S, decltype(n)::value>; });
+    for (int64_t q = panels.begin; q < panels.end; ++q) {
+      const int64_t col = q * g.nr;
+      const int64_t cols = g.N - col < g.nr ? g.N - col : g.nr;
       for (int64_t i = 0; i < g.branches() * operands; ++i) {
         const bool more = i + 1 < g.branches() * operands;
         kernel(g.b[i].matrix, col, cols, g.K, x, dots, copied,
                row_pointer<S>(g.b[more ? i + 1 : 0].matrix, more ? col : col + cols));
-        T* place = tile + i % operands * half;
+        T* half_tile = tile + i % operands * half;
         for (int64_t j = 0; j < cols; j += W) {
           for (int64_t t = 0; t < tokens; t += W) {
             typename V::Sum block[W];
@@ -223,13 +224,13 @@ void tokens_task(const Gemm& g, int64_t task, void* scratch) {
             for (int64_t l = 0; l < W; ++l) block[l] = load<typename V::Sum>(dots + (j + l) * tokens + t);
             transpose(block);
             FFN_UNROLL
-            for (int64_t l = 0; l < W; ++l) store(place + (t + l) * kWidth + j, block[l]);
+            for (int64_t l = 0; l < W; ++l) store(half_tile + (t + l) * kWidth + j, block[l]);
           }
         }
         if ((i + 1) % operands != 0) continue;
-        for (int64_t t = 0; t < g.M; t += kTileRows)
+        for (int64_t t = 0; t < g.M; t += kMR)
           finish_tile<typename V::Sum>(g, i / operands, tile + t * kWidth,
-                                       {t, g.M - t < kTileRows ? g.M - t : kTileRows, col, cols}, sums + t * half);
+                                       {t, g.M - t < kMR ? g.M - t : kMR, col, cols}, sums + t * half);
       }
     }
   });
@@ -237,75 +238,76 @@ void tokens_task(const Gemm& g, int64_t task, void* scratch) {
 
 // Rows along the columns that are added to H sums at a time. Many sums cost more to fetch than more rows do.
 template <class V>
-constexpr int64_t rows_added(int64_t H) {
-  return H > kRowsAdded ? kRowsAdded * V::kTerms : kRowsAdded;
+constexpr int64_t axpy_fuse(int64_t H) {
+  return H > kAxpyFuse ? kAxpyFuse * V::kKR : kAxpyFuse;
 }
 
-// Rows along the columns: a few of them, `n`, scaled by a[steps of n][H] and added to runs[H][cols], the sums of the
-// run at hand, which is added to totals[H][cols] at its end.
+// Rows along the columns: a few of them, `n`, scaled by a[steps of n][H] and added to partial[H][cols], the
+// partial sums of the block of k at hand, which are added to totals[H][cols] at its end.
 template <class V, class S, int H>
-void add_rows(const S* const* row, int64_t n, int64_t cols, const typename V::Scalar* a, typename V::Scalar* runs,
-              typename V::Scalar* totals, int64_t stride, bool begins, bool ends, bool add) {
+void axpy_kernel(const S* const* row, int64_t n, int64_t cols, const typename V::Scalar* a, typename V::Scalar* partial,
+                 typename V::Scalar* totals, int64_t stride, bool begins, bool ends, bool add) {
   using Sum = typename V::Sum;
-  constexpr int64_t W = V::kLanes, kTerms = V::kTerms, kRows = rows_added<V>(H);
+  constexpr int64_t W = V::kLanes, kKR = V::kKR, kRows = axpy_fuse<V>(H);
   for (int64_t j = 0; j < cols; j += W) {
     const int64_t lanes = cols - j < W ? cols - j : W;
     Sum acc[H];
     FFN_UNROLL
-    for (int t = 0; t < H; ++t) acc[t] = begins ? Sum::zero() : load<Sum>(runs + t * stride + j);
+    for (int t = 0; t < H; ++t) acc[t] = begins ? Sum::zero() : load<Sum>(partial + t * stride + j);
     if (n == kRows && lanes == W) {
       FFN_UNROLL
-      for (int64_t i = 0; i < kRows; i += kTerms) {
-        const V b = load_step<V>(row + i, kTerms, 1, j, W);
+      for (int64_t i = 0; i < kRows; i += kKR) {
+        const V b = load_step<V>(row + i, kKR, 1, j, W);
         FFN_UNROLL
-        for (int t = 0; t < H; ++t) acc[t] = fma(V(a[i / kTerms * H + t]), b, acc[t]);
+        for (int t = 0; t < H; ++t) acc[t] = fma(V(a[i / kKR * H + t]), b, acc[t]);
       }
     } else {
-      for (int64_t i = 0; i < n; i += kTerms) {
+      for (int64_t i = 0; i < n; i += kKR) {
         const V b = load_step<V>(row + i, n - i, 1, j, lanes);
-        for (int t = 0; t < H; ++t) acc[t] = fma(V(a[i / kTerms * H + t]), b, acc[t]);
+        for (int t = 0; t < H; ++t) acc[t] = fma(V(a[i / kKR * H + t]), b, acc[t]);
       }
     }
     FFN_UNROLL
     for (int t = 0; t < H; ++t) {
-      typename V::Scalar* at = (ends ? totals : runs) + t * stride + j;
+      typename V::Scalar* at = (ends ? totals : partial) + t * stride + j;
       store(at, ends && add ? load<Sum>(at) + acc[t] : acc[t]);
     }
   }
 }
 
 template <class V>
-void sums_task(const Gemm& g, int64_t task, void* scratch) {
+void axpy_task(const ScheduledGemm& g, int64_t task, void* scratch) {
   using T = typename V::Scalar;
-  constexpr int64_t kWidth = kTileVectors * V::kLanes;
-  const int64_t H = g.panel_rows;
-  const int64_t rows_at_once = rows_added<V>(H);
-  const int64_t stride = g.group_n * kWidth;
-  T* runs = static_cast<T*>(scratch);  // [panels_m * H][stride]
-  T* totals = runs + g.panels_m * H * stride;
+  constexpr int64_t kWidth = kNRVectors * V::kLanes;
+  const int64_t H = g.mr;
+  const int64_t rows_at_once = axpy_fuse<V>(H);
+  const int64_t stride = g.nc_panels * kWidth;
+  T* partial = static_cast<T*>(scratch);  // [panels_m * H][stride]
+  T* totals = partial + g.panels_m * H * stride;
   T* tile = totals + g.panels_m * H * stride;
   const int64_t begin = task * stride;
   const int64_t cols = g.N - begin < stride ? g.N - begin : stride;
-  for (int64_t i = 0; i < g.chunks(); ++i) {
-    const Chunk c = chunk_at(g, i);
+  for (int64_t i = 0; i < g.k_blocks(); ++i) {
+    const KBlock c = k_block_at(g, i);
     const Matrix& m = g.b[c.b].matrix;
     const T* a = static_cast<const T*>(g.packed_a) + c.step * g.panels_m * H;
     dispatch_operand<V>(m.dtype, [&](auto tag) {
       using S = typename decltype(tag)::Type;
-      const auto add = choose<kSumRows>(H, [](auto rows) { return &add_rows<V, S, decltype(rows)::value>; });
+      const auto add = choose<kAxpyRows>(H, [](auto rows) { return &axpy_kernel<V, S, decltype(rows)::value>; });
       for (int64_t k = 0, n = 0; k < c.length; k += n) {
-        const int64_t run_end = (k / kRunK + 1) * kRunK < c.length ? (k / kRunK + 1) * kRunK : c.length;
-        n = run_end - k < rows_at_once ? run_end - k : rows_at_once;
-        const S* row[kRowsAdded * V::kTerms];
+        const int64_t block_end =
+            (k / kSumBlock + 1) * kSumBlock < c.length ? (k / kSumBlock + 1) * kSumBlock : c.length;
+        n = block_end - k < rows_at_once ? block_end - k : rows_at_once;
+        const S* row[kAxpyFuse * V::kKR];
         for (int64_t r = 0; r < n; ++r) row[r] = row_pointer<S>(m, c.k + k + r) + begin;
         for (int64_t p = 0; p < g.panels_m; ++p)
-          add(row, n, cols, a + (p * c.steps + k / V::kTerms) * H, runs + p * H * stride, totals + p * H * stride,
-              stride, k % kRunK == 0, k + n == run_end, i > 0 || k >= kRunK);
+          add(row, n, cols, a + (p * c.steps + k / V::kKR) * H, partial + p * H * stride, totals + p * H * stride,
+              stride, k % kSumBlock == 0, k + n == block_end, i > 0 || k >= kSumBlock);
       }
     });
   }
-  for (int64_t p = 0; p < g.panels_m * H; p += kTileRows) {
-    const int64_t rows = g.M - p < kTileRows ? g.M - p : kTileRows;
+  for (int64_t p = 0; p < g.panels_m * H; p += kMR) {
+    const int64_t rows = g.M - p < kMR ? g.M - p : kMR;
     if (rows <= 0) break;
     for (int64_t j = 0; j < cols; j += kWidth) {
       for (int64_t t = 0; t < rows; ++t)

@@ -1,13 +1,14 @@
 // Textual, per instruction set: all kernels and the table that the boundary calls them through. The including file
-// sets the register tile, kTileRows x kTileVectors (even: gate and up), and BFloat16Operands, the vectors that hold the
-// operands of bfloat16 products, before.
+// sets the micro-tile before, kMR x kNRVectors (even: gate and up). Where its products of bfloat16 alone differ from
+// those of another instruction set, it sets that as FFN_OPS_BASE, which computes all else, and BFloat16Operands, the
+// vectors that hold their operands.
 
-constexpr int64_t kPanelBlock = 16;                         // A panels that stay in L2 while a B panel is used
-constexpr int64_t kRowsAtOnce = 16;                         // where rows are copied
-constexpr int64_t kRowsAhead = 16;                          // the same: what is asked for
-constexpr int64_t kStreamBytes = 512;                       // in each row while streaming
-constexpr int64_t kRowsAdded = 8;                           // streams at a time, see rows_added
-constexpr int kSumRows = kTileRows * kTileVectors * 2 / 3;  // accumulators, where the rest is one row and its factor
+constexpr int64_t kL2Panels = 16;                    // A panels that stay in L2 while a B panel is used
+constexpr int64_t kRowsAtOnce = 16;                  // where rows are copied
+constexpr int64_t kRowsAhead = 16;                   // the same: what is asked for
+constexpr int64_t kStreamBytes = 512;                // in each row while streaming
+constexpr int64_t kAxpyFuse = 8;                     // streams at a time, see axpy_fuse
+constexpr int kAxpyRows = kMR * kNRVectors * 2 / 3;  // accumulators, where the rest is one row and its factor
 
 #include "act.h"
 
@@ -19,35 +20,56 @@ constexpr int kSumRows = kTileRows * kTileVectors * 2 / 3;  // accumulators, whe
 
 #include "stream.h"
 
+#ifdef FFN_OPS_BASE
+constexpr int64_t kBFloat16KR = BFloat16Operands::kKR;
+template <auto kEntry, class... Args>
+void base_kernel(Args... args) {
+  (FFN_OPS_BASE::kTable.*kEntry)(args...);
+}
+#define FFN_OPS_ENTRY(name) base_kernel<&KernelTable::name>
+#else
+#define FFN_OPS_ENTRY(name) name
+constexpr int64_t kBFloat16KR = 1;
+
 #include "elementwise.h"
 
 #include "rows.h"
 
 #include "top_k.h"
-
-void pack_a(const Gemm& g, int64_t chunk, int64_t panel_begin, int64_t panel_end) {
-  if (g.wide()) pack_a_as<Vec<double>>(g, chunk, panel_begin, panel_end);
-  else if (g.narrow()) pack_a_as<BFloat16Operands>(g, chunk, panel_begin, panel_end);
-  else pack_a_as<Vec<float>>(g, chunk, panel_begin, panel_end);
-}
+#endif
 
 template <class V>
-void gemm_as(const Gemm& g, int64_t task, void* scratch) {
-  switch (g.way) {
-    case Gemm::Way::kPacked:
-      return gemm_task<V>(g, task, scratch);
-    case Gemm::Way::kDots:
-      return dots_task<V>(g, task, scratch);
-    case Gemm::Way::kTokens:
-      return tokens_task<V>(g, task, scratch);
-    case Gemm::Way::kSums:
-      return sums_task<V>(g, task, scratch);
+void gemm_as(const ScheduledGemm& g, int64_t task, void* scratch) {
+  switch (g.kernel) {
+    case Schedule::Kernel::kPacked:
+      return packed_task<V>(g, task, scratch);
+    case Schedule::Kernel::kDot:
+      return dot_task<V>(g, task, scratch);
+    case Schedule::Kernel::kBroadcast:
+      return broadcast_task<V>(g, task, scratch);
+    case Schedule::Kernel::kAxpy:
+      return axpy_task<V>(g, task, scratch);
   }
 }
 
-void gemm(const Gemm& g, int64_t task, void* scratch) {
-  if (g.wide()) gemm_as<Vec<double>>(g, task, scratch);
-  else if (g.narrow()) gemm_as<BFloat16Operands>(g, task, scratch);
+#ifdef FFN_OPS_BASE
+void pack_a(const ScheduledGemm& g, int64_t k_block, int64_t panel_begin, int64_t panel_end) {
+  if (g.in_bfloat16()) pack_a_as<BFloat16Operands>(g, k_block, panel_begin, panel_end);
+  else FFN_OPS_BASE::kTable.pack_a(g, k_block, panel_begin, panel_end);
+}
+
+void gemm(const ScheduledGemm& g, int64_t task, void* scratch) {
+  if (g.in_bfloat16()) gemm_as<BFloat16Operands>(g, task, scratch);
+  else FFN_OPS_BASE::kTable.gemm(g, task, scratch);
+}
+#else
+void pack_a(const ScheduledGemm& g, int64_t k_block, int64_t panel_begin, int64_t panel_end) {
+  if (g.float64()) pack_a_as<Vec<double>>(g, k_block, panel_begin, panel_end);
+  else pack_a_as<Vec<float>>(g, k_block, panel_begin, panel_end);
+}
+
+void gemm(const ScheduledGemm& g, int64_t task, void* scratch) {
+  if (g.float64()) gemm_as<Vec<double>>(g, task, scratch);
   else gemm_as<Vec<float>>(g, task, scratch);
 }
 
@@ -96,21 +118,22 @@ void top_k_backward(const TopK& k, int64_t r0, int64_t r1, void* scratch) {
   if (k.logits.dtype == DType::kFloat64) top_k_backward_as<Vec<double>>(k, r0, r1, scratch);
   else top_k_backward_as<Vec<float>>(k, r0, r1, scratch);
 }
+#endif
 
 extern const KernelTable kTable;
 const KernelTable kTable = {Vec<float>::kLanes,
-                            kTileRows,
-                            kTileVectors,
-                            kSumRows,
-                            BFloat16Operands::kTerms,
+                            kMR,
+                            kNRVectors,
+                            kAxpyRows,
+                            kBFloat16KR,
                             pack_a,
                             gemm,
-                            gated_act,
-                            gated_act_backward,
-                            gated_act_double_backward,
-                            column_sum,
-                            dispatch_rows,
-                            combine_rows,
-                            row_dots,
-                            top_k,
-                            top_k_backward};
+                            FFN_OPS_ENTRY(gated_act),
+                            FFN_OPS_ENTRY(gated_act_backward),
+                            FFN_OPS_ENTRY(gated_act_double_backward),
+                            FFN_OPS_ENTRY(column_sum),
+                            FFN_OPS_ENTRY(dispatch_rows),
+                            FFN_OPS_ENTRY(combine_rows),
+                            FFN_OPS_ENTRY(row_dots),
+                            FFN_OPS_ENTRY(top_k),
+                            FFN_OPS_ENTRY(top_k_backward)};

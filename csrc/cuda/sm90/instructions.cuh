@@ -1,5 +1,5 @@
-// What Hopper kernels are written in beyond device.cuh: wgmma, one instruction for each function, and how its operands
-// lie in shared memory. Compiled for compute capability 9.0 with its own features (sm_90a) alone.
+// Building blocks of Hopper kernels beyond device.cuh: wgmma, one instruction for each function, and the layout of its
+// operands in shared memory. Compiled for compute capability 9.0 with its own features (sm_90a) alone.
 #pragma once
 
 #include "../device.cuh"
@@ -30,7 +30,7 @@ namespace ffn_ops::cuda {
 // Plain writes to shared memory, and copies that have arrived, before this are seen by wgmma behind the next barrier.
 __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// Before the first product of a group: what registers hold is what it adds to.
+// Before the first product of a group: orders earlier writes to the accumulator registers.
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 // Waits for all but the last N committed groups: their sums and their operands' memory may be touched again.

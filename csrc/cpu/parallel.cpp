@@ -1,5 +1,5 @@
-// See schedule.h. The only file that owns threads; kernels get pointers and ranges.
-#include "schedule.h"
+// See parallel.h. The only file that owns threads; kernels get pointers and ranges.
+#include "parallel.h"
 
 #include <algorithm>
 #include <atomic>
@@ -13,19 +13,19 @@ namespace {
 size_t round_up(size_t value, size_t step) { return (value + step - 1) / step * step; }
 
 // Task `task` of several items with `ends[i]` tasks up to and with item i.
-struct Place {
+struct TaskOf {
   size_t item;
   int64_t task;
 };
-Place find_place(const std::vector<int64_t>& ends, int64_t task) {
+TaskOf find_task(const std::vector<int64_t>& ends, int64_t task) {
   const auto item = static_cast<size_t>(std::upper_bound(ends.begin(), ends.end(), task) - ends.begin());
   return {item, item ? task - ends[item - 1] : task};
 }
 
 // The one row of A where it is already what packing it would give, or null.
-void* packed_row(const Gemm& g) {
+void* packed_row(const ScheduledGemm& g) {
   const Matrix& m = g.a.matrix;
-  if (g.way != Gemm::Way::kDots || g.M != 1 || g.a.k_along_rows || m.col_stride != 1) return nullptr;
+  if (g.kernel != Schedule::Kernel::kDot || g.M != 1 || g.a.k_along_rows || m.col_stride != 1) return nullptr;
   if (m.dtype != g.epilogue.arithmetic()) return nullptr;
   const int64_t row = m.rows ? m.rows[g.first_row] : g.first_row;
   return static_cast<char*>(const_cast<void*>(m.data)) + row * m.row_stride * g.element();
@@ -45,8 +45,8 @@ void Phases::run(int64_t workers) const {
       for (int64_t t = phase.begin; t < phase.end; ++t) phase.run(t - phase.begin, 0);
     return;
   }
-  // Tasks are handed out in order, so whoever waits for an earlier phase waits for tasks that are already running:
-  // this ends even where all workers run one after the other on a single thread.
+  // Workers take tasks in order, so a worker that waits for an earlier phase waits for tasks that already run. This
+  // ends even if all workers run one after the other on a single thread.
   std::atomic<int64_t> next{0};
   std::atomic<int64_t> done{0};
   const auto work = [&](int64_t worker) {
@@ -69,18 +69,18 @@ void Phases::run(int64_t workers) const {
 void Steps::pass(int64_t tasks, Phases::Task run) { steps_.push_back({{}, tasks, std::move(run)}); }
 
 void Steps::products(const std::vector<Gemm>& gemms) {
-  for (std::vector<Gemm>& group : plan_products(gemms, table_, workers_))
+  for (std::vector<ScheduledGemm>& group : plan_products(gemms, table_, workers_))
     steps_.push_back({std::move(group), 0, nullptr});
 }
 
-void Steps::add_products(std::vector<Gemm>& gemms, Phases& phases, char* packed, char* scratch, size_t scratch_bytes,
-                         int64_t workers) {
+void Steps::add_products(std::vector<ScheduledGemm>& gemms, Phases& phases, char* packed, char* scratch,
+                         size_t scratch_bytes, int64_t workers) {
   const auto count = static_cast<int64_t>(gemms.size());
-  std::vector<int64_t> bundle(gemms.size());  // A panels of a packing task
+  std::vector<int64_t> grain(gemms.size());  // A panels of a packing task
   std::vector<int64_t> pack_ends, gemm_ends;
   int64_t packing = 0, multiplying = 0;
   for (size_t i = 0; i < gemms.size(); ++i) {
-    Gemm& g = gemms[i];
+    ScheduledGemm& g = gemms[i];
     gemm_ends.push_back(multiplying += g.tasks_m() * g.tasks_n());
     g.packed_a = packed_row(g);
     if (g.packed_a) {
@@ -90,21 +90,21 @@ void Steps::add_products(std::vector<Gemm>& gemms, Phases& phases, char* packed,
     g.packed_a = packed;
     packed += packed_bytes(g);
     // Panels are cut from rows along k in whole pages, from columns in long runs of each row.
-    const bool by_rows = (g.swapped ? g.b[0] : g.a).k_along_rows;
-    const int64_t share = divide_up(count * g.panels_m * g.chunks(), 4 * workers);
-    bundle[i] = std::min(g.panels_m, std::min<int64_t>(by_rows ? 96 : 16, share));
-    pack_ends.push_back(packing += g.chunks() * divide_up(g.panels_m, bundle[i]));
+    const bool by_rows = (g.transposed ? g.b[0] : g.a).k_along_rows;
+    const int64_t even_grain = divide_up(count * g.panels_m * g.k_blocks(), 4 * workers);
+    grain[i] = std::min(g.panels_m, std::min<int64_t>(by_rows ? 96 : 16, even_grain));
+    pack_ends.push_back(packing += g.k_blocks() * divide_up(g.panels_m, grain[i]));
   }
   if (packing > 0)
-    phases.add(packing, [this, &gemms, bundle, pack_ends](int64_t task, int64_t) {
-      const Place at = find_place(pack_ends, task);
-      const Gemm& g = gemms[at.item];
-      const int64_t bundles = divide_up(g.panels_m, bundle[at.item]);
-      const int64_t begin = at.task % bundles * bundle[at.item];
-      table_.pack_a(g, at.task / bundles, begin, std::min(g.panels_m, begin + bundle[at.item]));
+    phases.add(packing, [this, &gemms, grain, pack_ends](int64_t task, int64_t) {
+      const TaskOf at = find_task(pack_ends, task);
+      const ScheduledGemm& g = gemms[at.item];
+      const int64_t grains = divide_up(g.panels_m, grain[at.item]);
+      const int64_t begin = at.task % grains * grain[at.item];
+      table_.pack_a(g, at.task / grains, begin, std::min(g.panels_m, begin + grain[at.item]));
     });
   phases.add(multiplying, [this, &gemms, gemm_ends, scratch, scratch_bytes](int64_t task, int64_t worker) {
-    const Place at = find_place(gemm_ends, task);
+    const TaskOf at = find_task(gemm_ends, task);
     table_.gemm(gemms[at.item], at.task, scratch + static_cast<size_t>(worker) * scratch_bytes);
   });
 }
@@ -115,7 +115,7 @@ void Steps::run() {
   double work = 0;
   for (const Step& step : steps_) {
     size_t packed = 0;
-    for (const Gemm& g : step.gemms) {
+    for (const ScheduledGemm& g : step.gemms) {
       packed += static_cast<size_t>(packed_bytes(g));
       scratch_bytes = std::max(scratch_bytes, round_up(gemm_scratch_bytes(g, table_), 4096));
       // Up to 8 rows take about the time of reading the weights.
@@ -124,7 +124,7 @@ void Steps::run() {
     }
     most_packed = std::max(most_packed, packed);
   }
-  constexpr double kParallelWork = 1 << 17;  // weights read once that are worth waking a second thread for
+  constexpr double kParallelWork = 1 << 17;  // bytes of weights, read once, that are worth waking a second thread
   const int64_t workers = work < kParallelWork ? 1 : workers_;
   char* packed = static_cast<char*>(workspace_.take(most_packed, "packed operands"));
   char* scratch =

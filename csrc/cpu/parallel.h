@@ -1,4 +1,4 @@
-// Threads of one operator call: phases of tasks in a single parallel region. Nothing here changes a bit of a result.
+// Threads of one operator call: phases of tasks in a single parallel region. It never changes a bit of a result.
 #pragma once
 
 #include <cstddef>
@@ -41,12 +41,12 @@ class Steps {
 
  private:
   struct Step {
-    std::vector<Gemm> gemms;
+    std::vector<ScheduledGemm> gemms;
     int64_t tasks;
     Phases::Task task;  // empty: the products
   };
-  void add_products(std::vector<Gemm>& gemms, Phases& phases, char* packed, char* scratch, size_t scratch_bytes,
-                    int64_t workers);
+  void add_products(std::vector<ScheduledGemm>& gemms, Phases& phases, char* packed, char* scratch,
+                    size_t scratch_bytes, int64_t workers);
 
   const KernelTable& table_;
   Workspace& workspace_;

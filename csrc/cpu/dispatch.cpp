@@ -1,5 +1,5 @@
-// CPU detection behind isa.h.
-#include "isa.h"
+// CPU detection behind dispatch.h.
+#include "dispatch.h"
 
 #include <cstdint>
 #include <cstdlib>
@@ -47,38 +47,42 @@ bool has_f16c() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & (1u << 29));
 }
+// __builtin_cpu_supports is false for registers that the operating system does not save.
+bool has_avx2() {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
+}
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+bool has_avx512_bf16() {
+#ifdef FFN_OPS_EMULATE_BFLOAT16_PAIRS
+  return has_avx512();
 #else
-bool bfloat16_pairs_pay() { return false; }
+  return has_avx512() && __builtin_cpu_supports("avx512bf16");
 #endif
+}
+#endif
+
+struct Support {
+  bool supported, preferred;
+};
+Support support(Isa isa) {
+  switch (isa) {
+#define FFN_OPS_CASE(name, supported, preferred) \
+  case Isa::name:                                \
+    return {supported, preferred};
+    FFN_OPS_BUILT_ISAS(FFN_OPS_CASE)
+#undef FFN_OPS_CASE
+    default:
+      return {false, false};
+  }
+}
 
 }  // namespace
 
-bool isa_supported(Isa isa) {
-#if defined(__x86_64__)
-  // __builtin_cpu_supports is false for registers that the operating system does not save.
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  switch (isa) {
-    case Isa::baseline:
-      return true;
-    case Isa::avx2:
-      return avx2;
-    case Isa::avx512:
-      return avx512;
-    case Isa::avx512_bf16:
-#ifdef FFN_OPS_EMULATE_BFLOAT16_PAIRS
-      return avx512;
-#else
-      return avx512 && __builtin_cpu_supports("avx512bf16");
-#endif
-  }
-  return false;
-#else
-  return isa == Isa::baseline;
-#endif
-}
+bool isa_supported(Isa isa) { return support(isa).supported; }
 
 bool has_amx() {
   if (const char* forced = environment("FFN_OPS_AMX")) {
@@ -101,11 +105,11 @@ IsaChoice choose_isa(const char* name) {
   Isa best = Isa::baseline;
   std::string all, supported;
   for (const Isa isa : kIsas) {
-    const bool runs = isa_supported(isa);
+    const auto [runs, preferred] = support(isa);
     if (name && !std::strcmp(name, isa_name(isa)) && runs) return {isa, ""};
     all += (all.empty() ? "" : ", ") + std::string(isa_name(isa));
     if (runs) {
-      if (isa != Isa::avx512_bf16 || bfloat16_pairs_pay()) best = isa;
+      if (preferred) best = isa;
       supported += (supported.empty() ? "" : ", ") + std::string(isa_name(isa));
     }
   }
