@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 # The project's commands; CI runs the same ones.
 PYTHON ?= python
 CXX ?= g++
@@ -91,7 +92,8 @@ products:
 
 # The CUDA operators with their kernels on the host, in the place of the CPU's: the package's tests run on them.
 OPERATOR_SOURCES := $(filter-out csrc/cuda/assignment.cu,$(wildcard csrc/cuda/*.cu)) csrc/registration.cpp \
-  csrc/cpu/assignment.cpp csrc/cpu/parallel.cpp csrc/cpu/memory.cpp csrc/cpu/plan.cpp tests/simt/operators/operators.cpp
+  csrc/cpu/assignment.cpp csrc/cpu/gates.cpp csrc/cpu/parallel.cpp csrc/cpu/memory.cpp csrc/cpu/plan.cpp \
+  tests/simt/operators/operators.cpp
 OPERATOR_TESTS := moe routing top_k gradients router
 simt-operators:
 	rm -rf build/operators

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """What the operator libraries are built from. Every compiler flag of the project stands here; metadata is in
 pyproject.toml, and build_tools/ finds torch and compilers and runs what is not up to date.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """A suite of rows as a command: measures them, prints the tables, writes JSON and a plot."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """``python -m benchmarks.dense``: the dense layers."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """``python -m benchmarks.expert_parallel``: a layer's experts on 1, 2 and 4 processes of this machine, with gloo: bytes
 sent, and time in collectives and outside of them. Each process checks its results before anything is timed.
 """

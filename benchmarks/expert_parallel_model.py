@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """``python -m benchmarks.expert_parallel_model``: the cost of expert parallelism on paper, the tables of
 docs/expert-parallel.md. It measures nothing: it computes from published speeds.
 """

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """A GPU as the place where rows run: CUDA events around forward and backward with the L2 cache flushed before each
 call, the limits that cuBLAS and a copy reach, and clocks. The twin of the harness's Cpu."""
 

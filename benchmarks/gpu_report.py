@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Prints what the harness found on a GPU, from the records of the JSON file: forward and backward apart, in TFLOP/s or
 for what only moves memory in GB/s, and beside them what others published."""
 

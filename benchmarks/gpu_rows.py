@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The rows of a GPU, in the order of their value, and what others published for them. Nothing here runs a layer."""
 
 from __future__ import annotations

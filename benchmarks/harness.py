@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Measures rows: verifies every provider, then times all of them round by round, with the machine's limits between."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The ways to compute a mixture of experts that are compared, over the same stacked weights, routing included."""
 
 from __future__ import annotations

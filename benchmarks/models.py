@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """``python -m benchmarks.models``: whole transformers models, replaced against untouched, by time and peak memory.
 
 A small Llama (width 512, 8 layers) and a mixture like Qwen3-MoE's (64 experts, 8 per token): a training step (forward,

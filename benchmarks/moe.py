@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """``python -m benchmarks.moe``: the mixtures of experts."""
 
 from __future__ import annotations

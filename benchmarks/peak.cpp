@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // What this machine can do: float32 multiply-adds per second for each instruction set, and bytes read per second.
 // Compiled by peak.py at first use, together with csrc/cpu/isa/*.cpp, so one build runs on every x86-64.
 #include <sys/mman.h>

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // What peak.cpp calls of each instruction set. Included before csrc/cpu/isa/*.cpp, whose kernels are peak_kernels.h
 // here.
 #pragma once

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The machine's limits, measured: float32 multiply-adds per second and bytes read per second. The kernels:
 peak_kernels.h."""
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // The kernels that csrc/cpu/isa/*.cpp are compiled with for peak.py, after peak.h.
 
 // The fixed point of z * 0.999 + 0.001 is 1: no overflow, no denormals.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The plot of a run: which share of the machine's nearer limit each provider reaches, and how cost grows by experts."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // Every grouped product of a mixture's training step alone, in each shape of tile: `make products`, then on a Hopper
 // GPU `build/products [ROW ...]`, rows as in gpu_rows.py. Results of up, down, dX and both weight gradients are
 // compared with sums in double at 2048 places before they are timed (dH's epilogue has its tests). No torch.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The ways to compute a layer that are compared. Each turns the same weights and inputs into a module to call."""
 
 from __future__ import annotations

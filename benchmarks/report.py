@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Prints what the harness found. Works on the records that the JSON file holds, so that a saved run prints alike."""
 
 from __future__ import annotations

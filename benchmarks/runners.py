@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """A provider, ready to be called and timed: on the CPU in this process, or eager in the process on huge pages."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The targets: what is asked, what a run measured, reached or short by how much.
 
 ``python -m benchmarks.targets FILE`` prints them for a saved run.

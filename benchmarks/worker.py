@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Eager in a process of its own, started with torch's huge-page switch: both ends of the pipe.
 
 torch reads the switch once, when it allocates first, so it cannot be a provider in the harness's process. The process

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Workloads: shapes, rows, and the formulas for their FLOPs and bytes. This file runs no layer."""
 
 from __future__ import annotations

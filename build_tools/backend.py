@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """setuptools' build backend, which asks for torch only where the environment has none that fits: pip's isolated build
 then takes the headers of the torch that the libraries will run on, and does not install a second one."""
 

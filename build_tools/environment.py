@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """What the build finds on this machine: torch, compilers, the CUDA toolkit, GPUs. It compiles nothing and does not
 import torch."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Runs the commands of a build whose results are not there yet. A step is up to date if its command, the compiler's and
 torch's versions and the contents of all files that it read are those of its last run: times and places of files, such
 as of headers in pip's isolated environment, do not count. It knows nothing of this project's sources and flags."""

@@ -1,9 +1,10 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // Every operator's schema on one screen. Kernels are registered for their device in cpu/ and cuda/.
 //
 // Shapes: x [T, D], weights [out, in] as nn.Linear has them, gate and up [T, F]. `save` asks for the pre-activations
 // that backward needs (else those results are empty). Gradients that `needs` does not ask for come back empty. `params`
 // of an activation: limit (0: none; AOTInductor writes no infinity), up_shift, then its own parameters as
-// common/activations.h declares them. interleaved: rows of one input weight are those of gate and up in turns.
+// common/activations.h declares them. interleaved: rows of one input weight alternate between gate and up.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(ffn_ops, m) {

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Draws README's chart from the benchmarks' results: the speed, where PyTorch's fastest form has 1.
 
 python docs/chart.py

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Sphinx configuration of the documentation; ``make docs`` builds it, without the network and without a warning."""
 
 import zlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Text generation by a small Llama, untouched and with its feed-forward layers replaced: both write the same
 tokens.
 

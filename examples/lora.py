@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """LoRA fine-tuning with peft of a small Llama whose feed-forward layers ffn_ops computes.
 
     pip install "ffn_ops[transformers,peft]" && python examples/lora.py

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Fused feed-forward layers for PyTorch: one schema per operator, with a CPU and a CUDA kernel behind it.
 
 Letters in names and docstrings: T tokens, D model width (d_model), F FFN width (d_ff), E experts, K experts per token,

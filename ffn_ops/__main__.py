@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """``python -m ffn_ops info | compare | verify``."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The one rule of accuracy, for tests, benchmarks and ``compare``: error against float64 within 1.5 times that of eager
 PyTorch on the same numbers.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Checks of arguments, which every public function makes before any work. Messages give the argument, the expected
 value and the actual one."""
 

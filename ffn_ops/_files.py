@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Files that commands write. A file is written completely or not at all, even if the command is killed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """FLOP formulas for torch.utils.flop_counter: 2 M N K for a product, as torch counts. Activations are not counted.
 
 Each argument is the shape of the operator's argument of that name; the letters are those of ``ffn_ops/__init__.py``.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Gate: which activation stands between two linear layers, and its numbers. Values are computed elsewhere."""
 
 from __future__ import annotations
@@ -202,18 +203,17 @@ def as_gate(activation: str | Gate, *, gated: bool, one_weight: bool = False) ->
 
 
 def gate_from(activation: str, params: Sequence[float], interleaved: bool = False) -> Gate:
-    """The gate that an operator was given."""
-    limit, up_shift, *own = params
-    names: dict[str, Any] = dict(zip(_KINDS[activation].own, own, strict=True))
-    return Gate(activation, limit=limit or None, up_shift=up_shift, interleaved=interleaved, **names)
+    """The gate that an operator was given. Raises: TypeError, ValueError."""
+    check.choice("activation", activation, NAMES)
+    own = _KINDS[activation].own
+    if len(params) != 2 + len(own):
+        raise ValueError(f"params: expected {2 + len(own)} numbers of {activation}, got {len(params)}")
+    names: dict[str, Any] = dict(zip(own, params[2:], strict=True))
+    return Gate(activation, limit=params[0] or None, up_shift=params[1], interleaved=interleaved, **names)
 
 
-def check_gate(gate_name: str, params: Any, gated: bool) -> None:
-    """What a fake operator checks of ``activation`` and ``params``."""
-    check.choice("activation", gate_name, NAMES)
-    count = 2 + len(_KINDS[gate_name].own)
-    if len(params) != count:
-        raise ValueError(f"params: expected {count} numbers of {gate_name}, got {len(params)}")
-    if not gated and not (params[0] == 0 and params[1] == 0):
-        got = f"{params[0] or None} and {params[1]}"
-        raise ValueError(f"limit, up_shift: expected None and 0 where nothing is gated, got {got}")
+def check_gate(
+    activation: str, params: Sequence[float], *, gated: bool, interleaved: bool = False, one_weight: bool = False
+) -> None:
+    """What fake operators check of their arguments: as :func:`as_gate`."""
+    as_gate(gate_from(activation, params, interleaved), gated=gated, one_weight=one_weight)

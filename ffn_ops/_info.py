@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Facts about this build and this machine."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Loads the operator libraries, and makes operators differentiable. This file defines no operator."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The workspace memory that the CPU kernels keep between calls."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The study guide's keys of a mixture, one for each expert, become those of the stacked parameters."""
 
 from __future__ import annotations

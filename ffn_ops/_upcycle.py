@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """upcycle: makes a mixture that computes the same as a trained dense layer."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The steps of ``python -m ffn_ops verify``: each runs one tool in a process of its own and turns what it prints or
 writes into a record. This file knows neither the budget nor the report's file."""
 

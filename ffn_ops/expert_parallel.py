@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Expert parallelism: every rank of a mesh holds some of the experts. Rows travel to them and back.
 
 Built on ``torch.distributed``, which is imported where it is needed. The experts themselves are computed by

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The study guides' layers as modules: parameters and one operator call each; no kernel is chosen here.
 
 Child layers are real ``nn.Linear`` modules, so checkpoints load with ``strict=True`` and a seed gives PyTorch's own

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """MoEFFN: a mixture of experts as a module.
 
 It holds parameters and calls one operator. The router is any callable that returns a Routing.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Plain PyTorch formulas of every operator, and the modules of the two guides as a user would write them.
 
 Tests and benchmarks compare with this file. It calls no ffn_ops operator, and no operator falls back to it. Shapes use

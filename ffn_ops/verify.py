@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """``python -m ffn_ops verify``: tests, sanitizers and benchmarks on one device, in steps that each save their result.
 
 _verify_steps.py says which tool a step runs and how it reads the output.
@@ -55,7 +56,7 @@ STEPS = (
         4.0,
         steps.tests_of(
             "test_torch_integration.py", "test_transforms.py", "test_compile.py", "test_modules.py", "test_errors.py",
-            "test_properties.py", "test_module_state.py", "test_export.py", "test_tracing.py",
+            "test_properties.py", "test_module_state.py", "test_export.py", "test_tracing.py", "test_docs.py",
         ),
     ),
     Step(

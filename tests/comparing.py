@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Helpers for the tests of the comparison: tiny sizes, and the command as a terminal calls it. No tests here."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Options and fixtures for every test file. No tests, no references."""
 
 from __future__ import annotations

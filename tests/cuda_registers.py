@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Reads what ptxas -v says of a build of the CUDA library: registers and spills of every kernel, on each architecture.
 Fails where a kernel spills that is not listed here with its reason."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The device that the tests run on: torch's default device, which conftest.py sets from ``--device`` before anything is
 collected. Tests create tensors without naming a device; random numbers come from ``generator``. No tests here."""
 

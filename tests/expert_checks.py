@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The work of a rank in tests/test_expert_parallel.py: its part of a batch, compared with the one-process layer.
 
 A separate module, so that processes import it without the tests. Each function is the whole work of a rank.

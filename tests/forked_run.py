@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """For test_memory.py: forks children while two threads run steps, as data loaders do. Each child calls the operators
 of a step directly, because torch's autograd engine promises nothing after a fork in the middle of its work. All must
 end with the right gradient. Prints how many did."""

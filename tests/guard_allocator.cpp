@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // Preloaded by test_memory.py: every aligned allocation (tensors, the operators' workspace) ends at a page that cannot
 // be touched, what alignment leaves free around it holds a pattern that `free` checks, and fresh memory reads as NaN.
 // A write or a read behind a tensor is a segmentation fault, a write into the gap an abort. glibc on Linux.

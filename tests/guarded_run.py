@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Run by test_memory.py under guard_allocator.cpp: every operator, form, dtype and instruction set at ragged sizes.
 
 With an argument it makes an error that must be caught: `write` or `read` after a tensor, `gap` in the padding.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Every error message and warning of the sources, with … for what a call fills in. No tests here."""
 
 from __future__ import annotations

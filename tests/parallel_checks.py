@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The work of a rank in tests/test_distributed.py: FSDP2 and tensor parallelism around the modules, compared with one
 process. A separate module, so that processes import it without the tests.
 """

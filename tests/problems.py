@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The problems that the tests run: every operator in its forms, as ours and as the plain formula, on the same named
 tensors. The plain formulas are in ffn_ops/reference.py. No tolerances and no tests here.
 """

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Runs a function in several processes with a gloo group between them, under a hard time limit. No tests here.
 
 The processes are forked from a server that has imported torch, which is most of the cost of a new process.

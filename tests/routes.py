@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Helpers for the tests of routing: every router, and the sort of rows as naive loops. No tests here."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Run under compute-sanitizer by ``python -m ffn_ops verify``: operators in their forms at ragged sizes, forward and
 backward, and every router. Arguments: ``cuda``; ``few``: float32 and bfloat16 at one
 size, for the tools that are slow."""

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Records which operators of this package ran. No tests here."""
 
 from __future__ import annotations

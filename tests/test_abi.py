@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The libraries as binaries: linked to torch's stable C interface and the C and C++ run-time libraries, nothing else.
 The CUDA library carries its own CUDA runtime, and needs neither a driver nor cuBLAS."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Promise 1: errors against float64, for every activation, dtype and instruction set, and for shapes with a reason."""
 
 from __future__ import annotations

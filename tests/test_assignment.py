@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Routers that look at all tokens: BASE, Expert Choice, hash and token rounding, against naive loops."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """FLOPs and bytes that benchmarks report, against tensors counted here."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The benchmark harness: what it refuses to time, its budgets and its verdicts."""
 
 from __future__ import annotations
@@ -357,7 +358,7 @@ def test_command_names_its_rows(suite: command.Suite) -> None:
         command.main(suite, ["--only", "T 5 "])
 
 
-@pytest.mark.skipif(shutil.which("c++") is None, reason="the limits' kernels are compiled")
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler for the kernels of the machine's limits")
 def test_limits_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peak, "last_level_cache", lambda: 1 << 20)
     monkeypatch.setattr(peak, "LEAST_BUFFER", 32 << 20)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """What a build compiles, on sources of some lines, and what it decides about the CUDA library. No kernel is
 compiled."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """``python -m ffn_ops compare``: counts, budgets, pairing, statistics, and the command end to end at a tiny size."""
 
 from __future__ import annotations

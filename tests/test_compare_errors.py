@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """``python -m ffn_ops compare`` with bad texts, folders, devices, numbers: one line, exit code 2, no partial result."""
 
 from __future__ import annotations

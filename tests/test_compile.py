@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Promise 6, with the compiler: torch.compile in one graph, one graph for every T, torch.export, AOTInductor.
 
 The operators are opaque to the compiler, so compiled results have the bits of eager ones.

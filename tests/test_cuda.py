@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Tests for a GPU only: graphs, streams, waiting for the device, several devices, TF32, agreement with the CPU."""
 
 from __future__ import annotations

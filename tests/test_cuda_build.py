@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The CUDA library without a GPU: what was built and why not, loading, registration, shapes. Kernels are tested on the
 host by tests/simt, and on a GPU by the other tests with ``--device cuda``."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Promises 2 and 3, bit for bit: runs, thread counts, Python threads; a row alone and in a batch, anywhere."""
 
 from __future__ import annotations

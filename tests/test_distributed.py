@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """FSDP2 and tensor parallelism on two processes, both with expert parallelism on four; the lines of distributed.md."""
 
 from __future__ import annotations

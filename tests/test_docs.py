@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The documentation: every public name has an example that runs, every message of the sources is explained."""
 
 from __future__ import annotations
@@ -80,6 +81,13 @@ def test_every_page_is_reachable() -> None:
     index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
     names = re.findall(r"^([a-z-]+)$", index, re.M)
     assert sorted(names) == sorted(Path(page).stem for page in PAGES[1:] if page != "docs/index.md")
+
+
+def test_results_that_pages_name_exist() -> None:
+    there = {path.name for path in (ROOT / "benchmarks" / "results").iterdir()}
+    for page in PAGES:
+        named = re.findall(r"[\w*-]+-(?:xeon|nvidia)-[\w-]+\.(?:json|png)", (ROOT / page).read_text(encoding="utf-8"))
+        assert set(named) <= there, page
 
 
 def test_chart_is_that_of_the_results(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Promise 7: a wrong argument raises TypeError or ValueError before any work, with its name, expected and actual."""
 
 from __future__ import annotations

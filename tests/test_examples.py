@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The scripts in examples/, with few steps."""
 
 from __future__ import annotations

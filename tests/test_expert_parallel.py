@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Expert parallelism on 1, 2 and 4 processes with gloo: the one-process layer's results, checkpoints, failures."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Programs and files with a Routing or Statistics: torch.export.save and torch.load."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Gate as a value: printed, compared, pickled, traced; what every function and layer makes of it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Gates with a limit and a shift, and experts whose weights are transposed or have alternating gate and up rows."""
 
 from __future__ import annotations

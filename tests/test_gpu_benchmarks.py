@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The harness's part for GPUs, as far as a machine without one can run it: events are clocks of the host here."""
 
 from __future__ import annotations

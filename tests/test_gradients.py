@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Derivatives on the real kernels: first and second order, every subset of inputs, no gradients that are not needed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """More than 2^31 elements in one tensor: offsets are 64 bits wide everywhere. Only values past that border are read."""
 
 from __future__ import annotations

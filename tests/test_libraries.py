@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Other libraries and torch's tools on our modules: offloading, adapters, per-sample gradients, weight norm and
 pruning of stacked weights, averages. Each result is that of the layer without them."""
 
@@ -12,7 +13,8 @@ import pytest
 import torch
 import transformers
 from device import generator
-from replacing import LAYERS, seeded
+from replacing import LAYERS
+from same_function import seeded
 from seen import Seen
 from test_replace_models import TOKENS, logits, made
 from torch import Tensor, nn

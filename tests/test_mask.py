@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """``mask=`` leaves padding out of everything: its values reach no output, gradient, loss or statistic."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Memory: tensors saved for backward, workspace kept between calls, outputs as ordinary tensors, and no writes outside
 of them."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """State of modules: values after ``to_empty``, float32 buffers in a model of another dtype, layers without biases."""
 
 from __future__ import annotations

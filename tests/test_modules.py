@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The modules: the guides' example, checkpoints and seeds of plain PyTorch, and children other than plain Linear."""
 
 from __future__ import annotations

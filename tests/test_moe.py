@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """moe and its parts against a loop over experts: every router, extreme loads, what must not be read, bits."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """MoEFFN and upcycle: the guides' layer, its checkpoints, options, and settings that must not be silently ignored."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Mixtures of models against the models' own blocks in transformers: what MoEFFN computes with their parameters."""
 
 from __future__ import annotations

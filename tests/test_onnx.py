@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Models exported to ONNX with our table and run by onnxruntime compute the same as the modules, for every T."""
 
 from __future__ import annotations

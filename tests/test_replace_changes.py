@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Replaced layers that change later: hooks, dropout, activations, dtypes and arguments are looked at in every call."""
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from replacing import LAYERS, D, LlamaLike, Plain, on, operators, pair, results, seeded, sequential
+from replacing import LAYERS, D, LlamaLike, Plain, pair, sequential
+from same_function import on, operators, results, seeded
 from torch import nn
 
 import ffn_ops

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The replaced layer takes every input that the untouched one takes, and computes the same: other widths and ranks, one
 row, merged rows, other layouts, also in vision models of transformers."""
 
@@ -10,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from replacing import D, LlamaLike, Plain, operators, results, seeded
+from replacing import D, LlamaLike, Plain
+from same_function import operators, results, seeded
 from seen import Seen
 from torch import Tensor, nn
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """replace on models of transformers and torch with random weights: logits and gradients of the untouched model,
 generation, compilation, checkpointing, and what each report says."""
 
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from replacing import assert_same_function, results
+from same_function import assert_same_function, results
 from seen import Seen
 from torch import Tensor, nn
 

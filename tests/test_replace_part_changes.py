@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """What changes later in a block of which a part is replaced: dropout, hooks, children; and what tools do."""
 
 from __future__ import annotations
@@ -8,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from replacing import D, assert_same_function, operators, seeded
+from replacing import D
+from same_function import assert_same_function, operators, seeded
 from test_replace_parts import Alone, Block, Inline, first
 from torch import Tensor, nn
 

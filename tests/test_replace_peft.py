@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """replace beside peft, torchao and torch's parametrisations, before it and after: every result is that of the untouched
 model with the same change, and the report says what is fused."""
 
@@ -10,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from replacing import FF, LAYERS, D, LlamaLike, assert_same_function, on, results, seeded
+from replacing import FF, LAYERS, D, LlamaLike
+from same_function import assert_same_function, on, results, seeded
 from seen import Seen
 from test_replace_models import TOKENS, logits, made
 from torch import Tensor, nn

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """What replace_report lists: feed-forward layers and nothing else, each with the reason that holds."""
 
 from __future__ import annotations

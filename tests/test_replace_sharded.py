@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """replace beside sharded weights, on a mesh of one process: DTensors, FSDP2, and accelerate's hooks. More processes are
 tested with what this package has for them."""
 
@@ -9,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from replacing import LAYERS, D, LlamaLike, assert_same_function, on, operators, pair, results, seeded
+from replacing import LAYERS, D, LlamaLike, pair
+from same_function import assert_same_function, on, operators, results, seeded
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard

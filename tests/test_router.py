@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The router of a mixture: bits that do not depend on the batch, float32 whatever the layer's dtype, any module."""
 
 from __future__ import annotations
@@ -73,6 +74,12 @@ def test_a_token_alone_and_in_a_batch(dtype: torch.dtype, isa: str) -> None:
         for rows in (torch.arange(T), torch.randperm(257, generator=generator(T))[:T]):
             part = run(x[rows], w, b, d[rows])
             assert torch.equal(part[0], whole[0][rows]) and torch.equal(part[1], whole[1][rows]), T
+
+
+def test_every_expert_has_its_own_bias_where_the_weights_are_packed_in_parts(isa: str) -> None:
+    bias = torch.arange(8.0)
+    logits = ffn_ops.route_linear(torch.zeros(9, 1_500_000), torch.zeros(8, 1_500_000), bias)
+    assert torch.equal(logits, bias.expand(9, 8))
 
 
 @every_dtype

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Routers of models against the models' own code in transformers: experts equal, weights and gradients within 1e-6."""
 
 from __future__ import annotations

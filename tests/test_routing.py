@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The sort of routed rows, capacity, losses, statistics, and every router inside torch."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Wrong arguments of routers: TypeError or ValueError with the name, what was expected and what came."""
 
 from __future__ import annotations

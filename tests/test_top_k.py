@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Top-k routing against the plain formula: every option, ties, NaN, infinities, gradients, bits."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Promise 6, without the compiler: torch's operator checks, autocast, checkpointing, hooks, torch.func, FLOP counts.
 
 Everything is compared bit for bit with a plain call, unless it says otherwise.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Graphs of torch's older tracers keep our calls: torch.fx.symbolic_trace and torch.jit.trace; torch.jit.script
 refuses."""
 

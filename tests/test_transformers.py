@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """transformers' mixtures with ``experts_implementation="ffn_ops"`` against their own "eager", on small models."""
 
 from __future__ import annotations

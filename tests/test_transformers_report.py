@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Which experts of a transformers model this package computes: the report says what runs, and experts that run their
 own code cause a warning."""
 

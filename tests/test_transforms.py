@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Promise 6, transformations beyond plain backward: forward mode, batched gradients, torch.func inside a graph.
 
 Values come from the plain formula under the same transformation, in float64 to a few roundings.

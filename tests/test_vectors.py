@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The vector functions' ULP bounds over every float32, on every instruction set: what `make kernels` samples."""
 
 import os

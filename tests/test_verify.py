@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """``python -m ffn_ops verify``: steps with tools that pass, fail, crash and hang, the budget and the report."""
 
 from __future__ import annotations

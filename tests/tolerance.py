@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The rule of ``ffn_ops/_accuracy.py`` for tests. Small results are drawn several times and pooled, because two errors
 of 17 numbers each differ by more than 1.5 by chance.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // The activations: one stateless struct each, and THE list that kernels, names, tests, error messages and Python read.
 // Included once per instruction set inside its namespace, after math.h (and by activation_names.h without vector code,
 // for the list alone). V is a vector, or a scalar in CUDA: only unqualified calls. No include guard, no #include, no

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // Checks before any work, on every device: dtype, device, rank and extents of each tensor. Messages give the name, the
 // expected and the actual value. The Python functions check first and raise ValueError or TypeError; these checks guard
 // torch.ops. The checks of whole operators are in shapes.h.

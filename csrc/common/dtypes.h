@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // The one list of storage dtypes, and the scalar conversions that define the result of every vector load and store.
 // This normal header is included before any target region, so it must not use intrinsics.
 #pragma once
@@ -108,7 +109,7 @@ struct Codec<Half> {
       bits = (magnitude << 13) + (112u << 23);
     } else {
       // A denormal is magnitude · 2^-24. Put it into the mantissa of 0.5, whose last bit is worth 2^-24, and subtract
-      // 0.5 away.
+      // 0.5.
       bits = __builtin_bit_cast(uint32_t, __builtin_bit_cast(float, 0x3f000000u | magnitude) - 0.5f);
     }
     return __builtin_bit_cast(float, bits | sign);

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // A gate as kernels of every device take it: act(min(gate, limit)) * (clamp(up, -limit, limit) + up_shift), or
 // act(gate) where nothing is gated. The derivatives are in gate_math.h. No torch, no std.
 #pragma once

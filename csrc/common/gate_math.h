@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // Textual, like activations.h and after it: a gate at one point, with its first and second derivatives, once for every
 // device. With f the gate's side and h the side of up, y = f(gate) * h(up); without a gate y = f(gate).
 

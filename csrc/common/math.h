@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // exp, tanh, erf, sigmoid and the normal distribution for `Vec<float>` and `Vec<double>`, in plain arithmetic.
 // Included inside each instruction set's namespace and target region, after vec_<isa>.h. Measured by
 // tests/cpp/vector_test.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // The names of the scores for host code, read off the one list in scores.h. A normal header, no vector code.
 #pragma once
 

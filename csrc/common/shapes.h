@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // Checks of whole operators, for every device. Each returns the extents of a call, or reports the argument that does
 // not fit. The device checks the values of indices and offsets.
 #pragma once
@@ -84,7 +85,7 @@ struct FfnShape {
   DType dtype;
   int64_t T, D, F, O;  // tokens, model width, FFN width, output width
   bool gated, fused;   // fused: one weight [2F, D] holds gate and up rows
-  bool interleaved;    // fused: in turns
+  bool interleaved;    // fused: gate and up rows alternate
   Gate form;
 
   int64_t hidden() const { return gated ? 2 * F : F; }  // width of d_hidden
@@ -204,7 +205,7 @@ inline Tensor gate_then_up(const Tensor& rows) {
   const int64_t F = rows.size(rows.dim() - 1) / 2, N = rows.dim() > 1 ? rows.size(0) : 1;
   return torch::stable::contiguous(torch::stable::transpose(torch::stable::reshape(rows, {N, F, 2}), 1, 2));
 }
-inline Tensor in_turns(const Tensor& rows) {
+inline Tensor alternating(const Tensor& rows) {
   const int64_t F = rows.size(1) / 2;
   const Tensor pairs = torch::stable::transpose(torch::stable::reshape(rows, {rows.size(0), 2, F}), 1, 2);
   return torch::stable::reshape(torch::stable::contiguous(pairs), {rows.size(0), 2 * F});

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // Assignments of all tokens to experts, on the CPU: BASE's balanced one, and rounding to tiles.
 #include <algorithm>
 #include <cmath>

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // CPU detection behind dispatch.h.
 #include "dispatch.h"
 

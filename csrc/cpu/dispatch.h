@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // Dispatch: the one list of instruction sets, what this machine supports, and the choice that FFN_OPS_ISA makes. The
 // kernels of each are in isa/<name>.cpp. No torch, no vectors.
 #pragma once

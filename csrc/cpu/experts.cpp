@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // See experts.h.
 #include "experts.h"
 

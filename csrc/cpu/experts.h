@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // The products and sums of a mixture of experts, expert by expert, as steps of one call. The operators are in moe.cpp.
 #pragma once
 

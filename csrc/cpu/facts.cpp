@@ -1,8 +1,6 @@
-// The list of gates, the instruction set in use, what `info` reports of this build and machine, and the memory that is
-// kept.
-#include <array>
+// SPDX-License-Identifier: BSD-3-Clause
+// The instruction set in use, what `info` reports of this build and machine, and the memory that is kept.
 #include <atomic>
-#include <cstdio>
 #include <string>
 
 #include <torch/csrc/stable/library.h>
@@ -31,22 +29,6 @@ const KernelTable& kernels() { return *kernel_table(current_isa()); }
 
 namespace {
 
-std::string gates() {
-  std::string text;
-  for (const ActivationInfo& each : kActivations.rows) {
-    text += (text.empty() ? "{\"" : ", \"") + std::string(each.name) +
-            "\": {\"has_up\": " + (each.has_up ? "true" : "false") + ", \"own\": {";
-    for (int i = 0; i < each.own.count(); ++i) {
-      std::array<char, 32> value{};
-      std::snprintf(value.data(), value.size(), "%.17g", each.own.at[i].value);
-      text += (i ? ", \"" : "\"") + std::string(each.own.at[i].name) + "\": [" + value.data() + ", " +
-              (each.own.at[i].positive ? "true" : "false") + "]";
-    }
-    text += "}}";
-  }
-  return text + "}";
-}
-
 std::string isa() { return isa_name(current_isa()); }
 
 std::string isas() {
@@ -66,7 +48,6 @@ void use_isa(std::string name) {
 }  // namespace ffn_ops
 
 STABLE_TORCH_LIBRARY_IMPL(ffn_ops, CompositeExplicitAutograd, m) {
-  m.impl("_gates", TORCH_BOX(&ffn_ops::gates));
   m.impl("_isa", TORCH_BOX(&ffn_ops::isa));
   m.impl("_isas", TORCH_BOX(&ffn_ops::isas));
   m.impl("_use_isa", TORCH_BOX(&ffn_ops::use_isa));

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // ffn on the CPU: plain and gated feed-forward layers, and their backward.
 #include <algorithm>
 #include <tuple>
@@ -129,7 +130,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_backward(
   Gemm g;
   g.epilogue.dtype = c.dtype;
 
-  // d_hidden [T, 2F]: d_gate, then d_up, or in turns.
+  // d_hidden [T, 2F]: d_gate, then d_up, or alternating.
   const Operand down_by_k = lanes_are_columns(matrix(w_down, c.dtype));
   void* d_hidden = nullptr;
   void* h = need_down ? workspace.take(static_cast<size_t>(c.T * c.F * element), "h") : nullptr;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // gated_act on the CPU: forward, backward and the derivatives of backward.
 #include <algorithm>
 #include <tuple>

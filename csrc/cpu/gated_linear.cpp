@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // gated_linear on the CPU: a sum of gated branches in one product, and its backward.
 #include <algorithm>
 #include <tuple>

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // What the boundary (one file per operator) and the kernels of one instruction set agree on: plain descriptions of a
 // product, of the element-wise passes, and the table of entry points that each file in isa/ fills. No torch, no
 // vectors, no threads.

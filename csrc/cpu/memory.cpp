@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // See memory.h. Nothing here waits for a lock, because the holder would not exist in a forked child: a slot that is
 // held is passed over.
 #include "memory.h"

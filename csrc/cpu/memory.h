@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // Memory of the operators on the CPU: the workspace of a call, the blocks kept for later calls, and the error when
 // memory runs out. Tensors are torch's own (ops.h).
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // Shared code of the operators: tensors as the kernels read them, new outputs, biases, sums over tokens.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // See parallel.h. The only file that owns threads; kernels get pointers and ranges.
 #include "parallel.h"
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // Threads of one operator call: phases of tasks in a single parallel region. It never changes a bit of a result.
 #pragma once
 

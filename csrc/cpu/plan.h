@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // The choice of tiles and tasks for a product: a pure function of sizes, testable without torch. It never changes a bit
 // of the result.
 #pragma once

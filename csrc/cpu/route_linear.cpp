@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // route_linear on the CPU: a router's logits, unrounded from tensors of any storage dtype, and their backward.
 #include <tuple>
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // Shared code of the operators on routed rows: index tensors, checked so that no kernel reads out of range, and rows
 // per expert.
 #pragma once

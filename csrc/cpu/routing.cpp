@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // Routing on the CPU: the choice of experts and the sort of routed rows.
 #include <algorithm>
 #include <cmath>

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // Rows between tokens and experts on the CPU: dispatch, combine and the products of rows with their tokens. Each is the
 // gradient of the others.
 #include <functional>

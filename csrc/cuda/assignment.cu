@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // BASE's balanced assignment for scores on a GPU. Its shortest augmenting paths are sequential, so the CPU's
 // operator solves it on a copy. It is the only operator that waits for the device.
 #include <torch/csrc/stable/library.h>

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // Sums over rows, such as the gradients of biases.
 #include "elementwise.cuh"
 #include "passes.h"

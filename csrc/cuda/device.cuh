@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // Building blocks of kernels: qualifiers, and functions of one instruction each. It contains no logic, and uses neither
 // torch nor CUDA's 16-bit types. With FFN_OPS_SIMT, tests/simt gives the same names on the host.
 #pragma once

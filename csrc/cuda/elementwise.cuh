@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // Gated activation with its first and second derivatives, and sums over rows. Bound by memory: each thread has several
 // 16-byte loads in flight, and parts of a pack go through the same arithmetic as whole ones.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // Processes a finished tile of accumulators in shared memory: bias, activation or its gradient, and the one rounding
 // to the storage dtype. A thread takes four neighbouring columns of a row: global memory is read and written
 // in whole lines, and gate and up of a column meet in one thread.

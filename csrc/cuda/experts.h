@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // The products and sums of a mixture of experts, all experts in one launch. The operators are in moe.cu.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // ffn on a GPU: plain products by torch's cuBLAS, our element-wise passes between them, and the same for backward.
 #include <tuple>
 
@@ -89,7 +90,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_backward(
   const bool need_b_in = needs[4], need_b_up = needs[5] && w_up, need_b_down = needs[6];
   const bool need_hidden = need_x || need_in || need_up || need_b_in || need_b_up;
 
-  // d_hidden [T, 2F]: d_gate, then d_up, or in turns as w_in. And h, for d_w_down.
+  // d_hidden [T, 2F]: d_gate, then d_up, or alternating as in w_in. And h, for d_w_down.
   Tensor d_hidden = need_hidden ? call.fresh({s.T, s.hidden()}) : call.nothing();
   Tensor h = need_down ? call.fresh({s.T, s.F}) : call.nothing();
   if (need_hidden || need_down) {
@@ -108,7 +109,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_backward(
     if (need_down) a.out[2] = h.mutable_data_ptr();
     a.out_stride[2] = s.F;
     launch_gated_act_backward(call, a);
-    if (need_hidden && s.interleaved) d_hidden = in_turns(d_hidden);
+    if (need_hidden && s.interleaved) d_hidden = alternating(d_hidden);
   }
 
   Tensor d_w_down = need_down ? call.fresh({s.O, s.F}) : call.nothing();

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // gated_linear on a GPU: each branch's two products by torch's cuBLAS, one element-wise pass that adds the branch to
 // the sum, and their backward.
 #include <tuple>

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // Grouped products of float32 and float64, by fused multiply-adds; and the table of row tiles that all dtypes need.
 #include "gemm_instances.cuh"
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // Grouped products of float16, on tensor cores.
 #include "gemm_instances.cuh"
 

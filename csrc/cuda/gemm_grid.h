@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // Pure host functions that shape a grouped product: tiles, loaders, grid, shared memory, workspace. Everything follows
 // from static shapes, strides and addresses, nothing from data; no torch, no CUDA.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // Included once per gemm_<dtype>.cu: compiles the instances of a storage dtype and launches them.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // The grouped product's one kernel: a block finds its tile, streams operands through shared memory in stages, and hands
 // the finished tile to the epilogue. Also the choice among its instances, which launches and tests share.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // Launches of grouped products. The instances of each dtype are compiled by a file of their own, gemm_<dtype>.cu.
 #pragma once
 

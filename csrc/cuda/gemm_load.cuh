@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // Loads tiles of operands from global into shared memory: gathered, ragged, with any stride, by asynchronous 16-byte
 // copies or element by element into the same places.
 #pragma once

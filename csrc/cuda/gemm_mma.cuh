@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // The product of two tiles of bfloat16 or float16 in shared memory by tensor cores: mma.sync m16n8k16, float32
 // accumulators. Eight warps, two along the rows of the output and four along its columns.
 #pragma once

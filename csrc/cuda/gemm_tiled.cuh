@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // The product of two tiles of float or double in shared memory by fused multiply-adds, in the order of k, summed in
 // runs as on the CPU: a long sum would lose more than a blocked one. A grid of threads, each with a tile of
 // accumulators in registers.
@@ -8,7 +9,7 @@
 
 namespace ffn_ops::cuda {
 
-constexpr int kRunK = 64;  // of k, added before they join the total
+constexpr int kSumBlock = 64;  // of k, added before they join the total
 
 // Shared tiles as in MmaCore. Threads form a grid with kThreadsM rows.
 template <class T, int BLOCK_M, int BLOCK_N, int BLOCK_K, int kThreadsM, bool kAAlongK, bool kBAlongK>
@@ -41,7 +42,7 @@ class TiledCore {
             acc_[i][j] = fma(Lane<T>(rA[i][step]), Lane<T>(rB[j][step]), Lane<T>(acc_[i][j])).value;
     }
     in_run_ += BLOCK_K;
-    if (in_run_ < kRunK) return;
+    if (in_run_ < kSumBlock) return;
     in_run_ = 0;
     end_run();
   }
@@ -64,7 +65,7 @@ class TiledCore {
   static_assert(kRows * kThreadsM == BLOCK_M && kCols * kThreadsN == BLOCK_N && BLOCK_K % kWide == 0);
   static_assert((kAAlongK || kRows % kWide == 0) && (kBAlongK || kCols % kWide == 0));
 
-  static_assert(kRunK % BLOCK_K == 0);
+  static_assert(kSumBlock % BLOCK_K == 0);
 
   FFN_FN void end_run() {
 #pragma unroll

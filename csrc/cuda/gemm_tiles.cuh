@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // Maps the blocks of a grouped product to tiles: the device makes a table of row tiles from offsets, and a block finds
 // its tile by its number. This file reads no matrix.
 #pragma once

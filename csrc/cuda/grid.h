@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // Cuts element-wise work, sums and routing into blocks, and sizes their memory: pure functions of shapes and strides,
 // tested without a GPU. No torch, no CUDA.
 #pragma once

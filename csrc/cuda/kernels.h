@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // What launches and kernels agree on: plain descriptions of one piece of work, as those of cpu/kernels.h for the CPU.
 // What depends on data stays on the device: the rows of an expert are read from offsets, never known to the host. No
 // torch, no CUDA.

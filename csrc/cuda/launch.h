@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // One call of an operator on a GPU: its device and stream, new tensors, checked launches, and plain products by torch.
 // Nothing here waits for the device.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // The only place that launches kernels. No torch.
 #pragma once
 

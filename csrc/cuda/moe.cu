@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // moe on a GPU: every expert's feed-forward layer over its routed rows, gathered on the fly and combined per token, and
 // its backward. Without a routing the rows are already in order, and nothing is combined.
 #include <tuple>

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // Included once per passes_<pass>.cu: compiles one pass of gated_act for every dtype and activation, and launches it.
 #pragma once
 

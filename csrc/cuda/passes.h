@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // The element-wise passes and sums that several operators launch; their kernels are compiled in files of their own.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // The gradient of gated_act: for every dtype and activation.
 #include "passes.cuh"
 

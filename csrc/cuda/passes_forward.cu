@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // gated_act, forward: for every dtype and activation.
 #include "passes.cuh"
 

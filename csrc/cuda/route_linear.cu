@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // route_linear on a GPU: a router's logits, and their backward, as products of one expert in the arithmetic's dtype.
 // 16-bit tensors are copied to float32: a router is a small part of a mixture, and its rounding decides the experts.
 #include <tuple>

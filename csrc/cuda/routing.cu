@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // Routing on a GPU: the choice of experts, the sort of routed rows and the rounding of tokens to tiles.
 #include <algorithm>
 #include <tuple>

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // Moves rows between tokens and experts, and computes products of rows with their tokens. Nothing is scattered: each
 // output row gathers its inputs in one order. Routes may be hand-made: an index out of range counts as dropped.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // Launches of the kernels that move rows between tokens and experts; they are compiled in rows.cu alone.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // One lane of float or double: what common/math.h and common/activations.h are written for, so that the same structs
 // drive CPU and CUDA. And the storage types in global memory: one element, or 16 bytes of them at once.
 #pragma once

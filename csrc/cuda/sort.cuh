@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // The stable sort of routed rows by expert, with capacity, and the rounding of tokens to tiles, as sort_plan.h cuts
 // them into passes. Atomics only count; no order ever depends on them.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // Which passes a sort takes, and their memory: pure functions of shapes. Sorting is by least significant digits: in
 // each pass chunks of entries count their digits, a scan over (digit, chunk) tells where each chunk's entries of a
 // digit begin, and entries go there in their order. Nothing depends on which block runs first. No torch, no CUDA.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // The choice of K of E experts for each token, and the weights of the chosen: one warp for each token. Scores, their
 // sums and the choice are in float32 (float64 for float64 logits); ties go to the lowest index, NaN ranks last.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // Sums and searches over warps and blocks, in one fixed order.
 #pragma once
 

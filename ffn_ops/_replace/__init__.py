@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """replace, restore, replace_report: run the feed-forward layers of any model with this package's operators.
 
 recognise.py decides which module is a feed-forward layer; layer.py defines a call.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Finds layers that a probe cannot tell apart, so that one probe is enough for all of them.
 
 Two layers are alike when they have the same tree of classes, attribute names, parameters and sizes, and when every

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """What a traced layer computes, as a Form: which children are gate, up and down, which activation, and what surrounds
 them.
 

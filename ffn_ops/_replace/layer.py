@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The plan of a recognised layer, and what a call of it does.
 
 Every call checks what other code may have changed (adapters, hooks, quantised weights, training, dropout, the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """A feed-forward that is a part of a layer which does more: its linear layers are children of a block with attention
 and norms (BART, Whisper, ESM-2), or of a longer ``nn.Sequential``. Which statements it is, and a forward around them.
 

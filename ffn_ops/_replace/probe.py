@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Runs a layer's own forward on a stub copy of the layer, whose linear layers return random values, and records what it
 does with its children.
 
@@ -69,10 +70,10 @@ class Run:
     def signature(self, layer: nn.Module) -> inspect.Signature:
         return inspect.signature(self.function or getattr(original_class(layer), self.name))
 
-    def __call__(self, hollow: Any, x: Tensor, given: dict[str, Any]) -> Any:
+    def __call__(self, stub: Any, x: Tensor, given: dict[str, Any]) -> Any:
         if self.function is not None:
-            return self.function(hollow, x)
-        return hollow(x, **given) if self.name == "forward" else getattr(hollow, self.name)(x, **given)
+            return self.function(stub, x)
+        return stub(x, **given) if self.name == "forward" else getattr(stub, self.name)(x, **given)
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
@@ -176,7 +177,7 @@ class Probe:
         self.of, self.disturbed = of, False
         self.dtype, self.training, self.reads = dtype, training, reads
         self.generator = torch.Generator("cpu").manual_seed(seed)
-        self.hollow: dict[int, nn.Module] = {}
+        self.stub: dict[int, nn.Module] = {}
         self.trace = Trace(torch.empty(0))
 
     def numbers(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -195,10 +196,10 @@ class Probe:
             values.clamp_(-_LARGEST_HALF, _LARGEST_HALF)
         return values.to(dtype)
 
-    def hollow_of(self, module: nn.Module, path: str) -> nn.Module:
-        known = self.hollow.get(id(module))
+    def stub_of(self, module: nn.Module, path: str) -> nn.Module:
+        known = self.stub.get(id(module))
         if known is None:
-            known = self.hollow[id(module)] = self._make(module, path)
+            known = self.stub[id(module)] = self._make(module, path)
             of = vars(module)
             known.__dict__[WATCH] = lambda name: self.reads.setdefault((path, name), of.get(name, ABSENT))
         return known
@@ -234,7 +235,7 @@ class Probe:
                 copy.__dict__[kind] = {}
         for name, child in module._modules.items():
             if child is not None and (only is None or name in only):
-                copy._modules[name] = self.hollow_of(child, f"{path}.{name}" if path else name)
+                copy._modules[name] = self.stub_of(child, f"{path}.{name}" if path else name)
         return copy
 
 
@@ -299,7 +300,7 @@ def trace(
     with aside():
         x = probe.numbers(shape, dtype)
         probe.trace.x = x.clone()
-        probe.trace.y = run(probe.hollow_of(layer, ""), x, given)
+        probe.trace.y = run(probe.stub_of(layer, ""), x, given)
         if not torch.equal(x, probe.trace.x):
             raise ProbeError("it modifies its input in place")
     if not isinstance(probe.trace.y, Tensor):
@@ -315,8 +316,8 @@ def events_of(layer: nn.Module, shape: tuple[int, ...], *, disturbed: bool, read
     probe = Probe(torch.float32, False, 0, reads)
     with aside():
         try:
-            hollow = probe.hollow_of(layer, "")
-            for module in probe.hollow.values():
+            stub = probe.stub_of(layer, "")
+            for module in probe.stub.values():
                 tensors: list[dict[str, Any]] = [module._parameters, module._buffers]
                 for own in tensors:
                     for name, tensor in own.items():
@@ -325,7 +326,7 @@ def events_of(layer: nn.Module, shape: tuple[int, ...], *, disturbed: bool, read
                             index = not dtype.is_floating_point  # or a mask: 0 is one everywhere
                             own[name] = torch.zeros(shape_of, dtype=dtype) if index else probe.numbers(shape_of, dtype)
             probe.disturbed = disturbed
-            hollow(probe.numbers(shape, torch.float32), *[None] * asked_besides(original_class(layer).forward))
+            stub(probe.numbers(shape, torch.float32), *[None] * asked_besides(original_class(layer).forward))
             whole = True
         except Exception:  # the layer's own code may not expect this call
             whole = False
@@ -336,5 +337,5 @@ def result_of(function: Any, x: Tensor, path: str, reads: Reads) -> Any:
     """Calls a copy of a function, or of a module without children and parameters, at ``path``."""
     with aside():
         if isinstance(function, nn.Module):
-            function = Probe(x.dtype, False, 0, reads).hollow_of(function, path)
+            function = Probe(x.dtype, False, 0, reads).stub_of(function, path)
         return function(x.clone())

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Finds the plan of a module, or the reason why it is left alone. It changes nothing."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Decides whether a module that is left alone is a feed-forward layer, and so belongs in the report.
 
 Attention has linear layers of the same shapes. The difference: a feed-forward layer computes each row from that

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """A part of a method's source, from what goes into some children to what another gives: whether it can be taken out,
 the part as a function, and the method around it. Nothing is run here.
 """

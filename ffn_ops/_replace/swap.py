@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The class that replaces a layer's own, so that the instance computes its plan.
 
 A subclass of an instance's class survives deepcopy, pickle and the compiler, where a forward set on it would not.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """``python -m ffn_ops compare``: the feed-forward layers of two Chinese study guides, counted, timed
 and trained side by side.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Activation functions, their derivatives by autograd, Swish over beta, and what each costs alone."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Compares the guides' advice with what this run measured. Every sentence comes from a measured figure."""
 
 from __future__ import annotations

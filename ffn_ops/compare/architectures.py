@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """THE lists of layers: ``ARCHITECTURES`` are counted, timed and trained at equal parameters; ``LAYERS`` adds the
 guides' mixture of experts, which is counted and timed at their size and trained in the variants of ``mixtures.py``.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Parameters, active parameters and FLOPs at the guides' sizes, counted from the modules, beside the guides' claims."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """One layer at the guides' size: fused against plain PyTorch and torch.compile.
 
 Agreement with float64 first; then time, every layer and provider in one interleaved loop; then memory kept for

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Facts about the machine and the device that a comparison runs on."""
 
 from __future__ import annotations

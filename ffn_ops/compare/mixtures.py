@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """THE list of mixtures of experts that are trained, each at the dense baseline's active FLOPs per token, and the
 records of their routing. A mixture has several times the baseline's parameters.
 """

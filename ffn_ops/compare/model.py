@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """A small causal transformer over bytes whose feed-forward layer is exchangeable. Holds the model, not its training."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Mean, spread and paired differences of few values. Plain arithmetic: no torch, no text."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The plots as PNG files, without pyplot's global state. Imported only once matplotlib is known to be there."""
 
 from __future__ import annotations

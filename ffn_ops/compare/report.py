@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """report.md: the tables, the plots and the advice as one page."""
 
 from __future__ import annotations

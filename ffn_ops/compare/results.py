@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """What a comparison found: the raw records of every stage and the figures derived from the training runs."""
 
 from __future__ import annotations

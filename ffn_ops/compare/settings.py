@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Every size of a comparison in one place, and the error that the command turns into one line and exit code 2."""
 
 from __future__ import annotations

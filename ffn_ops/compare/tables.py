@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The tables, once: the terminal and the report render the same rows."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The comparison on the terminal, with rich: progress and tables. Imported only once rich is known to be there."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The text as bytes: reading it with clear errors, the split, and the batches, which are equal for every
 architecture."""
 

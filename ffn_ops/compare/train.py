@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Train the language model with each architecture and record losses, gradient norms, dead units and step times.
 
 The architectures of one seed advance in lockstep: each step uses the same batch, and slow moments of the machine affect

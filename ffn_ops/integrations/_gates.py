@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Finds which gate a transformers experts module computes, by calling it, because names of classes prove nothing.
 
 A :class:`ffn_ops.Gate` with numbers that the module holds is accepted where it gives the module's own values on a grid

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """ONNX: translates the operators to ONNX's own, for ``torch.onnx.export``. Inference only."""
 
 # ruff: noqa: UP045

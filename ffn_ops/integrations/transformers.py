@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Hugging Face transformers: ``experts_implementation="ffn_ops"``. Only ``register`` imports transformers."""
 
 from __future__ import annotations

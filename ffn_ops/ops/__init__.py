@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The public functions. One file per operator: public function, fake kernel, autograd.
 
 The kernels see two-dimensional tensors. These functions fold leading dimensions, as views if strides allow.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """ffn: public function, fakes, autograd to second order."""
 
 from __future__ import annotations
@@ -158,12 +159,6 @@ def _check_ffn(
     return features, w_down.shape[0]
 
 
-def _check_form(gated: bool, fused: bool, interleaved: bool, activation: str, params: list[float]) -> None:
-    check_gate(activation, params, gated)
-    if interleaved and not fused:
-        raise ValueError("interleaved: expected False where no weight holds gate and up, got True")
-
-
 @fake("ffn")
 def _(
     x: Tensor,
@@ -181,7 +176,7 @@ def _(
 ) -> Any:
     check.tensor("x", x, ("T", "D"))
     gated = gated or w_up is not None
-    _check_form(gated, gated and w_up is None, interleaved, activation, params)
+    check_gate(activation, params, gated=gated, interleaved=interleaved, one_weight=gated and w_up is None)
     features, out = _check_ffn(x, w_in, w_up, w_down, b_in, b_up, b_down, gated)
     gate = dense(x, x.shape[0], features) if save else dense(x, 0)
     up = dense(x, x.shape[0], features) if save and gated else dense(x, 0)
@@ -207,7 +202,7 @@ def _(
 ) -> Any:
     check.tensor("x", x, ("T", "D"))
     gated = gated or w_up is not None
-    _check_form(gated, gated and w_up is None, interleaved, activation, params)
+    check_gate(activation, params, gated=gated, interleaved=interleaved, one_weight=gated and w_up is None)
     features, out = _check_ffn(x, w_in, w_up, w_down, b_in, b_up, None, gated)
     check.tensor("d_y", d_y, (x.shape[0], out), like=x)
     in_shape = tuple(w_in.shape)

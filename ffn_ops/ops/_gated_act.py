@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """gated_act: public function, fakes, autograd to second order."""
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ def _check_gated_act(
     for name, value in {"up": up, **others}.items():
         if value is not None:
             check.tensor(name, value, gate.shape, like=gate)
-    check_gate(activation, params, up is not None)
+    check_gate(activation, params, gated=up is not None)
 
 
 @fake("gated_act")

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """gated_linear: public function, fakes, autograd to second order."""
 
 from __future__ import annotations
@@ -126,7 +127,7 @@ def _(
 ) -> Any:
     check.tensor("x", x, ("T", "D"))
     _check_gated_linear(x, w_gate, w_up, b_gate, b_up)
-    check_gate(activation, params, True)
+    check_gate(activation, params, gated=True)
     T, F_ = x.shape[0], w_gate[0].shape[0]
     saved = [dense(x, len(w_gate), T, F_) if save else dense(x, 0) for _ in range(2)]
     return dense(x, T, F_), saved[0], saved[1]
@@ -148,7 +149,7 @@ def _(
 ) -> Any:
     check.tensor("x", x, ("T", "D"))
     _check_gated_linear(x, w_gate, w_up, b_gate, b_up)
-    check_gate(activation, params, True)
+    check_gate(activation, params, gated=True)
     G, T, D, F_ = len(w_gate), x.shape[0], x.shape[1], w_gate[0].shape[0]
     check.tensor("d_y", d_y, (T, F_), like=x)
     check.tensor("gate", gate, (G, T, F_), like=x)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """moe: public functions, fakes, autograd to second order."""
 
 from __future__ import annotations
@@ -131,12 +132,6 @@ def expert_form(activation: str | Gate, gated: bool, recompute: bool) -> tuple[b
     return gated, gate.interleaved, gate.activation, gate.params
 
 
-def _check_form(gated: bool, interleaved: bool, activation: str, params: list[float]) -> None:
-    check_gate(activation, params, gated)
-    if interleaved and not gated:
-        raise ValueError("interleaved: expected False where nothing is gated, got True")
-
-
 def check_weights(
     x: Tensor,
     offsets: Tensor,
@@ -184,7 +179,7 @@ def _(
     save: bool,
 ) -> Any:
     check.tensor("x", x, ("T", "D"))
-    _check_form(gated, interleaved, activation, params)
+    check_gate(activation, params, gated=gated, interleaved=interleaved, one_weight=gated)
     features, out = check_weights(x, offsets, w_in, w_down, b_in, b_down, gated)
     rows = _num_rows(x, token)
     gate = dense(x, rows, features) if save else dense(x, 0)
@@ -214,7 +209,7 @@ def _(
     needs: list[bool],
 ) -> Any:
     check.tensor("x", x, ("T", "D"))
-    _check_form(gated, interleaved, activation, params)
+    check_gate(activation, params, gated=gated, interleaved=interleaved, one_weight=gated)
     _features, out = check_weights(x, offsets, w_in, w_down, b_in, b_down, gated)
     check.tensor("d_y", d_y, (x.shape[0], out), like=x)
     experts = w_in.shape[0]

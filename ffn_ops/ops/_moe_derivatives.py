@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Derivatives of mixtures of experts beyond backward: double backward and forward mode."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Operators of routing: the choice of experts, the sort of routed rows, BASE's assignment and rounding to tiles.
 
 The public functions are in ffn_ops/routing; this file has fakes and autograd.

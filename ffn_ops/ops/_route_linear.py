@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """route_linear: a router's logits. Public function, fakes, autograd to second order."""
 
 from __future__ import annotations

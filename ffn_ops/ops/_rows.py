@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Moves of rows between tokens and experts: dispatch, combine, row products, and products per expert. The gradient of
 each is made of the others, so all can be differentiated to any order.
 

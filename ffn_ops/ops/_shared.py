@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """What the operators' files share: folding of leading dimensions, autocast, pieces of derivatives."""
 
 from __future__ import annotations

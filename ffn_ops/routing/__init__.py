@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Routers: functions from logits ``[T, E]`` to a :class:`ffn_ops.Routing`. Any callable that returns one can take
 their place.
 

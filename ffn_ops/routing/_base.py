@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """BASE routing: a balanced assignment of tokens to experts."""
 
 from __future__ import annotations

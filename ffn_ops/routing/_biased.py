@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Balance without a loss: a bias that is added for the choice and moved against the load after every step."""
 
 from __future__ import annotations

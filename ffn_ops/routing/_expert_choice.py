@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Expert Choice routing: experts choose tokens."""
 
 from __future__ import annotations

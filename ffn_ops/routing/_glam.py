@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """GLaM's and GShard's top-2 routing."""
 
 from __future__ import annotations

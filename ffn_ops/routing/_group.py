@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Sums of counts over all ranks that train one model. It imports ``torch.distributed`` only when it needs it."""
 
 from __future__ import annotations

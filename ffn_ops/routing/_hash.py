@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Hash routing: a fixed table from token ids to experts."""
 
 from __future__ import annotations

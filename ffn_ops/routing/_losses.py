@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Losses that keep a router balanced and its logits small. They return tensors and keep no state."""
 
 from __future__ import annotations

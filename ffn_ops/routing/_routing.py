@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The result of a router: which tokens go to which experts, with which weights. This file has no router."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """SparseMixer: two experts one after the other, each by a softmax over those that are nearly the best."""
 
 from __future__ import annotations

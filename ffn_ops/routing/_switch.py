@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Switch routing: one expert for each token, with a capacity."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Token rounding: top-k whose counts are multiples of a tile."""
 
 from __future__ import annotations

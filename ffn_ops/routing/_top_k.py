@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Top-k routing. Its options give the routers of most models of 2024 to 2026."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // Helpers for the kernel tests: storage of any dtype read as double, and the comparison that counts failures.
 #pragma once
 

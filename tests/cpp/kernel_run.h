@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // Products for the kernel tests: a plain description, and a run as the scheduler would make it.
 #pragma once
 

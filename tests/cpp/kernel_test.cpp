@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // Tests the kernels of every instruction set that this machine has against naive loops in double, without torch: built
 // with the sanitizers, and for aarch64, where it runs under an emulator. Prints a line per case that fails.
 #include <algorithm>

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // Every kernel gives a row the same bits: alone, among a few, and in a packed product.
 #pragma once
 

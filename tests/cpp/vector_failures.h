@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // Reports of failures for vector_test.cpp, and two helpers for bits.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // Fills a VectorTable: the kernels that csrc/cpu/isa/*.cpp are compiled with for vector_test, after vector_table.h.
 
 template <class T, class F>

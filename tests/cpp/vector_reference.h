@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // References for vector_test.cpp in a wider type: double for float, long double for double. Plain formulas.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // Checks of loads and stores: every tail length at the end of a mapped page, every 16-bit pattern, roundings and NaN.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // Compares the functions and activations of every instruction set with the references, and checks their bounds.
 #pragma once
 

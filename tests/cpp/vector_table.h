@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // The functions of each instruction set that vector_test.cpp calls: plain functions over arrays, so that the test
 // itself is compiled for the baseline only. No vectors.
 #pragma once

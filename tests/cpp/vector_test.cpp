@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // Tests csrc/cpu/isa/vec*.h, csrc/common/{dtypes,math,activations}.h on every instruction set that the machine has,
 // without torch. Prints the largest error of each function; exits non-zero if a bound is broken.
 // `--all` runs the one-argument functions over every float32.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // The functions that kernels call, on the host: CUDA's qualifiers and built-in functions that csrc/cuda uses, and the
 // primitives of csrc/cuda/device.cuh. Warp-wide functions need all 32 lanes, as the kernels promise.
 #pragma once

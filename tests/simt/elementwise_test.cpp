@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // elementwise.cuh and scalar.cuh on the host: one lane's mathematics against the C library, gated activation with its
 // derivatives in every dtype, activation, layout and option against plain formulas in double, sums over rows.
 #define FFN_FN inline  // not always: a hundred kernels compile in a fraction of the time

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // Call stacks between which one OS thread switches, registered with the address sanitizer. Independent of CUDA.
 #pragma once
 

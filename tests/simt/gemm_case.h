@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // One test case of a grouped product: shapes, layouts, epilogue; and matrices of any layout, with NaN where nothing may
 // be read.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // The host functions of csrc/cuda/gemm_grid.h: bounds that must hold whatever the routing is, and sizes beyond 2^31.
 #include "../../csrc/cuda/gemm_grid.h"
 #include "testing.h"

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // One grouped product for tests/simt/gemm_test.cpp: its operands, the kernels' results, and the same in double from
 // naive loops.
 #pragma once

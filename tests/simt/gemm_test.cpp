@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // The grouped products of csrc/cuda on the host: every instance and epilogue against naive loops in double, with poison
 // wherever nothing may be read, under several orders of the threads.
 #include "gemm_problem.h"

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // grid.h and sort_plan.h: what is accessed 16 bytes at a time, that cuts cover everything once, that passes fit
 // together, and that nothing overflows beyond 2^31 elements.
 #include "../../csrc/cuda/sort_plan.h"

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // Kernels of well-known algorithms, each with the mistake that a parameter names: simt_test.cpp runs them.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // Random numbers and tolerances for the tests of element-wise kernels and routing.
 #pragma once
 

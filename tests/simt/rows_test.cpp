@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // rows.cuh on the host: dispatch, combine and row dots of every dtype against naive sums in double, on random routings
 // with drops and empty experts, and on routings that no sort made.
 #include "../../csrc/cuda/rows.cuh"

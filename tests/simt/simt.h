@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // CUDA kernels on the host: csrc/cuda/device.cuh includes it if FFN_OPS_SIMT is defined. A kernel's threads are fibers
 // of one OS thread, blocks run one after the other; this file holds the scheduler, builtins.h the functions that
 // kernels call. Built with the address sanitizer.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // Tests of the host's way to run kernels itself: known kernels give the right result under every seed, and kernels with
 // one mistake are caught.
 #include <algorithm>

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // sort.cuh on the host: the sort of routed rows and the rounding of tokens give bit for bit what the CPU's do, written
 // here once more in the plainest way, for random and for senseless entries.
 #include "../../csrc/cuda/sort.cuh"

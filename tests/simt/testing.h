@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // What the tests of kernels on the host share: memory whose every byte outside is caught, and checks that are counted.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // top_k.cuh on the host: every option, in every dtype, against the plain formula in double; ties, NaN, infinities, many
 // experts, ids that no kernel gave.
 #include "../../csrc/cuda/top_k.cuh"

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // csrc/cuda/sm90/instructions.cuh on the host. Products are done as late as they may be, when their group is waited
 // for: operands that are overwritten before show as a copy in flight, as poison, or in the result.
 #pragma once

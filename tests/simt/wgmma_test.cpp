@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // wgmma on the host: its layouts of operands and sums, as PTX documents them, on exact products; and that it reads its
 // operands until it is waited for.
 #include "../../csrc/cuda/sm90/instructions.cuh"

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // The kernels for AVX2 with FMA and F16C.
 #if defined(__x86_64__)
 #define FFN_OPS_ISA avx2

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // The kernels for AVX-512 F, BW, DQ and VL.
 #if defined(__x86_64__)
 #define FFN_OPS_ISA avx512

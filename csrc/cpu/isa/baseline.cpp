@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // The kernels for any CPU, without a target region: they use the compiler's baseline.
 #define FFN_OPS_ISA baseline
 #include "begin.h"

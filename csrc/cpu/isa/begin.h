@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // Before the vectors of an instruction set, the first half of its file: plain headers, then its target region and its
 // namespace. The file has defined FFN_OPS_ISA, its name in dispatch.h, and FFN_OPS_TARGET where the compiler's own
 // baseline is not meant. The order matters: no torch or std inline function may be instantiated inside the region, as

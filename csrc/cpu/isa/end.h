@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // After the vectors of an instruction set, the second half of its file: what is written in them, once for all. Tests
 // and benchmarks put kernels of their own in the place of the engine's.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // `Vec<T>`: one register of float or double, with the arithmetic that kernels, math.h and activations.h are written in.
 // Included inside each instruction set's namespace and target region, after its vec_<isa>.h, which holds the primitives
 // on registers (names end in `_lanes`). No include guard, no #include, no std.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // AVX2 + FMA + F16C: 32-byte registers. Included inside the namespace and target region of avx2.cpp.
 
 constexpr int kVectorBytes = 32;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // AVX-512 F, BW, DQ, VL: 64-byte registers and mask registers. Included inside the namespace and target region of
 // avx512.cpp and avx512_bf16.cpp.
 

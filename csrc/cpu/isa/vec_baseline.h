@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // Any machine: 16-byte registers in GCC's vector extensions, without FMA on x86-64; aarch64 adds FMA and rounding.
 // Included inside the namespace of baseline.cpp.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // Operands of bfloat16 products in pairs of neighbours along k, as vdpbf16ps multiplies them. Included inside
 // avx512_bf16's namespace and target region, after vec_avx512.h.
 

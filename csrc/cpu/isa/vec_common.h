@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // Register types and the primitives that GCC's vector extensions express well for registers of any width.
 // Included inside each instruction set's namespace and target region, after `kVectorBytes` is set, by vec_<isa>.h.
 

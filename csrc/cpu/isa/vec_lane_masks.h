@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // Comparisons and scaling for instruction sets whose masks are vectors of all-ones and all-zeros integers.
 // Included inside the namespace and target region, after vec_common.h, by vec_baseline.h and vec_avx2.h.
 

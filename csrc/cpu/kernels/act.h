@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // Textual, per instruction set: a gate and its derivatives over whole vectors of float32 or float64 scratch. No storage
 // dtype and no tail here: callers load and store, lanes that stand for nothing are computed and not stored.
 

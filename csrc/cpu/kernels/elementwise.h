@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // Textual, per instruction set: gated activation with its first and second derivatives, and sums over rows.
 
 constexpr int64_t kRowBlock = 256;  // elements that pass through scratch in L1 at a time

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // Textual, per instruction set: what happens to a finished tile [rows][vectors] of accumulators, hot in L1: bias,
 // activation or its gradient, and the one rounding to the storage dtype.
 
@@ -109,15 +110,16 @@ void finish_gated(const Gemm& g, int64_t branch, typename V::Scalar* tile, const
 
 // out[n][m]: blocks are transposed in registers, so that stores run along m.
 template <class V>
-void finish_transposed(const Epilogue& e, const typename V::Scalar* tile, const TilePart& t) {
+void finish_transposed(const ScheduledGemm& g, const typename V::Scalar* tile, const TilePart& t) {
   constexpr int64_t W = V::kLanes;
+  const Epilogue& e = g.epilogue;
   const void* const bias = e.bias ? e.bias[0] : nullptr;
   for (int64_t i = 0; i < t.rows; i += W) {
     const int64_t n = t.rows - i < W ? t.rows - i : W;
     V b = V::zero();
     if (bias)
       dispatch_storage<typename V::Scalar>(e.dtype, [&](auto tag) {
-        b = load_part<V>(static_cast<const typename decltype(tag)::Type*>(bias) + t.row0 + i, n);
+        b = load_part<V>(static_cast<const typename decltype(tag)::Type*>(bias) + g.first_row + t.row0 + i, n);
       });
     dispatch_storage<typename V::Scalar>(e.out_dtype(), [&](auto tag) {
       using S = typename decltype(tag)::Type;
@@ -227,6 +229,6 @@ void finish_tile(const ScheduledGemm& g, int64_t branch, typename V::Scalar* til
                  typename V::Scalar* sums) {
   if (g.epilogue.kind == Epilogue::Kind::kActivateGrad) finish_activate_grad<V>(g.epilogue, tile, t);
   else if (g.gated) finish_gated<V>(g, branch, tile, t, sums);
-  else if (g.transposed) finish_transposed<V>(g.epilogue, tile, t);
+  else if (g.transposed) finish_transposed<V>(g, tile, t);
   else finish_plain<V>(g.epilogue, tile, t);
 }

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // Textual, per instruction set: the packed product. A is packed once for all tasks; a task packs its group of B panels
 // for one block of k after the other, runs the micro-kernel over its A panels and hands finished tiles, hot in L1, to
 // the epilogue.

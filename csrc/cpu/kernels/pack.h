@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // Textual, per instruction set: panels for the micro-kernel, out[step of k * stride + lane], read from any strided,
 // gathered or 16-bit operand. Storage dtypes and layouts end here; behind it everything is dense: float32, float64, or
 // pairs of bfloat16 neighbours along k, of which the last is half zero where their number is odd.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // Textual, per instruction set: what moves rows between tokens and experts. Every sum has one order, whatever the
 // number of tokens: nothing is scattered, each output row gathers what belongs to it.
 

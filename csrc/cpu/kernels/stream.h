@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // Textual, per instruction set: products of a few rows, bound by reading the weights. Rows of weights are read from end
 // to end, as streams that the hardware can follow, and multiplied at once: nothing is packed. The sums run in the same
 // order as those of the packed product, so results have the same bits.

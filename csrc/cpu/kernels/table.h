@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // Textual, per instruction set: all kernels and the table that the boundary calls them through. The including file
 // sets the micro-tile before, kMR x kNRVectors (even: gate and up). Where its products of bfloat16 alone differ from
 // those of another instruction set, it sets that as FFN_OPS_BASE, which computes all else, and BFloat16Operands, the

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // The product of two tiles of bfloat16 or float16 in shared memory by a Hopper GPU's wgmma, float32 accumulators: two
 // groups of four warps, one above the other or, for 64 rows, beside each other.
 #pragma once

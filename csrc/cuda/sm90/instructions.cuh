@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // Building blocks of Hopper kernels beyond device.cuh: wgmma, one instruction for each function, and the layout of its
 // operands in shared memory. Compiled for compute capability 9.0 with its own features (sm_90a) alone.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // The CUDA run-time library as csrc/cuda uses it, for operators whose kernels run on the host: launches run at once.
 #pragma once
 

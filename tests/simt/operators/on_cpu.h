@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // Included before each source of csrc/cuda: its operators take the place of the CPU's.
 #pragma once
 

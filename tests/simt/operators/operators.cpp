@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // What the CUDA operators need of torch and of the CPU library when they run on the host in the CPU operators' place.
 #include <cstdio>
 #include <cstdlib>
