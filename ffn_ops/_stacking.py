@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The study guide's keys of a mixture, one for each expert, become those of the stacked parameters."""
+"""The study guide's keys of a mixture, one for each expert, become those of the stacked parameters, and back."""
 
 from __future__ import annotations
 
@@ -56,3 +56,21 @@ def stack_experts(
             whole = whole.detach().to(parameter.device_mesh.device_type)
             mesh, placements = parameter.device_mesh, parameter.placements
             state[prefix + stacked] = distribute_tensor(whole, mesh, placements, src_data_rank=None)  # its own part
+
+
+def guide_state(module: MoEFFN) -> dict[str, Tensor]:
+    """The state dict in the guide's keys, see :meth:`ffn_ops.MoEFFN.document_state_dict`."""
+    more = (module.shared, module.expert_scale, module.latent_down, module.expert_norm)
+    plain = not module.gated and all(each is None for each in more) and module.num_choices == module.num_experts
+    if not plain or module.b_in is None or module.b_down is None:
+        raise ValueError("document_state_dict: expected plain experts with biases and no shared ones")
+    state = {f"router.{name}": value for name, value in module.router.state_dict().items()}
+    if "router.weight" in state:  # the guides' router has a bias
+        state.setdefault("router.bias", state["router.weight"].new_zeros(module.num_experts))
+    stacked: list[Any] = [module.w_in, module.b_in, module.w_down, module.b_down]
+    stacked = [t.full_tensor() if check.is_dtensor(t) else t for t in stacked]
+    for e in range(module.num_experts):
+        for place, weight, bias in ((0, *stacked[:2]), (2, *stacked[2:])):
+            state[f"experts.{e}.{place}.weight"] = weight[e].detach()
+            state[f"experts.{e}.{place}.bias"] = bias[e].detach()
+    return state

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from . import _checks as check
 from . import expert_parallel, ops
 from ._gate import Gate, as_gate
-from ._stacking import stack_experts
+from ._stacking import guide_state, stack_experts
 from .modules import PLAIN_TENSORS, FeedForward, PlainFFN, is_plain_linear, reset
 from .ops._rows import check_routing
 from .ops._shared import arithmetic, fold
@@ -332,20 +332,7 @@ class MoEFFN(nn.Module):
 
         With sharded parameters it is a collective, and every rank gets all experts.
         """
-        more = (self.shared, self.expert_scale, self.latent_down, self.expert_norm)
-        plain = not self.gated and all(each is None for each in more) and self.num_choices == self.num_experts
-        if not plain or self.b_in is None or self.b_down is None:
-            raise ValueError("document_state_dict: expected plain experts with biases and no shared ones")
-        state = {f"router.{name}": value for name, value in self.router.state_dict().items()}
-        if "router.weight" in state:  # the guides' router has a bias
-            state.setdefault("router.bias", state["router.weight"].new_zeros(self.num_experts))
-        stacked: list[Any] = [self.w_in, self.b_in, self.w_down, self.b_down]
-        stacked = [t.full_tensor() if check.is_dtensor(t) else t for t in stacked]
-        for e in range(self.num_experts):
-            for place, weight, bias in ((0, *stacked[:2]), (2, *stacked[2:])):
-                state[f"experts.{e}.{place}.weight"] = weight[e].detach()
-                state[f"experts.{e}.{place}.bias"] = bias[e].detach()
-        return state
+        return guide_state(self)
 
     def extra_repr(self) -> str:
         return (

@@ -218,19 +218,23 @@ def test_quantile_bias(score: str, by_logits: bool, masked: bool) -> None:
     torch.testing.assert_close(bias, quantile - quantile.mean(), rtol=0, atol=2 * width)
 
 
-def test_quantiles_balance_better_than_steps() -> None:
+@pytest.mark.parametrize("learns", [False, True], ids=["fixed", "learns"])
+def test_quantiles_balance_better_than_steps(learns: bool) -> None:
     """A few calls, without a rate, against as many steps of the best rate there is; also on a router that learns."""
-    drift = torch.randn(8, generator=generator(2)) * 0.05
-    loads: dict[str, list[Tensor]] = {"quantile": [], **{str(rate): [] for rate in (1e-3, 1e-2, 3e-2, 0.1)}}
+    drift = torch.randn(8, generator=generator(2)) * 0.05 * learns
+    loads: dict[str, list[Tensor]] = {"quantile": [], **{str(rate): [] for rate in (3e-3, 1e-2, 3e-2)}}
     for name, found in loads.items():
-        router, g = routing.BiasedTopK(8, 2), generator(0)
-        for step in range(30):
-            logits = torch.randn(2048, 8, generator=g) + torch.linspace(0, 1.5, 8) + step * drift
-            r = router(logits)
-            found.append(r.statistics().max_over_mean)
-            router.solve(logits) if name == "quantile" else router.update(r, float(name))
-    means = {name: torch.stack(found[5:]).mean().item() for name, found in loads.items()}
-    assert means["quantile"] < 1.12 and all(means["quantile"] < 0.95 * m for n, m in means.items() if n != "quantile")
+        for seed in range(3):
+            router, g = routing.BiasedTopK(8, 2), generator(seed)
+            for step in range(30):
+                logits = torch.randn(2048, 8, generator=g) + torch.linspace(0, 1.5, 8) + step * drift
+                r = router(logits)
+                if step >= 5:
+                    found.append(r.statistics().max_over_mean)
+                router.solve(logits) if name == "quantile" else router.update(r, float(name))
+    means = {name: torch.stack(found).mean().item() for name, found in loads.items()}
+    assert means["quantile"] < (1.2 if learns else 1.12)
+    assert means["quantile"] < 0.97 * min(m for n, m in means.items() if n != "quantile")
 
 
 def test_quantile_bias_at_its_limits() -> None:
@@ -260,7 +264,9 @@ def test_rows_of_some_experts() -> None:
     expected = torch.where((ids >= 3) & (ids < 5), weights, 0).sum(1)
     torch.testing.assert_close(passed, expected)
     d = torch.rand(5, dtype=torch.float64)
-    assert torch.equal(torch.autograd.grad(passed, weights, d)[0], torch.autograd.grad(expected, weights, d)[0])
+    assert torch.equal(
+        torch.autograd.grad(passed, weights, d, retain_graph=True)[0], torch.autograd.grad(expected, weights, d)[0]
+    )
     kept = int(r.offsets[-1])
     scaled = r.scaled(scale).weight[:kept]
     expected = torch.stack([weights[t, k] * scale[ids[t, k]] for t, k in naive(ids, weights, 6)["rows"]])

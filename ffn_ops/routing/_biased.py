@@ -83,8 +83,14 @@ def solve_bias(
     Raises:
         TypeError, ValueError: name of the argument, what was expected and what came.
 
-    Source: Kimi K3 (2026), equations 13 and 14 and appendix D, as in Megatron-LM's and TransformerEngine's quantile
-        balancing; first: Su, "MoE Odyssey 6" (2026).
+    Source: Kimi K3 (2026), equations 13 and 14 and appendix D, which Megatron-LM, TransformerEngine and torchtitan
+        follow; first: Su, "MoE Odyssey 6" (2026).
+
+    Example:
+        >>> bias, logits = torch.zeros(2), torch.tensor([[1.0, 0.0], [2.0, 0.0], [3.0, 0.0], [4.0, 0.0]])
+        >>> ffn_ops.routing.solve_bias(bias, logits, k=1)
+        >>> ffn_ops.routing.top_k(logits, k=1, score="sigmoid", bias=bias).counts  # without the bias: 4, 0
+        tensor([2, 2])
     """
     check.wide("bias", bias)
     z, mask = fold_logits(logits, mask)
@@ -181,7 +187,14 @@ class BiasedTopK(nn.Module):
         update_bias(self.bias, chosen, rate, group=group)
 
     def solve(self, logits: Tensor, *, mask: Tensor | None = None, group: Group | None = None) -> None:
-        """See :func:`solve_bias`. Not within groups of experts, where a token has more than one threshold."""
+        """See :func:`solve_bias`. Not within groups of experts, where a token has more than one threshold.
+
+        Example:
+            >>> router = ffn_ops.routing.BiasedTopK(num_experts=2, k=1)
+            >>> router.solve(torch.tensor([[1.0, 0.0], [3.0, 0.0]]))
+            >>> router(torch.tensor([[1.0, 0.0], [3.0, 0.0]])).counts
+            tensor([1, 1])
+        """
         if self.options.get("num_groups", 1) > 1:
             raise ValueError(f"num_groups: expected 1 for quantiles, got {self.options['num_groups']}")
         z, _ = fold_logits(logits)

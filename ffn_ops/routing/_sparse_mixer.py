@@ -39,6 +39,11 @@ def sparse_mixer(
         TypeError, ValueError: name of the argument, what was expected and what came.
 
     Source: Liu et al., Sparse Backpropagation for MoE Training (2023); Liu et al., GRIN (2024), section 2; PhiMoE.
+
+    Example:
+        >>> z = torch.tensor([[1.0, 0.0, 2.0]])
+        >>> ffn_ops.routing.sparse_mixer(z, jitter=0.3, training=False).weight  # of experts 0, and 2, which came first
+        tensor([1.0000, 0.7311])
     """
     check.number("jitter", jitter)
     if jitter < 0:

@@ -59,12 +59,6 @@ def top_k(
     Raises:
         TypeError, ValueError: with the argument, what was expected and what came.
 
-    Example:
-        >>> import torch
-        >>> from ffn_ops import routing
-        >>> routing.top_k(torch.tensor([[0.0, 2.0, 1.0]]), 2, score="sqrt_softplus", renormalize=True).weight
-        tensor([0.5588, 0.4412])
-
     Source:
         Shazeer et al., Outrageously Large Neural Networks (2017); Jiang et al., Mixtral of Experts (2024), section 2.1;
         DeepSeek-V2 (2024), section 2.1.2; DeepSeek-V3 (2024), equations 13 to 16; DeepSeek-V4 (2026), section 2.1.
@@ -73,6 +67,9 @@ def top_k(
         >>> routing = ffn_ops.routing.top_k(torch.randn(5, 4), k=2, renormalize=True)
         >>> routing.weight.sum()  # 1 for each token
         tensor(5.0000)
+        >>> z = torch.tensor([[0.0, 2.0, 1.0]])
+        >>> ffn_ops.routing.top_k(z, k=2, score="sqrt_softplus", renormalize=True).weight  # of experts 1, 2
+        tensor([0.5600, 0.4400])
     """
     z, mask = fold_logits(logits, mask)
     tokens, experts = z.shape
