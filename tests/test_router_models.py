@@ -18,7 +18,7 @@ from ffn_ops import Routing, routing
 pytest.importorskip("transformers")
 
 T, D, E, K = 33, 24, 16, 4
-TABLE = torch.stack([torch.randperm(E, generator=torch.Generator().manual_seed(i))[:K] for i in range(50)])
+TABLE = torch.stack([torch.randperm(E, generator=generator(i))[:K] for i in range(50)])
 TOKENS = torch.arange(T) * 7 % 50
 
 
