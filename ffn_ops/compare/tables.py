@@ -177,20 +177,22 @@ def routers_table(results: Results) -> Table:
 def loads_table(results: Results) -> Table:
     rows = [_load_row(t) for t in trained(results.mixtures)]
     at = ("entropy", "max / mean", "dropped", "no expert")
+    columns = [f"{where}: {each}" for where in ("training", "validation") for each in at]
     return Table(
-        "Expert load at the end of training",
-        ("layer", *(f"training: {c}" for c in at), *(f"validation: {c}" for c in at), "dead units"),
+        "Expert load in training and at its end",
+        ("layer", "all batches: max / mean", *columns, "dead units"),
         rows,
-        "Mean over blocks and seeds, on the last recorded training batch and on the validation windows watched, after"
-        " dropping. Entropy: of the experts' loads, divided by log of their number; 1 is uniform. dropped: of the"
-        " choices, for want of capacity. no expert: tokens that none computes. Dead: as in the table of dead units, on"
-        " the tokens that reach the expert. BASE balances in training alone.",
+        "Mean over blocks and seeds, after dropping. all batches: of training, as recorded; training: the last of them;"
+        " validation: the windows watched. Entropy: of the experts' loads, divided by log of their number; 1 is"
+        " uniform. dropped: of the choices, for want of capacity. no expert: tokens that none computes. Dead: as in the"
+        " table of dead units, on the tokens that reach the expert. BASE balances in training alone.",
     )
 
 
 def _load_row(t: Trained) -> tuple[str, ...]:
     dead = f"{100 * t.dead_at_end / t.units:.1f} %" if t.units else "diverged"
-    return (NAMES[t.architecture], *_load_cells(t.training_load), *_load_cells(t.validation_load), dead)
+    whole = NONE if t.training_max_over_mean is None else f"{t.training_max_over_mean:.2f}"
+    return (NAMES[t.architecture], whole, *_load_cells(t.training_load), *_load_cells(t.validation_load), dead)
 
 
 def _load_cells(load: Load | None) -> tuple[str, ...]:
