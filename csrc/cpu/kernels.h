@@ -20,8 +20,10 @@ constexpr int64_t kSumBlock = 64;
 // kc of the packed product: a B panel of that length stays in the caches near the core. A multiple of
 // kSumBlock, else without influence on results.
 constexpr int64_t kKC = 512;
-// Below, a product is bound by its stores, which should run along rows.
+// Below, a product is bound by its stores, which should run along rows: finished tiles are stored together, at most
+// kRowBytes of them.
 constexpr int64_t kShortK = 64;
+constexpr int64_t kRowBytes = int64_t{24} << 10;
 
 constexpr int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
@@ -145,6 +147,12 @@ struct Schedule {
 
 struct ScheduledGemm : Gemm, Schedule {
   int64_t packed_length() const { return K == 0 ? 0 : K / b_length() * steps(b_length()); }
+  // Tiles of kPacked, of so many bytes each, that are stored together, row by row.
+  int64_t tiles_in_row(int64_t bytes) const {
+    const bool by_row = K < kShortK && epilogue.kind == Epilogue::Kind::kStore && !transposed && k_blocks() == 1;
+    if (!by_row || bytes > kRowBytes) return 1;
+    return kRowBytes / bytes < nc_panels ? kRowBytes / bytes : nc_panels;
+  }
 };
 
 struct GatedAct : Gate {
@@ -245,7 +253,7 @@ inline int64_t gemm_scratch_bytes(const ScheduledGemm& g, const KernelTable& tab
     return (2 * tile + width * kSumBlock / g.kr + (g.branches() > 1 ? tile / 2 : 0)) * g.element();
   const int64_t b = g.kernel == Schedule::Kernel::kDot ? 0 : g.nc_panels * width * g.steps(g.kc());
   const int64_t slots = g.mc_panels * g.nc_panels;
-  const int64_t tiles = g.k_blocks() > 1 ? slots * tile : tile;
+  const int64_t tiles = g.k_blocks() > 1 ? slots * tile : g.tiles_in_row(tile * g.element()) * tile;
   const int64_t sums = g.branches() > 1 ? slots * tile / 2 : 0;
   return (b + tiles + sums) * g.element();
 }

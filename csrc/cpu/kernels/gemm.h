@@ -113,7 +113,8 @@ void packed_task(const ScheduledGemm& g, int64_t task, void* scratch) {
 
   T* packed_b = static_cast<T*>(scratch);
   T* tiles = packed_b + g.nc_panels * kWidth * g.steps(g.kc());
-  T* sums = tiles + (g.k_blocks() > 1 ? g.mc_panels * g.nc_panels : 1) * H * kWidth;  // branches: act(gate) * up so far
+  const int64_t in_row = g.tiles_in_row(H * kWidth * g.element());
+  T* sums = tiles + (g.k_blocks() > 1 ? g.mc_panels * g.nc_panels : in_row) * H * kWidth;  // branches: act(gate) * up
   const auto micro = choose<kMR>(H, [](auto rows) { return &micro_kernel<V, decltype(rows)::value>; });
 
   const int64_t blocks = g.k_blocks() * g.branches();
@@ -133,13 +134,22 @@ void packed_task(const ScheduledGemm& g, int64_t task, void* scratch) {
       for (int64_t q = 0; q < groups; ++q) {
         for (int64_t p = pb; p < pe; ++p) {
           const int64_t slot = (p - p0) * groups + q;
-          T* tile = g.k_blocks() == 1 ? tiles : tiles + slot * H * kWidth;
+          T* tile = tiles + (g.k_blocks() == 1 ? q % in_row : slot) * H * kWidth;
           const int64_t col = (q0 + q) * columns;
           const TilePart part = {p * H, g.M - p * H < H ? g.M - p * H : H, col,
                                  g.N - col < columns ? g.N - col : columns};
           if (last) prefetch_tile(g.epilogue, part);
           micro(c.steps, packed_a + p * c.steps * H, packed_b + q * panel_step, tile, !first);
-          if (last) finish_tile<typename V::Sum>(g, c.branch, tile, part, sums + slot * H * columns);
+          if (in_row > 1) {
+            if (g.epilogue.bias) add_bias<typename V::Sum>(part, g.epilogue.dtype, g.epilogue.bias[0], tile);
+            if ((q + 1) % in_row == 0 || q + 1 == groups) {
+              const int64_t begin = (q0 + q / in_row * in_row) * columns;
+              row_to_storage<typename V::Sum>({part.row0, part.rows, begin, col + part.cols - begin}, g.epilogue, tiles,
+                                              H * kWidth);
+            }
+          } else if (last) {
+            finish_tile<typename V::Sum>(g, c.branch, tile, part, sums + slot * H * columns);
+          }
         }
       }
     }
