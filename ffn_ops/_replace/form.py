@@ -234,8 +234,9 @@ def _candidates(hidden: Tensor, pairs: Sequence[tuple[Tensor, Tensor | None]]) -
             for limit in _limits(hidden.double(), gate, up, shift, gated_act(gate, activation=act)):
                 if 0.5 <= limit <= 25:
                     yield act.replace(limit=float(f"{limit:.6g}"), up_shift=shift)
-    for name in UPS if up is not None else ():
-        yield from _with_numbers(Gate(name), hidden.double(), gate, up)
+    if up is not None:
+        for name in UPS:
+            yield from _with_numbers(Gate(name), hidden.double(), gate, up)
 
 
 def _limits(hidden: Tensor, gate: Tensor, up: Tensor, shift: float, value: Tensor) -> Iterator[float]:
