@@ -98,6 +98,25 @@ def test_float16() -> None:
     assert_runs_alike(Half().half(), torch.float16, 1e-3)
 
 
+class InDouble(nn.Module):
+    """onnxruntime has no erf in float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([ffn_ops.FeedForward(8, 12, 4, 0.0), ffn_ops.MoEFFN(8, 6, 4, activation="silu")])
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        names = [name for name in ffn_ops.activations() if name != "gelu"]
+        plain = [ffn_ops.gated_act(x, activation=gate_of(name)) for name in names]
+        gated = [ffn_ops.gated_act(x, x.flip(1), activation=gate_of(name, limit=0.3, up_shift=0.7)) for name in names]
+        return [*plain, *gated, *[layer(x) for layer in self.layers]]
+
+
+def test_float64() -> None:
+    torch.manual_seed(1)
+    assert_runs_alike(InDouble().double(), torch.float64, 1e-13)
+
+
 def test_what_onnx_cannot_express_is_named() -> None:
     router = functools.partial(routing.top_k, k=2, capacity_factor=0.7, drop="weight")
     with pytest.raises(torch.onnx.OnnxExporterError) as caught:

@@ -21,8 +21,10 @@ constexpr int64_t kSumBlock = 64;
 // kc of the packed product: a B panel of that length stays in the caches near the core. A multiple of
 // kSumBlock, else without influence on results.
 constexpr int64_t kKC = 512;
-// Below, a product is bound by its stores, which should run along rows.
+// Below, a product is bound by its stores: tiles go straight from registers to their place, or, where they are rounded
+// or get a bias, are stored together along rows, at most kRowBytes of them.
 constexpr int64_t kShortK = 64;
+constexpr int64_t kRowBytes = int64_t{24} << 10;
 
 // A strided matrix: element (r, c) is data[rows ? rows[r] : r][c]. Lanes of a packed panel run along rows or columns.
 struct Matrix : StridedMatrix {
@@ -138,6 +140,21 @@ struct Schedule {
 
 struct ScheduledGemm : Gemm, Schedule {
   int64_t packed_length() const { return K == 0 ? 0 : K / b_length() * steps(b_length()); }
+  // A short sum without bias in the arithmetic's dtype: kPacked stores whole tiles from registers to their place.
+  bool stores_directly() const {
+    const Epilogue& e = epilogue;
+    return short_sum() && !(e.bias && e.bias[0]) && e.out_dtype() == e.arithmetic();
+  }
+  // Tiles of kPacked, of so many bytes each, that are stored together, row by row.
+  int64_t tiles_in_row(int64_t bytes) const {
+    if (!short_sum() || stores_directly() || bytes > kRowBytes) return 1;
+    return kRowBytes / bytes < nc_panels ? kRowBytes / bytes : nc_panels;
+  }
+
+ private:
+  bool short_sum() const {
+    return K < kShortK && k_blocks() == 1 && epilogue.kind == Epilogue::Kind::kStore && !transposed;
+  }
 };
 
 struct GatedAct : Gate {
@@ -226,7 +243,7 @@ inline int64_t gemm_scratch_bytes(const ScheduledGemm& g, const KernelTable& tab
     return (2 * tile + width * kSumBlock / g.kr + (g.branches() > 1 ? tile / 2 : 0)) * g.element();
   const int64_t b = g.kernel == Schedule::Kernel::kDot ? 0 : g.nc_panels * width * g.steps(g.kc());
   const int64_t slots = g.mc_panels * g.nc_panels;
-  const int64_t tiles = g.k_blocks() > 1 ? slots * tile : tile;
+  const int64_t tiles = g.k_blocks() > 1 ? slots * tile : g.tiles_in_row(tile * g.element()) * tile;
   const int64_t sums = g.branches() > 1 ? slots * tile / 2 : 0;
   return (b + tiles + sums) * g.element();
 }

@@ -25,8 +25,9 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
 
     They cover inference: gates, dense layers, mixtures and their parts, top-k and the sort, for every T. Arithmetic is
     float32 (float64 for float64) and rounded once, like the operators'. Sums are in the runtime's order. NaN logits
-    rank as -inf. ONNX cannot express BASE's assignment, rounding to tiles, drops by weight and rows given as pairs
-    (Expert Choice): these raise ``NotImplementedError``.
+    rank as -inf. onnxruntime has no ``Erf`` in float64, so that it runs every gate but ``gelu`` there. ONNX cannot
+    express BASE's assignment, rounding to tiles, drops by weight and rows given as pairs (Expert Choice): these raise
+    ``NotImplementedError``.
 
     Raises:
         ImportError: without onnxscript (``pip install "ffn_ops[onnx]"``).
@@ -67,8 +68,10 @@ def _numbers(values: Sequence[int]) -> Any:
 
 
 def _number(value: float, like: Any) -> Any:
-    op = _op()
-    return op.CastLike(op.Constant(value_float=float(value)), like)
+    import onnx_ir
+
+    op = _op()  # value_float would round to float32
+    return op.CastLike(op.Constant(value=onnx_ir.tensor(float(value), onnx_ir.DataType.DOUBLE)), like)
 
 
 def _wide(t: Any) -> Any:
@@ -135,8 +138,8 @@ def _gate(gate: Any, up: Any, activation: str, params: Sequence[float]) -> Any:
 
 def _linear(x: Any, w: Any, b: Any) -> Any:
     op = _op()
-    y = op.MatMul(x, op.Transpose(_wide(w), perm=[1, 0]))
-    return y if b is None else op.Add(y, _wide(b))
+    y = op.MatMul(x, op.Transpose(op.CastLike(w, x), perm=[1, 0]))  # x is wide; a value's own dtype may be unknown
+    return y if b is None else op.Add(y, op.CastLike(b, x))
 
 
 def _route_linear(x: Any, weight: Any, bias: Optional[Any]) -> Any:

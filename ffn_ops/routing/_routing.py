@@ -165,6 +165,39 @@ class Routing(NamedTuple):
         expert = torch.bucketize(place, self.offsets[1:], right=True).clamp(max=scale.shape[0] - 1)
         return self._replace(weight=self.weight * scale.to(self.weight.dtype)[expert])
 
+    def check(self) -> None:
+        """Compares all fields with each other, for a hand-made routing. It synchronises with the device. (Operators
+        on the CPU check what could make forward and backward differ, and not ``offsets`` against ``counts``.)
+
+        Raises:
+            TypeError, ValueError: with the field, what was expected and what came.
+
+        Example:
+            >>> routing = ffn_ops.Routing.from_topk(torch.tensor([[1], [0]]), torch.ones(2, 1), num_experts=2)
+            >>> routing.check()
+        """
+        check.routing(self, self.token, "token")
+        rows, tokens, experts = self.token.shape[0], self.slot_offsets.shape[0] - 1, self.offsets.shape[0] - 1
+        check.indices("routing.counts", self.counts, (experts,))
+        for name, ends in (("offsets", self.offsets), ("slot_offsets", self.slot_offsets)):
+            if bool((ends[0] != 0) | (ends.diff() < 0).any() | (ends[-1] > rows)):
+                raise ValueError(f"routing.{name}: expected 0, then numbers that never fall, up to {rows}, got others")
+        load = self.offsets.diff()
+        if bool((load > self.counts).any() | (self.counts.sum() > rows)):
+            got = f"{self.counts.tolist()} for {load.tolist()} rows"
+            raise ValueError(f"routing.counts: expected at least the rows of each expert, {rows} in all, got {got}")
+        kept = int(self.offsets[-1])
+        token, expert = self.token[:kept], torch.repeat_interleave(load)
+        if bool(((token < 0) | (token >= tokens)).any() | ((token.diff() < 0) & (expert.diff() == 0)).any()):
+            raise ValueError(f"routing.token: expected tokens below {tokens} that rise within each expert, got others")
+        row, of = self.row[: int(self.slot_offsets[-1])], torch.repeat_interleave(self.slot_offsets.diff())
+        row, of = row[row < kept], of[row < kept]
+        if not torch.equal(row.sort().values, torch.arange(kept, device=row.device)) or bool((token[row] != of).any()):
+            raise ValueError(f"routing.row: expected each of {kept} rows once, under its token, got others")
+        mask = mask_of(self, None, self.slot_offsets[1:])
+        if mask is not None and bool((~mask)[token].any()):
+            raise ValueError("routing.mask: expected no rows of tokens that are left out, got some")
+
     def statistics(self) -> Statistics:
         """Statistics of the load, computed without a synchronisation.
 
