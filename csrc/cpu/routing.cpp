@@ -41,11 +41,11 @@ std::tuple<Tensor, Tensor> route_top_k(const Tensor& logits, std::optional<Tenso
                                        int64_t k, int64_t shared, std::string score, bool renormalize, bool by_logits,
                                        int64_t num_groups, int64_t top_groups, int64_t group_best, double scale) {
   const TopKOptions options{shared, score, renormalize, by_logits, num_groups, top_groups, group_best, scale};
-  TopK job = check_top_k<TopK>(logits, k, options);
+  TopK job{check_top_k(logits, k, options), {}};
   check_given(given, bias, options, job.T, k);
   job.logits = matrix(logits, storage_dtype(logits, "logits"));
   std::vector<Tensor> keep;
-  if (bias) check_tensor(*bias, "bias", arithmetic_dtype(job.logits.dtype), {job.E - shared});
+  if (bias) check_tensor(*bias, "bias", arithmetic_dtype(job.logits.dtype), {job.E - shared}, {}, nullptr);
   job.bias = dense_data(bias, keep);
   if (given) {
     keep.push_back(torch::stable::contiguous(*given));
@@ -62,10 +62,10 @@ std::tuple<Tensor, Tensor> route_top_k(const Tensor& logits, std::optional<Tenso
 Tensor route_top_k_backward(const Tensor& d_weights, const Tensor& logits, const Tensor& ids, std::string score,
                             bool renormalize, bool by_logits, double scale) {
   const int64_t k = ids.dim() == 2 ? ids.size(1) : 0;
-  TopK job = check_top_k<TopK>(logits, k, {0, score, renormalize, by_logits, 1, 1, 2, scale});
+  TopK job{check_top_k(logits, k, {0, score, renormalize, by_logits, 1, 1, 2, scale}), {}};
   job.logits = matrix(logits, storage_dtype(logits, "logits"));
-  check_tensor(d_weights, "d_weights", arithmetic_dtype(job.logits.dtype), {job.T, k});
-  check_integers(ids, "ids", {job.T, k});
+  check_tensor(d_weights, "d_weights", arithmetic_dtype(job.logits.dtype), {job.T, k}, {}, nullptr);
+  check_indices_shape(ids, "ids", {job.T, k});
   const Tensor dense_ids = torch::stable::contiguous(ids), dense_d = torch::stable::contiguous(d_weights);
   Tensor d_logits = fresh(logits, {job.T, job.E});
   job.ids = const_cast<int64_t*>(check_chosen(dense_ids, job.E));
