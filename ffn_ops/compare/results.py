@@ -144,6 +144,10 @@ def write_json(results: Results, path: Path) -> None:
     """Strict JSON, one line per part. Values that were not measured are null; NaN raises."""
     record = asdict(results)
     record["settings"]["out"] = None
+    for layer, written in zip(results.layers, record["layers"], strict=True):
+        for name, provider in layer.providers.items():
+            times = {"forward": provider.forward.record(), "forward_backward": provider.forward_backward.record()}
+            written["providers"][name] |= times
     record["settings"]["text"] = results.text.name
     record["architectures"] = {a.key: {"name": a.name, "formula": a.formula} for a in (*LAYERS, *MIXTURES)}
     derived = (("trained", results.runs), ("trained_mixtures", results.equal_flops), ("stressed", results.stress))

@@ -6,10 +6,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from .._timing import Timed
 from .advice import guide_advice, signed
 from .architectures import BASELINE, EXPERTS
 from .counts import CountRow
-from .layers import LayerResult, Timing
+from .layers import LayerResult
 from .mixtures import MIXTURES, NAMES, Load
 from .paired import speed_ratio
 from .results import Results, Trained, trained
@@ -70,8 +71,8 @@ def counted_table(results: Results) -> Table:
     return Table("What is counted", ("layer", "counted"), rows)
 
 
-def _time(timing: Timing | None) -> str:
-    return NONE if timing is None else f"{timing.median:.1f} ({timing.low:.1f}-{timing.high:.1f})"
+def _time(timed: Timed) -> str:
+    return "{:.1f} ({:.1f}-{:.1f})".format(*timed.milliseconds)
 
 
 def layers_table(results: Results) -> Table:
@@ -91,10 +92,10 @@ def layers_table(results: Results) -> Table:
     )
 
 
-def _ratio(timing: Timing, eager: Timing) -> str:
-    if timing is eager:
+def _ratio(timed: Timed, eager: Timed) -> str:
+    if timed is eager:
         return "1"
-    found = speed_ratio(timing.rounds, eager.rounds)
+    found = speed_ratio(timed.seconds, eager.seconds)
     return f"{found.median:.2f}" + (f" ({found.interval[0]:.2f}-{found.interval[1]:.2f})" if found.interval else "")
 
 
@@ -261,8 +262,8 @@ def activations_table(results: Results) -> Table:
     )
 
 
-def _ms(timing: Timing) -> str:
-    return f"{timing.median:.2f} ({timing.low:.2f}-{timing.high:.2f})"
+def _ms(timed: Timed) -> str:
+    return "{:.2f} ({:.2f}-{:.2f})".format(*timed.milliseconds)
 
 
 def advice_table(results: Results) -> Table:
