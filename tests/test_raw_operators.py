@@ -39,10 +39,10 @@ def raw_calls() -> dict[str, Callable[[], Any]]:
         given |= {"interleaved": False, **changes}
         return lambda: OPS.moe(x, None, None, torch.tensor([0, 1, 3]), None, None, *given.values(), *act, True)
 
-    def top_k(k: int, **changes: Any) -> Any:
-        given = {"shared": 0, "score": "softmax", "renormalize": False, "by_logits": False}
-        given |= {"num_groups": 1, "top_groups": 1, "group_best": 2, **changes}
-        return OPS.route_top_k(x, None, None, k, *given.values(), 1.0)
+    def top_k(k: int, **changes: Any) -> Callable[[], Any]:
+        given = {"bias": None, "ids": None, "k": k, "shared": 0, "score": "softmax", "renormalize": False}
+        given |= {"by_logits": False, "num_groups": 1, "top_groups": 1, "group_best": 2, "scale": 1.0, **changes}
+        return lambda: OPS.route_top_k(x, *given.values())
 
     d_y, experts = torch.ones(3, 5), torch.ones(2, 6, 4)
     rows = [torch.tensor(each) for each in ([0, 1, 3], [0, 1, 2], [0, 1, 2, 3])]
@@ -101,15 +101,18 @@ def raw_calls() -> dict[str, Callable[[], Any]]:
         "route_linear: width": lambda: OPS.route_linear(x, w[:, 1:], None),
         "route_linear: bias": lambda: OPS.route_linear(x, w, torch.ones(6).double()),
         "route_linear: length of bias": lambda: OPS.route_linear(x, w, torch.ones(5)),
-        "top_k: k": lambda: top_k(5),
-        "top_k: score": lambda: top_k(2, score="tanh"),
-        "top_k: groups": lambda: top_k(2, num_groups=3),
-        "top_k: too many groups": lambda: top_k(2, num_groups=5),
-        "top_k: top_groups": lambda: top_k(2, num_groups=2, top_groups=3),
-        "top_k: small groups": lambda: top_k(3, num_groups=2),
-        "top_k: shared": lambda: top_k(1, shared=4),
-        "top_k: k beside shared": lambda: top_k(4, shared=1),
-        "top_k: group_best": lambda: top_k(2, group_best=3),
+        "top_k: k": top_k(5),
+        "top_k: score": top_k(2, score="tanh"),
+        "top_k: groups": top_k(2, num_groups=3),
+        "top_k: too many groups": top_k(2, num_groups=5),
+        "top_k: top_groups": top_k(2, num_groups=2, top_groups=3),
+        "top_k: small groups": top_k(3, num_groups=2),
+        "top_k: shared": top_k(2, shared=4),
+        "top_k: k beside shared": top_k(3, shared=2),
+        "top_k: group_best": top_k(2, group_best=3),
+        "top_k: ids": top_k(2, ids=torch.zeros(3, 1, dtype=torch.int64)),
+        "top_k: ids of int32": top_k(2, ids=torch.zeros(3, 2, dtype=torch.int32)),
+        "top_k: ids and shared": top_k(2, ids=torch.zeros(3, 2, dtype=torch.int64), shared=1),
         "needs too short": backward(d_y, h, h, [True]),
         "needs too long": lambda: OPS.gated_act_backward(x, x, None, *act, [True] * 3),
     }

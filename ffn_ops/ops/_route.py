@@ -63,6 +63,10 @@ def _(
     scale: float,
 ) -> Any:
     check_top_k(logits, k, shared, score, renormalize, by_logits, num_groups, top_groups, group_best)
+    if ids is not None:
+        check.indices("ids", ids, (logits.shape[0], k))
+        if bias is not None or num_groups > 1 or shared:
+            raise ValueError("ids: expected no bias, groups and shared experts")
     shape = (logits.shape[0], k + shared)
     return logits.new_empty(shape, dtype=arithmetic(logits)), logits.new_empty(shape, dtype=torch.int64)
 
