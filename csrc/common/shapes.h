@@ -33,6 +33,21 @@ inline GatedActShape check_gated_act(const Tensor& gate, const MaybeTensor& up, 
   return {dtype, gate.size(0), gate.size(1), form};
 }
 
+// An activation whose own parameters are a tensor [count], of the arithmetic's dtype.
+struct LearnedActShape : GatedActShape {
+  int64_t count;
+};
+
+inline LearnedActShape check_learned_act(const Tensor& x, const Tensor& own, const std::string& activation,
+                                         Place place = {}) {
+  const Gate form{check_activation(activation)};
+  const ActivationInfo& info = kActivations.rows[form.activation];
+  STD_TORCH_CHECK(info.learned > 0, "activation: expected one whose own parameters may be learned, got ", activation);
+  LearnedActShape s{check_gated_act(x, std::nullopt, form, place), info.own.count()};
+  check_tensor(own, "own", arithmetic_dtype(s.dtype), {s.count}, place);
+  return s;
+}
+
 // ---- gated_linear ---------------------------------------------------------------------------------------------------
 
 struct GatedLinearShape {
