@@ -18,7 +18,7 @@ def learned_act(x: Tensor, own: Tensor, *, activation: str) -> Tensor:
     """``act(x)`` in one pass over memory, the activation's own parameters a tensor, which gets its gradient.
 
     - ``"xielu"`` has alpha_p, alpha_n, beta and eps: ``alpha_p * x**2 + beta * x`` above 0, else
-      ``alpha_n * (expm1(min(x, eps)) - x) + beta * x``.
+      ``alpha_n * (expm1(min(x, eps)) - x) + beta * x``, whose slope at eps is that of larger x.
     - ``"star_relu"`` has scale and bias: ``scale * relu(x)**2 + bias``.
     - ``"leaky_relu"`` has slope: ``x`` above 0, else ``slope * x``.
 
