@@ -198,8 +198,8 @@ void run_case(const Case& k, uint64_t seed) {
         if (c >= cols || !asked.out[i]) {
           check(is_poison(got), "%s: out[%d] is written where it must not be", what().c_str(), i);
         } else {
-          // The terms of a sum may cancel: magnitudes up to 3 * 3 * 3 * 3 in float32; a square doubles the relative error
-          // of what is squared, whose sigmoid has 2 ULP; then the rounding to storage.
+          // The terms of a sum may cancel: magnitudes up to 3 * 3 * 3 * 3 in float32; a square doubles the relative
+          // error of what is squared, whose sigmoid has 2 ULP; then the rounding to storage.
           const double value = double(Codec<S>::decode(got));
           const double bound = unit * std::abs(expected[i]) + epsilon<T>() * (400 + 4 * std::abs(expected[i]));
           check(std::abs(value - expected[i]) <= bound, "%s: out[%d] at %lld, %lld: %g, expected %g", what().c_str(), i,
