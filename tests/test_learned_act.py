@@ -166,7 +166,7 @@ def test_wrong_arguments() -> None:
         (TypeError, "own: expected dtype float32, got float64", lambda: ours(x, own.double(), "xielu")),
         (TypeError, "own: expected dtype bfloat16 or float32, got", lambda: ours(x.bfloat16(), own.half(), "xielu")),
         (TypeError, "x: expected a torch.Tensor, got int", lambda: ours(3, own, "xielu")),  # type: ignore[arg-type]
-        (RuntimeError, "activation: expected one whose own parameters may be learned, got silu",
+        (RuntimeError, "activation: expected one of star_relu, leaky_relu, xielu, got 'silu'",
          lambda: torch.ops.ffn_ops.learned_act(x, own, "silu")),
         (RuntimeError, r"own: expected shape \[2\], got \[4\]",
          lambda: torch.ops.ffn_ops.learned_act(x, own, "star_relu")),

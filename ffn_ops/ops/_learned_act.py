@@ -64,11 +64,12 @@ def learned_act(x: Tensor, own: Tensor, *, activation: str) -> Tensor:
 def _check_learned_act(x: Tensor, own: Tensor, activation: str, **others: Tensor) -> None:
     check.tensor("x", x, ("rows", "columns"))
     check.choice("activation", activation, tuple(LEARNED))
-    check.tensor("own", own, (len(own_names(activation)),))
+    check.tensor("own", own)
     if own.dtype is not arithmetic(x):
         wanted, got = (str(dtype).removeprefix("torch.") for dtype in (arithmetic(x), own.dtype))
         raise TypeError(f"own: expected dtype {wanted}, got {got}")
     check.device("own", own, x)
+    check.tensor("own", own, (len(own_names(activation)),))
     for name, value in others.items():
         check.tensor(name, value, x.shape, like=x)
 
