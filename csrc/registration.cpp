@@ -16,6 +16,15 @@ STABLE_TORCH_LIBRARY(ffn_ops, m) {
       "gated_act_double_backward(Tensor? dd_gate, Tensor? dd_up, Tensor d_out, Tensor gate, Tensor? up, str activation,"
       " float[] params) -> (Tensor d_d_out, Tensor d_gate, Tensor d_up)");
 
+  // own [count]: the activation's own parameters, of the arithmetic's dtype.
+  m.def("learned_act(Tensor x, Tensor own, str activation) -> Tensor");
+  m.def(
+      "learned_act_backward(Tensor d_out, Tensor x, Tensor own, str activation, bool[2] needs)"
+      " -> (Tensor d_x, Tensor d_own)");
+  m.def(
+      "learned_act_double_backward(Tensor dd_x, Tensor d_out, Tensor x, Tensor own, str activation)"
+      " -> (Tensor d_d_out, Tensor d_x, Tensor d_own)");
+
   m.def(
       "gated_linear(Tensor x, Tensor[] w_gate, Tensor[] w_up, Tensor[] b_gate, Tensor[] b_up, str activation,"
       " float[] params, bool save) -> (Tensor y, Tensor gate, Tensor up)");
@@ -76,7 +85,8 @@ STABLE_TORCH_LIBRARY(ffn_ops, m) {
   m.def("balanced_assignment(Tensor scores, Tensor? mask) -> Tensor");
   m.def("round_tokens(Tensor scores, Tensor ids, int tile) -> (Tensor expert, Tensor token)");
 
-  // The list of common/activations.h as JSON: name, parameters of its own, whether it has a side of up.
+  // The list of common/activations.h as JSON: name, parameters of its own, whether it has a side of up, how many
+  // parameters may be learned.
   m.def("_gates() -> str");
   // Facts about this build and machine, and the choice that FFN_OPS_ISA makes at load, for tests over every set.
   m.def("_isa() -> str");

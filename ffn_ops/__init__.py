@@ -16,7 +16,18 @@ from ._upcycle import upcycle
 from ._version import __version__ as __version__
 from .modules import GELUFFN, GLU, FeedForward, GatedFFN, PlainFFN, ReLUFFN, SwishFFN
 from .moe_ffn import MoEFFN
-from .ops import activations, ffn, gated_act, gated_linear, moe, moe_combine, moe_dispatch, moe_experts, route_linear
+from .ops import (
+    activations,
+    ffn,
+    gated_act,
+    gated_linear,
+    learned_act,
+    moe,
+    moe_combine,
+    moe_dispatch,
+    moe_experts,
+    route_linear,
+)
 from .routing import Routing
 
 __all__ = [
@@ -39,6 +50,7 @@ __all__ = [
     "gated_act",
     "gated_linear",
     "info",
+    "learned_act",
     "moe",
     "moe_combine",
     "moe_dispatch",

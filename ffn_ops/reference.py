@@ -19,12 +19,18 @@ from ._gate import Gate, as_gate
 ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
     "relu": torch.relu,
     "relu_squared": lambda z: torch.relu(z).square(),
+    "star_relu": lambda z, scale, bias: scale * torch.relu(z).square() + bias,
+    "leaky_relu": lambda z, slope: torch.where(z > 0, z, slope * z),
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
     "gelu": F.gelu,
     "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
     "silu": F.silu,
     "swish": lambda z, beta: z * torch.sigmoid(beta * z),
+    "silu_squared": lambda z: F.silu(z).square(),
+    "xielu": lambda z, alpha_p, alpha_n, beta, eps: torch.where(
+        z > 0, alpha_p * z * z + beta * z, (torch.expm1(z.clamp(max=eps)) - z) * alpha_n + beta * z
+    ),
     "identity": lambda z: z,
     "situ": lambda z, gate_softcap, up_softcap: _softcap(z, gate_softcap) * torch.sigmoid(z),
     "swiglu_step": lambda z, cap: F.silu(z).clamp(max=cap),

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import ffn_ops
 from ffn_ops import Gate, reference, routing
+from ffn_ops._gate import LEARNED
 
 pytest.importorskip("onnxscript")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -28,6 +29,7 @@ class Everything(nn.Module):
         self.plain = ffn_ops.GELUFFN(8, 12)
         self.swiglu = ffn_ops.FeedForward(8, 12, 4, 0.1)
         self.gates = ffn_ops.GatedFFN(8, 12, 2, out_proj=True)
+        self.own = nn.ParameterDict({name: torch.tensor([*gate_of(name).own.values()]) for name in LEARNED})
         capacity = functools.partial(routing.top_k, k=2, renormalize=True, capacity_factor=0.7)
         self.mixtures = nn.ModuleList(
             [
@@ -42,6 +44,7 @@ class Everything(nn.Module):
     def forward(self, x: Tensor) -> list[Tensor]:
         outs = [layer(x) for layer in (self.plain, self.swiglu, self.gates, *self.mixtures)]
         outs += [ffn_ops.gated_act(x, activation=gate_of(name)) for name in ffn_ops.activations()]
+        outs += [ffn_ops.learned_act(x, own, activation=name) for name, own in self.own.items()]
         outs.append(ffn_ops.gated_act(x, x.flip(1), activation=Gate("swish", beta=1.7, limit=0.5, up_shift=1.0)))
         m: Any = self.mixtures[1]
         route = routing.top_k(m.logits(x), 2, capacity_factor=0.7)

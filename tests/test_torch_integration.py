@@ -47,6 +47,13 @@ def operator_calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
             OPS.gated_act_double_backward,
             tuple(x.detach() for x in (t(T, F), t(T, F), t(T, F), t(T, F), t(T, F))) + act,
         ),
+        "learned_act": (OPS.learned_act, (t(T, F), t(4), "xielu")),
+        "learned_act_backward": (OPS.learned_act_backward, (t(T, F), t(T, F), t(4), "xielu", [True, True])),
+        "learned_act_backward of x": (OPS.learned_act_backward, (t(T, F), t(T, F), t(2), "star_relu", [True, False])),
+        "learned_act_backward slope": (OPS.learned_act_backward, (t(T, F), t(T, F), t(1), "leaky_relu", [False, True])),
+        "learned_act_double_backward": (
+            OPS.learned_act_double_backward, (*(x.detach() for x in (t(T, F), t(T, F), t(T, F), t(4))), "xielu"),
+        ),
         "gated_linear": (OPS.gated_linear, (t(T, D), gates, ups, biases, biases, *limited, True)),
         "gated_linear_backward": (
             OPS.gated_linear_backward,

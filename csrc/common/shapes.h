@@ -35,6 +35,26 @@ inline GatedActShape check_gated_act(const Tensor& gate, const MaybeTensor& up, 
   return {dtype, gate.size(0), gate.size(1), form};
 }
 
+// An activation whose own parameters are a tensor [count], of the arithmetic's dtype.
+struct LearnedActShape : GatedActShape {
+  int64_t count;
+};
+
+inline LearnedActShape check_learned_act(const Tensor& x, const Tensor& own, const std::string& activation,
+                                         Place place = {}) {
+  LearnedActShape s{check_gated_act(x, std::nullopt, Gate{}, place), 0};
+  s.form.activation = activation_index(activation);
+  if (s.form.activation < 0 || kActivations.rows[s.form.activation].learned == 0) {
+    std::string known;
+    for (const ActivationInfo& each : kActivations.rows)
+      if (each.learned > 0) known += (known.empty() ? "" : ", ") + std::string(each.name);
+    STD_TORCH_CHECK(false, "activation: expected one of ", known, ", got '", activation, "'");
+  }
+  s.count = kActivations.rows[s.form.activation].own.count();
+  check_tensor(own, "own", arithmetic_dtype(s.dtype), {s.count}, place, nullptr);
+  return s;
+}
+
 // ---- gated_linear ---------------------------------------------------------------------------------------------------
 
 struct GatedLinearShape {

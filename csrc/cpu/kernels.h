@@ -221,6 +221,8 @@ struct KernelTable {
   void (*gated_act)(const GatedAct&, const Range&);
   void (*gated_act_backward)(const GatedAct&, const Range&);
   void (*gated_act_double_backward)(const GatedAct&, const Range&);
+  // Adds the sums over the range of d_out (times dd_gate, where given) times own_factors of value (or slope).
+  void (*own_sums)(const GatedAct&, const Range&, double* sums);
   void (*column_sum)(const ColumnSum&, int64_t col_begin, int64_t col_end);
   void (*dispatch_rows)(const MoveRows&, int64_t row_begin, int64_t row_end);
   void (*combine_rows)(const MoveRows&, int64_t token_begin, int64_t token_end);

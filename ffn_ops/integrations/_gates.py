@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .._gate import MODEL_GATES, NAMES, Gate, gate_from
+from .._gate import LEARNED, MODEL_GATES, NAMES, Gate, gate_from
 from ..reference import UPS, gated_act
 
 # Parameters that the operator reads. A module with more parameters computes something else.
@@ -106,8 +106,12 @@ def _grid(numbers: list[float]) -> tuple[Tensor, Tensor]:
 
 
 def _candidates(numbers: list[float]) -> Iterator[Gate]:
-    """Every activation, its own parameters the defaults, those that models use or numbers that the module holds."""
+    """Every activation, its own parameters the defaults, those that models use or numbers that the module holds. Of
+    those that usually learn only the defaults: four parameters would make thousands of candidates."""
     for name in NAMES:
+        if name in LEARNED:
+            yield Gate(name)
+            continue
         known = [gate.own for gate in (Gate(name), *MODEL_GATES.values()) if gate.activation == name]
         for values in itertools.product(*(sorted({k[each] for k in known} | set(numbers)) for each in known[0])):
             own: dict[str, Any] = dict(zip(known[0], values, strict=True))

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from .._gate import gate_from
-from ..reference import gated_act
+from ..reference import ACTIVATIONS, gated_act
 
 # Without `from __future__ import annotations`, and with Optional: torch reads the types of arguments to tell attributes
 # from tensors. Tensors have type Any, because they arrive as values of the graph.
@@ -43,6 +43,7 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     ops = torch.ops.ffn_ops
     table: dict[Callable[..., Any], Callable[..., Any]] = {
         ops.gated_act.default: _gated_act,
+        ops.learned_act.default: _learned_act,
         ops.gated_linear.default: _gated_linear,
         ops.ffn.default: _ffn,
         ops.route_linear.default: _route_linear,
@@ -105,6 +106,12 @@ class _Recorder:
     def __truediv__(self, other: Any) -> "_Recorder":
         return self._do("Div", other)
 
+    def __sub__(self, other: Any) -> "_Recorder":
+        return self._do("Sub", other)
+
+    def __gt__(self, other: Any) -> "_Recorder":
+        return self._do("Greater", other)
+
     __radd__, __rmul__ = __add__, __mul__
 
     def square(self) -> "_Recorder":
@@ -116,7 +123,11 @@ class _Recorder:
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any, kwargs: Any = None) -> "_Recorder":
-        (z,) = args
+        z, *branches = args
+        if function is torch.where:
+            return z._do("Where", *branches)  # type: ignore[no-any-return]
+        if function is torch.expm1:
+            return z._do("Exp") - 1  # type: ignore[no-any-return]
         if function in (torch.relu, torch.sigmoid, torch.tanh):
             return z._do({torch.relu: "Relu", torch.sigmoid: "Sigmoid", torch.tanh: "Tanh"}[function])  # type: ignore[no-any-return]
         if function is F.silu:
@@ -149,6 +160,14 @@ def _route_linear(x: Any, weight: Any, bias: Optional[Any]) -> Any:
 def _gated_act(gate: Any, up: Optional[Any], activation: str, params: Sequence[float]) -> Any:
     h = _gate(_wide(gate), None if up is None else _wide(up), activation, params)
     return _op().CastLike(h, gate)
+
+
+def _learned_act(x: Any, own: Any, activation: str) -> Any:
+    op = _op()
+    values: list[Any] = [op.Slice(own, _numbers([k]), _numbers([k + 1]), _numbers([0])) for k in range(own.shape[0])]
+    formula: Any = ACTIVATIONS[activation]
+    h: Any = formula(_Recorder(_wide(x)), *map(_Recorder, values))
+    return op.CastLike(h.value, x)
 
 
 def _gated_linear(

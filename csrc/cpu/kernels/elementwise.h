@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Textual, per instruction set: gated activation with its first and second derivatives, and sums over rows.
+// Textual, per instruction set: gated activation with its first and second derivatives, sums for the
+// gradients of its own parameters, and sums over rows.
 
 constexpr int64_t kRowBlock = 256;  // elements that pass through scratch in L1 at a time
 
@@ -57,6 +58,27 @@ void gated_act_range(const GatedAct& g, void (*ActKernels<V>::*pick)(const ActVe
         for (int64_t i = 0; i < n; i += V::kLanes) store(to[2] + i, weight * load<V>(to[2] + i));
       }
       for (int i = 0; i < 3; ++i) out[i].write(dtype(i), g.out[i], at, n);
+    }
+  }
+}
+
+// Sums over a block of the range have the arithmetic's dtype, their sum is added in double.
+template <class V>
+void own_sums_range(const GatedAct& g, const Range& range, double* sums) {
+  const auto kernel = act_kernels<V>(g).own_sums;
+  RowBlock<V> x, d, dd_x;
+  typename V::Scalar found[kMostOwnParams] = {};
+  for (int64_t r = range.row_begin; r < range.row_end; ++r) {
+    for (int64_t c = range.col_begin; c < range.col_end; c += kRowBlock) {
+      const int64_t n = range.col_end - c < kRowBlock ? range.col_end - c : kRowBlock;
+      kernel({.count = divide_up(n, V::kLanes),
+              .stride = V::kLanes,
+              .gate = x.read(g.gate, r, c, n),
+              .d = d.read(g.d_out, r, c, n),
+              .dd_gate = dd_x.read(g.dd_gate, r, c, n),
+              .out = {found},
+              .form = g});
+      for (int k = 0; k < kMostOwnParams; ++k) sums[k] += double(found[k]);
     }
   }
 }
