@@ -15,31 +15,32 @@ from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .._gate import Gate
-from .._replace.probe import ORIGINAL
+from .._replace.layer import CALLS, PLAN
+from .._replace.probe import EXCHANGED, ORIGINAL, original_class
 from ._forwards import EXCHANGES, Exchange
 
 TESTED = "5.24"
 
 
 def exchange_of(module: nn.Module) -> Exchange | None:
-    kind = getattr(type(module), ORIGINAL, type(module))
+    kind = original_class(module)
     return EXCHANGES.get(f"{kind.__module__}.{kind.__qualname__}")
 
 
 def is_exchanged(module: nn.Module) -> bool:
-    return "_ffn_ops_exchange" in vars(type(module))
+    return EXCHANGED in vars(type(module))
 
 
 def exchange(module: nn.Module) -> str | None:
     """Gives ``module`` the class that computes it with this package's operators, or returns the reason why not.
     ``ffn_ops.restore`` takes it back."""
-    kind: Any = type(module)
+    kind: Any = original_class(module)
     if is_exchanged(module):
         return None
-    if ORIGINAL in vars(kind):
-        return "ffn_ops.replace has replaced a part of it"
     if not agrees(kind):
         return f"its forward is another function than that of transformers {TESTED}"
+    for name in (PLAN, CALLS):  # of replace(), which takes less
+        vars(module).pop(name, None)
     module.__class__ = _exchanged_class(kind)
     return None
 
@@ -91,7 +92,7 @@ def _exchanged_class(original: Any) -> Any:
         return function, arguments, *rest
 
     members = {
-        ORIGINAL: original, "_ffn_ops_exchange": found, "forward": forward, "__reduce_ex__": reduce,
+        ORIGINAL: original, EXCHANGED: found.called, "forward": forward, "__reduce_ex__": reduce,
         "__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__,
         **found.members,
     }  # fmt: skip

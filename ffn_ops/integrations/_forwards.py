@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 from .._gate import Gate
 from .._replace.layer import is_plain
 from ..modules import PLAIN_TENSORS, is_unhooked
-from ..ops import gated_act, moe, moe_combine, moe_dispatch, moe_experts
+from ..ops import ffn, gated_act, moe, moe_combine, moe_dispatch, moe_experts
 from ..ops._rows import linear_op
 from ..ops._shared import autocast
 from ..routing import Routing
@@ -30,7 +30,8 @@ class Exchange(NamedTuple):
     why: Callable[[Any], str | None]  # why its own forward runs at present
     tiny: tuple[Any, ...]  # arguments that make a tiny instance
     call: Callable[[], tuple[Any, ...]]  # what that instance is called with
-    members: dict[str, Any]  # attributes of the class that computes it
+    called: tuple[str, ...] = ()  # children that the forward calls; it bypasses the others
+    members: dict[str, Any] = {}  # attributes of the class that computes it  # noqa: RUF012
 
 
 # ---- what a forward may bypass --------------------------------------------------------------------------------------
@@ -221,8 +222,15 @@ def _doge(self: Any, hidden_states: Tensor, **kwargs: Any) -> Any:
     routing = Routing.from_topk(pair_ids.gather(-1, place), weights, self.num_experts)
     w_in, w_down = self.down_embed.weight.unsqueeze(1), self.up_embed.weight.unsqueeze(2)
     y = moe(hidden_states, routing, w_in, w_down, activation=act_gate(self.act_fn, gated=False))
-    shared = self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
-    return shared + y, logits
+    return _shared(self, hidden_states) + y, logits
+
+
+def _shared(self: Any, x: Tensor) -> Tensor:
+    gate, up, down = self.gate_proj, self.up_proj, self.down_proj
+    if not all(is_plain(each) for each in (gate, up, down)):
+        return down(self.act_fn(gate(x)) * up(x))
+    return ffn(x, gate.weight, down.weight, w_up=up.weight, b_in=gate.bias, b_up=up.bias, b_down=down.bias,
+               activation=act_gate(self.act_fn, gated=True))  # fmt: skip
 
 
 def _vitpose(self: Any, hidden_state: Tensor, indices: Tensor) -> Any:
@@ -268,45 +276,45 @@ EXCHANGES = {
     f"{_MODELS}.step3p7.modeling_step3p7.Step3p7Experts": Exchange(
         _step3p7, gate_of, lambda m: None,
         (_Config(num_local_experts=4, hidden_size=6, moe_intermediate_size=5, hidden_act="silu"), 0.7),
-        _routed(4), _GATED,
+        _routed(4), members=_GATED,
     ),
     f"{_MODELS}.longcat_flash.modeling_longcat_flash.LongcatFlashExperts": Exchange(
         _longcat, gate_of,
         lambda m: "it has no experts that compute" if m.gate_up_proj is None else _holds(m, "identity_expert"),
         (_Config(expert_ffn_hidden_size=5, hidden_size=6, n_routed_experts=3, zero_expert_num=2,
          hidden_act="silu"),),
-        _routed(5), {**_GATED, "_apply_gate": _apply_gate},
+        _routed(5), members={**_GATED, "_apply_gate": _apply_gate},
     ),
     f"{_MODELS}.dbrx.modeling_dbrx.DbrxExperts": Exchange(
         _dbrx, lambda m: act_gate(m.mlp.activation_fn, gated=True), lambda m: _holds(m, "mlp", "mlp.activation_fn"),
         (_Config(hidden_size=6, ffn_hidden_size=5, moe_num_experts=4, ffn_act_fn={"name": "silu"}),),
-        _routed(4, (3, 3, 6)), {},
+        _routed(4, (3, 3, 6)),
     ),
     f"{_MODELS}.llama4.modeling_llama4.Llama4TextMoe": Exchange(
         _llama4, lambda m: act_gate(m.experts.act_fn, gated=True), lambda m: _holds(m, "experts", "experts.act_fn"),
         (_Config(num_experts_per_tok=2, hidden_size=6, num_local_experts=4, intermediate_size=5,
          hidden_act="silu"),),
-        lambda: (_x(3, 3, 6),), {},
+        lambda: (_x(3, 3, 6),), ("router", "shared_expert"),
     ),
     f"{_MODELS}.jetmoe.modeling_jetmoe.JetMoeMoE": Exchange(
         _jetmoe, lambda m: act_gate(m.activation, gated=True),
         lambda m: _holds(m, "input_linear", "output_linear", "activation"),
         (_Config(hidden_size=6, intermediate_size=5, activation_function="silu", num_local_experts=4,
          num_experts_per_tok=2),),
-        lambda: (_x(3, 3, 6),), {},
+        lambda: (_x(3, 3, 6),), ("router",),
     ),
     f"{_MODELS}.jetmoe.modeling_jetmoe.JetMoeParallelExperts": Exchange(
-        _jetmoe_linear, lambda m: None, lambda m: None, (4, 6, 5), lambda: (_x(9, 6), [3, 0, 2, 4]), {},
+        _jetmoe_linear, lambda m: None, lambda m: None, (4, 6, 5), lambda: (_x(9, 6), [3, 0, 2, 4]),
     ),
     f"{_MODELS}.switch_transformers.modeling_switch_transformers.SwitchTransformersExperts": Exchange(
         _switch, lambda m: act_gate(m["expert_0"].act, gated=False), lambda m: _all_plain(m, m.values()),
-        (_Config(num_experts=4, d_model=6, d_ff=5, dropout_rate=0.1, dense_act_fn="relu"),), _one_hot, {},
+        (_Config(num_experts=4, d_model=6, d_ff=5, dropout_rate=0.1, dense_act_fn="relu"),), _one_hot,
     ),
     f"{_MODELS}.nllb_moe.modeling_nllb_moe.NllbMoeExperts": Exchange(
         _nllb, lambda m: act_gate(m["expert_0"].act, gated=False), lambda m: _all_plain(m, m.values()),
         (_Config(num_experts=4, d_model=6, activation_dropout=0.1, activation_function="relu",
          moe_token_dropout=0.2), 5),
-        lambda: (_x(9, 6), _x(9, 4).topk(3)[1], _x(9, 3)), {},
+        lambda: (_x(9, 6), _x(9, 4).topk(3)[1], _x(9, 3)),
     ),
     f"{_MODELS}.doge.modeling_doge.DogeCDMoE": Exchange(
         _doge, lambda m: act_gate(m.act_fn, gated=False),
@@ -315,11 +323,11 @@ EXCHANGES = {
         ),
         (_Config(hidden_size=6, intermediate_size=5, hidden_act="silu", num_experts=9, num_experts_per_tok=4,
          norm_topk_prob=False, mlp_bias=True),),
-        lambda: (_x(3, 4, 6),), {},
+        lambda: (_x(3, 4, 6),), ("router_gate", "gate_proj", "up_proj", "down_proj"),
     ),
     f"{_MODELS}.vitpose_backbone.modeling_vitpose_backbone.VitPoseNaiveMoe": Exchange(
         _vitpose, lambda m: None, lambda m: _all_plain(m, m),
         (_Config(num_experts=4, part_features=5, hidden_size=3, mlp_ratio=2),),
-        lambda: (_x(3, 4, 6), torch.tensor([2, 0, 2]).view(-1, 1, 1)), {},
+        lambda: (_x(3, 4, 6), torch.tensor([2, 0, 2]).view(-1, 1, 1)),
     ),
 }  # fmt: skip
