@@ -81,9 +81,9 @@ def _exchange_in(model: nn.Module) -> None:
     refused = {path: why for path, module in found.items() if (why := _exchange.exchange(module)) is not None}
     if len(refused) == len(found):
         reasons = "; ".join(f"{path}: {why}" for path, why in refused.items()) or "it has no such class"
-        text = f"register(model): no experts of {type(model).__name__} were exchanged: {reasons}"
-        warnings.warn(f"{text}. ffn_ops.integrations.transformers.report(model) lists what computes which experts",
-                      UserWarning, stacklevel=3)  # fmt: skip
+        none = f"register(model): no experts of {type(model).__name__} were exchanged: {reasons}"
+        where = "ffn_ops.integrations.transformers.report(model) lists what computes which experts"
+        warnings.warn(f"{none}. {where}", UserWarning, stacklevel=3)
 
 
 def _check(model: Any) -> None:
