@@ -15,7 +15,6 @@ from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .._gate import Gate
-from .._replace.layer import CALLS, PLAN
 from .._replace.probe import EXCHANGED, ORIGINAL, original_class
 from ._forwards import EXCHANGES, Exchange
 
@@ -39,8 +38,6 @@ def exchange(module: nn.Module) -> str | None:
         return None
     if not agrees(kind):
         return f"its forward is another function than that of transformers {TESTED}"
-    for name in (PLAN, CALLS):  # of replace(), which takes less
-        vars(module).pop(name, None)
     module.__class__ = _exchanged_class(kind)
     return None
 
