@@ -80,6 +80,21 @@ class Limited(LlamaLike):
         return self.down_proj((up + self.shift) * (gate * torch.sigmoid(self.beta * gate)))
 
 
+class SoftCapped(LlamaLike):
+    """Kimi K3's gate, with numbers that differ from its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(7 * torch.tanh(gate / 7) * torch.sigmoid(gate) * 50 * torch.tanh(up / 50))
+
+
+class Step(LlamaLike):
+    """Step-3.7's gate, likewise."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)).clamp(max=3) * self.up_proj(x).clamp(-3, 3))
+
+
 class UpFirst(LlamaLike):
     """The up projection is called first."""
 
@@ -208,6 +223,10 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
         lambda: Limited(7.0, 1.0, 1.702),
         "down_proj(swish(beta=1.702)(min(gate_proj(x), 7)) * (clamp(up_proj(x), 7) + 1))", "ffn",
     ),
+    "soft caps": (
+        SoftCapped, "down_proj(situ(gate_softcap=7.0, up_softcap=50.0)(gate_proj(x), up_proj(x)))", "ffn"
+    ),
+    "a step": (Step, "down_proj(swiglu_step(cap=3.0)(gate_proj(x), up_proj(x)))", "ffn"),
     "phi": (PhiLike, "down_proj(gelu(gate) * up of gate_up_proj(x), gate first)", "ffn"),
     "up rows first": (lambda: PhiLike(False, True), "down_proj(gelu(gate) * up of gate_up_proj(x), up first)", "ffn"),
     "w1 w2 w3": (W123, "w2(silu(w1(x)) * w3(x))", "ffn"),

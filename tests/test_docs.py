@@ -38,7 +38,11 @@ PUBLIC = public()
 METHODS: dict[str, Callable[..., Any]] = {
     "Routing.from_topk": ffn_ops.Routing.from_topk,
     "Routing.statistics": ffn_ops.Routing.statistics,
+    "Routing.first": ffn_ops.Routing.first,
+    "Routing.weight_of": ffn_ops.Routing.weight_of,
+    "Routing.scaled": ffn_ops.Routing.scaled,
     "BiasedTopK.update": ffn_ops.routing.BiasedTopK.update,
+    "BiasedTopK.solve": ffn_ops.routing.BiasedTopK.solve,
 }
 
 
@@ -111,7 +115,7 @@ def plain(text: str) -> str:
 def test_every_message_is_explained() -> None:
     known = explained()
     missing, used = [], set()
-    for place, text in [*messages.of_python(), *messages.of_cpp()]:
+    for place, text in [*messages.of_python(), *messages.of_cpp(), *messages.of_reports()]:
         text = plain(text)
         forms = {text, re.sub(r"^[\w.]+: ", "…: ", text), re.sub(r"^[\w.]+ ", "… ", text)}
         if text in ("…", "…: …"):  # another library's words: CUDA's, torch's

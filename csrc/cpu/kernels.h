@@ -7,9 +7,10 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../common/descriptors.h"
 #include "../common/dtypes.h"
-#include "dispatch.h"
 #include "../common/gate.h"
+#include "dispatch.h"
 
 namespace ffn_ops {
 
@@ -20,16 +21,13 @@ constexpr int64_t kSumBlock = 64;
 // kc of the packed product: a B panel of that length stays in the caches near the core. A multiple of
 // kSumBlock, else without influence on results.
 constexpr int64_t kKC = 512;
-// Below, a product is bound by its stores, which should run along rows.
+// Below, a product is bound by its stores: tiles go straight from registers to their place, or, where they are rounded
+// or get a bias, are stored together along rows, at most kRowBytes of them.
 constexpr int64_t kShortK = 64;
-
-constexpr int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
+constexpr int64_t kRowBytes = int64_t{24} << 10;
 
 // A strided matrix: element (r, c) is data[rows ? rows[r] : r][c]. Lanes of a packed panel run along rows or columns.
-struct Matrix {
-  const void* data = nullptr;
-  int64_t row_stride = 0;
-  int64_t col_stride = 1;
+struct Matrix : StridedMatrix {
   DType dtype = DType::kFloat32;
   const int64_t* rows = nullptr;  // row gather
 };
@@ -41,11 +39,7 @@ struct Operand {
 };
 
 struct Epilogue : Gate {
-  enum class Kind {
-    kStore,         // out = acc + bias
-    kActivate,      // out = sum over branches of act(gate) * up, or act(gate); saves gate and up where asked
-    kActivateGrad,  // acc = dH: out = act'(gate) * up * dH, out_up = act(gate) * dH and h = act(gate) * up
-  };
+  using Kind = EpilogueKind;
   Kind kind = Kind::kStore;
   DType dtype = DType::kFloat32;  // storage of everything below
   void* out = nullptr;            // [M, N]
@@ -103,8 +97,9 @@ struct Gemm {
 struct Schedule {
   enum class Kernel {
     kPacked,  // both operands are packed into panels for the micro-kernel
-    // A few tokens: nothing of the weights is packed, their rows are read once.
-    kDot,        // rows along k, transposed in registers: at most a micro-tile of tokens
+    // A few rows: nothing of the other operand, the weights, is packed, its rows are read once. kDot is as well for a
+    // few columns, computed as the transpose.
+    kDot,        // rows along k, transposed in registers: at most kDotRows rows of the other operand
     kBroadcast,  // rows along k, each element times a vector of tokens
     kAxpy,       // rows along the columns, scaled and added
   };
@@ -145,6 +140,21 @@ struct Schedule {
 
 struct ScheduledGemm : Gemm, Schedule {
   int64_t packed_length() const { return K == 0 ? 0 : K / b_length() * steps(b_length()); }
+  // A short sum without bias in the arithmetic's dtype: kPacked stores whole tiles from registers to their place.
+  bool stores_directly() const {
+    const Epilogue& e = epilogue;
+    return short_sum() && !(e.bias && e.bias[0]) && e.out_dtype() == e.arithmetic();
+  }
+  // Tiles of kPacked, of so many bytes each, that are stored together, row by row.
+  int64_t tiles_in_row(int64_t bytes) const {
+    if (!short_sum() || stores_directly() || bytes > kRowBytes) return 1;
+    return kRowBytes / bytes < nc_panels ? kRowBytes / bytes : nc_panels;
+  }
+
+ private:
+  bool short_sum() const {
+    return K < kShortK && k_blocks() == 1 && epilogue.kind == Epilogue::Kind::kStore && !transposed;
+  }
 };
 
 struct GatedAct : Gate {
@@ -169,12 +179,9 @@ struct ColumnSum {
   void* out = nullptr;
 };
 
-// Tokens and their routed rows. Rows from `kept` on are neither read nor computed.
-struct Routes {
-  int64_t tokens = 0, kept = 0;
-  const int64_t* token = nullptr;         // [R]: of each row
-  const int64_t* row = nullptr;           // the rows of token t: row[slot_offsets[t]] ..
-  const int64_t* slot_offsets = nullptr;  // [T + 1]
+// Rows from `kept` on are neither read nor computed.
+struct Routes : RowsOfTokens {
+  int64_t kept = 0;
 };
 
 // dispatch: out[r] = weight[r] * in[token[r]], zero from `kept` on. combine: out[t] = sum of weight[r] * in[r] over the
@@ -198,17 +205,8 @@ struct RowDots {
   void* out = nullptr;
 };
 
-// Scores of E experts for each token, the best K of them, and their weights.
-struct TopK {
-  int64_t T = 0, E = 0, K = 0;
+struct TopK : ChoiceOfExperts {
   Matrix logits;
-  const void* bias = nullptr;  // [E], of the arithmetic's dtype: added for the choice, not for the weight
-  bool sigmoid = false, renormalize = false, softmax_after = false;
-  int64_t num_groups = 1, top_groups = 1;
-  double scale = 1.0;
-  int64_t* ids = nullptr;    // [T, K]; read by backward
-  void* weights = nullptr;   // [T, K], of the arithmetic's dtype; d_weights in backward
-  void* d_logits = nullptr;  // [T, E]
 };
 
 // Entry points of one instruction set. Each works on a range and is single-threaded.
@@ -245,11 +243,13 @@ inline int64_t gemm_scratch_bytes(const ScheduledGemm& g, const KernelTable& tab
     return (2 * tile + width * kSumBlock / g.kr + (g.branches() > 1 ? tile / 2 : 0)) * g.element();
   const int64_t b = g.kernel == Schedule::Kernel::kDot ? 0 : g.nc_panels * width * g.steps(g.kc());
   const int64_t slots = g.mc_panels * g.nc_panels;
-  const int64_t tiles = g.k_blocks() > 1 ? slots * tile : tile;
+  const int64_t tiles = g.k_blocks() > 1 ? slots * tile : g.tiles_in_row(tile * g.element()) * tile;
   const int64_t sums = g.branches() > 1 ? slots * tile / 2 : 0;
   return (b + tiles + sums) * g.element();
 }
 
+// Schedule::Kernel::kDot holds at most this many columns of a narrow output, and a micro-tile of tokens.
+constexpr int kDotRows = 8;
 // Schedule::Kernel::kBroadcast holds at most this many tokens, and at most kBroadcastVectors vectors of them.
 constexpr int64_t kSmallM = 32;
 constexpr int64_t kBroadcastVectors = 4;

@@ -164,8 +164,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_backward(
 Tensor moe_linear(const Tensor& rows, const Tensor& w, const Tensor& offsets) {
   Experts c;
   c.dtype = storage_dtype(rows, "rows");
-  check_tensor(rows, "rows", c.dtype, {-1, -1});
-  check_tensor(w, "w", c.dtype, {-1, -1, rows.size(1)});
+  check_tensor(rows, "rows", c.dtype, {"R", "K"});
+  check_tensor(w, "w", c.dtype, {"E", "N", rows.size(1)});
   c.set_rows(offsets, w.size(0), rows.size(0));
   Tensor out = fresh(rows, {c.R, w.size(1)});
   Workspace workspace;
@@ -181,9 +181,9 @@ Tensor moe_linear(const Tensor& rows, const Tensor& w, const Tensor& offsets) {
 Tensor moe_outer(const Tensor& a, const Tensor& b, const Tensor& offsets) {
   Experts c;
   c.dtype = storage_dtype(a, "a");
-  check_tensor(a, "a", c.dtype, {-1, -1});
-  check_tensor(b, "b", c.dtype, {a.size(0), -1});
-  c.set_rows(offsets, count_of(offsets, "offsets", "E"), a.size(0));
+  check_tensor(a, "a", c.dtype, {"R", "M"});
+  check_tensor(b, "b", c.dtype, {a.size(0), "N"});
+  c.set_rows(offsets, count_of(offsets, "offsets"), a.size(0));
   Tensor out = fresh(a, {c.E, a.size(1), b.size(1)});
   Workspace workspace;
   Steps steps(kernels(), workspace, threads());

@@ -11,8 +11,8 @@ from .. import _checks as check
 from .._gate import Gate, as_gate, check_gate
 from .._library import differentiable, fake, vmap_by_loop
 from ._moe_derivatives import PLACES, moe_double_backward, moe_tangent
-from ._rows import check_routing
-from ._shared import arithmetic, autocast, backward_tangents, dense, fold, needs_grad, not_asked_for
+from ._rows import check_routing, routing_weight
+from ._shared import arithmetic, autocast, backward_tangents, checked, dense, fold, needs_grad, not_asked_for
 
 if TYPE_CHECKING:
     from ..routing import Routing
@@ -66,16 +66,23 @@ def moe(
         >>> ffn_ops.moe(x, routing, w_in, w_down).shape
         torch.Size([5, 8])
     """
-    check.tensor("x", x)
+    check.first("x", x)
     x, w_in, w_down, b_in, b_down = autocast(x, w_in, w_down, b_in, b_down)  # type: ignore[assignment]
-    check_routing(x, routing)
+    check.is_routing(routing)
     form = expert_form(activation, gated, recompute)
-    check_weights(x, routing.offsets, w_in, w_down, b_in, b_down, gated)
-    token, weight, offsets, row, slot_offsets = routing[:5]
-    weight = weight.to(arithmetic(x))
-    grad = needs_grad(x, weight, w_in, w_down, b_in, b_down)
-    experts = (w_in, w_down, b_in, b_down, *form, grad and not recompute)
-    y = moe_op(fold(x), token, weight, offsets, row, slot_offsets, *experts, grad=grad)[0]
+
+    def operator() -> Tensor:
+        token, _, offsets, row, slot_offsets = routing[:5]
+        weight = routing_weight(x, routing)
+        grad = needs_grad(x, weight, w_in, w_down, b_in, b_down)
+        experts = (w_in, w_down, b_in, b_down, *form, grad and not recompute)
+        return moe_op(fold(x), token, weight, offsets, row, slot_offsets, *experts, grad=grad)[0]  # type: ignore[no-any-return]
+
+    def check_arguments() -> None:
+        check_routing(x, routing)
+        check_weights(x, routing.offsets, w_in, w_down, b_in, b_down, gated)
+
+    y = checked(operator, check_arguments)
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], w_down.shape[1])  # type: ignore[no-any-return]
 
 
@@ -113,15 +120,22 @@ def moe_experts(
         >>> rows = ffn_ops.moe_experts(ffn_ops.moe_dispatch(x, routing), routing.offsets, w_in, w_down)
         >>> torch.testing.assert_close(ffn_ops.moe_combine(rows, routing), ffn_ops.moe(x, routing, w_in, w_down))
     """
-    check.tensor("rows", rows, ("R", "D"))
+    check.first("rows", rows)
     rows, w_in, w_down, b_in, b_down = autocast(rows, w_in, w_down, b_in, b_down)  # type: ignore[assignment]
-    check.indices("offsets", offsets)
-    check.device("offsets", offsets, rows, "rows")
     form = expert_form(activation, gated, recompute)
-    check_weights(rows, offsets, w_in, w_down, b_in, b_down, gated)
-    grad = needs_grad(rows, w_in, w_down, b_in, b_down)
-    experts = (w_in, w_down, b_in, b_down, *form, grad and not recompute)
-    return moe_op(rows, None, None, offsets, None, None, *experts, grad=grad)[0]  # type: ignore[no-any-return]
+
+    def operator() -> Tensor:
+        grad = needs_grad(rows, w_in, w_down, b_in, b_down)
+        experts = (w_in, w_down, b_in, b_down, *form, grad and not recompute)
+        return moe_op(rows, None, None, offsets, None, None, *experts, grad=grad)[0]  # type: ignore[no-any-return]
+
+    def check_arguments() -> None:
+        check.tensor("rows", rows, ("R", "D"))
+        check.indices("offsets", offsets)
+        check.device("offsets", offsets, rows, "rows")
+        check_weights(rows, offsets, w_in, w_down, b_in, b_down, gated)
+
+    return checked(operator, check_arguments)  # type: ignore[no-any-return]
 
 
 def expert_form(activation: str | Gate, gated: bool, recompute: bool) -> tuple[bool, bool, str, tuple[float, ...]]:

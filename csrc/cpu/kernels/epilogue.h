@@ -21,6 +21,25 @@ void tile_to_storage(const TilePart& t, DType dtype, const typename V::Scalar* t
   });
 }
 
+// Stores tiles that lie side by side, `stride` apart, row after row: memory takes rows faster than pieces of many rows.
+template <class V>
+void row_to_storage(const TilePart& t, const Epilogue& e, const typename V::Scalar* tiles, int64_t stride) {
+  constexpr int64_t W = V::kLanes, kWidth = kNRVectors * W;
+  dispatch_storage<typename V::Scalar>(e.out_dtype(), [&](auto tag) {
+    using S = typename decltype(tag)::Type;
+    for (int64_t i = 0; i < t.rows; ++i) {
+      S* to = static_cast<S*>(e.out) + (t.row0 + i) * e.out_stride + t.col;
+      const typename V::Scalar* tile = tiles + i * kWidth;
+      int64_t j = 0;
+      for (; t.cols - j >= kWidth; j += kWidth, tile += stride) {
+        FFN_UNROLL
+        for (int64_t l = 0; l < kWidth; l += W) store(to + j + l, load<V>(tile + l));
+      }
+      for (; j < t.cols; j += W, tile += W) store_part(to + j, load<V>(tile), t.cols - j < W ? t.cols - j : W);
+    }
+  });
+}
+
 template <class V>
 void storage_to_tile(const TilePart& t, DType dtype, const void* base, int64_t row_stride, typename V::Scalar* tile) {
   constexpr int64_t W = V::kLanes;
