@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -48,10 +49,35 @@ def _form_of(experts: Any) -> tuple[str, tuple[float, ...]]:
             raise ValueError(
                 f"{type(experts).__name__}: expected no parameters besides those of the experts, got {name}"
             )
-    act = getattr(experts, "act_fn", None)
     # peft adds the parametrisation again in each call, which makes a new class.
     parametrized = "parametrizations" in experts._modules
     cls = parametrize.type_before_parametrizations(experts) if parametrized else type(experts)
+    return _looked_up(experts, cls, getattr(experts, "act_fn", None))
+
+
+def act_gate(act: Any, gated: bool) -> Gate:
+    """Returns the gate ``act(gate) * up``, or without ``gated`` the activation ``act(x)``, of a module that computes it
+    in its own forward.
+
+    Raises:
+        ValueError: if ``act`` is another function than those of the operators.
+    """
+    activation, params = _form_with(act, gated)
+    return gate_from(activation, params, False)
+
+
+@torch.compiler.assume_constant_result
+def _form_with(act: Any, gated: bool) -> tuple[str, tuple[float, ...]]:
+    function = SimpleNamespace(
+        has_gate=gated,
+        is_concatenated=True,
+        act_fn=act,
+        _apply_gate=lambda z: act(z.chunk(2, -1)[0]) * z.chunk(2, -1)[1],
+    )
+    return _looked_up(function, type(act), act)
+
+
+def _looked_up(experts: Any, cls: type, act: Any) -> tuple[str, tuple[float, ...]]:
     held = tuple(map(_settings, act.modules())) if isinstance(act, nn.Module) else act
     key = (cls, _settings(experts), type(act), held)
     if key not in _known:
@@ -60,14 +86,14 @@ def _form_of(experts: Any) -> tuple[str, tuple[float, ...]]:
     if gate is None:
         form = "_apply_gate" if experts.has_gate else "act_fn"
         raise ValueError(
-            f"{type(experts).__name__}.{form}: expected act(min(gate, limit)) * (clamp(up, -limit, limit) + up_shift)"
+            f"{cls.__name__}.{form}: expected act(min(gate, limit)) * (clamp(up, -limit, limit) + up_shift)"
             f" with act one of {', '.join(NAMES)} and numbers that the module holds, got another function;"
             " use another experts_implementation for this model"
         )
     return gate.activation, gate.params
 
 
-def _settings(module: nn.Module) -> tuple[tuple[str, Any], ...]:
+def _settings(module: Any) -> tuple[tuple[str, Any], ...]:
     return tuple((name, value) for name, value in vars(module).items() if type(value) in (bool, int, float, str))
 
 
