@@ -65,6 +65,12 @@ struct Epilogue : Gate {
   void* row_dots = nullptr;  // of the arithmetic's dtype
   int64_t row_dots_stride = 0;
   bool interleaved = false;  // kActivateGrad, gated: d_gate and d_up alternate along rows of out, there is no out_up
+  double scale = 1;          // kStore: of the sums, before the bias
+  // Another product of the arithmetic's dtype [M, N], which joins the sums before bias, gate and everything else; may
+  // be `out` itself. Gated (of one branch): that of gate's columns, and of up's.
+  const void* add = nullptr;
+  const void* add_up = nullptr;
+  int64_t add_stride = 0;
 
   DType arithmetic() const { return arithmetic_dtype(dtype); }
   DType out_dtype() const { return out_unrounded ? arithmetic() : dtype; }

@@ -11,10 +11,12 @@ from .. import _checks as check
 from .._gate import Gate, as_gate, check_gate
 from .._library import differentiable, fake, vmap_by_loop
 from ._moe_derivatives import PLACES, moe_double_backward, moe_tangent
+from ._moe_lora import run as with_lora
 from ._rows import check_routing
-from ._shared import arithmetic, autocast, backward_tangents, dense, fold, needs_grad, not_asked_for
+from ._shared import arithmetic, as_stored, autocast, backward_tangents, dense, fold, needs_grad, not_asked_for
 
 if TYPE_CHECKING:
+    from .._lora import Lora
     from ..routing import Routing
 
 
@@ -29,6 +31,7 @@ def moe(
     b_down: Tensor | None = None,
     activation: str | Gate = "gelu",
     recompute: bool = False,
+    lora: Lora | None = None,
 ) -> Tensor:
     """``y[t] = sum over the rows r of token t of weight[r] * expert(x[t])``: a mixture of experts in one operator.
 
@@ -48,6 +51,9 @@ def moe(
         b_in, b_down: ``[E, F]`` (gated ``[E, 2F]``) and ``[E, D_out]``, or None.
         activation: a name or a :class:`ffn_ops.Gate`.
         recompute: save only x and the routing for backward. Same bits, less memory.
+        lora: low-rank additions to ``w_in`` and ``w_down``, see :class:`ffn_ops.Lora`. Nothing more is saved for
+            backward. On the CPU it is one operator; on a GPU one after the other of :func:`moe_dispatch`, products
+            and :func:`moe_combine` writes its rows.
 
     Returns:
         ``[..., D_out]``, zeros for a token whose rows are all dropped. Saved for backward: x, the pre-activations
@@ -74,6 +80,10 @@ def moe(
     token, weight, offsets, row, slot_offsets = routing[:5]
     weight = weight.to(arithmetic(x))
     grad = needs_grad(x, weight, w_in, w_down, b_in, b_down)
+    if lora is not None:
+        routed, weights = (token, weight, offsets, row, slot_offsets), (w_in, w_down, b_in, b_down)
+        y = with_lora(fold(x), routed, weights, lora, form, not recompute)
+        return y if x.dim() == 2 else y.reshape(*x.shape[:-1], w_down.shape[1])
     experts = (w_in, w_down, b_in, b_down, *form, grad and not recompute)
     y = moe_op(fold(x), token, weight, offsets, row, slot_offsets, *experts, grad=grad)[0]
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], w_down.shape[1])  # type: ignore[no-any-return]
@@ -90,13 +100,14 @@ def moe_experts(
     b_down: Tensor | None = None,
     activation: str | Gate = "gelu",
     recompute: bool = False,
+    lora: Lora | None = None,
 ) -> Tensor:
     """The experts of :func:`moe` on sorted rows: expert e computes rows ``offsets[e]`` to ``offsets[e + 1]``.
 
     Args:
         rows: ``[R, D]``, from :func:`moe_dispatch` or from a collective.
         offsets: ``[E + 1]`` int64, starting at 0, non-decreasing. Rows from ``offsets[E]`` on are not read.
-        w_in, w_down, gated, b_in, b_down, activation, recompute: see :func:`moe`.
+        w_in, w_down, gated, b_in, b_down, activation, recompute, lora: see :func:`moe`.
 
     Returns:
         ``[R, D_out]``, zeros from ``offsets[E]`` on.
@@ -120,6 +131,9 @@ def moe_experts(
     form = expert_form(activation, gated, recompute)
     check_weights(rows, offsets, w_in, w_down, b_in, b_down, gated)
     grad = needs_grad(rows, w_in, w_down, b_in, b_down)
+    if lora is not None:
+        routed = (None, None, offsets, None, None)
+        return with_lora(rows, routed, (w_in, w_down, b_in, b_down), lora, form, not recompute)
     experts = (w_in, w_down, b_in, b_down, *form, grad and not recompute)
     return moe_op(rows, None, None, offsets, None, None, *experts, grad=grad)[0]  # type: ignore[no-any-return]
 
@@ -217,17 +231,10 @@ def _(
     grads = [dense(x, *s) if need and s is not None else dense(x, 0) for s, need in zip(shapes, needs, strict=True)]
     for place, w in ((2, w_in), (3, w_down)):
         if needs[place]:
-            grads[place] = _as_stored(w)
+            grads[place] = as_stored(w)
     if needs[1] and token is not None:
         grads[1] = x.new_empty((token.shape[0],), dtype=arithmetic(x))
     return tuple(grads)
-
-
-def _as_stored(w: Tensor) -> Tensor:
-    """Allocates a dense tensor, in the order of the weight if that is transposed."""
-    if w.stride(1) == 1 and w.stride(2) != 1:
-        return dense(w, w.shape[0], w.shape[2], w.shape[1]).transpose(1, 2)
-    return dense(w, *w.shape)
 
 
 def _moe_setup(ctx: Any, inputs: Any, output: Any) -> None:
