@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import warnings
@@ -17,6 +18,7 @@ from ..moe_ffn import MoEFFN
 from ..ops import moe, moe_combine, moe_dispatch, moe_experts
 from ..routing import Routing
 from ._gates import gate_of
+from ._peft import adapters_of, adopt
 
 NAME = "ffn_ops"
 OLDEST = (5, 23)
@@ -56,6 +58,7 @@ def register() -> None:
         ("post_init", lambda model: model.config._experts_implementation),  # the end of every model's __init__
     ):
         _warn_after(transformers.PreTrainedModel, method, chosen)
+    adopt(_runs_ours)
 
 
 class ExpertsReport(ReplaceReport):
@@ -124,6 +127,14 @@ def _entries(model: nn.Module) -> Iterator[ReplaceEntry]:
 def _declared(module: nn.Module) -> bool:
     """True for modules with transformers' ``use_experts_implementation``."""
     return all(hasattr(module, name) for name in ("config", "has_gate", "is_transposed", "_apply_gate"))
+
+
+def _runs_ours(experts: nn.Module) -> bool:
+    if not _declared(experts) or getattr(experts.config, "_experts_implementation", None) != NAME:
+        return False
+    with contextlib.suppress(KeyError):
+        return _asks(experts)
+    return False
 
 
 class _AskedError(Exception):
@@ -210,12 +221,15 @@ def experts_forward(self: Any, hidden_states: Any, top_k_index: Tensor, top_k_we
     w_in, w_down = getattr(self, first), self.down_proj
     if self.is_transposed:
         w_in, w_down = w_in.transpose(1, 2), w_down.transpose(1, 2)
+    if "parametrizations" in self._modules:
+        adopt(_runs_ours)  # peft was imported after `register`; from the next call on it leaves the weights alone
     routing = Routing.from_topk(top_k_index, top_k_weights, self.num_experts)
     experts: dict[str, Any] = {
         "gated": self.has_gate,
         "activation": gate_of(self),
         "b_in": getattr(self, f"{first}_bias") if self.has_bias else None,
         "b_down": self.down_proj_bias if self.has_bias else None,
+        "lora": adapters_of(self, first),
     }
     if not getattr(self, "has_post_expert_norm", False):
         return moe(hidden_states, routing, w_in, w_down, **experts)
