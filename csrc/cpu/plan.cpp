@@ -16,10 +16,13 @@ constexpr int64_t kLongPiece = 2048;  // elements of a row of weights that are r
 
 // The shared packed operand should be the small one: a plain product with more rows than columns is computed as its
 // transpose. Every element is the same sum in the same order, and a product of two factors does not know their order.
-// Its tiles are written in pieces of lines, which sums of less than kLongK feel.
-ScheduledGemm small_operand_first(const Gemm& wanted) {
+// Its tiles are written in pieces of lines, which sums of less than kLongK feel; but a few columns, such as an
+// adapter's rank, would leave most of a tile `width` columns wide empty.
+ScheduledGemm small_operand_first(const Gemm& wanted, int64_t width) {
   ScheduledGemm g{wanted, {}};
-  if (g.epilogue.kind != Epilogue::Kind::kStore || g.epilogue.add || g.M <= g.N || g.K < kLongK) return g;
+  if (g.epilogue.kind != Epilogue::Kind::kStore || g.epilogue.add || g.M <= g.N) return g;
+  const bool narrow = g.M > kSmallM && 2 * g.N <= width;
+  if (g.K < kLongK && !narrow) return g;
   std::swap(g.M, g.N);
   g.transposed = true;
   return g;
@@ -101,7 +104,7 @@ void fill_schedule(ScheduledGemm& g, const KernelTable& table, int64_t workers, 
 
 void add_parts(const Gemm& wanted, const KernelTable& table, int64_t workers, int64_t tasks,
                std::vector<ScheduledGemm>& parts) {
-  ScheduledGemm g = small_operand_first(wanted);
+  ScheduledGemm g = small_operand_first(wanted, table.nr_vectors * table.lanes * 4 / wanted.element());
   if (g.in_bfloat16()) g.kr = table.bfloat16_kr;
   const int64_t fit_rows = kPackedBytes / std::max<int64_t>(1, g.packed_length() * g.element());
   const int64_t fit = std::max<int64_t>(1, fit_rows / table.mr) * table.mr;
