@@ -5,6 +5,7 @@ does with them, against the same on transformers' own loop."""
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -186,6 +187,23 @@ def test_peft_that_is_imported_after_register(monkeypatch: pytest.MonkeyPatch) -
     first = ours(input_ids=tokens()).logits
     assert operators(ours) == ["moe_lora"] * 2
     torch.testing.assert_close(ours(input_ids=tokens()).logits, first)
+
+
+def test_lines_of_the_page(tmp_path: Path) -> None:
+    """docs/fine-tuning.md: what it shows trains, saves, loads and generates."""
+    base("ffn_ops", dtype=torch.float32).save_pretrained(tmp_path / "model")
+    names: dict[str, Any] = {
+        "name": str(tmp_path / "model"), "folder": tmp_path / "adapter", "ids": tokens()[:, :12], "steps": 8,
+    }  # fmt: skip
+    page = (Path(__file__).parents[1] / "docs" / "fine-tuning.md").read_text(encoding="utf-8")
+    setup, training, generation = re.findall(r"^```py\n(.*?)^```", page, re.S | re.M)
+    exec(setup, names)
+    before = float(names["model"](input_ids=names["ids"], labels=names["ids"]).loss)
+    exec(training, names)
+    assert float(names["loss"]) < 0.9 * before and operators(names["model"]) == ["moe_lora"] * 2
+    trained = names["model"].eval().generate(names["ids"], max_new_tokens=4, do_sample=False)
+    exec(generation, names)
+    assert torch.equal(names["text"], trained)
 
 
 class Doubled(nn.Module):
