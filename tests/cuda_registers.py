@@ -10,10 +10,8 @@ import sys
 from pathlib import Path
 
 MAY_SPILL = (
-    r"GatedActDoubleBackward",  # rare: penalties on gradients
-    # Operands that only fit element by element, odd widths; of float32 also the totals, which are rarely touched.
+    # Operands that only fit element by element, odd widths.
     r"GemmInstance<\S*(Half|BFloat16|float), \(\S*GemmShape\)1, false, \w+, \w+, false>",
-    r"GemmInstance<float, \(\S*GemmShape\)1, false, false, \w+, true>",
 )
 
 

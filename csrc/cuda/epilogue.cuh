@@ -227,7 +227,7 @@ FFN_FN ComputeOf<S> finish_activate_grad_quad(const GroupedGemm& g, const Finish
 
 // The tile is dH, or dA' where rows have weights. row_dots: a thread's columns in order, then the lanes of a part by
 // halves; which threads those are depends on the columns alone.
-template <class S>
+template <class S, int kAtOnce>
 FFN_FN void finish_activate_grad(const GroupedGemm& g, const FinishedTile<ComputeOf<S>>& t, int rows) {
   using T = ComputeOf<S>;
   const Epilogue& e = g.epilogue;
@@ -236,7 +236,6 @@ FFN_FN void finish_activate_grad(const GroupedGemm& g, const FinishedTile<Comput
     return matrix && q.count > 0 ? read_quad(quad_at<S>(matrix, q.row, e.pre_stride, q.col), q.count) : QuadOf<S>{};
   };
   // Loads gate and up of several rows at a time, so that not every row waits for memory.
-  constexpr int kAtOnce = 4;
   for (int first = quads.first(); first < rows; first += kAtOnce * quads.step()) {
     QuadOf<S> gates[kAtOnce], ups[kAtOnce];
 #pragma unroll
@@ -259,8 +258,8 @@ FFN_FN void finish_activate_grad(const GroupedGemm& g, const FinishedTile<Comput
   }
 }
 
-// `rows` rows of the tile's memory, of which t.rows exist.
-template <class S>
+// `rows` rows of the tile's memory, of which t.rows exist; kAtOnce of them are read at a time for a gradient.
+template <class S, int kAtOnce>
 FFN_FN void finish_tile(const GroupedGemm& g, const FinishedTile<ComputeOf<S>>& t, int rows) {
   switch (g.epilogue.kind) {
     case Epilogue::Kind::kStore:
@@ -268,7 +267,7 @@ FFN_FN void finish_tile(const GroupedGemm& g, const FinishedTile<ComputeOf<S>>& 
     case Epilogue::Kind::kActivate:
       return finish_activate<S>(g, t, rows);
     case Epilogue::Kind::kActivateGrad:
-      return finish_activate_grad<S>(g, t, rows);
+      return finish_activate_grad<S, kAtOnce>(g, t, rows);
   }
 }
 

@@ -40,6 +40,8 @@ struct GemmInstance {
   // Products in flight (Hopper) while the next stage loads. If two blocks share a multiprocessor, one's
   // products fill the other's waiting.
   static constexpr int kRunning = kHopper && kTile.blocks == 1 ? 1 : 0;
+  // Rows that the epilogue reads at a time: fewer where the registers would not hold them.
+  static constexpr int kEpilogueRows = sizeof(S) == 8 || !kVector ? 2 : 4;
 };
 
 // What the block reads of A and of B.
@@ -136,7 +138,7 @@ FFN_FN void make_tile(const GroupedGemm& job, const GemmPlan& plan, const RowTil
   __syncthreads();  // the stages are no longer read
   core.hand_over(reinterpret_cast<T*>(dynamic_shared()), tile.stride);
   __syncthreads();
-  finish_tile<S>(job, tile, I::BLOCK_M);
+  finish_tile<S, I::kEpilogueRows>(job, tile, I::BLOCK_M);
 }
 
 // For 16 bits each GPU uses one kind of product; the other is not compiled for it.
