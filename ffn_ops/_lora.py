@@ -102,11 +102,15 @@ def together(adapters: Sequence[Lora], experts: int) -> Lora:
 
 
 def stack(a: Tensor, b: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    """``[E, r, in]`` and ``[E, out, r]``, views of what PEFT stores."""
+    """``[E, r, in]`` and ``[E, out, r]`` of what PEFT stores."""
     if a.dim() == 2 and a.shape[0] % experts == 0:
-        a = a.unflatten(0, (experts, -1))
+        a = a.reshape(experts, a.shape[0] // experts, a.shape[1])
     if b.dim() == 2 and b.shape[1] % experts == 0:
-        b = b.unflatten(1, (-1, experts)).permute(2, 0, 1)
+        by_expert, out = b.reshape(-1, experts).t(), b.shape[0]
+        if b.requires_grad and torch.is_grad_enabled():
+            # Its elements lie E apart. A step reads them four times: a copy, the transpose of a matrix, is cheaper.
+            by_expert = by_expert.contiguous()
+        b = by_expert.view(experts, out, b.shape[1] // experts)
     return a, b
 
 

@@ -93,6 +93,7 @@ SIZES = {
     "one row each": {"T": 2},
     "no rows": {"T": 0},
     "rank above the width": {"rank": (9, 70)},
+    "in parts": {"T": 900, "D": 5000, "F": 1, "O": 2, "E": 2},  # x of an expert packed is more than 32 MiB
     "tiles": {"T": 90, "D": 70, "F": 45, "O": 66, "rank": (8, 17)},
 }
 

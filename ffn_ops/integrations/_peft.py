@@ -35,12 +35,13 @@ def adopt(runs_ours: Callable[[nn.Module], bool]) -> None:
     @contextlib.contextmanager
     def activate(self: Any, active_adapters: Any) -> Iterator[None]:
         experts = self.get_base_layer()
-        found = _plain_adapters(self, experts, active_adapters) if runs_ours(experts) else None
+        before = experts.__dict__.get(_HELD)
+        known = before is not None or runs_ours(experts)  # the wrapper around this one has looked
+        found = _plain_adapters(self, experts, active_adapters) if known else None
         if found is None:
             with theirs(self, active_adapters):
                 yield
             return
-        before = experts.__dict__.get(_HELD)
         experts.__dict__[_HELD] = {**(before or {}), self.parameter_name: found}
         try:
             yield
@@ -56,17 +57,18 @@ def adopt(runs_ours: Callable[[nn.Module], bool]) -> None:
 
 def _plain_adapters(wrapper: Any, experts: nn.Module, active: Any) -> list[tuple[Tensor, Tensor, float]] | None:
     """``a [E * r, in]``, ``b [out, r * E]`` and the scale of each active adapter; None if there is more to them."""
-    names = [name for name in active or () if name in wrapper.lora_A]
+    factors_a, factors_b, drops = wrapper.lora_A, wrapper.lora_B, wrapper.lora_dropout
+    names = [name for name in active or () if name in factors_a]
     w = experts._parameters.get(wrapper.parameter_name)
     if w is None or w.dim() != 3 or w.dtype not in DTYPES or not names:
         return None
     found = []
     for name in names:
-        a, b = wrapper.lora_A[name], wrapper.lora_B[name]
+        a, b = factors_a[name], factors_b[name]
         if (
             name in wrapper.lora_variant
             or any(type(factor) is not nn.Linear or factor.bias is not None for factor in (a, b))
-            or (name in wrapper.lora_dropout and type(wrapper.lora_dropout[name]) is not nn.Identity)
+            or (name in drops and type(drops[name]) is not nn.Identity)
         ):
             return None
         found.append((_fitting(a.weight, w), _fitting(b.weight, w), float(wrapper.scaling[name])))

@@ -24,6 +24,7 @@ NAME = "ffn_ops"
 OLDEST = (5, 23)
 OWN_CODE = "the model's own code runs, which asks for no experts_implementation"
 _warned: set[str] = set()
+_asking: set[Any] = set()  # forwards of classes that have been seen to call ours
 
 
 def register() -> None:
@@ -132,9 +133,13 @@ def _declared(module: nn.Module) -> bool:
 def _runs_ours(experts: nn.Module) -> bool:
     if not _declared(experts) or getattr(experts.config, "_experts_implementation", None) != NAME:
         return False
-    with contextlib.suppress(KeyError):
-        return _asks(experts)
-    return False
+    forward = type(experts).forward
+    if forward not in _asking:
+        with contextlib.suppress(KeyError):
+            if not _asks(experts):
+                return False
+            _asking.add(forward)
+    return forward in _asking
 
 
 class _AskedError(Exception):
