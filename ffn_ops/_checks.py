@@ -27,13 +27,21 @@ def tensor(name: str, value: Any, shape: Sequence[int | str] | None = None, like
     _strided(name, value)
     if like is None:
         if value.dtype not in DTYPES:
-            raise TypeError(f"{name}: expected dtype float64, float32, float16 or bfloat16, got {_dtype(value)}")
+            raise TypeError(
+                f"{name}: expected dtype float64, float32, float16 or bfloat16, got {dtype_name(value.dtype)}"
+            )
     else:
         if value.dtype is not like.dtype:
-            raise TypeError(f"{name}: expected dtype {_dtype(like)} as x has, got {_dtype(value)}")
+            raise TypeError(f"{name}: expected dtype {dtype_name(like.dtype)} as x has, got {dtype_name(value.dtype)}")
         device(name, value, like)
     if shape is not None:
         _shape(name, value, shape)
+
+
+def first(name: str, value: Any) -> None:
+    """What a public function asks of its first tensor before it calls the operator, which asks for the rest."""
+    if type(value) is not Tensor:
+        tensor(name, value)
 
 
 def wide(name: str, value: Any) -> None:
@@ -42,7 +50,7 @@ def wide(name: str, value: Any) -> None:
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
     _strided(name, value)
     if value.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"{name}: expected dtype float32 or float64, got {_dtype(value)}")
+        raise TypeError(f"{name}: expected dtype float32 or float64, got {dtype_name(value.dtype)}")
 
 
 def _strided(name: str, value: Tensor) -> None:
@@ -63,8 +71,15 @@ def _shape(name: str, value: Tensor, shape: Sequence[int | str]) -> None:
         raise ValueError(f"{name}: expected shape [{wanted}], got {list(actual)}")
 
 
-def _dtype(value: Tensor) -> str:
-    return str(value.dtype).removeprefix("torch.")
+def leading(name: str, value: Tensor) -> None:
+    """A tensor with any number of dimensions before the last one."""
+    tensor(name, value)
+    if value.dim() < 1:
+        raise ValueError(f"{name}: expected shape [..., D], got {list(value.shape)}")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def choice(name: str, value: Any, allowed: Sequence[str]) -> None:
@@ -111,21 +126,25 @@ def indices(name: str, value: Any, shape: Sequence[int | str] = ("R",)) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
     if value.dtype is not torch.int64:
-        raise TypeError(f"{name}: expected dtype int64, got {_dtype(value)}")
+        raise TypeError(f"{name}: expected dtype int64, got {dtype_name(value.dtype)}")
     _strided(name, value)
     _shape(name, value, shape)
 
 
-def routing(value: Any, like: Tensor | None = None, of: str = "x") -> None:
-    """Checks that a :class:`ffn_ops.Routing` is consistent; ``like``, named ``of``, sets the device."""
+def is_routing(value: Any) -> None:
     if getattr(value, "_fields", ())[:5] != ("token", "weight", "offsets", "row", "slot_offsets"):
         raise TypeError(f"routing: expected an ffn_ops.Routing, got {type(value).__name__}")
+
+
+def routing(value: Any, like: Tensor | None = None, of: str = "x") -> None:
+    """Checks that a :class:`ffn_ops.Routing` is consistent; ``like``, named ``of``, sets the device."""
+    is_routing(value)
     for name in ("token", "offsets", "row", "slot_offsets"):
         indices(f"routing.{name}", getattr(value, name))
     rows = value.token.shape[0]
     indices("routing.row", value.row, (rows,))
     if not isinstance(value.weight, Tensor) or value.weight.dtype not in DTYPES:
-        got = _dtype(value.weight) if isinstance(value.weight, Tensor) else type(value.weight).__name__
+        got = dtype_name(value.weight.dtype) if isinstance(value.weight, Tensor) else type(value.weight).__name__
         raise TypeError(f"routing.weight: expected a tensor of float32, float64, float16 or bfloat16, got {got}")
     _shape("routing.weight", value.weight, (rows,))
     for name in ("offsets", "slot_offsets"):

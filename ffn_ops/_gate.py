@@ -184,15 +184,7 @@ def as_gate(activation: str | Gate, *, gated: bool, one_weight: bool = False) ->
 
     Raises: TypeError, ValueError.
     """
-    if isinstance(activation, Gate):
-        gate = activation
-    else:
-        if not isinstance(activation, str):
-            kind = type(activation).__name__
-            raise TypeError(f"activation: expected a name, one of {', '.join(_BY_NAME)}, or a Gate, got {kind}")
-        if activation not in _BY_NAME:
-            raise ValueError(f"activation: expected one of {', '.join(_BY_NAME)}, got {activation!r}")
-        gate = _BY_NAME[activation]
+    gate = activation if isinstance(activation, Gate) else _named(activation)
     if not gated and not (gate.limit is None and gate.up_shift == 0):
         got = f"{gate.limit} and {gate.up_shift}"
         raise ValueError(f"limit, up_shift: expected None and 0 where nothing is gated, got {got}")
@@ -200,6 +192,12 @@ def as_gate(activation: str | Gate, *, gated: bool, one_weight: bool = False) ->
         where = "gate and up have a tensor each" if gated else "nothing is gated"
         raise ValueError(f"interleaved: expected False where {where}, got True")
     return gate
+
+
+def _named(activation: str) -> Gate:
+    if not isinstance(activation, str) or activation not in _BY_NAME:
+        check.choice("activation", activation, tuple(_BY_NAME))  # raises
+    return _BY_NAME[activation]
 
 
 def gate_from(activation: str, params: Sequence[float], interleaved: bool = False) -> Gate:

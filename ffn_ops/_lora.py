@@ -117,16 +117,19 @@ def stack(a: Tensor, b: Tensor, experts: int) -> tuple[Tensor, Tensor]:
 def check_pair(place: str, a: Tensor | None, b: Tensor | None, out: Any, width: Any, x: Tensor, experts: int) -> Any:
     """Returns both as ``[E, r, width]`` and ``[E, out, r]``."""
     if a is None or b is None:
+        if (a is None) != (b is None):
+            raise ValueError(f"lora: expected a_{place} and b_{place} together, or none of them, got one")
         return None, None
     wide = torch.float64 if x.dtype is torch.float64 else torch.float32
     for name, t in ((f"lora.a_{place}", a), (f"lora.b_{place}", b)):
         check.tensor(name, t)
         check.device(name, t, x)
         if t.dtype not in (x.dtype, wide):
-            expected = " or ".join(dict.fromkeys(str(d).removeprefix("torch.") for d in (x.dtype, wide)))
-            raise TypeError(f"{name}: expected dtype {expected}, got {str(t.dtype).removeprefix('torch.')}")
+            expected = " or ".join(dict.fromkeys(check.dtype_name(d) for d in (x.dtype, wide)))
+            raise TypeError(f"{name}: expected dtype {expected}, got {check.dtype_name(t.dtype)}")
     if b.dtype is not a.dtype:
-        raise TypeError(f"lora.b_{place}: expected dtype {a.dtype} as a_{place} has, got {b.dtype}")
+        wanted, got = check.dtype_name(a.dtype), check.dtype_name(b.dtype)
+        raise TypeError(f"lora.b_{place}: expected dtype {wanted} as a_{place} has, got {got}")
     a, b = stack(a, b, experts)
     check.tensor(f"lora.a_{place}", a, (experts, "r", width))
     if a.shape[1] < 1:

@@ -32,6 +32,32 @@ def of_python() -> Iterator[tuple[str, str]]:
                     yield f"{path.relative_to(ROOT)}:{call.lineno}", text
 
 
+REASONS = re.compile("^(state|changed|_entry|_experts|.*why.*)$")  # functions of _replace/ that put reasons together
+
+
+def of_reports() -> Iterator[tuple[str, str]]:
+    """The same of the reasons in ``replace_report`` that nothing raises: sentences of those functions, and those that
+    a result of recognition is given."""
+    for path in sorted((ROOT / "ffn_ops" / "_replace").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            holds = isinstance(node, ast.Call) and ast.unparse(node.func) in ("Finding", "_Seen")
+            names = isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "why"
+            if holds or names or (isinstance(node, ast.FunctionDef) and REASONS.match(node.name)):
+                for value in _sentences(node):
+                    yield f"{path.relative_to(ROOT)}:{value.lineno}", re.sub("…[…]+", "…", _text(value, {}))
+
+
+def _sentences(node: ast.AST) -> Iterator[ast.expr]:
+    if isinstance(node, ast.Compare) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
+        return  # what is compared with, and a docstring
+    if isinstance(node, (ast.JoinedStr, ast.Constant)):
+        if _is_text(node) and len(re.sub(r"[…().,:]", " ", _text(node, {})).split()) > 1:
+            yield node
+        return
+    for child in ast.iter_child_nodes(node):
+        yield from _sentences(child)
+
+
 def _is_text(node: ast.expr) -> bool:
     return isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str))
 

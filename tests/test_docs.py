@@ -111,7 +111,7 @@ def plain(text: str) -> str:
 def test_every_message_is_explained() -> None:
     known = explained()
     missing, used = [], set()
-    for place, text in [*messages.of_python(), *messages.of_cpp()]:
+    for place, text in [*messages.of_python(), *messages.of_cpp(), *messages.of_reports()]:
         text = plain(text)
         forms = {text, re.sub(r"^[\w.]+: ", "…: ", text), re.sub(r"^[\w.]+ ", "… ", text)}
         if text in ("…", "…: …"):  # another library's words: CUDA's, torch's

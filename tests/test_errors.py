@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import math
 import os
@@ -22,7 +23,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ffn_ops
 
-OPS = torch.ops.ffn_ops
 HERE = torch.empty(0).device
 
 
@@ -199,6 +199,26 @@ def test_the_right_arguments_pass() -> None:
         assert torch.isfinite(call(**good(form))).all()
 
 
+def test_a_right_call_is_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its operator; Python's checks word the error of a call that the operator refused."""
+
+    def unexpected(name: str, *_: Any, **__: Any) -> None:
+        raise AssertionError(f"{name} was checked in Python")
+
+    x, w, down = torch.ones(10, 4), torch.ones(5, 6, 4), torch.ones(5, 4, 6)
+    rows = routing(10)
+    calls: list[Callable[[], Tensor]] = [
+        *(functools.partial(call, **good(form)) for call, form in FUNCTIONS.values()),
+        lambda: ffn_ops.route_linear(x, w[0]),
+        lambda: ffn_ops.moe_experts(x, torch.arange(0, 12, 2), w, down),
+        lambda: ffn_ops.moe_combine(ffn_ops.moe_dispatch(x, rows), rows),
+    ]
+    for check in ("tensor", "indices", "routing"):
+        monkeypatch.setattr(f"ffn_ops._checks.{check}", unexpected)
+    for call in calls:
+        assert torch.isfinite(call()).all()
+
+
 MODULE_SIZES: list[tuple[Callable[..., Any], dict[str, Any]]] = [
     (ffn_ops.FeedForward, {"dim": 4, "hidden_dim": 6, "multiple_of": 2}),
     (ffn_ops.ReLUFFN, {"d_model": 4, "d_ff": 6}),
@@ -264,82 +284,6 @@ def test_module_sizes_and_inputs(module: Callable[..., Any], sizes: dict[str, An
 def test_module_options(make: Callable[[], Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"^{message}"):
         make()
-
-
-def raw_calls() -> dict[str, Callable[[], Any]]:
-    """Arguments that reach C++ only through torch.ops."""
-    x, w, down, h = torch.ones(3, 4), torch.ones(6, 4), torch.ones(5, 6), torch.ones(3, 6)
-    none, act = torch.empty(0), ("silu", [0.0, 0.0])
-    seven = [True] * 7
-
-    def ffn(*args: Any, gated: bool = False) -> Callable[[], Any]:
-        return lambda: OPS.ffn(*args, gated, False, *act, True)
-
-    def backward(d_y: Tensor, gate: Tensor, up: Tensor, needs: list[bool], gated: bool = True) -> Callable[[], Any]:
-        return lambda: OPS.ffn_backward(d_y, x, w, w, down, None, None, gate, up, gated, False, *act, needs)
-
-    d_y = torch.ones(3, 5)
-    return {
-        "rank of x": ffn(x[0], w, None, down, None, None, None),
-        "rank of w_in": ffn(x, w[0], None, down, None, None, None),
-        "width of w_in": ffn(x, w[:, :3], None, down, None, None, None),
-        "width of w_up": ffn(x, w, w[:5], down, None, None, None),
-        "width of w_down": ffn(x, w, None, down[:, :5], None, None, None),
-        "odd fused": ffn(x, w[:5], None, down, None, None, None, gated=True),
-        "length of b_in": ffn(x, w, None, down, torch.ones(5), None, None),
-        "b_up alone": ffn(x, w, None, down, None, torch.ones(6), None),
-        "length of b_down": ffn(x, w, None, down, None, None, torch.ones(6)),
-        "dtype": ffn(x, w.double(), None, down, None, None, None),
-        "integers": ffn(x.int(), w.int(), None, down.int(), None, None, None),
-        "sparse": ffn(x, w.to_sparse(), None, down, None, None, None),
-        "d_y": backward(d_y[:, :4], h, h, seven),
-        "saved gate": backward(d_y, h[:2], h, seven),
-        "saved up": backward(d_y, h, h[:, :5], seven),
-        "saved up missing": backward(d_y, h, none, seven),
-        "saved gate with strides": backward(d_y, torch.ones(6, 3).t(), h, seven),
-        "activation": lambda: OPS.ffn(x, w, None, down, None, None, None, False, False, "sillu", [0.0, 0.0], True),
-        "gated_act rank": lambda: OPS.gated_act(x[None], None, *act),
-        "gated_act up": lambda: OPS.gated_act(x, x[:2], *act),
-        "gated_act d_out": lambda: OPS.gated_act_backward(x[:2], x, None, *act, [True, True]),
-        "gated_act dd_up without up": lambda: OPS.gated_act_double_backward(None, x, x, x, None, *act),
-        "no branches": lambda: OPS.gated_linear(x, [], [], [], [], *act, True),
-        "branches differ": lambda: OPS.gated_linear(x, [w, w[:5]], [w, w], [], [], *act, True),
-        "fewer ups": lambda: OPS.gated_linear(x, [w, w], [w], [], [], *act, True),
-        "fewer biases": lambda: OPS.gated_linear(x, [w, w], [w, w], [torch.ones(6)], [], *act, True),
-        "bias length": lambda: OPS.gated_linear(x, [w], [w], [torch.ones(5)], [], *act, True),
-        "limit": lambda: OPS.gated_act(x, x, "silu", [-1.0, 0.0]),
-        "limit without up": lambda: OPS.gated_act(x, None, "silu", [1.0, 0.0]),
-        "shift without up": lambda: OPS.ffn(x, w, None, down, None, None, None, False, False, "silu", [0.0, 1.0], True),
-        "too few parameters": lambda: OPS.gated_act(x, x, "swish", [0.0, 0.0]),
-        "too many parameters": lambda: OPS.gated_act(x, x, "silu", [0.0, 0.0, 1.0]),
-        "a parameter that is not positive": lambda: OPS.gated_act(x, x, "situ", [0.0, 0.0, 4.0, -1.0]),
-        "a limit beside a side of up": lambda: OPS.gated_act(x, x, "situ", [1.0, 0.0, 4.0, 25.0]),
-        "interleaved beside w_up": lambda: OPS.ffn(x, w, w, down, None, None, None, True, True, *act, True),
-        "instruction set": lambda: OPS._use_isa("avx1024"),
-        "needs too short": backward(d_y, h, h, [True]),
-        "needs too long": lambda: OPS.gated_act_backward(x, x, None, *act, [True] * 3),
-    }
-
-
-@pytest.mark.parametrize("kind", raw_calls())
-def test_raw_operators(kind: str) -> None:
-    """torch.ops checks for itself: RuntimeError (NotImplementedError is one), never a crash or a wrong read."""
-    with pytest.raises(RuntimeError):
-        raw_calls()[kind]()
-
-
-@pytest.mark.cpu_only("the text names the CPU")
-def test_raw_operators_name_dtypes() -> None:
-    """As Python does, not by torch's numbers."""
-    for dtype in (torch.int32, torch.bool, torch.complex64, torch.uint16):
-        name = str(dtype).removeprefix("torch.")
-        with pytest.raises(RuntimeError, match=f"expected dtype float64, float32, float16 or bfloat16, got {name}"):
-            OPS.gated_act(torch.ones(2, 3).to(dtype), None, "silu", [0.0, 0.0])
-        ids, scores = torch.zeros(2, 1).to(dtype), torch.ones(2, 3)
-        with pytest.raises(RuntimeError, match=rf"expected int64 of shape \[.*, got {name} of shape \[2, 1\]"):
-            OPS.round_tokens(scores, ids, 4)
-    with pytest.raises(RuntimeError, match=r"mask: expected bool of shape \[2\].*, got int32 of shape \[2\]"):
-        OPS.balanced_assignment(scores, torch.ones(2, dtype=torch.int32))
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

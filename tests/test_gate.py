@@ -112,6 +112,21 @@ def test_wrong_gates(make: Any, error: type[Exception], message: str) -> None:
         make()
 
 
+@pytest.mark.parametrize("wrong", ["sillu", 3, None])
+def test_an_unknown_activation_is_refused_in_the_same_words(wrong: Any) -> None:
+    """By a Gate, by a function that takes a name or a Gate, and by a module."""
+    said = set()
+    for call in (
+        lambda: Gate(wrong),
+        lambda: ffn_ops.gated_act(torch.ones(2, 2), activation=wrong),
+        lambda: ffn_ops.FeedForward(4, d_ff=6, activation=wrong),
+    ):
+        with pytest.raises((TypeError, ValueError)) as refused:
+            call()
+        said.add(str(refused.value))
+    assert len(said) == 1, said
+
+
 def expected_of(layer: Any, x: Tensor) -> Tensor:
     """The layer's formula, from its parameters."""
     gate = layer.activation

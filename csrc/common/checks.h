@@ -1,10 +1,14 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Checks before any work, on every device: dtype, device, rank and extents of each tensor. Messages give the name, the
-// expected and the actual value. The Python functions check first and raise ValueError or TypeError; these checks guard
-// torch.ops. The checks of whole operators are in shapes.h.
+// expected and the actual value, in the words of ffn_ops/_checks.py, which checks where there is no data. The public
+// functions call an operator first, and turn its refusal into a ValueError or a TypeError. Checks of whole operators
+// are in shapes.h.
 #pragma once
 
+#include <concepts>
+#include <initializer_list>
 #include <optional>
+#include <sstream>
 #include <string>
 #include <vector>
 
@@ -63,6 +67,12 @@ inline const char* scalar_type_text(torch::headeronly::ScalarType type) {
   }
 }
 
+inline torch::headeronly::ScalarType scalar_type_of(DType dtype) {
+  using torch::headeronly::ScalarType;
+  constexpr ScalarType types[] = {ScalarType::Double, ScalarType::Float, ScalarType::Half, ScalarType::BFloat16};
+  return types[static_cast<int>(dtype)];
+}
+
 inline DType storage_dtype(const Tensor& t, const char* name) {
   using torch::headeronly::ScalarType;
   switch (t.scalar_type()) {
@@ -91,37 +101,64 @@ inline int32_t gpu_index(const Tensor& t) {
 struct Place {
   int32_t gpu = -1;
   bool holds(const Tensor& t) const { return gpu < 0 ? t.is_cpu() : t.is_cuda() && gpu_index(t) == gpu; }
-  std::string text() const { return gpu < 0 ? "the CPU" : "cuda:" + std::to_string(gpu); }
+  std::string text() const { return gpu < 0 ? "cpu" : "cuda:" + std::to_string(gpu); }
 };
 
 inline std::string place_text(const Tensor& t) {
-  if (t.is_cpu()) return "the CPU";
+  if (t.is_cpu()) return "cpu";
   return t.is_cuda() ? "cuda:" + std::to_string(gpu_index(t)) : "another device";
 }
 
-// Checks for a defined, strided tensor with the device and dtype of the call and these extents (-1: any).
-inline void check_tensor(const Tensor& t, const char* name, DType dtype, const std::vector<int64_t>& sizes,
-                         Place place = {}) {
-  STD_TORCH_CHECK(t.defined(), name, ": expected a tensor, got none");
-  STD_TORCH_CHECK(place.holds(t), name, ": expected a tensor on ", place.text(), ", got one on ", place_text(t));
-  STD_TORCH_CHECK(storage_dtype(t, name) == dtype, name, ": expected dtype ", kDTypeNames[static_cast<int>(dtype)],
-                  ", got ", kDTypeNames[static_cast<int>(storage_dtype(t, name))]);
-  bool fits = t.dim() == static_cast<int64_t>(sizes.size());
-  std::string expected = "[";
-  for (size_t i = 0; i < sizes.size(); ++i) {
-    expected += (i ? ", " : "") + (sizes[i] < 0 ? std::string("*") : std::to_string(sizes[i]));
-    fits = fits && (sizes[i] < 0 || t.size(static_cast<int64_t>(i)) == sizes[i]);
-  }
-  STD_TORCH_CHECK(fits, name, ": expected shape ", expected, "], got ", shape_text(t));
+// An extent that a tensor must have, or a letter where any will do.
+struct Extent {
+  constexpr Extent(std::integral auto extent) : size(extent) {}  // NOLINT: implicit, for lists in braces
+  constexpr Extent(const char* any) : letter(any) {}             // NOLINT
+  int64_t size = -1;
+  const char* letter = "*";
+
+  std::string text() const { return size < 0 ? letter : std::to_string(size); }
+};
+using Extents = std::initializer_list<Extent>;
+
+inline void check_place(const Tensor& t, const char* name, Place place, const char* of = "x") {
+  STD_TORCH_CHECK(t.defined(), name, ": expected a torch.Tensor, got NoneType");
+  STD_TORCH_CHECK(place.holds(t), name, ": expected device ", place.text(), " as ", of, " has, got ", place_text(t));
 }
 
-// Checks for indices [size] (-1: any), without their values.
-inline void check_index_vector(const Tensor& t, const char* name, int64_t size, Place place = {}) {
-  STD_TORCH_CHECK(
-      t.defined() && place.holds(t) && t.scalar_type() == torch::headeronly::ScalarType::Long && t.dim() == 1, name,
-      ": expected an int64 vector on ", place.text(), ", got one of dtype ", scalar_type_text(t.scalar_type()),
-      " and shape ", shape_text(t), " on ", place_text(t));
-  STD_TORCH_CHECK(size < 0 || t.size(0) == size, name, ": expected shape [", size, "], got ", shape_text(t));
+inline void check_extents(const Tensor& t, const char* name, Extents extents) {
+  bool fits = t.dim() == static_cast<int64_t>(extents.size());
+  int64_t at = 0;
+  for (const Extent& each : extents) {
+    fits = fits && (each.size < 0 || t.size(at) == each.size);
+    ++at;
+  }
+  if (fits) return;
+  std::string expected;
+  for (const Extent& each : extents) expected += (expected.empty() ? "" : ", ") + each.text();
+  STD_TORCH_CHECK(false, name, ": expected shape [", expected, "], got ", shape_text(t));
+}
+
+// Checks for a strided tensor of this dtype, which is that of `of` where one is named, with these extents.
+inline void check_tensor(const Tensor& t, const char* name, DType dtype, Extents extents, Place place = {},
+                         const char* of = "x") {
+  check_place(t, name, place, of ? of : "x");
+  STD_TORCH_CHECK(t.scalar_type() == scalar_type_of(dtype), name, ": expected dtype ",
+                  kDTypeNames[static_cast<int>(dtype)], of ? std::string(" as ") + of + " has" : "", ", got ",
+                  scalar_type_text(t.scalar_type()));
+  check_extents(t, name, extents);
+}
+
+// Checks for indices with these extents, without their values.
+inline void check_indices_shape(const Tensor& t, const char* name, Extents extents, Place place = {}) {
+  STD_TORCH_CHECK(t.scalar_type() == torch::headeronly::ScalarType::Long, name, ": expected dtype int64, got ",
+                  scalar_type_text(t.scalar_type()));
+  check_place(t, name, place);
+  check_extents(t, name, extents);
+}
+
+inline void check_range(const char* name, int64_t value, int64_t least, int64_t most) {
+  const std::string range = std::to_string(least) + " to " + std::to_string(most);
+  STD_TORCH_CHECK(value >= least && value <= most, name, ": expected ", range, ", got ", value);
 }
 
 inline void check_needs(const std::vector<bool>& needs, size_t count) {
@@ -138,18 +175,29 @@ inline int check_activation(const std::string& name) {
   return index;
 }
 
+inline std::string limit_text(const Gate& gate) {
+  std::ostringstream text;
+  if (gate.limit < __builtin_inf()) text << gate.limit;
+  else text << "None";
+  return text.str();
+}
+
 // params: limit (0: none), up_shift, then the activation's own parameters in the order of their declaration.
 inline Gate check_gate(const std::string& activation, const std::vector<double>& params) {
   Gate gate{check_activation(activation)};
   const ActivationInfo& info = kActivations.rows[gate.activation];
   const auto count = static_cast<size_t>(info.own.count());
-  STD_TORCH_CHECK(params.size() == 2 + count, "params: expected limit, up_shift and ", count, " parameters of ",
-                  activation, ", got ", params.size(), " numbers");
+  STD_TORCH_CHECK(params.size() == 2 + count, "params: expected ", 2 + count, " numbers of ", activation, ", got ",
+                  params.size());
   if (params[0] != 0) gate.limit = params[0];
   gate.up_shift = params[1];
   STD_TORCH_CHECK(gate.limit > 0, "limit: expected a positive number, got ", gate.limit);
-  STD_TORCH_CHECK(!info.has_up || !gate.limited(), "limit, up_shift: expected none and 0 of ", activation,
-                  ", which has a side of up of its own, got ", gate.limit, " and ", gate.up_shift);
+  if (info.has_up && gate.limited()) {
+    std::string bounds;
+    for (size_t i = 0; i < count; ++i) bounds += (i ? ", " : "") + std::string(info.own.at[i].name);
+    STD_TORCH_CHECK(false, "limit, up_shift: expected None and 0 of ", activation, ", which bounds gate and up by ",
+                    bounds, ", got ", limit_text(gate), " and ", gate.up_shift);
+  }
   for (size_t i = 0; i < count; ++i) {
     gate.own[i] = params[2 + i];
     STD_TORCH_CHECK(!info.own.at[i].positive || gate.own[i] > 0, info.own.at[i].name,
@@ -159,8 +207,14 @@ inline Gate check_gate(const std::string& activation, const std::vector<double>&
 }
 
 inline void check_gated_form(const Gate& gate, bool gated) {
-  STD_TORCH_CHECK(gated || !gate.limited(), "limit, up_shift: expected none and 0 where nothing is gated, got ",
-                  gate.limit, " and ", gate.up_shift);
+  STD_TORCH_CHECK(gated || !gate.limited(), "limit, up_shift: expected None and 0 where nothing is gated, got ",
+                  limit_text(gate), " and ", gate.up_shift);
+}
+
+// `one_weight`: it holds the rows of gate and up.
+inline void check_interleaved(bool interleaved, bool gated, bool one_weight) {
+  STD_TORCH_CHECK(!interleaved || one_weight, "interleaved: expected False where ",
+                  gated ? "gate and up have a tensor each" : "nothing is gated", ", got True");
 }
 
 }  // namespace ffn_ops

@@ -6,14 +6,16 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "checks.h"
+#include "descriptors.h"
 
 namespace ffn_ops {
 
 using MaybeTensor = std::optional<Tensor>;
 
-inline void check_same(const Tensor& t, const char* name, const Tensor& like, DType dtype, Place place = {}) {
-  const auto sizes = like.sizes();
-  check_tensor(t, name, dtype, std::vector<int64_t>(sizes.begin(), sizes.end()), place);
+inline void check_same(const Tensor& t, const char* name, const Tensor& like, DType dtype, Place place = {},
+                       const char* of = "x") {
+  if (like.dim() == 2) check_tensor(t, name, dtype, {like.size(0), like.size(1)}, place, of);
+  else check_tensor(t, name, dtype, {like.numel()}, place, of);
 }
 
 // ---- gated_act ------------------------------------------------------------------------------------------------------
@@ -26,8 +28,7 @@ struct GatedActShape {
 
 inline GatedActShape check_gated_act(const Tensor& gate, const MaybeTensor& up, const Gate& form, Place place = {}) {
   const DType dtype = storage_dtype(gate, "gate");
-  STD_TORCH_CHECK(gate.dim() == 2, "gate: expected shape [rows, columns], got ", shape_text(gate));
-  check_same(gate, "gate", gate, dtype, place);
+  check_tensor(gate, "gate", dtype, {"rows", "columns"}, place);
   if (up) check_same(*up, "up", gate, dtype, place);
   check_gated_form(form, up.has_value());
   return {dtype, gate.size(0), gate.size(1), form};
@@ -46,13 +47,14 @@ inline GatedLinearShape check_gated_linear(const Tensor& x, const std::vector<Te
                                            const std::vector<Tensor>& b_up, const Gate& form, Place place = {}) {
   GatedLinearShape s;
   s.dtype = storage_dtype(x, "x");
-  check_tensor(x, "x", s.dtype, {-1, -1}, place);
+  check_tensor(x, "x", s.dtype, {"T", "D"}, place);
   s.G = static_cast<int64_t>(w_gate.size());
-  STD_TORCH_CHECK(s.G > 0 && w_up.size() == w_gate.size(),
-                  "w_up: expected as many weights as w_gate, at least one, got ", w_up.size(), " and ", w_gate.size());
+  STD_TORCH_CHECK(s.G > 0, "w_gate: expected at least one weight, got none");
+  STD_TORCH_CHECK(w_up.size() == w_gate.size(), "w_up: expected as many weights as w_gate has (", s.G, "), got ",
+                  w_up.size());
   s.T = x.size(0);
   s.D = x.size(1);
-  STD_TORCH_CHECK(w_gate[0].dim() == 2, "w_gate: expected shape [F, D], got ", shape_text(w_gate[0]));
+  check_tensor(w_gate[0], "w_gate", s.dtype, {"F", s.D}, place);
   s.F = w_gate[0].size(0);
   for (size_t i = 0; i < w_gate.size(); ++i) {
     check_tensor(w_gate[i], "w_gate", s.dtype, {s.F, s.D}, place);
@@ -95,23 +97,23 @@ inline FfnShape check_ffn(const Tensor& x, const Tensor& w_in, const MaybeTensor
                           const Gate& form, Place place = {}) {
   FfnShape s;
   s.dtype = storage_dtype(x, "x");
-  check_tensor(x, "x", s.dtype, {-1, -1}, place);
+  check_tensor(x, "x", s.dtype, {"T", "D"}, place);
   s.T = x.size(0);
   s.D = x.size(1);
   s.gated = gated || w_up.has_value();
   s.fused = s.gated && !w_up;
   s.interleaved = interleaved;
-  STD_TORCH_CHECK(s.fused || !interleaved, "interleaved: expected False where no weight holds gate and up, got True");
-  check_tensor(w_in, "w_in", s.dtype, {-1, s.D}, place);
-  STD_TORCH_CHECK(!s.fused || w_in.size(0) % 2 == 0, "w_in: expected [2F, D], gate and up rows, got ",
+  check_gated_form(form, s.gated);
+  check_interleaved(interleaved, s.gated, s.fused);
+  check_tensor(w_in, "w_in", s.dtype, {s.fused ? "2F" : "F", s.D}, place);
+  STD_TORCH_CHECK(!s.fused || w_in.size(0) % 2 == 0, "w_in: expected an even number of rows, of gate and up, got ",
                   shape_text(w_in));
   s.F = s.fused ? w_in.size(0) / 2 : w_in.size(0);
   if (w_up) check_tensor(*w_up, "w_up", s.dtype, {s.F, s.D}, place);
-  check_tensor(w_down, "w_down", s.dtype, {-1, s.F}, place);
+  check_tensor(w_down, "w_down", s.dtype, {"D_out", s.F}, place);
   s.O = w_down.size(0);
   if (b_in) check_tensor(*b_in, "b_in", s.dtype, {w_in.size(0)}, place);
-  STD_TORCH_CHECK(!b_up || w_up, "b_up: expected none where w_up is none");
-  check_gated_form(form, s.gated);
+  STD_TORCH_CHECK(!b_up || w_up, "b_up: expected None where w_up is None (b_in holds both halves), got a tensor");
   if (b_up) check_tensor(*b_up, "b_up", s.dtype, {s.F}, place);
   s.form = form;
   return s;
@@ -129,9 +131,10 @@ inline bool check_saved(const char* op, const Tensor& gate, const Tensor& up, DT
 
 // ---- routed rows ----------------------------------------------------------------------------------------------------
 
-inline int64_t count_of(const Tensor& offsets, const char* name, const char* letter) {
-  STD_TORCH_CHECK(offsets.dim() == 1 && offsets.size(0) > 0, name, ": expected shape [", letter, " + 1], got ",
-                  shape_text(offsets));
+// Of offsets [count + 1].
+inline int64_t count_of(const Tensor& offsets, const char* name, Place place = {}) {
+  check_indices_shape(offsets, name, {"R"}, place);
+  STD_TORCH_CHECK(offsets.size(0) > 0, name, ": expected at least one element, got none");
   return offsets.size(0) - 1;
 }
 
@@ -141,12 +144,11 @@ struct RoutesShape {
 
 inline RoutesShape check_routes(const Tensor& token, const MaybeTensor& weight, DType dtype, const Tensor& offsets,
                                 const Tensor& row, const Tensor& slot_offsets, Place place = {}) {
-  const RoutesShape s{count_of(slot_offsets, "slot_offsets", "T"), count_of(offsets, "offsets", "E"), token.numel()};
-  check_index_vector(offsets, "offsets", s.E + 1, place);
-  check_index_vector(token, "token", s.R, place);
-  check_index_vector(row, "row", s.R, place);
-  check_index_vector(slot_offsets, "slot_offsets", s.T + 1, place);
-  if (weight) check_tensor(*weight, "weight", arithmetic_dtype(dtype), {s.R}, place);
+  check_indices_shape(token, "token", {"R"}, place);
+  const RoutesShape s{count_of(slot_offsets, "slot_offsets", place), count_of(offsets, "offsets", place),
+                      token.size(0)};
+  check_indices_shape(row, "row", {s.R}, place);
+  if (weight) check_tensor(*weight, "weight", arithmetic_dtype(dtype), {s.R}, place, nullptr);
   return s;
 }
 
@@ -165,20 +167,20 @@ inline MoeShape check_moe(const Tensor& x, const MaybeTensor& token, const Maybe
                           bool interleaved, const Gate& form, Place place = {}) {
   MoeShape s;
   s.dtype = storage_dtype(x, "x");
-  check_tensor(x, "x", s.dtype, {-1, -1}, place);
+  check_tensor(x, "x", s.dtype, {"T", "D"}, place);
   s.T = x.size(0);
   s.D = x.size(1);
   s.gated = gated;
   s.interleaved = interleaved;
-  STD_TORCH_CHECK(gated || !interleaved, "interleaved: expected False where gated is False, got True");
   check_gated_form(form, gated);
-  check_tensor(w_in, "w_in", s.dtype, {-1, -1, s.D}, place);
-  s.E = w_in.size(0);
+  check_interleaved(interleaved, gated, gated);
+  s.E = count_of(offsets, "offsets", place);
+  check_tensor(w_in, "w_in", s.dtype, {s.E, gated ? "2F" : "F", s.D}, place);
   STD_TORCH_CHECK(s.E > 0, "w_in: expected at least one expert, got ", shape_text(w_in));
-  STD_TORCH_CHECK(!gated || w_in.size(1) % 2 == 0, "w_in: expected [E, 2F, D], gate and up rows, got ",
+  STD_TORCH_CHECK(!gated || w_in.size(1) % 2 == 0, "w_in: expected an even number of rows, of gate and up, got ",
                   shape_text(w_in));
   s.F = gated ? w_in.size(1) / 2 : w_in.size(1);
-  check_tensor(w_down, "w_down", s.dtype, {s.E, -1, s.F}, place);
+  check_tensor(w_down, "w_down", s.dtype, {s.E, "D_out", s.F}, place);
   s.O = w_down.size(1);
   if (b_in) check_tensor(*b_in, "b_in", s.dtype, {s.E, w_in.size(1)}, place);
   if (b_down) check_tensor(*b_down, "b_down", s.dtype, {s.E, s.O}, place);
@@ -187,9 +189,8 @@ inline MoeShape check_moe(const Tensor& x, const MaybeTensor& token, const Maybe
   STD_TORCH_CHECK(s.routed == weight.has_value() && s.routed == row.has_value() && s.routed == slot_offsets.has_value(),
                   "routing: expected token, weight, row and slot_offsets together, or none of them");
   s.R = s.T;
-  check_index_vector(offsets, "offsets", s.E + 1, place);
   if (s.routed) {
-    check_index_vector(*slot_offsets, "slot_offsets", s.T + 1, place);
+    check_indices_shape(*slot_offsets, "slot_offsets", {s.T + 1}, place);
     s.R = check_routes(*token, weight, s.dtype, offsets, *row, *slot_offsets, place).R;
   }
   return s;
@@ -220,33 +221,24 @@ inline DType weight_dtype(const Tensor& t, const char* name) {
   return dtype;
 }
 
-inline void check_integers(const Tensor& t, const char* name, const std::vector<int64_t>& sizes, Place place = {}) {
-  bool fits = t.scalar_type() == torch::headeronly::ScalarType::Long && place.holds(t) &&
-              t.dim() == static_cast<int64_t>(sizes.size());
-  std::string expected = "[";
-  for (size_t i = 0; i < sizes.size(); ++i) {
-    expected += (i ? ", " : "") + (sizes[i] < 0 ? std::string("*") : std::to_string(sizes[i]));
-    fits = fits && (sizes[i] < 0 || t.size(static_cast<int64_t>(i)) == sizes[i]);
-  }
-  STD_TORCH_CHECK(fits, name, ": expected int64 of shape ", expected, "] on ", place.text(), ", got ",
-                  scalar_type_text(t.scalar_type()), " of shape ", shape_text(t), " on ", place_text(t));
-}
-
-// Fills the fields that a choice of experts has on every device.
-template <class TopK>
-TopK check_top_k(const Tensor& logits, int64_t k, const std::string& score, bool renormalize, bool softmax_after,
-                 int64_t num_groups, int64_t top_groups, double scale, Place place = {}) {
-  TopK job;
-  check_tensor(logits, "logits", storage_dtype(logits, "logits"), {-1, -1}, place);
+// Fills all but the pointers.
+inline ChoiceOfExperts check_top_k(const Tensor& logits, int64_t k, const std::string& score, bool renormalize,
+                                   bool softmax_after, int64_t num_groups, int64_t top_groups, double scale,
+                                   Place place = {}) {
+  ChoiceOfExperts job;
+  check_tensor(logits, "logits", storage_dtype(logits, "logits"), {"T", "E"}, place);
   job.T = logits.size(0);
   job.E = logits.size(1);
   job.K = k;
-  STD_TORCH_CHECK(k >= 1 && k <= job.E, "k: expected 1 to ", job.E, " (the number of experts), got ", k);
-  STD_TORCH_CHECK(score == "softmax" || score == "sigmoid", "score: expected softmax or sigmoid, got '", score, "'");
-  STD_TORCH_CHECK(num_groups >= 1 && job.E % num_groups == 0,
-                  "num_groups: expected a divisor of the number of experts (", job.E, "), got ", num_groups);
-  STD_TORCH_CHECK(top_groups >= 1 && top_groups <= num_groups && k <= job.E / num_groups * top_groups,
-                  "top_groups: expected 1 to ", num_groups, " groups that hold k = ", k, " experts, got ", top_groups);
+  check_range("k", k, 1, job.E);
+  STD_TORCH_CHECK(score == "softmax" || score == "sigmoid", "score: expected one of softmax, sigmoid, got '", score,
+                  "'");
+  check_range("num_groups", num_groups, 1, job.E);
+  STD_TORCH_CHECK(job.E % num_groups == 0, "num_groups: expected a divisor of the number of experts (", job.E,
+                  "), got ", num_groups);
+  check_range("top_groups", top_groups, 1, num_groups);
+  STD_TORCH_CHECK(k <= job.E / num_groups * top_groups, "top_groups: expected groups that hold k = ", k,
+                  " experts, got ", top_groups, " of ", num_groups);
   job.sigmoid = score == "sigmoid";
   STD_TORCH_CHECK(!(job.sigmoid && softmax_after), "softmax_after: expected False where score is sigmoid, got True");
   job.softmax_after = softmax_after;
@@ -261,12 +253,13 @@ TopK check_top_k(const Tensor& logits, int64_t k, const std::string& score, bool
 inline DType check_sort(const Tensor& expert, const MaybeTensor& token, const Tensor& weight, int64_t num_experts,
                         int64_t num_tokens, Place place = {}) {
   const DType dtype = weight_dtype(weight, "weight");
-  check_integers(expert, "expert", std::vector<int64_t>(token ? 1 : 2, -1), place);
+  if (token) check_indices_shape(expert, "expert", {"R"}, place);
+  else check_indices_shape(expert, "expert", {"T", "K"}, place);
   STD_TORCH_CHECK(num_experts >= 1, "num_experts: expected at least 1, got ", num_experts);
   STD_TORCH_CHECK(num_tokens >= 0 && (token || expert.size(0) == num_tokens), "num_tokens: expected ", expert.size(0),
                   " as expert has, got ", num_tokens);
-  check_same(weight, "weight", expert, dtype, place);
-  if (token) check_integers(*token, "token", {expert.size(0)}, place);
+  check_same(weight, "weight", expert, dtype, place, nullptr);
+  if (token) check_indices_shape(*token, "token", {expert.size(0)}, place);
   return dtype;
 }
 
@@ -282,13 +275,16 @@ inline RouteLinearShape check_route_linear(const Tensor& x, const Tensor& weight
                                            Place place = {}) {
   RouteLinearShape s;
   s.dtype = storage_dtype(x, "x");
-  check_tensor(x, "x", s.dtype, {-1, -1}, place);
+  check_tensor(x, "x", s.dtype, {"T", "D"}, place);
   s.T = x.size(0);
   s.D = x.size(1);
-  s.weight_dtype = storage_dtype(weight, "weight") == s.arithmetic() ? s.arithmetic() : s.dtype;
-  check_tensor(weight, "weight", s.weight_dtype, {-1, s.D}, place);
+  s.weight_dtype = storage_dtype(weight, "weight");
+  const bool known = s.weight_dtype == s.dtype || s.weight_dtype == s.arithmetic();
+  STD_TORCH_CHECK(known, "weight: expected dtype ", kDTypeNames[static_cast<int>(s.dtype)],
+                  s.dtype == s.arithmetic() ? "" : " or float32", ", got ", scalar_type_text(weight.scalar_type()));
+  check_tensor(weight, "weight", s.weight_dtype, {"E", s.D}, place);
   s.E = weight.size(0);
-  if (bias) check_tensor(*bias, "bias", s.weight_dtype, {s.E}, place);
+  if (bias) check_tensor(*bias, "bias", s.weight_dtype, {s.E}, place, "weight");
   return s;
 }
 
@@ -296,7 +292,7 @@ inline RouteLinearShape check_route_linear_gradient(const Tensor& d_logits, cons
                                                     const std::vector<bool>& needs, Place place = {}) {
   const RouteLinearShape s = check_route_linear(x, weight, {}, place);
   check_needs(needs, 3);
-  check_tensor(d_logits, "d_logits", s.arithmetic(), {s.T, s.E}, place);
+  check_tensor(d_logits, "d_logits", s.arithmetic(), {s.T, s.E}, place, nullptr);
   return s;
 }
 
@@ -307,16 +303,16 @@ struct ScoresShape {
 
 inline ScoresShape check_scores(const Tensor& scores, Place place = {}) {
   const DType dtype = weight_dtype(scores, "scores");
-  check_tensor(scores, "scores", dtype, {-1, -1}, place);
+  check_tensor(scores, "scores", dtype, {"T", "E"}, place);
   STD_TORCH_CHECK(scores.size(1) >= 1, "scores: expected at least one expert, got ", shape_text(scores));
   return {dtype, scores.size(0), scores.size(1)};
 }
 
 inline void check_mask(const Tensor& mask, int64_t T, Place place = {}) {
-  STD_TORCH_CHECK(mask.scalar_type() == torch::headeronly::ScalarType::Bool && place.holds(mask) && mask.dim() == 1 &&
-                      mask.size(0) == T,
-                  "mask: expected bool of shape [", T, "] on ", place.text(), ", got ",
-                  scalar_type_text(mask.scalar_type()), " of shape ", shape_text(mask));
+  STD_TORCH_CHECK(mask.scalar_type() == torch::headeronly::ScalarType::Bool, "mask: expected dtype bool, got ",
+                  scalar_type_text(mask.scalar_type()));
+  check_place(mask, "mask", place);
+  check_extents(mask, "mask", {T});
 }
 
 }  // namespace ffn_ops

@@ -177,7 +177,7 @@ std::tuple<Tensor, Tensor> round_tokens(const Tensor& scores, const Tensor& ids,
   const std::vector<double> values = finite_scores(scores);
   const int64_t T = scores.size(0), E = scores.size(1);
   STD_TORCH_CHECK(tile >= 1, "tile: expected at least 1, got ", tile);
-  check_integers(ids, "ids", {T, -1});
+  check_indices_shape(ids, "ids", {T, "K"});
   const Tensor dense = torch::stable::contiguous(ids);
   const auto* chosen = static_cast<const int64_t*>(dense.const_data_ptr());
   tile = std::min(tile, 2 * T + 2);  // a larger one rounds every count to 0 as well, and its sums may not fit

@@ -7,9 +7,10 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../common/descriptors.h"
 #include "../common/dtypes.h"
-#include "dispatch.h"
 #include "../common/gate.h"
+#include "dispatch.h"
 
 namespace ffn_ops {
 
@@ -23,13 +24,8 @@ constexpr int64_t kKC = 512;
 // Below, a product is bound by its stores, which should run along rows.
 constexpr int64_t kShortK = 64;
 
-constexpr int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
-
 // A strided matrix: element (r, c) is data[rows ? rows[r] : r][c]. Lanes of a packed panel run along rows or columns.
-struct Matrix {
-  const void* data = nullptr;
-  int64_t row_stride = 0;
-  int64_t col_stride = 1;
+struct Matrix : StridedMatrix {
   DType dtype = DType::kFloat32;
   const int64_t* rows = nullptr;  // row gather
 };
@@ -41,11 +37,7 @@ struct Operand {
 };
 
 struct Epilogue : Gate {
-  enum class Kind {
-    kStore,         // out = acc + bias
-    kActivate,      // out = sum over branches of act(gate) * up, or act(gate); saves gate and up where asked
-    kActivateGrad,  // acc = dH: out = act'(gate) * up * dH, out_up = act(gate) * dH and h = act(gate) * up
-  };
+  using Kind = EpilogueKind;
   Kind kind = Kind::kStore;
   DType dtype = DType::kFloat32;  // storage of everything below
   void* out = nullptr;            // [M, N]
@@ -175,12 +167,9 @@ struct ColumnSum {
   void* out = nullptr;
 };
 
-// Tokens and their routed rows. Rows from `kept` on are neither read nor computed.
-struct Routes {
-  int64_t tokens = 0, kept = 0;
-  const int64_t* token = nullptr;         // [R]: of each row
-  const int64_t* row = nullptr;           // the rows of token t: row[slot_offsets[t]] ..
-  const int64_t* slot_offsets = nullptr;  // [T + 1]
+// Rows from `kept` on are neither read nor computed.
+struct Routes : RowsOfTokens {
+  int64_t kept = 0;
 };
 
 // dispatch: out[r] = weight[r] * in[token[r]], zero from `kept` on. combine: out[t] = sum of weight[r] * in[r] over the
@@ -204,17 +193,8 @@ struct RowDots {
   void* out = nullptr;
 };
 
-// Scores of E experts for each token, the best K of them, and their weights.
-struct TopK {
-  int64_t T = 0, E = 0, K = 0;
+struct TopK : ChoiceOfExperts {
   Matrix logits;
-  const void* bias = nullptr;  // [E], of the arithmetic's dtype: added for the choice, not for the weight
-  bool sigmoid = false, renormalize = false, softmax_after = false;
-  int64_t num_groups = 1, top_groups = 1;
-  double scale = 1.0;
-  int64_t* ids = nullptr;    // [T, K]; read by backward
-  void* weights = nullptr;   // [T, K], of the arithmetic's dtype; d_weights in backward
-  void* d_logits = nullptr;  // [T, E]
 };
 
 // Entry points of one instruction set. Each works on a range and is single-threaded.

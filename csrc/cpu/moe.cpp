@@ -237,18 +237,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_backward(
 
 // ---- with adapters --------------------------------------------------------------------------------------------------
 
-LowRank low_rank(const std::optional<Tensor>& a, const std::optional<Tensor>& b, const char* place, double scale,
+LowRank low_rank(const std::optional<Tensor>& a, const std::optional<Tensor>& b, const std::string& place, double scale,
                  const MoeShape& s, int64_t N, int64_t K) {
   LowRank l;
-  const std::string name(place);
-  STD_TORCH_CHECK(a.has_value() == b.has_value(), "lora: expected a_", name, " and b_", name,
+  STD_TORCH_CHECK(a.has_value() == b.has_value(), "lora: expected a_", place, " and b_", place,
                   " together, or none of them, got one");
   if (!a) return l;
-  l.dtype = storage_dtype(*a, ("a_" + name).c_str()) == arithmetic_dtype(s.dtype) ? arithmetic_dtype(s.dtype) : s.dtype;
-  check_tensor(*a, ("a_" + name).c_str(), l.dtype, {s.E, -1, K});
+  const std::string a_name = "lora.a_" + place, b_name = "lora.b_" + place;
+  const DType wide = arithmetic_dtype(s.dtype);
+  const auto text = [](DType d) { return std::string(kDTypeNames[static_cast<int>(d)]); };
+  const auto dtype_of = [&](const Tensor& t, const std::string& name) {
+    const DType dtype = storage_dtype(t, name.c_str());
+    check_place(t, name.c_str(), {});
+    const std::string expected = text(s.dtype) + (wide == s.dtype ? "" : " or " + text(wide));
+    STD_TORCH_CHECK(dtype == s.dtype || dtype == wide, name, ": expected dtype ", expected, ", got ", text(dtype));
+    return dtype;
+  };
+  l.dtype = dtype_of(*a, a_name);
+  const DType b_dtype = dtype_of(*b, b_name);
+  STD_TORCH_CHECK(b_dtype == l.dtype, b_name, ": expected dtype ", text(l.dtype), " as a_", place, " has, got ",
+                  text(b_dtype));
+  check_extents(*a, a_name.c_str(), {s.E, "r", K});
   l.rank = a->size(1);
-  STD_TORCH_CHECK(l.rank > 0, "a_", name, ": expected a rank of at least 1, got ", shape_text(*a));
-  check_tensor(*b, ("b_" + name).c_str(), l.dtype, {s.E, N, l.rank});
+  STD_TORCH_CHECK(l.rank > 0, a_name, ": expected a rank of at least 1, got shape ", shape_text(*a));
+  check_extents(*b, b_name.c_str(), {s.E, N, l.rank});
   l.a = &*a;
   l.b = &*b;
   l.scale = scale;
@@ -290,8 +302,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
 Tensor moe_linear(const Tensor& rows, const Tensor& w, const Tensor& offsets) {
   Experts c;
   c.dtype = storage_dtype(rows, "rows");
-  check_tensor(rows, "rows", c.dtype, {-1, -1});
-  check_tensor(w, "w", c.dtype, {-1, -1, rows.size(1)});
+  check_tensor(rows, "rows", c.dtype, {"R", "K"});
+  check_tensor(w, "w", c.dtype, {"E", "N", rows.size(1)});
   c.set_rows(offsets, w.size(0), rows.size(0));
   Tensor out = fresh(rows, {c.R, w.size(1)});
   Workspace workspace;
@@ -306,9 +318,9 @@ Tensor moe_linear(const Tensor& rows, const Tensor& w, const Tensor& offsets) {
 Tensor moe_outer(const Tensor& a, const Tensor& b, const Tensor& offsets) {
   Experts c;
   c.dtype = storage_dtype(a, "a");
-  check_tensor(a, "a", c.dtype, {-1, -1});
-  check_tensor(b, "b", c.dtype, {a.size(0), -1});
-  c.set_rows(offsets, count_of(offsets, "offsets", "E"), a.size(0));
+  check_tensor(a, "a", c.dtype, {"R", "M"});
+  check_tensor(b, "b", c.dtype, {a.size(0), "N"});
+  c.set_rows(offsets, count_of(offsets, "offsets"), a.size(0));
   Tensor out = fresh(a, {c.E, a.size(1), b.size(1)});
   Workspace workspace;
   Steps steps(kernels(), workspace, threads());

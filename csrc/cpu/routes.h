@@ -16,10 +16,10 @@ struct Segment {
   int64_t rows() const { return end - begin; }
 };
 
-// A dense int64 tensor of `size` elements (-1: any) that lie in [0, limit].
+// A dense int64 tensor of `size` elements that lie in [0, limit].
 inline const int64_t* check_indices(const Tensor& t, const char* name, int64_t size, int64_t limit,
                                     std::vector<Tensor>& keep) {
-  check_index_vector(t, name, size);
+  check_indices_shape(t, name, {size});
   const auto* data = static_cast<const int64_t*>(dense_data(t, keep));
   bool inside = true;
   for (int64_t i = 0; i < t.size(0); ++i) inside = inside && data[i] >= 0 && data[i] <= limit;

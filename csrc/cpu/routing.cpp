@@ -31,10 +31,10 @@ void run_top_k(const TopK& job, void (*kernel)(const TopK&, int64_t, int64_t, vo
 std::tuple<Tensor, Tensor> route_top_k(const Tensor& logits, std::optional<Tensor> bias, int64_t k, std::string score,
                                        bool renormalize, bool softmax_after, int64_t num_groups, int64_t top_groups,
                                        double scale) {
-  TopK job = check_top_k<TopK>(logits, k, score, renormalize, softmax_after, num_groups, top_groups, scale);
+  TopK job{check_top_k(logits, k, score, renormalize, softmax_after, num_groups, top_groups, scale), {}};
   job.logits = matrix(logits, storage_dtype(logits, "logits"));
   std::vector<Tensor> keep;
-  if (bias) check_tensor(*bias, "bias", arithmetic_dtype(job.logits.dtype), {job.E});
+  if (bias) check_tensor(*bias, "bias", arithmetic_dtype(job.logits.dtype), {job.E}, {}, nullptr);
   job.bias = dense_data(bias, keep);
   Tensor ids = fresh_indices({job.T, k});
   Tensor weights = fresh_arithmetic(job.logits.dtype, {job.T, k});
@@ -47,10 +47,10 @@ std::tuple<Tensor, Tensor> route_top_k(const Tensor& logits, std::optional<Tenso
 Tensor route_top_k_backward(const Tensor& d_weights, const Tensor& logits, const Tensor& ids, std::string score,
                             bool renormalize, bool softmax_after, double scale) {
   const int64_t k = ids.dim() == 2 ? ids.size(1) : 0;
-  TopK job = check_top_k<TopK>(logits, k, score, renormalize, softmax_after, 1, 1, scale);
+  TopK job{check_top_k(logits, k, score, renormalize, softmax_after, 1, 1, scale), {}};
   job.logits = matrix(logits, storage_dtype(logits, "logits"));
-  check_tensor(d_weights, "d_weights", arithmetic_dtype(job.logits.dtype), {job.T, k});
-  check_integers(ids, "ids", {job.T, k});
+  check_tensor(d_weights, "d_weights", arithmetic_dtype(job.logits.dtype), {job.T, k}, {}, nullptr);
+  check_indices_shape(ids, "ids", {job.T, k});
   const Tensor dense_ids = torch::stable::contiguous(ids), dense_d = torch::stable::contiguous(d_weights);
   const auto* chosen = static_cast<const int64_t*>(dense_ids.const_data_ptr());
   for (int64_t i = 0; i < job.T * k; ++i)

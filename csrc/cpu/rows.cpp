@@ -22,7 +22,7 @@ Move check_move(const Tensor& in, const char* name, const Tensor& token, const s
                 const Tensor& offsets, const Tensor& row, const Tensor& slot_offsets) {
   Move m;
   m.dtype = storage_dtype(in, name);
-  check_tensor(in, name, m.dtype, {-1, -1});
+  check_tensor(in, name, m.dtype, {"R", "D"});
   m.cols = in.size(1);
   const RoutesShape s = check_routes(token, weight, m.dtype, offsets, row, slot_offsets);
   m.routes.tokens = s.T;
@@ -58,7 +58,7 @@ MoveRows moved(const Move& m, const Tensor& in, Tensor& out) {
 Tensor moe_dispatch(const Tensor& x, const Tensor& token, std::optional<Tensor> weight, const Tensor& offsets,
                     const Tensor& row, const Tensor& slot_offsets) {
   const Move m = check_move(x, "x", token, weight, offsets, row, slot_offsets);
-  check_tensor(x, "x", m.dtype, {m.routes.tokens, -1});
+  check_tensor(x, "x", m.dtype, {m.routes.tokens, "D"});
   Tensor rows = fresh(x, {token.numel(), m.cols});
   const MoveRows job = moved(m, x, rows);
   in_parallel(token.numel(), m.cols, [&](int64_t begin, int64_t end) { kernels().dispatch_rows(job, begin, end); });
@@ -68,7 +68,7 @@ Tensor moe_dispatch(const Tensor& x, const Tensor& token, std::optional<Tensor> 
 Tensor moe_combine(const Tensor& rows, const Tensor& token, std::optional<Tensor> weight, const Tensor& offsets,
                    const Tensor& row, const Tensor& slot_offsets) {
   const Move m = check_move(rows, "rows", token, weight, offsets, row, slot_offsets);
-  check_tensor(rows, "rows", m.dtype, {token.numel(), -1});
+  check_tensor(rows, "rows", m.dtype, {token.numel(), "D"});
   Tensor y = fresh(rows, {m.routes.tokens, m.cols});
   const MoveRows job = moved(m, rows, y);
   in_parallel(m.routes.tokens, m.cols, [&](int64_t begin, int64_t end) { kernels().combine_rows(job, begin, end); });
@@ -79,7 +79,7 @@ Tensor moe_combine(const Tensor& rows, const Tensor& token, std::optional<Tensor
 Tensor moe_row_dots(const Tensor& a, const Tensor& rows, const Tensor& token, const Tensor& offsets, const Tensor& row,
                     const Tensor& slot_offsets) {
   const Move m = check_move(a, "a", token, std::nullopt, offsets, row, slot_offsets);
-  check_tensor(a, "a", m.dtype, {m.routes.tokens, -1});
+  check_tensor(a, "a", m.dtype, {m.routes.tokens, "D"});
   check_tensor(rows, "rows", m.dtype, {token.numel(), m.cols});
   Tensor out = fresh_arithmetic(m.dtype, {token.numel()});
   RowDots d;

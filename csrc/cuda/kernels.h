@@ -6,19 +6,13 @@
 
 #include <cstdint>
 
+#include "../common/descriptors.h"
 #include "../common/dtypes.h"
 #include "../common/gate.h"
 
 namespace ffn_ops::cuda {
 
-constexpr int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
-
-// Element (r, c) is data[r * row_stride + c * col_stride].
-struct Matrix {
-  const void* data = nullptr;
-  int64_t row_stride = 0;
-  int64_t col_stride = 1;
-};
+using Matrix = StridedMatrix;
 
 // Element-wise passes over [rows, cols]. What is null is not there.
 struct GatedAct : Gate {
@@ -52,13 +46,10 @@ struct ColumnSum {
   void* out = nullptr;               // [experts, cols]
 };
 
-// Tokens and their routed rows; rows from *kept on are neither read nor computed.
-struct Routes {
-  int64_t tokens = 0, rows = 0;           // T, R
-  const int64_t* kept = nullptr;          // &offsets[E]
-  const int64_t* token = nullptr;         // [R]
-  const int64_t* row = nullptr;           // [R], the rows of token t: row[slot_offsets[t]] ..
-  const int64_t* slot_offsets = nullptr;  // [T + 1]
+// Rows from *kept on are neither read nor computed.
+struct Routes : RowsOfTokens {
+  int64_t rows = 0;               // R
+  const int64_t* kept = nullptr;  // &offsets[E]
 };
 
 // dispatch: out[r] = weight[r] * in[token[r]], zero from *kept on. combine: out[t] = sum of weight[r] * in[r] over the
@@ -87,19 +78,11 @@ struct RowDots {
   void* out = nullptr;  // [R]
 };
 
-// Scores of E experts for each token, the best K of them, and their weights; float32 or float64.
-struct TopK {
-  int64_t T = 0, E = 0, K = 0;
+// Logits of float32 or float64.
+struct TopK : ChoiceOfExperts {
   Matrix logits;
   DType dtype = DType::kFloat32;
-  const void* bias = nullptr;  // [E]: added for the choice, not for the weight
-  bool sigmoid = false, renormalize = false, softmax_after = false;
-  int64_t num_groups = 1, top_groups = 1;
-  double scale = 1.0;
-  int64_t* ids = nullptr;    // [T, K]; read by backward
-  void* weights = nullptr;   // [T, K]; d_weights in backward
-  void* d_logits = nullptr;  // [T, E]
-  void* scratch = nullptr;   // global workspace of top_k_scratch_bytes(), null where none is needed
+  void* scratch = nullptr;  // global workspace of top_k_scratch_bytes(), null where none is needed
 };
 
 // The stable counting sort of R entries (pairs of token and expert) by expert, with capacity; see moe_sort on the CPU.
@@ -148,12 +131,7 @@ struct Operand {
 };
 
 struct Epilogue : Gate {
-  enum class Kind {
-    kStore,         // out = acc + bias
-    kActivate,      // out = act(gate) * up or act(gate), each with its bias; saves gate and up where asked
-    kActivateGrad,  // acc = dH (times row_weight): out = act'(gate) * up * dH, out_up = act(gate) * dH, h = act(gate) *
-                    // up
-  };
+  using Kind = EpilogueKind;
   Kind kind = Kind::kStore;
   void* out = nullptr;  // kRows: [R, N]; kOuter: [E, M, N]
   void* out_up = nullptr;

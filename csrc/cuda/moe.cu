@@ -228,9 +228,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_backward(
 Tensor moe_linear(const Tensor& rows, const Tensor& w, const Tensor& offsets) {
   Call call(rows, "rows");
   const DType dtype = storage_dtype(rows, "rows");
-  check_tensor(rows, "rows", dtype, {-1, -1}, call.place());
-  check_tensor(w, "w", dtype, {-1, -1, rows.size(1)}, call.place());
-  check_index_vector(offsets, "offsets", w.size(0) + 1, call.place());
+  check_tensor(rows, "rows", dtype, {"R", "K"}, call.place());
+  check_tensor(w, "w", dtype, {"E", "N", rows.size(1)}, call.place());
+  check_indices_shape(offsets, "offsets", {w.size(0) + 1}, call.place());
   const Experts c{dtype, w.size(0), rows.size(0), call.indices(offsets)};
   Tensor out = call.fresh({c.R, w.size(1)});
   combined_product(call, c, token_rows(c, rows), rows.size(1), w, false, w.size(1), nullptr, nullptr, out);
@@ -241,10 +241,9 @@ Tensor moe_linear(const Tensor& rows, const Tensor& w, const Tensor& offsets) {
 Tensor moe_outer(const Tensor& a, const Tensor& b, const Tensor& offsets) {
   Call call(a, "a");
   const DType dtype = storage_dtype(a, "a");
-  check_tensor(a, "a", dtype, {-1, -1}, call.place());
-  check_tensor(b, "b", dtype, {a.size(0), -1}, call.place());
-  const int64_t E = count_of(offsets, "offsets", "E");
-  check_index_vector(offsets, "offsets", E + 1, call.place());
+  check_tensor(a, "a", dtype, {"R", "M"}, call.place());
+  check_tensor(b, "b", dtype, {a.size(0), "N"}, call.place());
+  const int64_t E = count_of(offsets, "offsets", call.place());
   const Experts c{dtype, E, a.size(0), call.indices(offsets)};
   Tensor out = call.fresh({E, a.size(1), b.size(1)});
   outer_products(call, c, token_rows(c, a), a.size(1), token_rows(c, b), b.size(1), out);

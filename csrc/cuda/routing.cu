@@ -25,7 +25,8 @@ void launch_top_k(Call& call, TopK job) {
   });
 }
 
-TopK with_logits(TopK job, const Tensor& logits) {
+TopK with_logits(const ChoiceOfExperts& choice, const Tensor& logits) {
+  TopK job{choice};
   job.logits = matrix(logits);
   job.dtype = storage_dtype(logits, "logits");
   STD_TORCH_CHECK(job.E <= INT32_MAX, "logits: expected fewer than 2^31 experts, got ", shape_text(logits));
@@ -37,9 +38,8 @@ std::tuple<Tensor, Tensor> route_top_k(const Tensor& logits, MaybeTensor bias, i
                                        double scale) {
   Call call(logits, "logits");
   TopK job = with_logits(
-      check_top_k<TopK>(logits, k, score, renormalize, softmax_after, num_groups, top_groups, scale, call.place()),
-      logits);
-  if (bias) check_tensor(*bias, "bias", arithmetic_dtype(job.dtype), {job.E}, call.place());
+      check_top_k(logits, k, score, renormalize, softmax_after, num_groups, top_groups, scale, call.place()), logits);
+  if (bias) check_tensor(*bias, "bias", arithmetic_dtype(job.dtype), {job.E}, call.place(), nullptr);
   job.bias = call.dense(bias);
   Tensor ids = call.fresh_indices({job.T, k}), weights = call.fresh(arithmetic_dtype(job.dtype), {job.T, k});
   job.ids = static_cast<int64_t*>(ids.mutable_data_ptr());
@@ -52,10 +52,9 @@ Tensor route_top_k_backward(const Tensor& d_weights, const Tensor& logits, const
                             bool renormalize, bool softmax_after, double scale) {
   Call call(logits, "logits");
   const int64_t k = ids.dim() == 2 ? ids.size(1) : 0;
-  TopK job =
-      with_logits(check_top_k<TopK>(logits, k, score, renormalize, softmax_after, 1, 1, scale, call.place()), logits);
-  check_tensor(d_weights, "d_weights", arithmetic_dtype(job.dtype), {job.T, k}, call.place());
-  check_integers(ids, "ids", {job.T, k}, call.place());
+  TopK job = with_logits(check_top_k(logits, k, score, renormalize, softmax_after, 1, 1, scale, call.place()), logits);
+  check_tensor(d_weights, "d_weights", arithmetic_dtype(job.dtype), {job.T, k}, call.place(), nullptr);
+  check_indices_shape(ids, "ids", {job.T, k}, call.place());
   Tensor d_logits = call.fresh({job.T, job.E});
   job.ids = const_cast<int64_t*>(call.indices(ids));
   job.weights = const_cast<void*>(call.dense(d_weights));
@@ -124,7 +123,7 @@ std::tuple<Tensor, Tensor> round_tokens(const Tensor& scores, const Tensor& ids,
   Call call(scores, "scores");
   const ScoresShape s = check_scores(scores, call.place());
   STD_TORCH_CHECK(tile >= 1, "tile: expected at least 1, got ", tile);
-  check_integers(ids, "ids", {s.T, -1}, call.place());
+  check_indices_shape(ids, "ids", {s.T, "K"}, call.place());
   RoundTokens job;
   job.T = s.T;
   job.E = s.E;

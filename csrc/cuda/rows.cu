@@ -66,7 +66,7 @@ Tensor moe_dispatch(const Tensor& x, const Tensor& token, MaybeTensor weight, co
   Call call(x, "x");
   const DType dtype = storage_dtype(x, "x");
   const RoutesShape s = check_routes(token, weight, dtype, offsets, row, slot_offsets, call.place());
-  check_tensor(x, "x", dtype, {s.T, -1}, call.place());
+  check_tensor(x, "x", dtype, {s.T, "D"}, call.place());
   Tensor rows = call.fresh({s.R, x.size(1)});
   const Routes routes = describe(call, s, token, offsets, row, slot_offsets);
   launch_dispatch_rows(call, move_rows(call, routes, x, dtype, weight, rows));
@@ -78,7 +78,7 @@ Tensor moe_combine(const Tensor& rows, const Tensor& token, MaybeTensor weight, 
   Call call(rows, "rows");
   const DType dtype = storage_dtype(rows, "rows");
   const RoutesShape s = check_routes(token, weight, dtype, offsets, row, slot_offsets, call.place());
-  check_tensor(rows, "rows", dtype, {s.R, -1}, call.place());
+  check_tensor(rows, "rows", dtype, {s.R, "D"}, call.place());
   Tensor y = call.fresh({s.T, rows.size(1)});
   const Routes routes = describe(call, s, token, offsets, row, slot_offsets);
   launch_combine_rows(call, move_rows(call, routes, rows, dtype, weight, y));
@@ -92,7 +92,7 @@ Tensor moe_row_dots(const Tensor& a, const Tensor& rows, const Tensor& token, co
   RowDots job;
   job.dtype = storage_dtype(a, "a");
   const RoutesShape s = check_routes(token, std::nullopt, job.dtype, offsets, row, slot_offsets, call.place());
-  check_tensor(a, "a", job.dtype, {s.T, -1}, call.place());
+  check_tensor(a, "a", job.dtype, {s.T, "D"}, call.place());
   check_tensor(rows, "rows", job.dtype, {s.R, a.size(1)}, call.place());
   Tensor out = call.fresh(arithmetic_dtype(job.dtype), {s.R});
   job.routes = describe(call, s, token, offsets, row, slot_offsets);

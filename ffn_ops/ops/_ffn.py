@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -17,6 +16,7 @@ from ._gated_act import act_tangent, gated_act, gated_act_op
 from ._shared import (
     autocast,
     backward_tangents,
+    checked,
     dense,
     double_backward,
     fold,
@@ -73,7 +73,7 @@ def ffn(
         >>> y = ffn_ops.ffn(x, w_gate, w_down, activation="relu")  # no gate
         >>> torch.testing.assert_close(y, torch.relu(x @ w_gate.T) @ w_down.T)
     """
-    check.tensor("x", x)
+    check.first("x", x)
     x, w_in, w_up, w_down, b_in, b_up, b_down = autocast(x, w_in, w_up, w_down, b_in, b_up, b_down)  # type: ignore[assignment]
     if gated is not None:
         check.flag("gated", gated)
@@ -81,28 +81,17 @@ def ffn(
             raise ValueError("gated: expected None or True where w_up is given, got False")
     check.flag("recompute", recompute)
     gated = bool(gated) or w_up is not None
-    if x.dim() < 1:
-        raise ValueError(f"x: expected shape [..., D], got {list(x.shape)}")
     gate = as_gate(activation, gated=gated, one_weight=gated and w_up is None)
-    by_torch = prefers_torch(x)
-    if by_torch or torch.compiler.is_compiling():
+    if prefers_torch(x):
         _check_ffn(x, w_in, w_up, w_down, b_in, b_up, b_down, gated)
-    if by_torch:
         return _ffn_by_torch(x, w_in, w_up, w_down, b_in, b_up, b_down, gated, gate)
-    refused: Exception | None = None
-    try:
+
+    def operator() -> Tensor:
         grad = needs_grad(x, w_in, w_down, w_up, b_in, b_up, b_down)
-        save = grad and not recompute
-        args = (w_in, w_up, w_down, b_in, b_up, b_down, gated, gate.interleaved, gate.activation, gate.params, save)
-        y = _ffn(fold(x), *args, grad=grad)[0]
-    except Exception as error:
-        refused = error
-    if refused is not None:  # the operator checks as strictly, before any work; these checks find the message
-        try:
-            _check_ffn(x, w_in, w_up, w_down, b_in, b_up, b_down, gated)
-            raise refused
-        finally:  # breaks the cycle of error, traceback and frame, which would keep the tensors alive
-            del refused
+        form = (gated, gate.interleaved, gate.activation, gate.params, grad and not recompute)
+        return _ffn(fold(x), w_in, w_up, w_down, b_in, b_up, b_down, *form, grad=grad)[0]  # type: ignore[no-any-return]
+
+    y = checked(operator, lambda: _check_ffn(x, w_in, w_up, w_down, b_in, b_up, b_down, gated))
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], w_down.shape[0])  # type: ignore[no-any-return]
 
 
@@ -138,6 +127,7 @@ def _check_ffn(
     gated: bool,
 ) -> tuple[Any, Any]:
     """Returns F and the width of the output."""
+    check.leading("x", x)
     check.tensor("w_in", w_in, ("2F" if gated and w_up is None else "F", x.shape[-1]), like=x)
     rows = w_in.shape[0]
     features = rows

@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import _checks as check
 from .._gate import Gate, as_gate, check_gate
 from .._library import differentiable, fake, vmap_by_loop
-from ._shared import backward_tangents, dense, fold, not_asked_for, plus, third_order, third_setup
+from ._shared import backward_tangents, checked, dense, fold, not_asked_for, plus, third_order, third_setup
 
 
 def gated_act(gate: Tensor, up: Tensor | None = None, *, activation: str | Gate = "silu") -> Tensor:
@@ -40,13 +40,12 @@ def gated_act(gate: Tensor, up: Tensor | None = None, *, activation: str | Gate 
     """
     if check.is_dtensor(gate):
         return on_shards(functools.partial(gated_act, activation=activation), gate, up)
-    check.tensor("gate", gate)
-    if up is not None:
-        check.tensor("up", up, gate.shape, like=gate)
+    check.first("gate", gate)
     kind = as_gate(activation, gated=up is not None)
     form = (kind.activation, kind.params)
     if gate.dim() == 2:
-        return gated_act_op(gate, up, *form)  # type: ignore[no-any-return]
+        return checked(lambda: gated_act_op(gate, up, *form), lambda: _check_shapes(gate, up))  # type: ignore[no-any-return]
+    _check_shapes(gate, up)  # the operator sees no leading dimensions
     shape = gate.shape
     if gate.dim() < 2:
         gate = gate.reshape(1, -1)
@@ -55,6 +54,12 @@ def gated_act(gate: Tensor, up: Tensor | None = None, *, activation: str | Gate 
         gate = fold(gate)
         up = None if up is None else fold(up)
     return gated_act_op(gate, up, *form).reshape(shape)  # type: ignore[no-any-return]
+
+
+def _check_shapes(gate: Tensor, up: Tensor | None) -> None:
+    check.tensor("gate", gate)
+    if up is not None:
+        check.tensor("up", up, gate.shape, like=gate)
 
 
 def on_shards(function: Callable[..., Tensor], gate: Any, up: Any) -> Tensor:

@@ -18,6 +18,7 @@ from ._gated_act import act_tangent, gated_act
 from ._shared import (
     autocast,
     backward_tangents,
+    checked,
     dense,
     double_backward,
     fold,
@@ -63,16 +64,14 @@ def gated_linear(
         >>> torch.testing.assert_close(y, torch.sigmoid(x @ w_gate.T) * (x @ w_up.T))
     """
     lists = [_as_list(n, v) for n, v in (("w_gate", w_gate), ("w_up", w_up), ("b_gate", b_gate), ("b_up", b_up))]
-    check.tensor("x", x)
+    check.first("x", x)
     cast = iter(autocast(x, *(t for each in lists for t in each)))
     x = next(cast)  # type: ignore[assignment]
     lists = [[next(cast) for _ in each] for each in lists]  # type: ignore[misc]
     gates, ups, gate_biases, up_biases = lists
-    if x.dim() < 1:
-        raise ValueError(f"x: expected shape [..., D], got {list(x.shape)}")
     kind = as_gate(activation, gated=True)
-    _check_gated_linear(x, gates, ups, gate_biases, up_biases)
     if prefers_torch(x):
+        _check_gated_linear(x, gates, ups, gate_biases, up_biases)
         parts = [
             gated_act(
                 F.linear(x, gates[i], gate_biases[i] if gate_biases else None),
@@ -82,8 +81,13 @@ def gated_linear(
             for i in range(len(gates))
         ]
         return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
-    grad = needs_grad(x, *gates, *ups, *gate_biases, *up_biases)
-    y = _gated_linear(fold(x), gates, ups, gate_biases, up_biases, kind.activation, kind.params, grad, grad=grad)[0]
+
+    def operator() -> Tensor:
+        grad = needs_grad(x, *gates, *ups, *gate_biases, *up_biases)
+        form = (kind.activation, kind.params, grad)
+        return _gated_linear(fold(x), gates, ups, gate_biases, up_biases, *form, grad=grad)[0]  # type: ignore[no-any-return]
+
+    y = checked(operator, lambda: _check_gated_linear(x, gates, ups, gate_biases, up_biases))
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[-1])  # type: ignore[no-any-return]
 
 
@@ -104,7 +108,7 @@ def _check_gated_linear(
     b_gate: Sequence[Tensor],
     b_up: Sequence[Tensor],
 ) -> None:
-    check.tensor("x", x)
+    check.leading("x", x)
     if not w_gate:
         raise ValueError("w_gate: expected at least one weight, got none")
     check.tensor("w_gate", w_gate[0], ("F", x.shape[-1]), like=x)

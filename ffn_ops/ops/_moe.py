@@ -11,9 +11,20 @@ from .. import _checks as check
 from .._gate import Gate, as_gate, check_gate
 from .._library import differentiable, fake, vmap_by_loop
 from ._moe_derivatives import PLACES, moe_double_backward, moe_tangent
+from ._moe_lora import adapters as check_adapters
 from ._moe_lora import run as with_lora
-from ._rows import check_routing
-from ._shared import arithmetic, as_stored, autocast, backward_tangents, dense, fold, needs_grad, not_asked_for
+from ._rows import check_routing, check_weights, routing_weight
+from ._shared import (
+    arithmetic,
+    as_stored,
+    autocast,
+    backward_tangents,
+    checked,
+    dense,
+    fold,
+    needs_grad,
+    not_asked_for,
+)
 
 if TYPE_CHECKING:
     from .._lora import Lora
@@ -72,20 +83,28 @@ def moe(
         >>> ffn_ops.moe(x, routing, w_in, w_down).shape
         torch.Size([5, 8])
     """
-    check.tensor("x", x)
+    check.first("x", x)
     x, w_in, w_down, b_in, b_down = autocast(x, w_in, w_down, b_in, b_down)  # type: ignore[assignment]
-    check_routing(x, routing)
+    check.is_routing(routing)
     form = expert_form(activation, gated, recompute)
-    check_weights(x, routing.offsets, w_in, w_down, b_in, b_down, gated)
-    token, weight, offsets, row, slot_offsets = routing[:5]
-    weight = weight.to(arithmetic(x))
-    grad = needs_grad(x, weight, w_in, w_down, b_in, b_down)
-    if lora is not None:
-        routed, weights = (token, weight, offsets, row, slot_offsets), (w_in, w_down, b_in, b_down)
-        y = with_lora(fold(x), routed, weights, lora, form, not recompute)
-        return y if x.dim() == 2 else y.reshape(*x.shape[:-1], w_down.shape[1])
-    experts = (w_in, w_down, b_in, b_down, *form, grad and not recompute)
-    y = moe_op(fold(x), token, weight, offsets, row, slot_offsets, *experts, grad=grad)[0]
+
+    def operator() -> Tensor:
+        token, _, offsets, row, slot_offsets = routing[:5]
+        weight = routing_weight(x, routing)
+        if lora is not None:
+            routed = (token, weight, offsets, row, slot_offsets)
+            return with_lora(fold(x), routed, (w_in, w_down, b_in, b_down), lora, form, recompute)
+        grad = needs_grad(x, weight, w_in, w_down, b_in, b_down)
+        experts = (w_in, w_down, b_in, b_down, *form, grad and not recompute)
+        return moe_op(fold(x), token, weight, offsets, row, slot_offsets, *experts, grad=grad)[0]  # type: ignore[no-any-return]
+
+    def check_arguments() -> None:
+        check_routing(x, routing)
+        check_weights(x, routing.offsets, w_in, w_down, b_in, b_down, gated)
+        if lora is not None:
+            check_adapters(lora, x, w_in, w_down)
+
+    y = checked(operator, check_arguments)
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], w_down.shape[1])  # type: ignore[no-any-return]
 
 
@@ -124,18 +143,27 @@ def moe_experts(
         >>> rows = ffn_ops.moe_experts(ffn_ops.moe_dispatch(x, routing), routing.offsets, w_in, w_down)
         >>> torch.testing.assert_close(ffn_ops.moe_combine(rows, routing), ffn_ops.moe(x, routing, w_in, w_down))
     """
-    check.tensor("rows", rows, ("R", "D"))
+    check.first("rows", rows)
     rows, w_in, w_down, b_in, b_down = autocast(rows, w_in, w_down, b_in, b_down)  # type: ignore[assignment]
-    check.indices("offsets", offsets)
-    check.device("offsets", offsets, rows, "rows")
     form = expert_form(activation, gated, recompute)
-    check_weights(rows, offsets, w_in, w_down, b_in, b_down, gated)
-    grad = needs_grad(rows, w_in, w_down, b_in, b_down)
-    if lora is not None:
-        routed = (None, None, offsets, None, None)
-        return with_lora(rows, routed, (w_in, w_down, b_in, b_down), lora, form, not recompute)
-    experts = (w_in, w_down, b_in, b_down, *form, grad and not recompute)
-    return moe_op(rows, None, None, offsets, None, None, *experts, grad=grad)[0]  # type: ignore[no-any-return]
+
+    def operator() -> Tensor:
+        if lora is not None:
+            routed = (None, None, offsets, None, None)
+            return with_lora(rows, routed, (w_in, w_down, b_in, b_down), lora, form, recompute)
+        grad = needs_grad(rows, w_in, w_down, b_in, b_down)
+        experts = (w_in, w_down, b_in, b_down, *form, grad and not recompute)
+        return moe_op(rows, None, None, offsets, None, None, *experts, grad=grad)[0]  # type: ignore[no-any-return]
+
+    def check_arguments() -> None:
+        check.tensor("rows", rows, ("R", "D"))
+        check.indices("offsets", offsets)
+        check.device("offsets", offsets, rows, "rows")
+        check_weights(rows, offsets, w_in, w_down, b_in, b_down, gated)
+        if lora is not None:
+            check_adapters(lora, rows, w_in, w_down)
+
+    return checked(operator, check_arguments)  # type: ignore[no-any-return]
 
 
 def expert_form(activation: str | Gate, gated: bool, recompute: bool) -> tuple[bool, bool, str, tuple[float, ...]]:
@@ -144,30 +172,6 @@ def expert_form(activation: str | Gate, gated: bool, recompute: bool) -> tuple[b
     check.flag("recompute", recompute)
     gate = as_gate(activation, gated=gated, one_weight=gated)
     return gated, gate.interleaved, gate.activation, gate.params
-
-
-def check_weights(
-    x: Tensor,
-    offsets: Tensor,
-    w_in: Tensor,
-    w_down: Tensor,
-    b_in: Tensor | None,
-    b_down: Tensor | None,
-    gated: bool,
-) -> tuple[Any, Any]:
-    """Returns F and the width of the output."""
-    experts = offsets.shape[0] - 1
-    check.tensor("w_in", w_in, (experts, "2F" if gated else "F", x.shape[-1]), like=x)
-    rows = w_in.shape[1]
-    if gated and rows % 2:
-        raise ValueError(f"w_in: expected an even number of rows, of gate and up, got {list(w_in.shape)}")
-    features = rows // 2 if gated else rows
-    check.tensor("w_down", w_down, (experts, "D_out", features), like=x)
-    if b_in is not None:
-        check.tensor("b_in", b_in, (experts, rows), like=x)
-    if b_down is not None:
-        check.tensor("b_down", b_down, (experts, w_down.shape[1]), like=x)
-    return features, w_down.shape[1]
 
 
 def _num_rows(x: Tensor, token: Tensor | None) -> Any:

@@ -15,47 +15,64 @@ from .._library import differentiable, fake, vmap_by_loop
 from .._lora import Lora, check_lora, check_pair
 from ._gated_act import act_tangent, gated_act_op
 from ._moe_derivatives import Rows
-from ._rows import linear_op
-from ._shared import arithmetic, as_stored, backward_tangents, dense, double_backward, given, not_asked_for, plus
+from ._rows import check_weights, linear_op
+from ._shared import (
+    arithmetic,
+    as_stored,
+    backward_tangents,
+    dense,
+    double_backward,
+    given,
+    needs_grad,
+    not_asked_for,
+    plus,
+)
 
 # Places of x, weight, w_in, w_down, b_in, b_down and the adapters among the arguments of moe_lora.
 PLACES = (0, 2, 6, 7, 8, 9, 10, 11, 12, 13)
 _TENSORS = 14
 
 
-def adapters(lora: Lora, x: Tensor, w_in: Tensor, w_down: Tensor) -> tuple[Any, Any, Any, Any]:
+def adapters(lora: Lora, x: Tensor, w_in: Tensor, w_down: Tensor) -> tuple[Any, ...]:
     """The adapters' tensors as the operator takes them, checked."""
-    lora, experts = check_lora(lora), w_in.shape[0]
-    first = check_pair("in", lora.a_in, lora.b_in, w_in.shape[1], x.shape[-1], x, experts)
-    return *first, *check_pair("down", lora.a_down, lora.b_down, w_down.shape[1], w_down.shape[2], x, experts)
+    lora = check_lora(lora)
+    return _checked_pairs((lora.a_in, lora.b_in, lora.a_down, lora.b_down), x, w_in, w_down)
+
+
+def _checked_pairs(factors: Sequence[Any], x: Tensor, w_in: Tensor, w_down: Tensor) -> tuple[Any, ...]:
+    a_in, b_in, a_down, b_down = factors
+    experts = w_in.shape[0]
+    first = check_pair("in", a_in, b_in, w_in.shape[1], x.shape[-1], x, experts)
+    return *first, *check_pair("down", a_down, b_down, w_down.shape[1], w_down.shape[2], x, experts)
 
 
 def run(
-    x: Tensor, routed: Sequence[Any], experts: Sequence[Any], lora: Lora, form: Sequence[Any], save: bool
+    x: Tensor, routed: Sequence[Any], experts: Sequence[Any], lora: Lora, form: Sequence[Any], recompute: bool
 ) -> Tensor:
     """``routed``: token, weight, offsets, row and slot_offsets. ``experts``: w_in, w_down, b_in and b_down."""
     pairs = adapters(lora, x, experts[0], experts[1])
     if x.device.type == "cuda":  # no kernel of its own: the operators below, one after the other
         return _composed(x, routed, (*experts, *pairs), form, lora.scale)
-    return _moe_lora(x, *routed, *experts, *pairs, *form, lora.scale, save)[0]  # type: ignore[no-any-return]
+    grad = needs_grad(x, routed[1], *experts, *pairs)
+    save = grad and not recompute
+    return _moe_lora(x, *routed, *experts, *pairs, *form, lora.scale, save, grad=grad)[0]  # type: ignore[no-any-return]
 
 
-def _fake_sizes(x: Tensor, w_in: Tensor, w_down: Tensor, pairs: Sequence[Any], form: Sequence[Any]) -> Any:
+def _fake_sizes(args: Sequence[Any], form: Sequence[Any]) -> Any:
+    x, _token, _weight, offsets, _row, _slots, w_in, w_down, b_in, b_down, *pairs = args
     gated, interleaved, activation, params = form
     check.tensor("x", x, ("T", "D"))
     check_gate(activation, params, gated=gated, interleaved=interleaved, one_weight=gated)
-    experts, rows = w_in.shape[:2]
-    a_in, lora_b_in, a_down, lora_b_down = pairs
-    check_pair("in", a_in, lora_b_in, rows, x.shape[1], x, experts)
-    check_pair("down", a_down, lora_b_down, w_down.shape[1], w_down.shape[2], x, experts)
-    return w_down.shape[2], w_down.shape[1]
+    sizes = check_weights(x, offsets, w_in, w_down, b_in, b_down, gated)
+    _checked_pairs(pairs, x, w_in, w_down)
+    return sizes
 
 
 @fake("moe_lora")
 def _(*args: Any) -> Any:
-    x, token, _weight, _offsets, _row, _slots, w_in, w_down, _b_in, _b_down, *pairs = args[:_TENSORS]
+    x, token = args[:2]
     *form, _scale, save = args[_TENSORS:]
-    features, out = _fake_sizes(x, w_in, w_down, pairs, form)
+    features, out = _fake_sizes(args[:_TENSORS], form)
     rows = (x if token is None else token).shape[0]
     gate = dense(x, rows, features) if save else dense(x, 0)
     up = dense(x, rows, features) if save and form[0] else dense(x, 0)
@@ -65,8 +82,8 @@ def _(*args: Any) -> Any:
 @fake("moe_lora_backward")
 def _(d_y: Tensor, *args: Any) -> Any:
     inputs, form, needs = args[:_TENSORS], args[_TENSORS + 2 : _TENSORS + 6], args[-1]
-    x, token, _weight, _offsets, _row, _slots, w_in, w_down, _b_in, _b_down, *pairs = inputs
-    _features, out = _fake_sizes(x, w_in, w_down, pairs, form)
+    x, token, w_in = inputs[0], inputs[1], inputs[6]
+    _features, out = _fake_sizes(inputs, form)
     check.tensor("d_y", d_y, (x.shape[0], out), like=x)
     grads = []
     for place, need in zip(PLACES, needs, strict=True):

@@ -10,7 +10,17 @@ from torch import Tensor
 
 from .. import _checks as check
 from .._library import differentiable, fake, vmap_by_loop
-from ._shared import arithmetic, backward_tangents, fold, given, linear_cotangent, needs_grad, not_asked_for, plus
+from ._shared import (
+    arithmetic,
+    backward_tangents,
+    checked,
+    fold,
+    given,
+    linear_cotangent,
+    needs_grad,
+    not_asked_for,
+    plus,
+)
 
 
 def route_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -39,24 +49,26 @@ def route_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
         >>> ffn_ops.route_linear(x, torch.ones(4, 8, dtype=torch.bfloat16)).dtype
         torch.float32
     """
-    check.tensor("x", x)
-    if x.dim() < 1:
-        raise ValueError(f"x: expected shape [..., D], got {list(x.shape)}")
-    _check_route_linear(x, weight, bias)
-    z = _route_linear(fold(x), weight, bias, grad=needs_grad(x, weight, bias))
+    check.first("x", x)
+    z = checked(
+        lambda: _route_linear(fold(x), weight, bias, grad=needs_grad(x, weight, bias)),
+        lambda: _check_route_linear(x, weight, bias),
+    )
     return z if x.dim() == 2 else z.reshape(*x.shape[:-1], z.shape[-1])  # type: ignore[no-any-return]
 
 
 def _check_route_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    check.tensor("weight", weight, ("E", x.shape[-1]))
+    check.leading("x", x)
+    check.tensor("weight", weight)
     if weight.dtype not in (x.dtype, arithmetic(x)):
-        wanted = " or ".join(sorted({str(dtype).removeprefix("torch.") for dtype in (x.dtype, arithmetic(x))}))
-        raise TypeError(f"weight: expected dtype {wanted}, got {str(weight.dtype).removeprefix('torch.')}")
+        wanted = " or ".join(dict.fromkeys(check.dtype_name(dtype) for dtype in (x.dtype, arithmetic(x))))
+        raise TypeError(f"weight: expected dtype {wanted}, got {check.dtype_name(weight.dtype)}")
+    check.tensor("weight", weight, ("E", x.shape[-1]))
     check.device("weight", weight, x)
     if bias is not None:
         check.tensor("bias", bias, (weight.shape[0],))
         if bias.dtype is not weight.dtype:
-            wanted, got = (str(t.dtype).removeprefix("torch.") for t in (weight, bias))
+            wanted, got = check.dtype_name(weight.dtype), check.dtype_name(bias.dtype)
             raise TypeError(f"bias: expected dtype {wanted} as weight has, got {got}")
         check.device("bias", bias, x)
 

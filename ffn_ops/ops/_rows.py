@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from .._library import differentiable, fake, vmap_by_loop
-from ._shared import arithmetic, autocast, dense, fold, plus
+from ._shared import arithmetic, autocast, checked, dense, fold, plus
 
 if TYPE_CHECKING:
     from ..routing import Routing
@@ -43,10 +43,13 @@ def moe_dispatch(x: Tensor, routing: Routing) -> Tensor:
         >>> torch.equal(ffn_ops.moe_dispatch(x, routing), x[routing.token])
         True
     """
-    check.tensor("x", x)
+    check.first("x", x)
     (x,) = autocast(x)  # type: ignore[assignment]
-    check_routing(x, routing)
-    return dispatch_op(fold(x), routing.token, None, routing.offsets, routing.row, routing.slot_offsets)  # type: ignore[no-any-return]
+    check.is_routing(routing)
+    return checked(  # type: ignore[no-any-return]
+        lambda: dispatch_op(fold(x), routing.token, None, routing.offsets, routing.row, routing.slot_offsets),
+        lambda: check_routing(x, routing),
+    )
 
 
 def moe_combine(rows: Tensor, routing: Routing) -> Tensor:
@@ -70,21 +73,60 @@ def moe_combine(rows: Tensor, routing: Routing) -> Tensor:
         >>> routing = ffn_ops.routing.top_k(torch.randn(5, 4), k=2, renormalize=True)  # weights of a token sum to 1
         >>> torch.testing.assert_close(ffn_ops.moe_combine(ffn_ops.moe_dispatch(x, routing), routing), x)
     """
-    check.tensor("rows", rows)
+    check.first("rows", rows)
     (rows,) = autocast(rows)  # type: ignore[assignment]
-    check.routing(routing, rows, "rows")
-    check.tensor("rows", rows, (routing.token.shape[0], "D"))
-    weight = routing.weight.to(arithmetic(rows))
-    return combine_op(rows, routing.token, weight, routing.offsets, routing.row, routing.slot_offsets)  # type: ignore[no-any-return]
+    check.is_routing(routing)
+
+    def operator() -> Tensor:
+        weight = routing_weight(rows, routing)
+        return combine_op(rows, routing.token, weight, routing.offsets, routing.row, routing.slot_offsets)  # type: ignore[no-any-return]
+
+    def check_arguments() -> None:
+        check.tensor("rows", rows)
+        check.routing(routing, rows, "rows")
+        check.tensor("rows", rows, (routing.token.shape[0], "D"))
+
+    return checked(operator, check_arguments)  # type: ignore[no-any-return]
+
+
+def routing_weight(x: Tensor, routing: Routing) -> Tensor:
+    """In the dtype of x's arithmetic."""
+    weight = routing.weight
+    if weight.dtype is not arithmetic(x) and weight.dtype in check.DTYPES:
+        return weight.to(arithmetic(x))
+    return weight
 
 
 def check_routing(x: Tensor, routing: Routing) -> None:
+    check.leading("x", x)
     check.routing(routing, x)
-    if x.dim() < 1:
-        raise ValueError(f"x: expected shape [..., D], got {list(x.shape)}")
     tokens = routing.slot_offsets.shape[0] - 1
     if math.prod(x.shape[:-1]) != tokens:
         raise ValueError(f"x: expected shape [..., D] with {tokens} tokens as the routing has, got {list(x.shape)}")
+
+
+def check_weights(
+    x: Tensor,
+    offsets: Tensor,
+    w_in: Tensor,
+    w_down: Tensor,
+    b_in: Tensor | None,
+    b_down: Tensor | None,
+    gated: bool,
+) -> tuple[Any, Any]:
+    """Returns F and the width of the output."""
+    experts = offsets.shape[0] - 1
+    check.tensor("w_in", w_in, (experts, "2F" if gated else "F", x.shape[-1]), like=x)
+    rows = w_in.shape[1]
+    if gated and rows % 2:
+        raise ValueError(f"w_in: expected an even number of rows, of gate and up, got {list(w_in.shape)}")
+    features = rows // 2 if gated else rows
+    check.tensor("w_down", w_down, (experts, "D_out", features), like=x)
+    if b_in is not None:
+        check.tensor("b_in", b_in, (experts, rows), like=x)
+    if b_down is not None:
+        check.tensor("b_down", b_down, (experts, w_down.shape[1]), like=x)
+    return features, w_down.shape[1]
 
 
 # ---- dispatch, combine, row products --------------------------------------------------------------------------------
@@ -97,7 +139,8 @@ def _check_rows(name: str, t: Tensor, token: Tensor, weight: Tensor | None, row:
     if weight is not None:
         check.tensor("weight", weight, (token.shape[0],))
         if weight.dtype is not arithmetic(t):
-            raise TypeError(f"weight: expected dtype {arithmetic(t)}, got {weight.dtype}")
+            wanted, got = check.dtype_name(arithmetic(t)), check.dtype_name(weight.dtype)
+            raise TypeError(f"weight: expected dtype {wanted}, got {got}")
 
 
 @fake("moe_dispatch")

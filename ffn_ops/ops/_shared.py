@@ -13,6 +13,29 @@ from torch._functorch.eager_transforms import enable_inplace_requires_grad
 from .._library import GRADS_BATCHED, ContextWith
 
 
+def checked(operator: Callable[[], Any], check_arguments: Callable[[], object]) -> Any:
+    """Calls ``operator()``, which checks its arguments before any work. If it refuses, ``check_arguments()`` raises the
+    TypeError or ValueError: it says the same, and also what an operator cannot see, such as that an argument is no
+    tensor.
+
+    A right call is checked once, in C++. torch.compile shows its users only errors from outside of operators, so there
+    the order is the other one.
+    """
+    if torch.compiler.is_compiling():
+        check_arguments()
+        return operator()
+    refused: Exception
+    try:
+        return operator()
+    except Exception as error:
+        refused = error
+    try:  # outside of the handler, so that the one error does not hold the other
+        check_arguments()
+        raise refused
+    finally:  # breaks the cycle of error, traceback and frame, which would keep the tensors alive
+        del refused
+
+
 def fold(x: Tensor) -> Tensor:
     if x.dim() == 2:
         return x

@@ -219,7 +219,7 @@ void test_rows(const char* isa, const KernelTable& table, DType dtype, int64_t T
   Buffer x(dtype, T * cols), rows(dtype, R * cols), out(dtype, R * cols), y(dtype, T * cols);
   Buffer weight(wide, R), parts(wide, R * 3), dots(wide, R), sums(dtype, cols);
   MoveRows m;
-  m.routes = {T, kept, token.data(), row.data(), slot_offsets.data()};
+  m.routes = {{T, token.data(), row.data(), slot_offsets.data()}, kept};
   m.cols = cols;
   m.weight = weight.data.get();
   m.out_stride = cols;

@@ -42,7 +42,7 @@ struct Problem {
     if (random.coin()) offsets[E] = random.coin() ? int64_t(random.next()) : R + 5;
   }
   int64_t kept() const { return std::clamp<int64_t>(offsets[E], 0, R); }
-  Routes routes() const { return {T, R, &offsets[E], token.data(), row.data(), slot_offsets.data()}; }
+  Routes routes() const { return {{T, token.data(), row.data(), slot_offsets.data()}, R, &offsets[E]}; }
   bool real(int64_t t) const { return t >= 0 && t < T; }
 };
 
