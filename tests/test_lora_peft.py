@@ -165,6 +165,13 @@ def test_gradient_checkpointing_and_training() -> None:
     assert_alike(ours, theirs)
 
 
+def test_compiled_in_one_graph() -> None:
+    experts = adapted("ffn_ops", "mixtral").base_model.model.model.layers[0].mlp.experts
+    given = torch.randn(5, 32, dtype=torch.float64), torch.randint(0, 4, (5, 2)), torch.rand(5, 2, dtype=torch.float64)
+    compiled = torch.compile(experts, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*given), experts(*given))
+
+
 def test_other_implementations_and_other_adapters_stay_as_they_are() -> None:
     """PEFT's own way where another implementation is set, or where an adapter is not plain."""
     ours = adapted("ffn_ops")
