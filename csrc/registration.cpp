@@ -79,11 +79,11 @@ STABLE_TORCH_LIBRARY(ffn_ops, m) {
 
   // Routing. Indices >= num_experts (or num_tokens) are skipped; capacity < 0: none.
   m.def(
-      "route_top_k(Tensor logits, Tensor? bias, SymInt k, str score, bool renormalize, bool softmax_after,"
-      " int num_groups, int top_groups, float scale) -> (Tensor weights, Tensor ids)");
+      "route_top_k(Tensor logits, Tensor? bias, Tensor? ids, SymInt k, int shared, str score, bool renormalize,"
+      " bool by_logits, int num_groups, int top_groups, int group_best, float scale) -> (Tensor weights, Tensor ids)");
   m.def(
       "route_top_k_backward(Tensor d_weights, Tensor logits, Tensor ids, str score, bool renormalize,"
-      " bool softmax_after, float scale) -> Tensor");
+      " bool by_logits, float scale) -> Tensor");
   m.def(
       "moe_sort(Tensor expert, Tensor? token, Tensor weight, SymInt num_experts, SymInt num_tokens, SymInt capacity,"
       " bool by_weight) -> (Tensor weight, Tensor token, Tensor offsets, Tensor row, Tensor slot_offsets,"

@@ -62,12 +62,12 @@ STEPS = (
     ),
     Step(
         "models",
-        "replace on layers, models of transformers, adapters and quantised weights",
+        "replace on layers, models of transformers, adapters and quantised weights; routers and mixtures of models",
         4.0,
         steps.tests_of(
             "test_replace.py", "test_replace_alike.py", "test_replace_changes.py", "test_replace_inputs.py",
             "test_replace_models.py", "test_replace_part_changes.py", "test_replace_parts.py", "test_replace_peft.py",
-            "test_replace_report.py", "test_libraries.py",
+            "test_replace_report.py", "test_libraries.py", "test_router_models.py", "test_moe_models.py",
         ),
     ),
     Step("racecheck", "compute-sanitizer: races in shared memory", 1.5, steps.sanitizer("racecheck", few=True)),

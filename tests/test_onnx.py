@@ -33,7 +33,9 @@ class Everything(nn.Module):
             [
                 ffn_ops.MoEFFN(8, 6, 4, router=capacity, num_shared=1),
                 ffn_ops.MoEFFN(8, 6, 4, router=routing.BiasedTopK(4, 2, num_groups=2, top_groups=1), gated=True),
-                ffn_ops.MoEFFN(8, 6, 3, router=functools.partial(routing.top_k, k=2, softmax_after=True)),
+                ffn_ops.MoEFFN(8, 6, 3, router=functools.partial(routing.top_k, k=2, by_logits=True)),
+                ffn_ops.MoEFFN(8, 6, 4, router=routing.BiasedTopK(4, 2, score="sqrt_softplus", shared=1, softcap=2.0)),
+                ffn_ops.MoEFFN(8, 6, 4, router=functools.partial(routing.sparse_mixer, training=False)),
             ]
         )
 

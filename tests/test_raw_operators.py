@@ -46,6 +46,11 @@ def raw_calls() -> dict[str, Callable[[], Any]]:
         form = (False, False, *act, 1.0, True)
         return lambda: OPS.moe_lora(x, None, None, offsets, None, None, *weights, *given.values(), *form)
 
+    def top_k(k: int, **changes: Any) -> Any:
+        given = {"shared": 0, "score": "softmax", "renormalize": False, "by_logits": False}
+        given |= {"num_groups": 1, "top_groups": 1, "group_best": 2, **changes}
+        return OPS.route_top_k(x, None, None, k, *given.values(), 1.0)
+
     d_y, experts = torch.ones(3, 5), torch.ones(2, 6, 4)
     rows = [torch.tensor(each) for each in ([0, 1, 3], [0, 1, 2], [0, 1, 2, 3])]
     return {
@@ -112,13 +117,15 @@ def raw_calls() -> dict[str, Callable[[], Any]]:
         "route_linear: width": lambda: OPS.route_linear(x, w[:, 1:], None),
         "route_linear: bias": lambda: OPS.route_linear(x, w, torch.ones(6).double()),
         "route_linear: length of bias": lambda: OPS.route_linear(x, w, torch.ones(5)),
-        "top_k: k": lambda: OPS.route_top_k(x, None, 5, "softmax", False, False, 1, 1, 1.0),
-        "top_k: score": lambda: OPS.route_top_k(x, None, 2, "tanh", False, False, 1, 1, 1.0),
-        "top_k: groups": lambda: OPS.route_top_k(x, None, 2, "softmax", False, False, 3, 1, 1.0),
-        "top_k: too many groups": lambda: OPS.route_top_k(x, None, 2, "softmax", False, False, 5, 1, 1.0),
-        "top_k: top_groups": lambda: OPS.route_top_k(x, None, 2, "softmax", False, False, 2, 3, 1.0),
-        "top_k: small groups": lambda: OPS.route_top_k(x, None, 3, "softmax", False, False, 2, 1, 1.0),
-        "top_k: softmax_after": lambda: OPS.route_top_k(x, None, 2, "sigmoid", False, True, 1, 1, 1.0),
+        "top_k: k": lambda: top_k(5),
+        "top_k: score": lambda: top_k(2, score="tanh"),
+        "top_k: groups": lambda: top_k(2, num_groups=3),
+        "top_k: too many groups": lambda: top_k(2, num_groups=5),
+        "top_k: top_groups": lambda: top_k(2, num_groups=2, top_groups=3),
+        "top_k: small groups": lambda: top_k(3, num_groups=2),
+        "top_k: shared": lambda: top_k(1, shared=4),
+        "top_k: k beside shared": lambda: top_k(4, shared=1),
+        "top_k: group_best": lambda: top_k(2, group_best=3),
         "needs too short": backward(d_y, h, h, [True]),
         "needs too long": lambda: OPS.gated_act_backward(x, x, None, *act, [True] * 3),
     }

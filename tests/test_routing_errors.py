@@ -22,9 +22,28 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "k a float": (lambda: routing.top_k(torch.ones(2, 3), 1.0), TypeError, "k: expected an integer, got float"),
     "score": (lambda: routing.top_k(torch.ones(2, 3), 1, score="tanh"), ValueError, "score: expected one of softmax"),
     "renormalize": (lambda: routing.top_k(torch.ones(2, 3), 1, renormalize=1), TypeError, "renormalize: expected True"),
-    "softmax after sigmoid": (
-        lambda: routing.top_k(torch.ones(2, 3), 1, score="sigmoid", softmax_after=True), ValueError, "softmax_after",
+    "by logits": (lambda: routing.top_k(torch.ones(2, 3), 1, by_logits=1), TypeError, "by_logits: expected True or"),
+    "softcap": (lambda: routing.top_k(torch.ones(2, 3), 1, softcap=0.0), ValueError, "softcap: expected a positive"),
+    "shared": (lambda: routing.top_k(torch.ones(2, 3), 1, shared=3), ValueError, "shared: expected 0 to 2, got 3"),
+    "k beside shared": (lambda: routing.top_k(torch.ones(2, 3), 3, shared=1), ValueError, "k: expected 1 to 2, got 3"),
+    "shared with a capacity": (
+        lambda: routing.top_k(torch.ones(2, 3), 1, shared=1, capacity_factor=1.0), ValueError, "capacity_factor: exp",
     ),
+    "group_best": (lambda: routing.top_k(torch.ones(2, 6), 1, group_best=3), ValueError, "group_best: expected 1 to 2"),
+    "hash table": (
+        lambda: routing.hash(torch.ones(2).int(), torch.ones(2, 0).int(), 2), ValueError, r"table: expected shape",
+    ),
+    "jitter of the sparse mixer": (lambda: routing.sparse_mixer(torch.ones(2, 3), jitter=-1.0), ValueError, "jitter:"),
+    "quantiles of all experts": (
+        lambda: routing.solve_bias(torch.zeros(3), torch.ones(2, 3), 3), ValueError, "k: expected 1 to 2, got 3",
+    ),
+    "quantiles in groups": (
+        lambda: routing.BiasedTopK(4, 1, num_groups=2).solve(torch.ones(2, 4)), ValueError, "num_groups: expected 1",
+    ),
+    "scale of experts": (
+        lambda: routing.top_k(torch.ones(2, 3), 1).scaled(torch.ones(2)), ValueError, r"scale: expected shape \[3\]",
+    ),
+    "first experts": (lambda: routing.top_k(torch.ones(2, 3), 1).first(4), ValueError, "num_experts: expected 1 to 3"),
     "groups": (lambda: routing.top_k(torch.ones(2, 6), 1, num_groups=4), ValueError, "num_groups: expected"),
     "top groups": (
         lambda: routing.top_k(torch.ones(2, 6), 3, num_groups=3, top_groups=1), ValueError, "top_groups: expected",

@@ -76,7 +76,7 @@ def operator_calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     calls["ffn_backward of two"] = (OPS.ffn_backward, (*all_of_them[:-1], needs))
     E, K, R = 3, 2, 2 * T
     logits = t(T, E)
-    weights, ids = OPS.route_top_k(logits.detach(), None, K, "softmax", True, False, 1, 1, 1.0)
+    weights, ids = OPS.route_top_k(logits.detach(), None, None, K, 0, "softmax", True, False, 1, 1, 2, 1.0)
     weight, token, offsets, row, slot_offsets = OPS.moe_sort(ids, None, weights, E, T, 3, False)[:5]
     index = (token, offsets, row, slot_offsets)
     weight = weight.requires_grad_()
@@ -117,10 +117,15 @@ def operator_calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         calls[f"route_linear {bias is None}"] = (OPS.route_linear, (t(T, D), t(E, D), bias))
     for chosen in ([True] * 3, [False, True, False]):
         calls[f"route_linear_backward {chosen}"] = (OPS.route_linear_backward, (t(T, E), t(T, D), t(E, D), chosen))
-    softmax = [("softmax", *flags) for flags in ((False, False), (True, False), (False, True))]
-    for options in (*softmax, ("sigmoid", True, False)):
+    flags = ((False, False), (True, False), (False, True))
+    for options in (*(("softmax", *f) for f in flags), ("sigmoid", True, False), ("sqrt_softplus", True, True)):
         bias = t(E).detach()
-        calls[f"route_top_k {options}"] = (OPS.route_top_k, (logits, bias, K, *options, 1, 1, 2.5))
+        calls[f"route_top_k {options}"] = (OPS.route_top_k, (logits, bias, None, K, 0, *options, 1, 1, 2, 2.5))
+        calls[f"route_top_k of given {options}"] = (OPS.route_top_k, (logits, None, ids, K, 0, *options, 1, 1, 2, 2.5))
+        calls[f"route_top_k shared {options}"] = (
+            OPS.route_top_k,
+            (logits, bias[1:], None, 1, 1, *options, 1, 1, 1, 1.0),
+        )
         calls[f"route_top_k_backward {options}"] = (OPS.route_top_k_backward, (t(T, K), logits, ids, *options, 2.5))
     calls["moe_sort"] = (OPS.moe_sort, (ids, None, t(T, K), E, T, 2, True))
     calls["moe_sort of pairs"] = (OPS.moe_sort, (ids.flatten(), token, t(R), E, T, -1, False))

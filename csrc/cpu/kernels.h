@@ -101,8 +101,9 @@ struct Gemm {
 struct Schedule {
   enum class Kernel {
     kPacked,  // both operands are packed into panels for the micro-kernel
-    // A few tokens: nothing of the weights is packed, their rows are read once.
-    kDot,        // rows along k, transposed in registers: at most a micro-tile of tokens
+    // A few rows: nothing of the other operand, the weights, is packed, its rows are read once. kDot is as well for a
+    // few columns, computed as the transpose.
+    kDot,        // rows along k, transposed in registers: at most kDotRows rows of the other operand
     kBroadcast,  // rows along k, each element times a vector of tokens
     kAxpy,       // rows along the columns, scaled and added
   };
@@ -236,6 +237,8 @@ inline int64_t gemm_scratch_bytes(const ScheduledGemm& g, const KernelTable& tab
   return (b + tiles + sums) * g.element();
 }
 
+// Schedule::Kernel::kDot holds at most this many columns of a narrow output, and a micro-tile of tokens.
+constexpr int kDotRows = 8;
 // Schedule::Kernel::kBroadcast holds at most this many tokens, and at most kBroadcastVectors vectors of them.
 constexpr int64_t kSmallM = 32;
 constexpr int64_t kBroadcastVectors = 4;

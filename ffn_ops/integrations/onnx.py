@@ -257,34 +257,57 @@ def _range(count: Any) -> Any:
 
 
 def _route_top_k(
-    logits: Any, bias: Optional[Any], k: int, score: str, renormalize: bool, softmax_after: bool, num_groups: int,
-    top_groups: int, scale: float,
+    logits: Any, bias: Optional[Any], ids: Optional[Any], k: int, shared: int, score: str, renormalize: bool,
+    by_logits: bool, num_groups: int, top_groups: int, group_best: int, scale: float,
 ) -> Any:  # fmt: skip
     op = _op()
     z = _wide(logits)
-    scores = z if softmax_after else op.Softmax(z, axis=1) if score == "softmax" else op.Sigmoid(z)
-    choice = z if softmax_after or (bias is None and num_groups == 1) else scores
+    after = by_logits and score == "softmax"
+    scores = z if after else _score(z, score)
+    if ids is None:
+        choice = z if by_logits or (bias is None and num_groups == 1) else scores
+        ids = _chosen(choice, logits.shape[1] - shared, bias, k, num_groups, top_groups, group_best)
+        if shared:
+            each = op.Expand(_numbers(range(logits.shape[1] - shared, logits.shape[1])), op.Concat(
+                op.Shape(ids, start=0, end=1), _numbers([shared]), axis=0))  # fmt: skip
+            ids = op.Concat(ids, each, axis=1)
+    weights = op.GatherElements(scores, ids, axis=1)
+    if after:
+        weights = op.Softmax(weights, axis=1)
+    elif renormalize:
+        total = op.Add(op.ReduceSum(weights, _numbers([1])), _number(1e-20, weights))
+        weights = op.Div(weights, total)
+    return op.Mul(weights, _number(scale, weights)), op.Identity(ids)
+
+
+def _score(z: Any, name: str) -> Any:
+    op = _op()
+    if name == "softmax":
+        return op.Softmax(z, axis=1)
+    return op.Sigmoid(z) if name == "sigmoid" else op.Sqrt(op.Softplus(z))
+
+
+def _chosen(
+    choice: Any, experts: int, bias: Optional[Any], k: int, num_groups: int, top_groups: int, group_best: int
+) -> Any:
+    """Of the first ``experts`` columns."""
+    op = _op()
+    choice = op.Slice(choice, _numbers([0]), _numbers([experts]), _numbers([1]))
     if bias is not None:
         choice = op.Add(choice, op.CastLike(bias, choice))
     least = _number(-math.inf, choice)
     choice = op.Where(op.IsNaN(choice), least, choice)
     if num_groups > 1:
-        each = logits.shape[1] // num_groups
+        each = experts // num_groups
         groups = op.Reshape(choice, _numbers([-1, num_groups, each]))
-        best, _ = op.TopK(groups, _numbers([min(2, each)]), axis=2)
+        best, _ = op.TopK(groups, _numbers([min(group_best, each)]), axis=2)
         _, chosen = op.TopK(op.ReduceSum(best, _numbers([2]), keepdims=0), _numbers([top_groups]), axis=1)
         is_group = op.Equal(op.Unsqueeze(chosen, _numbers([2])), _numbers(range(num_groups)))  # [T, top, groups]
         open_ = op.ReduceMax(op.Cast(is_group, to=_INT64), _numbers([1]), keepdims=0)
         open_ = op.Cast(op.Unsqueeze(open_, _numbers([2])), to=9)  # bool
         choice = op.Reshape(op.Where(open_, groups, least), _numbers([-1, num_groups * each]))
     _, ids = op.TopK(choice, _numbers([k]), axis=1)
-    weights = op.GatherElements(scores, ids, axis=1)
-    if softmax_after:
-        weights = op.Softmax(weights, axis=1)
-    elif renormalize:
-        total = op.Add(op.ReduceSum(weights, _numbers([1])), _number(1e-20, weights))
-        weights = op.Div(weights, total)
-    return op.Mul(weights, _number(scale, weights)), ids
+    return ids
 
 
 def _moe_sort(

@@ -15,23 +15,23 @@ FFN_FN auto choose(int64_t rows, const F& of) {
   return choose_among(rows, std::make_integer_sequence<int, kMost>{}, of);
 }
 
-// sums (+)= the partial sums of one block of k.
+// sums (+)= the partial sums of one block of k; rows of sums lie `stride` apart.
 template <class V, int H, int N>
-FFN_FN void add_partial_sums(const V (&partial)[H][N], typename V::Scalar* sums, bool add) {
+FFN_FN void add_partial_sums(const V (&partial)[H][N], typename V::Scalar* sums, int64_t stride, bool add) {
   FFN_UNROLL
   for (int i = 0; i < H; ++i) {
     FFN_UNROLL
     for (int j = 0; j < N; ++j) {
-      typename V::Scalar* at = sums + (i * N + j) * V::kLanes;
+      typename V::Scalar* at = sums + i * stride + j * V::kLanes;
       store(at, add ? load<V>(at) + partial[i][j] : partial[i][j]);
     }
   }
 }
 
-// tile[H][vectors] (+)= sum over `steps` of k of a[k][H] * b[k][vectors].
+// tile[H][vectors] (+)= sum over `steps` of k of a[k][H] * b[k][vectors]; rows of the tile lie `stride` apart.
 template <class V, int H>
 void micro_kernel(int64_t steps, const typename V::Scalar* a, const typename V::Scalar* b, typename V::Scalar* tile,
-                  bool add) {
+                  int64_t stride, bool add) {
   constexpr int W = V::kLanes;
   constexpr int N = kNRVectors;
   constexpr int64_t kSumSteps = kSumBlock / V::kKR;
@@ -55,7 +55,7 @@ void micro_kernel(int64_t steps, const typename V::Scalar* a, const typename V::
         for (int j = 0; j < N; ++j) acc[i][j] = fma(ai, bk[j], acc[i][j]);
       }
     }
-    add_partial_sums(acc, tile, add);
+    add_partial_sums(acc, tile, stride, add);
     add = true;
   }
 }
@@ -116,6 +116,10 @@ void packed_task(const ScheduledGemm& g, int64_t task, void* scratch) {
   T* sums = tiles + (g.k_blocks() > 1 ? g.mc_panels * g.nc_panels : 1) * H * kWidth;  // branches: act(gate) * up so far
   const auto micro = choose<kMR>(H, [](auto rows) { return &micro_kernel<V, decltype(rows)::value>; });
 
+  // What no epilogue changes goes from the registers to its place.
+  const Epilogue& e = g.epilogue;
+  const bool in_place = e.kind == Epilogue::Kind::kStore && g.K < kShortK && g.k_blocks() == 1 && !g.transposed &&
+                        !(e.bias && e.bias[0]) && !e.add && e.scale == 1 && e.out_dtype() == e.arithmetic();
   const int64_t blocks = g.k_blocks() * g.branches();
   for (int64_t i = 0; i < blocks; ++i) {
     const KBlock c = k_block_at(g, i);
@@ -137,8 +141,14 @@ void packed_task(const ScheduledGemm& g, int64_t task, void* scratch) {
           const int64_t col = (q0 + q) * columns;
           const TilePart part = {p * H, g.M - p * H < H ? g.M - p * H : H, col,
                                  g.N - col < columns ? g.N - col : columns};
-          if (last) prefetch_tile(g.epilogue, part);
-          micro(c.steps, packed_a + p * c.steps * H, packed_b + q * panel_step, tile, !first);
+          const T* const a = packed_a + p * c.steps * H;
+          const T* const b = packed_b + q * panel_step;
+          if (in_place && part.rows == H && part.cols == kWidth) {
+            micro(c.steps, a, b, static_cast<T*>(e.out) + part.row0 * e.out_stride + col, e.out_stride, false);
+            continue;
+          }
+          if (last) prefetch_tile(e, part);
+          micro(c.steps, a, b, tile, kWidth, !first);
           if (last) finish_tile<typename V::Sum>(g, c.branch, tile, part, sums + slot * H * columns);
         }
       }
