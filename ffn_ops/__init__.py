@@ -10,6 +10,7 @@ import torch.fx
 from . import _flops, expert_parallel, ops, routing  # noqa: F401  (_flops registers the formulas)
 from ._gate import Gate
 from ._info import info
+from ._lora import Lora
 from ._memory import empty_cache, set_cache_limit
 from ._replace import ReplaceEntry, ReplaceReport, replace, replace_report, restore
 from ._upcycle import upcycle
@@ -36,6 +37,7 @@ __all__ = [
     "FeedForward",
     "Gate",
     "GatedFFN",
+    "Lora",
     "MoEFFN",
     "PlainFFN",
     "ReLUFFN",

@@ -39,6 +39,13 @@ def raw_calls() -> dict[str, Callable[[], Any]]:
         given |= {"interleaved": False, **changes}
         return lambda: OPS.moe(x, None, None, torch.tensor([0, 1, 3]), None, None, *given.values(), *act, True)
 
+    def lora(**changes: Any) -> Callable[[], Any]:
+        given = {"a_in": torch.ones(2, 3, 4), "b_in": torch.ones(2, 6, 3), "a_down": None, "b_down": None, **changes}
+        weights = (experts, torch.ones(2, 5, 6), None, None)
+        offsets = torch.tensor([0, 1, 3])
+        form = (False, False, *act, 1.0, True)
+        return lambda: OPS.moe_lora(x, None, None, offsets, None, None, *weights, *given.values(), *form)
+
     def top_k(k: int, **changes: Any) -> Callable[[], Any]:
         given = {"bias": None, "ids": None, "k": k, "shared": 0, "score": "softmax", "renormalize": False}
         given |= {"by_logits": False, "num_groups": 1, "top_groups": 1, "group_best": 2, "scale": 1.0, **changes}
@@ -92,6 +99,15 @@ def raw_calls() -> dict[str, Callable[[], Any]]:
         "moe: b_down": moe(b_down=torch.ones(2, 6)),
         "moe: dtype": moe(w_down=torch.ones(2, 5, 6).double()),
         "moe: interleaved": moe(interleaved=True),
+        "lora: one of a pair": lora(b_in=None),
+        "lora: rank": lora(b_in=torch.ones(2, 6, 2)),
+        "lora: no rank": lora(a_in=torch.ones(2, 0, 4), b_in=torch.ones(2, 6, 0)),
+        "lora: width": lora(a_in=torch.ones(2, 3, 5)),
+        "lora: dimensions": lora(a_in=torch.ones(3, 4)),
+        "lora: rows": lora(a_down=torch.ones(2, 1, 6), b_down=torch.ones(2, 6, 1)),
+        "lora: integers": lora(a_in=torch.ones(2, 3, 4).int()),
+        "lora: dtype": lora(a_in=torch.ones(2, 3, 4).bfloat16()),
+        "lora: dtype of b": lora(b_in=torch.ones(2, 6, 3).double()),
         "dispatch: token": lambda: OPS.moe_dispatch(x, rows[1].int(), None, rows[0], rows[1], rows[2]),
         "dispatch: row": lambda: OPS.moe_dispatch(x, rows[1], None, rows[0], rows[1][1:], rows[2]),
         "dispatch: tokens": lambda: OPS.moe_dispatch(x[1:], rows[1], None, rows[0], rows[1], rows[2]),

@@ -104,6 +104,15 @@ def operator_calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
             calls[f"moe_backward {gated=} {interleaved=} {save=}"] = (OPS.moe_backward, all_of_them)
             of_rows = (t(R, O), *given, *experts, *pre, *options, [True, False, True, False, True, True])
             calls[f"moe_backward of rows {gated=} {interleaved=} {save=}"] = (OPS.moe_backward, of_rows)
+        pairs = (t(E, 2, D), t(E, rows, 2), t(E, 1, F), t(E, O, 1))
+        # both, or those of w_in alone; no kernels on a GPU, where the public functions compose other operators
+        for at in (slice(0, 4), slice(0, 2)) if DEVICE == "cpu" else ():
+            given_pairs = (*pairs[at], *(None,) * (4 - len(pairs[at])))
+            whole, scaled = (*route, *experts, *given_pairs), (*options, 1.5)
+            calls[f"moe_lora {interleaved=} {gated=} {at}"] = (OPS.moe_lora, (t(T, D), *whole, *scaled, True))
+            needs = [True] * 6 + [given is not None for given in given_pairs]
+            all_of_them = (t(T, O), t(T, D), *whole, *none, *scaled, needs)
+            calls[f"moe_lora_backward {interleaved=} {gated=} {at}"] = (OPS.moe_lora_backward, all_of_them)
     for w in (None, weight):
         places = (token, w, offsets, row, slot_offsets)
         calls[f"moe_dispatch {w is None}"] = (OPS.moe_dispatch, (t(T, D), *places))
@@ -138,7 +147,7 @@ CALLS = operator_calls()
 def test_every_operator_is_listed() -> None:
     public = {n.split("::")[1] for n in torch._C._dispatch_get_all_op_names() if n.startswith("ffn_ops::")}
     assert {op._qualified_op_name.split("::")[1] for op, _ in CALLS.values()} == {
-        name for name in public if not name.startswith("_")
+        name for name in public if not name.startswith("_") and (DEVICE == "cpu" or "lora" not in name)
     }
 
 

@@ -59,6 +59,12 @@ struct Epilogue : Gate {
   void* row_dots = nullptr;  // of the arithmetic's dtype
   int64_t row_dots_stride = 0;
   bool interleaved = false;  // kActivateGrad, gated: d_gate and d_up alternate along rows of out, there is no out_up
+  double scale = 1;          // kStore: of the sums, before the bias
+  // Another product of the arithmetic's dtype [M, N], which joins the sums before bias, gate and everything else; may
+  // be `out` itself. Gated (of one branch): that of gate's columns, and of up's.
+  const void* add = nullptr;
+  const void* add_up = nullptr;
+  int64_t add_stride = 0;
 
   DType arithmetic() const { return arithmetic_dtype(dtype); }
   DType out_dtype() const { return out_unrounded ? arithmetic() : dtype; }
@@ -140,7 +146,7 @@ struct Schedule {
 
 struct ScheduledGemm : Gemm, Schedule {
   int64_t packed_length() const { return K == 0 ? 0 : K / b_length() * steps(b_length()); }
-  // A short sum without bias in the arithmetic's dtype: kPacked stores whole tiles from registers to their place.
+  // A short sum without bias, in the arithmetic's dtype: kPacked stores whole tiles from registers to their place.
   bool stores_directly() const {
     const Epilogue& e = epilogue;
     return short_sum() && !(e.bias && e.bias[0]) && e.out_dtype() == e.arithmetic();
@@ -153,7 +159,9 @@ struct ScheduledGemm : Gemm, Schedule {
 
  private:
   bool short_sum() const {
-    return K < kShortK && k_blocks() == 1 && epilogue.kind == Epilogue::Kind::kStore && !transposed;
+    const Epilogue& e = epilogue;
+    const bool plain = e.kind == Epilogue::Kind::kStore && !e.add && e.scale == 1;
+    return K < kShortK && k_blocks() == 1 && plain && !transposed;
   }
 };
 

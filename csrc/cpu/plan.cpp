@@ -17,11 +17,11 @@ constexpr int64_t kLongPiece = 2048;  // elements of a row of weights that are r
 // The shared packed operand should be the small one: a plain product with more rows than columns is computed as its
 // transpose. Every element is the same sum in the same order, and a product of two factors does not know their order.
 // Its tiles are written in pieces of lines, which sums of less than kLongK feel, unless most of a tile's width would
-// stay empty: a router's logits.
+// stay empty: a router's logits, x times an adapter's a.
 ScheduledGemm small_operand_first(const Gemm& wanted, const KernelTable& table) {
   ScheduledGemm g{wanted, {}};
   const bool narrow = g.N * 2 * g.element() <= table.nr_vectors * table.lanes * 4;
-  if (g.epilogue.kind != Epilogue::Kind::kStore || g.M <= g.N || (g.K < kLongK && !narrow)) return g;
+  if (g.epilogue.kind != Epilogue::Kind::kStore || g.epilogue.add || g.M <= g.N || (g.K < kLongK && !narrow)) return g;
   std::swap(g.M, g.N);
   g.transposed = true;
   return g;
@@ -42,6 +42,8 @@ ScheduledGemm slice_rows(const ScheduledGemm& g, int64_t begin, int64_t end) {
   e.gate = advance(e.gate, e.pre_stride, e.dtype);
   e.up = advance(e.up, e.pre_stride, e.dtype);
   e.h = advance(e.h, e.pre_stride, e.h_dtype());
+  e.add = advance(const_cast<void*>(e.add), e.add_stride, e.arithmetic());
+  e.add_up = advance(const_cast<void*>(e.add_up), e.add_stride, e.arithmetic());
   if (e.row_weight) {
     e.row_weight = static_cast<const char*>(e.row_weight) + begin * g.element();
     e.row_dots = static_cast<char*>(e.row_dots) + begin * e.row_dots_stride * g.element();

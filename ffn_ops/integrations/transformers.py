@@ -4,6 +4,7 @@ implementation. Only ``register`` imports transformers."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import warnings
@@ -19,12 +20,14 @@ from ..ops import moe, moe_combine, moe_dispatch, moe_experts
 from ..routing import Routing
 from . import _exchange
 from ._gates import gate_of
+from ._peft import adapters_of, adopt
 
 NAME = "ffn_ops"
 OLDEST = (5, 23)
 OWN_CODE = "the model's own code runs, which asks for no experts_implementation"
 CAN_EXCHANGE = f"{OWN_CODE}; register(model) exchanges it"
 _warned: set[str] = set()
+_asking: set[Any] = set()  # forwards of classes that have been seen to call ours
 
 
 def register(model: nn.Module | None = None) -> None:
@@ -71,6 +74,7 @@ def register(model: nn.Module | None = None) -> None:
         ("post_init", lambda model: model.config._experts_implementation),  # the end of every model's __init__
     ):
         _warn_after(transformers.PreTrainedModel, method, chosen)
+    adopt(_runs_ours)
     if model is not None:
         _exchange_in(model)
 
@@ -175,6 +179,18 @@ def _declared(module: nn.Module) -> bool:
     return all(hasattr(module, name) for name in ("config", "has_gate", "is_transposed", "_apply_gate"))
 
 
+def _runs_ours(experts: nn.Module) -> bool:
+    if not _declared(experts) or getattr(experts.config, "_experts_implementation", None) != NAME:
+        return False
+    forward = type(experts).forward
+    if forward not in _asking:
+        with contextlib.suppress(KeyError):
+            if not _asks(experts):
+                return False
+            _asking.add(forward)
+    return forward in _asking
+
+
 class _AskedError(Exception):
     """Raised by our forward when it is called with this class in place of a tensor: proof that it was called."""
 
@@ -259,12 +275,15 @@ def experts_forward(self: Any, hidden_states: Any, top_k_index: Tensor, top_k_we
     w_in, w_down = getattr(self, first), self.down_proj
     if self.is_transposed:
         w_in, w_down = w_in.transpose(1, 2), w_down.transpose(1, 2)
+    if "parametrizations" in self._modules:
+        adopt(_runs_ours)  # peft was imported after `register`; from the next call on it leaves the weights alone
     routing = Routing.from_topk(top_k_index, top_k_weights, self.num_experts)
     experts: dict[str, Any] = {
         "gated": self.has_gate,
         "activation": gate_of(self),
         "b_in": getattr(self, f"{first}_bias") if self.has_bias else None,
         "b_down": self.down_proj_bias if self.has_bias else None,
+        "lora": adapters_of(self, first),
     }
     if not getattr(self, "has_post_expert_norm", False):
         return moe(hidden_states, routing, w_in, w_down, **experts)

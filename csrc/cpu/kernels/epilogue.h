@@ -92,6 +92,30 @@ void add_bias(const TilePart& t, DType dtype, const void* bias, typename V::Scal
   });
 }
 
+// tile = scale * tile, then + the other product. `half` is where up's columns begin.
+template <class V>
+void scale_and_add(const Epilogue& e, const TilePart& t, typename V::Scalar* tile, int64_t half) {
+  using T = typename V::Scalar;
+  constexpr int64_t W = V::kLanes;
+  if (e.scale != 1) {
+    const V scale(static_cast<T>(e.scale));
+    for (int64_t i = 0; i < t.rows; ++i)
+      for (int64_t j = 0; j < t.cols; j += W)
+        store(tile + i * kNRVectors * W + j, scale * load<V>(tile + i * kNRVectors * W + j));
+  }
+  const auto join = [&](const void* other, T* to) {
+    for (int64_t i = 0; i < t.rows; ++i) {
+      const T* from = static_cast<const T*>(other) + (t.row0 + i) * e.add_stride + t.col;
+      for (int64_t j = 0; j < t.cols; j += W) {
+        T* at = to + i * kNRVectors * W + j;
+        store(at, load<V>(at) + load_part<V>(from + j, t.cols - j < W ? t.cols - j : W));
+      }
+    }
+  };
+  if (e.add) join(e.add, tile);
+  if (e.add_up) join(e.add_up, tile + half);
+}
+
 // The first half of a tile row's vectors is gate, the second up, of the same columns.
 template <class V>
 void finish_gated(const Gemm& g, int64_t branch, typename V::Scalar* tile, const TilePart& t,
@@ -246,6 +270,7 @@ FFN_FN void prefetch_tile(const Epilogue& e, const TilePart& t) {
 template <class V>
 void finish_tile(const ScheduledGemm& g, int64_t branch, typename V::Scalar* tile, const TilePart& t,
                  typename V::Scalar* sums) {
+  if (g.epilogue.add || g.epilogue.scale != 1) scale_and_add<V>(g.epilogue, t, tile, kNRVectors / 2 * V::kLanes);
   if (g.epilogue.kind == Epilogue::Kind::kActivateGrad) finish_activate_grad<V>(g.epilogue, tile, t);
   else if (g.gated) finish_gated<V>(g, branch, tile, t, sums);
   else if (g.transposed) finish_transposed<V>(g, tile, t);
