@@ -11,7 +11,7 @@ KERNEL_FLAGS := -std=c++20 -ffp-contract=off -fno-math-errno -fno-trapping-math 
 SANITIZERS := -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined
 TMP := build/kernels
 
-.PHONY: build test isas lint bench docs sanitize aarch64 simt simt-operators cuda products kernels format
+.PHONY: build test isas lint bench docs coverage-transformers coverage-dense sanitize aarch64 simt simt-operators cuda products kernels format
 
 build:
 	$(PYTHON) -m pip install -e ".[compare,test,lint]"
@@ -42,6 +42,14 @@ format:
 # The documentation site, into docs/_build/html; needs the extra `docs` and no network.
 docs:
 	$(PYTHON) -m sphinx -q -W --keep-going -b html docs docs/_build/html
+
+# Pages of the documentation: every class of experts of transformers against its own code, in three minutes; and what
+# replace() does with the dense layers of the model libraries that are installed, in half an hour.
+coverage-transformers:
+	$(PYTHON) -m docs.coverage
+
+coverage-dense:
+	$(PYTHON) -m docs.coverage_dense
 
 bench:
 	$(PYTHON) -m benchmarks.dense
@@ -94,7 +102,7 @@ products:
 OPERATOR_SOURCES := $(filter-out csrc/cuda/assignment.cu,$(wildcard csrc/cuda/*.cu)) csrc/registration.cpp \
   csrc/cpu/assignment.cpp csrc/cpu/gates.cpp csrc/cpu/parallel.cpp csrc/cpu/memory.cpp csrc/cpu/plan.cpp \
   tests/simt/operators/operators.cpp
-OPERATOR_TESTS := moe routing top_k gradients router
+OPERATOR_TESTS := moe routing top_k gradients router learned_act
 simt-operators:
 	rm -rf build/operators
 	mkdir -p build/operators/objects

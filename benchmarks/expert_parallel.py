@@ -23,9 +23,9 @@ from torch import Tensor
 from ffn_ops import Routing, expert_parallel, reference
 from ffn_ops._accuracy import limit, worst
 from ffn_ops._files import file_name
+from ffn_ops._timing import Timed
 
 from .command import ROOT, machine, save
-from .harness import Timed
 from .report import machine_text, table, time_text
 
 RANKS = (1, 2, 4)

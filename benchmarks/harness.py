@@ -8,7 +8,7 @@ import gc
 import math
 import os
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ffn_ops._accuracy import Limit, WrongResultError, limit, worst
+from ffn_ops._timing import Timed, take_turns, verified
 
 from . import peak
 from .providers import COMPILING, HUGE, PROVIDERS, Inputs, Provider, converted, eager_inputs, groups, limit_inputs
@@ -114,42 +115,6 @@ class Case:
 
 
 @dataclass
-class Timed:
-    """What was found about one provider in one row."""
-
-    provider: str
-    seconds: list[float] = field(default_factory=list)  # one entry a round
-    forward_seconds: list[float] = field(default_factory=list)  # the part of forward, where it is told apart
-    repeats: int = 1  # calls in a sample
-    error: float | None = None  # worst quotient of error and limit: at most 1, or the slack of its inputs
-    first_call: float | None = None  # with compilation, where there is one
-    saved_bytes: int | None = None
-    note: str = ""  # why there are no samples, or what is special about them
-    refused: bool = False
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.seconds)
-
-    @property
-    def spread(self) -> float:
-        """Distance of the quartiles as a fraction of the median; of the extremes with fewer than 4 samples."""
-        if len(self.seconds) < 4:
-            return (max(self.seconds) - min(self.seconds)) / self.median
-        low, _, high = statistics.quantiles(self.seconds, n=4)
-        return (high - low) / self.median
-
-    def record(self) -> dict[str, Any]:
-        record = asdict(self)
-        if self.seconds:
-            record |= {"median": self.median, "min": min(self.seconds), "spread": self.spread, "n": len(self.seconds)}
-        if self.forward_seconds:
-            backward = [a - f for a, f in zip(self.seconds, self.forward_seconds, strict=True)]
-            record |= {"forward": statistics.median(self.forward_seconds), "backward": statistics.median(backward)}
-        return record
-
-
-@dataclass
 class Measured:
     """A row with its providers and the machine's limits as found between its rounds."""
 
@@ -236,25 +201,23 @@ class Harness:
         if expected > self.budget.longest_call:
             timed.note = f"not run: a call would take about {expected:.0f} s at the rate of a smaller row"
             return timed, None, 0
-        try:
-            runner: Runner = prepare()
-            timed.error, timed.first_call = runner.check(case)
-            timed.saved_bytes = runner.saved_bytes()
-            once = timed.first_call
-            if timed.provider in COMPILING:
+        found = verified(timed, lambda: self._prepared(timed, row, case, prepare))
+        return (timed, None, 0) if found is None else (timed, *found)
+
+    def _prepared(self, timed: Timed, row: Row, case: Case, prepare: Any) -> tuple[Runner | None, int]:
+        runner: Runner = prepare()
+        timed.error, timed.first_call = runner.check(case)
+        timed.saved_bytes = runner.saved_bytes()
+        once = timed.first_call
+        if timed.provider in COMPILING:
+            once = runner.sample(1)
+            if row.shape.dropout:  # training and evaluation differ: it has compiled again
+                timed.first_call += once
                 once = runner.sample(1)
-                if row.shape.dropout:  # training and evaluation differ: it has compiled again
-                    timed.first_call += once
-                    once = runner.sample(1)
-            if once >= 10 * self.budget.seconds:
-                timed.seconds, timed.note = [once], "one call, not warmed up"
-                return timed, None, 0
-            return timed, runner, self._plan(timed, runner, once)
-        except WrongResultError as wrong:
-            timed.note, timed.refused = f"refused: {wrong}", True
-        except Exception as failure:  # a provider that cannot run is recorded; the others go on
-            timed.note = f"failed: {type(failure).__name__}: {(str(failure).splitlines() or [''])[0][:160]}"
-        return timed, None, 0
+        if once >= 10 * self.budget.seconds:
+            timed.seconds, timed.note = [once], "one call, not warmed up"
+            return None, 0
+        return runner, self._plan(timed, runner, once)
 
     def _plan(self, timed: Timed, runner: Runner, once: float) -> int:
         """Sets how often a sample repeats the call, and returns how many rounds there are.
@@ -271,15 +234,21 @@ class Harness:
         return self.budget.rounds(once * timed.repeats)
 
     def _rounds(self, measured: Measured, running: list[tuple[Timed, Runner, int]]) -> None:
-        """Every round measures the limits and then one sample of each provider, beginning with another one."""
-        for round_ in range(max((rounds for _, _, rounds in running), default=1)):
+        """Every round measures the limits and then one sample of each provider."""
+
+        def limits() -> None:
             for name, value in self.machine.limits(measured.row).items():
                 measured.limits.setdefault(name, []).append(value)
-            turn = [(timed, runner) for timed, runner, rounds in running if round_ < rounds]
-            first = round_ % max(1, len(turn))
-            for timed, runner in turn[first:] + turn[:first]:
+
+        def sampler(timed: Timed, runner: Runner) -> Callable[[], float]:
+            def sample() -> float:
                 if timed.repeats > 1:
                     runner.sample(1)  # the bandwidth's buffer has emptied the caches
-                timed.seconds.append(runner.sample(timed.repeats))
+                seconds = runner.sample(timed.repeats)
                 if runner.forward is not None:
                     timed.forward_seconds.append(runner.forward)
+                return seconds
+
+            return sample
+
+        take_turns([(timed, sampler(timed, runner), rounds) for timed, runner, rounds in running], limits)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import copy
 import datetime
+import functools
 import gc
 import multiprocessing
 import os
@@ -17,7 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,9 @@ import torch._dynamo
 from torch import Tensor
 
 import ffn_ops
-from ffn_ops._accuracy import WrongResultError, limit, worst
+from ffn_ops._accuracy import Limit, limit, worst
 from ffn_ops._files import file_name
+from ffn_ops._timing import Timed, take_turns, verified
 from ffn_ops.integrations.transformers import register
 
 from .command import save
@@ -66,25 +68,6 @@ class Row:
     def name(self) -> str:
         T = self.T if self.mode == "training" else 1
         return f"{self.model} {self.mode} {self.dtype}, T {T}, {self.threads} thread(s)"
-
-
-@dataclass
-class Timed:
-    """What was found about one provider in one row; seconds of one step, or of one decoded token."""
-
-    provider: str
-    seconds: list[float] = field(default_factory=list)
-    error: float | None = None  # worst quotient of error and limit, at most 1
-    first_call: float | None = None
-    peak_bytes: int | None = None  # of a process of its own, above what it holds before its first step
-    note: str = ""
-
-    def record(self) -> dict[str, Any]:
-        record = asdict(self)
-        if self.seconds:
-            middle = statistics.median(self.seconds)
-            record |= {"median": middle, "spread": (max(self.seconds) - min(self.seconds)) / middle}
-        return record
 
 
 def build(model: str, dtype: str) -> Any:
@@ -205,6 +188,17 @@ def unfit(row: Row, provider: str) -> str:
     return "" if size <= GATHERED else f"not run: it would hold {size >> 20} MiB of copied weights"
 
 
+def prepared(row: Row, timed: Timed, original: Any, exact: list[Tensor], limits: list[Limit]) -> Callable[[], float]:
+    model = provided(row.model, original, timed.provider)
+    timed.error = worst(("logits", "d_embedding")[: len(exact)], results(model, row.mode), exact, limits)
+    sample = sampler(row, model)
+    begin = time.perf_counter()
+    sample()
+    timed.first_call = time.perf_counter() - begin
+    sample()
+    return sample
+
+
 def measure(row: Row, providers: list[str], rounds: int, with_memory: bool) -> list[Timed]:
     torch._dynamo.reset()
     original = build(row.model, row.dtype)
@@ -218,23 +212,11 @@ def measure(row: Row, providers: list[str], rounds: int, with_memory: bool) -> l
             found.append(timed)
             if timed.note:
                 continue
-            try:
-                model = provided(row.model, original, provider)
-                timed.error = worst(("logits", "d_embedding")[: len(exact)], results(model, row.mode), exact, limits)
-                sample = sampler(row, model)
-                begin = time.perf_counter()
-                sample()
-                timed.first_call = time.perf_counter() - begin
-                sample()
-                running.append((timed, sample))
-            except WrongResultError as wrong:
-                timed.note = f"refused: {wrong}"
-            except Exception as failure:
-                timed.note = f"failed: {type(failure).__name__}: {(str(failure).splitlines() or [''])[0][:120]}"
-        for round_ in range(rounds):
-            first = round_ % max(1, len(running))
-            for timed, sample in running[first:] + running[:first]:
-                timed.seconds.append(sample())
+            if (
+                sample := verified(timed, functools.partial(prepared, row, timed, original, exact, limits))
+            ) is not None:
+                running.append((timed, sample, rounds))
+        take_turns(running)
     del original, running
     if with_memory:
         for timed in found:
@@ -301,7 +283,7 @@ def main(arguments: list[str] | None = None) -> int:
             found = measure(row, providers, rounds, not options.no_memory)
         print(f"\n{row_text(row, found)}", flush=True)
         records.append({**asdict(row), "name": row.name, "providers": {t.provider: t.record() for t in found}})
-        refused = refused or any(t.note.startswith("refused") for t in found)
+        refused = refused or any(t.refused for t in found)
         if options.out:
             save(options.out, {"machine": facts, "rows": records})
     return 1 if refused else 0

@@ -16,6 +16,15 @@ STABLE_TORCH_LIBRARY(ffn_ops, m) {
       "gated_act_double_backward(Tensor? dd_gate, Tensor? dd_up, Tensor d_out, Tensor gate, Tensor? up, str activation,"
       " float[] params) -> (Tensor d_d_out, Tensor d_gate, Tensor d_up)");
 
+  // own [count]: the activation's own parameters, of the arithmetic's dtype.
+  m.def("learned_act(Tensor x, Tensor own, str activation) -> Tensor");
+  m.def(
+      "learned_act_backward(Tensor d_out, Tensor x, Tensor own, str activation, bool[2] needs)"
+      " -> (Tensor d_x, Tensor d_own)");
+  m.def(
+      "learned_act_double_backward(Tensor dd_x, Tensor d_out, Tensor x, Tensor own, str activation)"
+      " -> (Tensor d_d_out, Tensor d_x, Tensor d_own)");
+
   m.def(
       "gated_linear(Tensor x, Tensor[] w_gate, Tensor[] w_up, Tensor[] b_gate, Tensor[] b_up, str activation,"
       " float[] params, bool save) -> (Tensor y, Tensor gate, Tensor up)");
@@ -46,6 +55,21 @@ STABLE_TORCH_LIBRARY(ffn_ops, m) {
       " Tensor? slot_offsets, Tensor w_in, Tensor w_down, Tensor? b_in, Tensor? b_down, Tensor gate, Tensor up,"
       " bool gated, bool interleaved, str activation, float[] params, bool[6] needs)"
       " -> (Tensor d_x, Tensor d_weight, Tensor d_w_in, Tensor d_w_down, Tensor d_b_in, Tensor d_b_down)");
+  // With adapters: w_in + scale * lora_b_in lora_a_in, and the same of w_down. lora_a [E, rank, in], lora_b [E, out,
+  // rank], of x's dtype or of the arithmetic's.
+  m.def(
+      "moe_lora(Tensor x, Tensor? token, Tensor? weight, Tensor offsets, Tensor? row, Tensor? slot_offsets, Tensor "
+      "w_in,"
+      " Tensor w_down, Tensor? b_in, Tensor? b_down, Tensor? lora_a_in, Tensor? lora_b_in, Tensor? lora_a_down,"
+      " Tensor? lora_b_down, bool gated, bool interleaved, str activation, float[] params, float scale, bool save)"
+      " -> (Tensor y, Tensor gate, Tensor up)");
+  m.def(
+      "moe_lora_backward(Tensor d_y, Tensor x, Tensor? token, Tensor? weight, Tensor offsets, Tensor? row,"
+      " Tensor? slot_offsets, Tensor w_in, Tensor w_down, Tensor? b_in, Tensor? b_down, Tensor? lora_a_in,"
+      " Tensor? lora_b_in, Tensor? lora_a_down, Tensor? lora_b_down, Tensor gate, Tensor up, bool gated,"
+      " bool interleaved, str activation, float[] params, float scale, bool[10] needs)"
+      " -> (Tensor d_x, Tensor d_weight, Tensor d_w_in, Tensor d_w_down, Tensor d_b_in, Tensor d_b_down,"
+      " Tensor d_a_in, Tensor d_lora_b_in, Tensor d_a_down, Tensor d_lora_b_down)");
   m.def(
       "moe_dispatch(Tensor x, Tensor token, Tensor? weight, Tensor offsets, Tensor row, Tensor slot_offsets)"
       " -> Tensor");
@@ -78,11 +102,11 @@ STABLE_TORCH_LIBRARY(ffn_ops, m) {
 
   // Routing. Indices >= num_experts (or num_tokens) are skipped; capacity < 0: none.
   m.def(
-      "route_top_k(Tensor logits, Tensor? bias, SymInt k, str score, bool renormalize, bool softmax_after,"
-      " int num_groups, int top_groups, float scale) -> (Tensor weights, Tensor ids)");
+      "route_top_k(Tensor logits, Tensor? bias, Tensor? ids, SymInt k, int shared, str score, bool renormalize,"
+      " bool by_logits, int num_groups, int top_groups, int group_best, float scale) -> (Tensor weights, Tensor ids)");
   m.def(
       "route_top_k_backward(Tensor d_weights, Tensor logits, Tensor ids, str score, bool renormalize,"
-      " bool softmax_after, float scale) -> Tensor");
+      " bool by_logits, float scale) -> Tensor");
   m.def(
       "moe_sort(Tensor expert, Tensor? token, Tensor weight, SymInt num_experts, SymInt num_tokens, SymInt capacity,"
       " bool by_weight) -> (Tensor weight, Tensor token, Tensor offsets, Tensor row, Tensor slot_offsets,"
@@ -90,7 +114,8 @@ STABLE_TORCH_LIBRARY(ffn_ops, m) {
   m.def("balanced_assignment(Tensor scores, Tensor? mask) -> Tensor");
   m.def("round_tokens(Tensor scores, Tensor ids, int tile) -> (Tensor expert, Tensor token)");
 
-  // The list of common/activations.h as JSON: name, parameters of its own, whether it has a side of up.
+  // The list of common/activations.h as JSON: name, parameters of its own, whether it has a side of up, how many
+  // parameters may be learned.
   m.def("_gates() -> str");
   // Facts about this build and machine, and the choice that FFN_OPS_ISA makes at load, for tests over every set.
   m.def("_isa() -> str");

@@ -10,6 +10,7 @@ import torch.fx
 from . import _flops, expert_parallel, ops, routing  # noqa: F401  (_flops registers the formulas)
 from ._gate import Gate
 from ._info import info
+from ._lora import Lora
 from ._memory import empty_cache, set_cache_limit
 from ._quantized import QuantizationError, QuantizedWeight, quantize
 from ._quantized.model import quantize_
@@ -18,7 +19,18 @@ from ._upcycle import upcycle
 from ._version import __version__ as __version__
 from .modules import GELUFFN, GLU, FeedForward, GatedFFN, PlainFFN, ReLUFFN, SwishFFN
 from .moe_ffn import MoEFFN
-from .ops import activations, ffn, gated_act, gated_linear, moe, moe_combine, moe_dispatch, moe_experts, route_linear
+from .ops import (
+    activations,
+    ffn,
+    gated_act,
+    gated_linear,
+    learned_act,
+    moe,
+    moe_combine,
+    moe_dispatch,
+    moe_experts,
+    route_linear,
+)
 from .routing import Routing
 
 __all__ = [
@@ -27,6 +39,7 @@ __all__ = [
     "FeedForward",
     "Gate",
     "GatedFFN",
+    "Lora",
     "MoEFFN",
     "PlainFFN",
     "QuantizationError",
@@ -43,6 +56,7 @@ __all__ = [
     "gated_act",
     "gated_linear",
     "info",
+    "learned_act",
     "moe",
     "moe_combine",
     "moe_dispatch",

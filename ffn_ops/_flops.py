@@ -91,6 +91,37 @@ def moe_backward_flops(
     return 2 * R * total  # type: ignore[no-any-return]
 
 
+def _pair(R: int, a: Any, b: Any) -> int:
+    """Of rows times a^T and of that times b^T."""
+    return 0 if a is None else 2 * R * a[1] * (a[2] + b[1])
+
+
+@register_flop_formula(_OPS.moe_lora)  # type: ignore[untyped-decorator]
+def moe_lora_flops(
+    x: Any, token: Any, weight: Any, offsets: Any, row: Any, slot_offsets: Any, w_in: Any, w_down: Any, b_in: Any,
+    b_down: Any, a_in: Any, lora_b_in: Any, a_down: Any, lora_b_down: Any, *_: Any, out_shape: Any = None, **__: Any
+) -> int:  # fmt: skip
+    R = x[0] if token is None else token[0]
+    base: int = moe_flops(x, token, weight, offsets, row, slot_offsets, w_in, w_down)
+    return base + _pair(R, a_in, lora_b_in) + _pair(R, a_down, lora_b_down)
+
+
+@register_flop_formula(_OPS.moe_lora_backward)  # type: ignore[untyped-decorator]
+def moe_lora_backward_flops(
+    d_y: Any, x: Any, token: Any, weight: Any, offsets: Any, row: Any, slot_offsets: Any, w_in: Any, w_down: Any,
+    b_in: Any, b_down: Any, a_in: Any, lora_b_in: Any, a_down: Any, lora_b_down: Any, gate: Any, *rest: Any,
+    out_shape: Any = None, **_: Any
+) -> int:  # fmt: skip
+    """Counts a pair twice where anything is asked for: the way back, and the gradients of its two factors."""
+    R = x[0] if token is None else token[0]
+    needs = [*rest[-1][:6]]
+    needs[0] = needs[0] or any(rest[-1][6:8])  # what reaches x reaches a_in and b_in
+    base: int = moe_backward_flops(
+        d_y, x, token, weight, offsets, row, slot_offsets, w_in, w_down, b_in, b_down, gate, needs
+    )
+    return base + 2 * (_pair(R, a_in, lora_b_in) + _pair(R, a_down, lora_b_down))
+
+
 @register_flop_formula(_OPS.moe_linear)  # type: ignore[untyped-decorator]
 def moe_linear_flops(rows: Any, w: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
     return 2 * rows[0] * w[1] * w[2]  # type: ignore[no-any-return]

@@ -15,17 +15,24 @@ from . import _library  # noqa: F401  (loads the operators)
 
 
 class _Kind(NamedTuple):
-    """An activation of csrc/common/activations.h: its own parameters, as (default, must be positive)."""
+    """An activation of csrc/common/activations.h: its own parameters, as (default, must be positive), of which the
+    first ``learned`` may be tensors with gradients."""
 
     has_up: bool
+    learned: int
     own: dict[str, tuple[float, bool]]
 
 
 _KINDS = {
-    name: _Kind(kind["has_up"], {each: (float(value), positive) for each, (value, positive) in kind["own"].items()})
+    name: _Kind(
+        kind["has_up"],
+        kind["learned"],
+        {each: (float(value), positive) for each, (value, positive) in kind["own"].items()},
+    )
     for name, kind in json.loads(torch.ops.ffn_ops._gates()).items()
 }
 NAMES = tuple(_KINDS)
+LEARNED = {name: kind.learned for name, kind in _KINDS.items() if kind.learned}
 
 
 class Gate:
@@ -45,8 +52,9 @@ class Gate:
             stand before those of up. Only where there is such a weight.
         own: the activation's own parameters. ``beta`` (1) of ``swish``: ``z * sigmoid(beta * z)``. ``gate_softcap`` (4)
             and ``up_softcap`` (25) of ``situ``: ``a * tanh(gate / a) * sigmoid(gate) * b * tanh(up / b)``. ``cap`` (7)
-            of ``swiglu_step``: ``min(silu(gate), cap) * clamp(up, -cap, cap)``. The last two take no limit and no
-            shift.
+            of ``swiglu_step``: ``min(silu(gate), cap) * clamp(up, -cap, cap)``. These two take no limit and no shift.
+            ``star_relu`` has ``scale`` and ``bias``, ``leaky_relu`` has ``slope`` (0.01), ``xielu`` has ``alpha_p``,
+            ``alpha_n``, ``beta`` and ``eps``: :func:`learned_act` has their formulas, and takes tensors that learn.
 
     Raises:
         TypeError, ValueError: name of the argument, what was expected and what came.
@@ -177,6 +185,11 @@ def activations() -> tuple[str, ...]:
         True
     """
     return NAMES
+
+
+def own_names(activation: str) -> tuple[str, ...]:
+    """The activation's own parameters, in the order in which operators take them."""
+    return tuple(_KINDS[activation].own)
 
 
 def as_gate(activation: str | Gate, *, gated: bool, one_weight: bool = False) -> Gate:

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from . import _checks as check
 from . import ops
 from ._gate import Gate
-from .ops._moe import check_weights, expert_form
-from .ops._rows import check_routing, combine_op, dispatch_op
+from .ops._moe import expert_form
+from .ops._rows import check_routing, check_weights, combine_op, dispatch_op
 from .ops._shared import arithmetic, autocast, fold
 from .routing import Routing
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from . import _checks as check
 from . import expert_parallel, ops
 from ._gate import Gate, as_gate
+from ._stacking import guide_state, stack_experts
 from .modules import PLAIN_TENSORS, FeedForward, PlainFFN, is_plain_linear, reset
 from .ops._rows import check_routing
 from .ops._shared import arithmetic, fold
@@ -47,6 +48,14 @@ class MoEFFN(nn.Module):
         activation: a name or a :class:`ffn_ops.Gate`, of the experts and of the shared ones.
         bias: whether the router, the experts and the shared experts have biases.
         num_shared: the width of the dense FFN ``shared``, in experts; every token passes through it.
+        shared_gate: a Linear from D to 1, ``shared_gate``, whose sigmoid multiplies what ``shared`` gives.
+        expert_scale: a factor of each expert's output, ``expert_scale`` ``[E]``, at first 1.
+        num_identity, num_null: the router chooses among this many more, behind the E experts: those that give x itself
+            and, behind them, those that give nothing. They are in what ``return_routing`` returns.
+        d_latent: the experts' width in the place of D, between two Linear layers, ``latent_down`` and ``latent_up``,
+            either of which may be replaced, as by one with a norm. The router sees x.
+        expert_norm: a module from rows ``[R, D]`` to ``[R, D]``, such as ``nn.RMSNorm``, on what each expert gives
+            for a token, before the weights.
         router_jitter: epsilon of :func:`ffn_ops.routing.jitter` on the router's input, in training.
         recompute: save x and the routing alone for backward, see :func:`ffn_ops.moe`.
         expert_mesh: a one-dimensional ``DeviceMesh`` over whose ranks the experts are spread by ``Shard(0)``. The
@@ -57,8 +66,8 @@ class MoEFFN(nn.Module):
 
     Shapes: x ``[..., D]`` to ``[..., D]``. State: ``router`` (Linear), ``w_in [E, F, D]`` (gated ``[E, 2F, D]``, gate
     rows first, or alternating with those of up where the gate is ``interleaved``), ``b_in``, ``w_down [E, D, F]``,
-    ``b_down``. The study guide's keys ``experts.{e}.0.*`` and ``experts.{e}.2.*`` load with ``strict=True``;
-    :meth:`document_state_dict` gives them.
+    ``b_down``, with ``d_latent`` in D's place. The study guide's keys ``experts.{e}.0.*`` and
+    ``experts.{e}.2.*`` load with ``strict=True``; :meth:`document_state_dict` gives them.
 
     The router computes in float32 (float64 for float64), even under autocast and in a 16-bit layer. A plain
     ``nn.Linear`` runs as :func:`ffn_ops.route_linear`, whose bits do not depend on the batch. Any other module from x
@@ -67,7 +76,9 @@ class MoEFFN(nn.Module):
 
     Raises: TypeError, ValueError for sizes, names and inputs that do not fit.
 
-    Source: the guides' MoEFFN; Shazeer et al., Outrageously Large Neural Networks (2017), equation 1.
+    Source: the guides' MoEFFN; Shazeer et al., Outrageously Large Neural Networks (2017), equation 1; a gate on
+        the shared experts: Qwen2-MoE (2024); experts without computation: LongCat-Flash (2025), section 2.1; latent
+        experts: Nemotron 3 (2025).
 
     Example:
         >>> layer = ffn_ops.MoEFFN(d_model=8, d_ff=16, num_experts=4, top_k=2)
@@ -88,6 +99,12 @@ class MoEFFN(nn.Module):
         activation: str | Gate = "gelu",
         bias: bool = True,
         num_shared: int = 0,
+        shared_gate: bool = False,
+        expert_scale: bool = False,
+        num_identity: int = 0,
+        num_null: int = 0,
+        d_latent: int | None = None,
+        expert_norm: nn.Module | None = None,
         router_jitter: float = 0.0,
         recompute: bool = False,
         expert_mesh: DeviceMesh | None = None,
@@ -99,12 +116,24 @@ class MoEFFN(nn.Module):
             raise ValueError(f"top_k: expected at most num_experts = {num_experts}, got {top_k}")
         if router is not None and not callable(router):
             raise TypeError(f"router: expected a callable that gives a Routing, got {type(router).__name__}")
-        for name, flag in (("gated", gated), ("bias", bias), ("recompute", recompute)):
+        flags = {"gated": gated, "bias": bias, "recompute": recompute, "shared_gate": shared_gate}
+        for name, flag in {**flags, "expert_scale": expert_scale}.items():
             check.flag(name, flag)
         gate = as_gate(activation, gated=gated, one_weight=gated)
+        for name, value in (("num_identity", num_identity), ("num_null", num_null)):
+            check.at_least(name, value, 0)
+        if d_latent is not None:
+            check.positive("d_latent", d_latent)
+        if expert_norm is not None and not isinstance(expert_norm, nn.Module):
+            raise TypeError(f"expert_norm: expected an nn.Module, got {type(expert_norm).__name__}")
+        if expert_norm is not None and expert_mesh is not None:
+            raise ValueError("expert_norm: expected None with expert_mesh, whose ranks weight rows before they return")
+        if shared_gate and not num_shared:
+            raise ValueError("shared_gate: expected num_shared of 1 or more, got 0")
         check.number("router_jitter", router_jitter)
         check.at_least("num_shared", num_shared, 0)
         self.d_model, self.d_ff, self.num_experts, self.top_k = d_model, d_ff, num_experts, top_k
+        self.num_identity, self.num_choices = num_identity, num_experts + num_identity + num_null
         self.gated, self.activation = gated, activation
         self.router_jitter, self.recompute = router_jitter, recompute
         self.expert_mesh = expert_mesh
@@ -114,9 +143,11 @@ class MoEFFN(nn.Module):
             _check_local(router)
             facts: dict[str, Any] = {"d_model": d_model, "d_ff": d_ff, "num_experts": num_experts, "gated": gated}
             facts |= {"bias": bias, "activation": gate, "num_shared": num_shared}
+            facts |= {"shared_gate": shared_gate, "expert_scale": expert_scale, "d_latent": d_latent}
+            facts |= {"num_identity": num_identity, "num_null": num_null}
             expert_parallel.check_alike(expert_mesh, facts)
             begin, end = expert_parallel.experts_of(num_experts, expert_mesh.size(), expert_mesh.get_local_rank())
-        self.router = nn.Linear(d_model, num_experts, bias=bias)
+        self.router = nn.Linear(d_model, self.num_choices, bias=bias)
         self.choose = router
         self._takes_training = router is not None and _takes(router, "training")
 
@@ -126,10 +157,10 @@ class MoEFFN(nn.Module):
                 local if expert_mesh is None else expert_parallel.shard(local, num_experts, expert_mesh)
             )
 
-        width = 2 * d_ff if gated else d_ff
-        self.w_in, self.w_down = stacked(width, d_model), stacked(d_model, d_ff)
+        width, inner = 2 * d_ff if gated else d_ff, d_latent or d_model
+        self.w_in, self.w_down = stacked(width, inner), stacked(inner, d_ff)
         self.b_in = stacked(width) if bias else None
-        self.b_down = stacked(d_model) if bias else None
+        self.b_down = stacked(inner) if bias else None
         self._draw_experts()
         self.shared: nn.Module | None = None
         if num_shared and gated:
@@ -142,7 +173,14 @@ class MoEFFN(nn.Module):
             )
         elif num_shared:
             self.shared = PlainFFN(d_model, num_shared * d_ff, activation=activation, bias=bias, recompute=recompute)
-        self.register_load_state_dict_pre_hook(_stack_experts)
+        self.shared_gate = nn.Linear(d_model, 1, bias=False) if shared_gate else None
+        self.expert_scale = nn.Parameter(torch.ones(num_experts)) if expert_scale else None
+        self.latent_down: nn.Module | None = None
+        self.latent_up: nn.Module | None = None
+        if d_latent is not None:
+            self.latent_down, self.latent_up = (nn.Linear(*d, bias=bias) for d in ((d_model, inner), (inner, d_model)))
+        self.expert_norm = expert_norm
+        self.register_load_state_dict_pre_hook(stack_experts)
         self._equalize()
 
     def reset_parameters(self) -> None:
@@ -150,9 +188,11 @@ class MoEFFN(nn.Module):
         ``to_empty``. With ``expert_mesh`` it is a collective."""
         reset(self.router)
         self._draw_experts()
-        for child in (self.shared, self.choose):
+        for child in (self.shared, self.choose, self.shared_gate, self.latent_down, self.latent_up, self.expert_norm):
             if isinstance(child, nn.Module):
                 reset(child)
+        if self.expert_scale is not None:
+            nn.init.ones_(self.expert_scale)
         self._equalize()
 
     @torch.no_grad()
@@ -188,7 +228,8 @@ class MoEFFN(nn.Module):
     __prepare_scriptable__ = check.refuse_script
 
     def logits(self, x: Tensor) -> Tensor:
-        """Logits ``[..., E]`` in float32 (float64 for float64), for the router's choice and for losses."""
+        """Logits ``[..., E]`` in float32 (float64 for float64), for the router's choice and for losses. E counts all
+        that it chooses among."""
         self._check(x)
         if self.training and self.router_jitter:
             x = jitter(x.to(arithmetic(x)), self.router_jitter)
@@ -200,7 +241,7 @@ class MoEFFN(nn.Module):
             z = ops.route_linear(x, w, b)
         else:
             z = _called(self.router, x)
-        shape, kind = (*x.shape[:-1], self.num_experts), type(self.router).__name__
+        shape, kind = (*x.shape[:-1], self.num_choices), type(self.router).__name__
         if not isinstance(z, Tensor):
             raise TypeError(f"router: expected logits, a torch.Tensor, from {kind}, got {type(z).__name__}")
         if z.shape != shape:
@@ -214,7 +255,7 @@ class MoEFFN(nn.Module):
 
     def route(self, logits: Tensor, **options: Any) -> Routing:
         """The routing of logits; ``options`` (``mask``, ``token_ids``, ...) go to the router."""
-        logits = logits.reshape(-1, self.num_experts)
+        logits = logits.reshape(-1, self.num_choices)
         if self.choose is None:
             return _top_k(logits, self.top_k, **options)
         if self._takes_training:
@@ -252,36 +293,46 @@ class MoEFFN(nn.Module):
         if routing is None:
             logits = self.logits(x)
             routing = self.route(logits, **options)
-        experts: dict[str, Any] = {
+        y = self._experts(x, routing)
+        if self.shared is not None:
+            shared = self.shared(x)
+            y = y + (shared if self.shared_gate is None else torch.sigmoid(self.shared_gate(x)) * shared)
+        if real is not None and (self.shared is not None or self.latent_up is not None):
+            y = torch.where(real, y, 0)
+        return (y, routing, logits) if return_routing else y
+
+    def _experts(self, x: Tensor, routing: Routing) -> Tensor:
+        """What routing asks for, the shared experts aside."""
+        options: dict[str, Any] = {
             "gated": self.gated, "b_in": self.b_in, "b_down": self.b_down, "activation": self.activation,
             "recompute": self.recompute,
         }  # fmt: skip
-        if self.expert_mesh is None:
-            y = ops.moe(x, routing, self.w_in, self.w_down, **experts)
+        chosen = routing if self.num_choices == self.num_experts else routing.first(self.num_experts)
+        if self.expert_scale is not None:
+            chosen = chosen.scaled(self.expert_scale)
+        inner = x if self.latent_down is None else self.latent_down(x)
+        if self.expert_norm is not None:
+            rows = ops.moe_dispatch(inner, chosen)
+            rows = ops.moe_experts(rows, chosen.offsets, self.w_in, self.w_down, **options)
+            y = ops.moe_combine(self.expert_norm(rows), chosen)
+            y = y.reshape(*x.shape[:-1], y.shape[-1])
+        elif self.expert_mesh is None:
+            y = ops.moe(inner, chosen, self.w_in, self.w_down, **options)
         else:
-            y = expert_parallel.moe(x, routing, self.w_in, self.w_down, mesh=self.expert_mesh, **experts)
-        if self.shared is not None:
-            shared = self.shared(x)
-            y = y + (shared if real is None else torch.where(real, shared, 0))
-        return (y, routing, logits) if return_routing else y
+            y = expert_parallel.moe(inner, chosen, self.w_in, self.w_down, mesh=self.expert_mesh, **options)
+        if self.latent_up is not None:
+            y = self.latent_up(y)
+        if self.num_identity:
+            passed = routing.weight_of(self.num_experts, self.num_experts + self.num_identity)
+            y = (y + x * passed.reshape(*x.shape[:-1], 1)).to(y.dtype)
+        return y
 
     def document_state_dict(self) -> dict[str, Tensor]:
         """The state dict of the guides' module: ``router.*``, ``experts.{e}.0.*``, ``experts.{e}.2.*``.
 
         With sharded parameters it is a collective, and every rank gets all experts.
         """
-        if self.gated or self.shared is not None or self.b_in is None or self.b_down is None:
-            raise ValueError("document_state_dict: expected plain experts with biases and no shared ones")
-        state = {f"router.{name}": value for name, value in self.router.state_dict().items()}
-        if "router.weight" in state:  # the guides' router has a bias
-            state.setdefault("router.bias", state["router.weight"].new_zeros(self.num_experts))
-        stacked: list[Any] = [self.w_in, self.b_in, self.w_down, self.b_down]
-        stacked = [t.full_tensor() if check.is_dtensor(t) else t for t in stacked]
-        for e in range(self.num_experts):
-            for place, weight, bias in ((0, *stacked[:2]), (2, *stacked[2:])):
-                state[f"experts.{e}.{place}.weight"] = weight[e].detach()
-                state[f"experts.{e}.{place}.bias"] = bias[e].detach()
-        return state
+        return guide_state(self)
 
     def extra_repr(self) -> str:
         return (
@@ -340,47 +391,3 @@ def _check_local(router: Callable[..., Any] | None) -> None:
             f"router: expected one that chooses for each token, got {router.__name__}, which compares all tokens of the"
             " batch: with expert_mesh a rank has only its own tokens"
         )
-
-
-def _stack_experts(
-    module: MoEFFN, state: dict[str, Tensor], prefix: str, _metadata: Any, _strict: bool, missing: list[str],
-    _unexpected: Any, errors: list[str],
-) -> None:  # fmt: skip
-    """Converts the guides' keys to the stacked ones. A key that is missing or does not fit is named by its own name. A
-    sharded parameter takes its part of the whole."""
-    for stacked, name in (("w_in", "0.weight"), ("b_in", "0.bias"), ("w_down", "2.weight"), ("b_down", "2.bias")):
-        parameter = getattr(module, stacked)
-        keys = [f"{prefix}experts.{e}.{name}" for e in range(module.num_experts)]
-        found = {key: state[key] for key in keys if key in state}
-        if found and parameter is not None:
-            for key in found:
-                del state[key]
-            absent = [key for key in keys if key not in found]
-            shapes = {part.shape for part in found.values()}
-            missing += absent
-            if len(shapes) > 1:
-                errors += [
-                    f"size mismatch for {key}: copying a param with shape {part.shape} from checkpoint, the shape of an"
-                    f" expert in current model is {parameter.shape[1:]}."
-                    for key, part in found.items()
-                    if part.shape != parameter.shape[1:]
-                ]
-                state[prefix + stacked] = parameter.detach()
-                continue
-            if not absent:
-                state[prefix + stacked] = torch.stack(list(found.values()))
-            elif not check.is_dtensor(parameter) and not parameter.is_meta:  # the experts in the checkpoint
-                kept = parameter.detach().to(next(iter(found.values())))
-                state[prefix + stacked] = torch.stack([found.get(key, kept[e]) for e, key in enumerate(keys)])
-        whole = state.get(prefix + stacked)
-        if (
-            check.is_dtensor(parameter)
-            and whole is not None
-            and not check.is_dtensor(whole)
-            and whole.shape == parameter.shape
-        ):
-            from torch.distributed.tensor import distribute_tensor
-
-            whole = whole.detach().to(parameter.device_mesh.device_type)
-            mesh, placements = parameter.device_mesh, parameter.placements
-            state[prefix + stacked] = distribute_tensor(whole, mesh, placements, src_data_rank=None)  # this rank's part

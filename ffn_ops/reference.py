@@ -19,12 +19,18 @@ from ._gate import Gate, as_gate
 ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
     "relu": torch.relu,
     "relu_squared": lambda z: torch.relu(z).square(),
+    "star_relu": lambda z, scale, bias: scale * torch.relu(z).square() + bias,
+    "leaky_relu": lambda z, slope: torch.where(z > 0, z, slope * z),
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
     "gelu": F.gelu,
     "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
     "silu": F.silu,
     "swish": lambda z, beta: z * torch.sigmoid(beta * z),
+    "silu_squared": lambda z: F.silu(z).square(),
+    "xielu": lambda z, alpha_p, alpha_n, beta, eps: torch.where(
+        z > 0, alpha_p * z * z + beta * z, (torch.expm1(z.clamp(max=eps)) - z) * alpha_n + beta * z
+    ),
     "identity": lambda z: z,
     "situ": lambda z, gate_softcap, up_softcap: _softcap(z, gate_softcap) * torch.sigmoid(z),
     "swiglu_step": lambda z, cap: F.silu(z).clamp(max=cap),
@@ -33,6 +39,12 @@ ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
 UPS: dict[str, Callable[..., Tensor]] = {
     "situ": lambda u, gate_softcap, up_softcap: _softcap(u, up_softcap),
     "swiglu_step": lambda u, cap: u.clamp(-cap, cap),
+}
+
+SCORES: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda z: torch.softmax(z, 1),
+    "sigmoid": torch.sigmoid,
+    "sqrt_softplus": lambda z: torch.logaddexp(z, torch.zeros_like(z)).sqrt(),
 }
 
 
@@ -171,37 +183,49 @@ def top_k(
     logits: Tensor,
     k: int,
     *,
+    ids: Tensor | None = None,
     score: str = "softmax",
     renormalize: bool = False,
-    softmax_after: bool = False,
+    by_logits: bool = False,
+    softcap: float | None = None,
     bias: Tensor | None = None,
+    shared: int = 0,
     num_groups: int = 1,
     top_groups: int = 1,
+    group_best: int = 2,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Ids and weights ``[T, k]``; ties go to the lowest index, NaN ranks last."""
+    """Ids and weights ``[T, k + shared]``; ties go to the lowest index, NaN ranks last. ``ids``: chosen already."""
     z = logits if logits.dtype is torch.float64 else logits.float()
-    scores = z if softmax_after else torch.softmax(z, 1) if score == "softmax" else torch.sigmoid(z)
-    choice = z if softmax_after or (bias is None and num_groups == 1) else scores
-    choice = choice.detach() if bias is None else choice.detach() + bias
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    if ids is None:
+        ids = _chosen(z, k, score, by_logits, bias, shared, num_groups, top_groups, group_best)
+    after = by_logits and score == "softmax"
+    weights = SCORES[score](z.gather(1, ids)) if after else SCORES[score](z).gather(1, ids)
+    if renormalize:
+        weights = weights / (weights.sum(1, keepdim=True) + 1e-20)
+    return ids, weights * scale
+
+
+def _chosen(
+    z: Tensor, k: int, score: str, by_logits: bool, bias: Tensor | None, shared: int, num_groups: int, top_groups: int,
+    group_best: int,
+) -> Tensor:  # fmt: skip
+    experts = z.shape[1] - shared
+    choice = (z if by_logits or (bias is None and num_groups == 1) else SCORES[score](z)).detach()[:, :experts]
+    choice = choice if bias is None else choice + bias
+    order = _ranked(choice)
     if num_groups > 1:
         groups = choice.view(len(z), num_groups, -1)
-        best = _ranked(groups.flatten(0, 1))[:, : min(2, groups.shape[2])]
+        best = _ranked(groups.flatten(0, 1))[:, : min(group_best, groups.shape[2])]
         group_scores = groups.flatten(0, 1).gather(1, best).sum(1).view(len(z), num_groups)
         chosen = _ranked(group_scores)[:, :top_groups]
         outside = torch.ones(len(z), num_groups, dtype=torch.bool).scatter(1, chosen, False)
         outside = outside.repeat_interleave(groups.shape[2], 1)
-        order = _ranked(choice)
-        ids = torch.stack([row[~out[row]][:k] for row, out in zip(order, outside, strict=True)]) if len(z) else order
-        ids = ids[:, :k]
-    else:
-        ids = _ranked(choice)[:, :k]
-    weights = scores.gather(1, ids)
-    if softmax_after:
-        return ids, torch.softmax(weights, 1) * scale
-    if renormalize:
-        weights = weights / (weights.sum(1, keepdim=True) + 1e-20)
-    return ids, weights * scale
+        if len(z):
+            order = torch.stack([row[~out[row]][:k] for row, out in zip(order, outside, strict=True)])
+    return torch.cat((order[:, :k], torch.arange(experts, z.shape[1]).expand(len(z), shared)), 1)
 
 
 def _ranked(values: Tensor) -> Tensor:

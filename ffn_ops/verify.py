@@ -34,7 +34,7 @@ STEPS = (
         4.0,
         steps.tests_of(
             "test_accuracy.py", "test_gate.py", "test_gate_forms.py", "test_gradients.py", "test_determinism.py",
-            "test_memory.py",
+            "test_memory.py", "test_learned_act.py",
         ),
     ),
     Step(
@@ -43,7 +43,7 @@ STEPS = (
         3.0,
         steps.tests_of(
             "test_moe.py", "test_top_k.py", "test_routing.py", "test_assignment.py", "test_moe_ffn.py",
-            "test_routing_errors.py", "test_router.py", "test_mask.py",
+            "test_routing_errors.py", "test_router.py", "test_mask.py", "test_lora.py",
         ),
     ),
     Step("cuda", "graphs, streams, no waiting, TF32, the CPU's results", 3.0, steps.tests_of("test_cuda.py")),
@@ -62,12 +62,13 @@ STEPS = (
     ),
     Step(
         "models",
-        "replace on layers, models of transformers, adapters and quantised weights",
+        "replace on layers, models of transformers, adapters and quantised weights; routers and mixtures of models",
         4.0,
         steps.tests_of(
             "test_replace.py", "test_replace_alike.py", "test_replace_changes.py", "test_replace_inputs.py",
             "test_replace_models.py", "test_replace_part_changes.py", "test_replace_parts.py", "test_replace_peft.py",
-            "test_replace_report.py", "test_libraries.py",
+            "test_replace_report.py", "test_replace_learned.py", "test_libraries.py", "test_router_models.py",
+            "test_moe_models.py",
         ),
     ),
     Step("racecheck", "compute-sanitizer: races in shared memory", 1.5, steps.sanitizer("racecheck", few=True)),

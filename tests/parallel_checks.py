@@ -255,6 +255,10 @@ def balance(rank: int, ranks: int) -> None:
             one.update(one(tokens), 0.5)
             ours.update(ours(whole[rank]), 0.5, group=group)
         assert one.bias.any() and torch.equal(ours.bias, one.bias)
+        for _ in range(2):
+            one.solve(tokens)
+            ours.solve(whole[rank], group=group)
+        assert one(tokens).statistics().max_over_mean < 1.6 and torch.equal(ours.bias, one.bias)
     alone = routing.BiasedTopK(6, 2)
     alone.update(alone(whole[rank]))
     biases = [torch.empty(6) for _ in range(ranks)]
@@ -264,6 +268,9 @@ def balance(rank: int, ranks: int) -> None:
     empty.update(empty(whole[rank][: 9 * (rank == 0)]), group=mesh)
     alone.bias.zero_()
     alone.update(alone(whole[0]))
+    assert torch.equal(empty.bias, alone.bias)
+    empty.solve(whole[rank][: 9 * (rank == 0)], group=mesh)
+    alone.solve(whole[0])
     assert torch.equal(empty.bias, alone.bias)
 
     for masks in (None, mask):
@@ -280,6 +287,25 @@ def balance(rank: int, ranks: int) -> None:
         torch.testing.assert_close(mean, expected.detach())
     for call in (lambda: alone.update(r, group="dp"), lambda: routing.load_balancing_loss(mine, r, group=2)):
         assert raised(call).startswith("TypeError: group: expected a ProcessGroup or a DeviceMesh, got")
+
+
+def extra_experts(rank: int) -> None:
+    """Experts without computation, latent ones, scales and gates: what one process computes of a rank's tokens."""
+    options: dict[str, Any] = {"num_shared": 1, "shared_gate": True, "expert_scale": True, "d_latent": 4}
+    options |= {"num_identity": 2, "num_null": 1, "router": functools.partial(routing.top_k, k=3)}
+    x = torch.randn(9 - rank, 8, generator=torch.Generator().manual_seed(rank))
+    found = []
+    for more in ({}, {"expert_mesh": init_device_mesh("cpu", (2,))}):
+        torch.manual_seed(3)
+        layer = ffn_ops.MoEFFN(8, 12, 6, **options, **more)
+        with torch.no_grad():
+            layer.expert_scale.copy_(torch.linspace(0.5, 2, 6))
+        y = layer(x)
+        y.square().sum().backward()
+        grads = {n: p.grad for n, p in layer.named_parameters() if not isinstance(p, DTensor)}
+        found.append((y.detach(), {n: grads[n] for n in grads if n not in ("w_in", "w_down", "b_in", "b_down")}))
+    assert len(found[0][1]) == 12 and all(grad.any() for grad in found[0][1].values())
+    torch.testing.assert_close(found[1], found[0])
 
 
 def benchmark(rank: int) -> dict[str, Any]:

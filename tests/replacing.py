@@ -80,6 +80,21 @@ class Limited(LlamaLike):
         return self.down_proj((up + self.shift) * (gate * torch.sigmoid(self.beta * gate)))
 
 
+class SoftCapped(LlamaLike):
+    """Kimi K3's gate, with numbers that differ from its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(7 * torch.tanh(gate / 7) * torch.sigmoid(gate) * 50 * torch.tanh(up / 50))
+
+
+class Step(LlamaLike):
+    """Step-3.7's gate, likewise."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)).clamp(max=3) * self.up_proj(x).clamp(-3, 3))
+
+
 class UpFirst(LlamaLike):
     """The up projection is called first."""
 
@@ -186,6 +201,17 @@ def quick_gelu(z: Tensor) -> Tensor:
     return z * torch.sigmoid(1.702 * z)
 
 
+class ApproximateGELU(nn.Module):
+    """diffusers' first layer of "geglu-approximate", which has no gate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(D, FF)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return quick_gelu(self.proj(x))
+
+
 def new_gelu(z: Tensor) -> Tensor:
     return 0.5 * z * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (z + 0.044715 * torch.pow(z, 3.0))))
 
@@ -208,10 +234,22 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
         lambda: Limited(7.0, 1.0, 1.702),
         "down_proj(swish(beta=1.702)(min(gate_proj(x), 7)) * (clamp(up_proj(x), 7) + 1))", "ffn",
     ),
+    "soft caps": (
+        SoftCapped, "down_proj(situ(gate_softcap=7.0, up_softcap=50.0)(gate_proj(x), up_proj(x)))", "ffn"
+    ),
+    "a step": (Step, "down_proj(swiglu_step(cap=3.0)(gate_proj(x), up_proj(x)))", "ffn"),
     "phi": (PhiLike, "down_proj(gelu(gate) * up of gate_up_proj(x), gate first)", "ffn"),
     "up rows first": (lambda: PhiLike(False, True), "down_proj(gelu(gate) * up of gate_up_proj(x), up first)", "ffn"),
     "w1 w2 w3": (W123, "w2(silu(w1(x)) * w3(x))", "ffn"),
     "quick gelu": (lambda: Plain(quick_gelu), "fc2(drop(swish(beta=1.702)(fc1(x))))", "ffn"),
+    "geglu-approximate": (
+        lambda: nn.Sequential(ApproximateGELU(), nn.Dropout(0.0), nn.Linear(FF, D)),
+        "2(1(swish(beta=1.702)(0.proj(x))))", "ffn",
+    ),
+    "gated relu squared": (
+        lambda: LlamaLike(Function(lambda z: F.relu(z) ** 2)), LLAMA.format("relu_squared"), "ffn"
+    ),
+    "leaky relu": (lambda: Plain(nn.LeakyReLU(0.2)), "fc2(drop(leaky_relu(slope=0.2)(fc1(x))))", "ffn"),
     "new gelu": (lambda: Plain(new_gelu), "fc2(drop(gelu_tanh(fc1(x))))", "ffn"),
     "in place": (lambda: Plain(nn.ReLU(inplace=True)), "fc2(drop(relu(fc1(x))))", "ffn"),
     "sequential": (sequential, "5(4(3(gelu_tanh(1(0(x))))))", "ffn"),
@@ -278,6 +316,17 @@ class Learned(Plain):
         return self.fc2(z * torch.sigmoid(self.beta * z))
 
 
+class LearnedSwish(nn.Module):
+    """The same as a module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.beta = nn.Parameter(torch.ones(1))
+
+    def forward(self, z: Tensor) -> Tensor:
+        return z * torch.sigmoid(self.beta * z)
+
+
 class Forward(LlamaLike):
     """LLaMA's children in another forward."""
 
@@ -312,9 +361,8 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "clipped at 10000": (lambda: LlamaLike(lambda z: F.silu(z).clamp(max=1e4)), NO_ACTIVATION),
     "relu6": (lambda: Plain(nn.ReLU6()), NO_ACTIVATION),
     "hardswish": (lambda: Plain(nn.Hardswish()), NO_ACTIVATION),
-    "leaky": (lambda: Plain(nn.LeakyReLU()), NO_ACTIVATION),
     "nearly gelu": (lambda: Plain(lambda z: F.gelu(z) * (1 + 2e-5)), NO_ACTIVATION),
-    "learned slope": (lambda: Plain(nn.PReLU()), BETWEEN),
+    "learned swish": (lambda: Plain(LearnedSwish()), BETWEEN),
     "buffer": (Scaled, "scale|return"),
     "learned beta": (Learned, "tensor of its own, beta"),
     "a child twice": (lambda: Forward(_twice), "twice|no activation"),

@@ -15,7 +15,10 @@ from ffn_ops import Routing, routing
 ROUTERS: dict[str, Callable[[Tensor], Routing]] = {
     "top_k": functools.partial(routing.top_k, k=2),
     "top_k renormalised, capacity": functools.partial(routing.top_k, k=2, renormalize=True, capacity_factor=0.7),
-    "softmax after": functools.partial(routing.top_k, k=2, softmax_after=True),
+    "softmax after": functools.partial(routing.top_k, k=2, by_logits=True),
+    "sqrt(softplus), shared": functools.partial(
+        routing.top_k, k=2, score="sqrt_softplus", renormalize=True, shared=1, softcap=3.0
+    ),
     "groups": functools.partial(routing.top_k, k=2, score="sigmoid", num_groups=2, top_groups=1),
     "switch": routing.switch,
     "glam": routing.glam_top2,
@@ -23,6 +26,7 @@ ROUTERS: dict[str, Callable[[Tensor], Routing]] = {
     "expert choice": functools.partial(routing.expert_choice, causal=False),
     "base": routing.base,
     "token rounding": functools.partial(routing.token_rounding, k=2, tile=4),
+    "sparse mixer": lambda z, mask=None: routing.sparse_mixer(z, training=False, mask=mask),  # MoEFFN would train it
 }
 
 

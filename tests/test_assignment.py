@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 import torch
-from device import generator
+from device import generator, gradcheck, gradgradcheck
 from routes import check_against_naive
 from torch import Tensor
 
@@ -130,7 +130,32 @@ def test_hash() -> None:
     r, learned = routing.hash(tokens, table, 4), routing.hash(tokens, table, 4, logits=logits)
     ids = table[tokens].view(-1, 1)
     check_against_naive(r, ids, torch.ones(21, 1), 4)
-    check_against_naive(learned, ids, logits.view(21, 4).softmax(1).gather(1, ids), 4)
+    check_against_naive(learned._replace(weight=r.weight), ids, torch.ones(21, 1), 4)
+    torch.testing.assert_close(learned.weight[learned.row], logits.view(21, 4).softmax(1).gather(1, ids)[:, 0])
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid", "sqrt_softplus"])
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_hash_with_several_experts_and_scores(score: str, renormalize: bool, isa: str) -> None:
+    """DeepSeek-V4's; a table may name an expert twice, as its zeros do before a checkpoint is loaded."""
+    table = torch.tensor([[0, 3, 1], [2, 2, 0], [1, 1, 1], [3, 0, 2]])
+    tokens, logits = torch.arange(8) % 4, torch.randn(8, 4, dtype=torch.float64, requires_grad=True)
+    options = {"score": score, "renormalize": renormalize, "scale": 1.5}
+    d = torch.randn(8, 3, dtype=torch.float64)
+
+    def weights(z: Tensor) -> Tensor:
+        r = routing.hash(tokens, table, 4, logits=z, **options)
+        return r.weight[r.row].view(8, 3)
+
+    expected = reference.top_k(logits, 3, ids=table[tokens], **options)[1]
+    r = routing.hash(tokens, table, 4, logits=logits, **options)
+    torch.testing.assert_close(weights(logits), expected)
+    check_against_naive(r, table[tokens], weights(logits), 4)
+    grads = [torch.autograd.grad(w, logits, d)[0] for w in (weights(logits), expected)]
+    torch.testing.assert_close(grads[0], grads[1])
+    low, wide = (weights(logits.detach().to(dtype)) for dtype in (torch.bfloat16, torch.float32))
+    torch.testing.assert_close(low, wide, rtol=0.02, atol=0.02)
+    assert gradcheck(weights, [logits]) and gradgradcheck(weights, [logits])
 
 
 @pytest.mark.parametrize(

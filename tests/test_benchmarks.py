@@ -20,7 +20,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import command, dense, moe, peak, targets, workloads
-from benchmarks.harness import Budget, Case, Cpu, Harness, Measured, Timed
+from benchmarks.harness import Budget, Case, Cpu, Harness, Measured
 from benchmarks.providers import (
     COMPILE,
     COMPILING,
@@ -50,6 +50,7 @@ from benchmarks.workloads import (
     in_order,
 )
 from ffn_ops import _accuracy
+from ffn_ops._timing import Timed
 
 pytestmark = pytest.mark.cpu_only("of what runs on the CPU; the rest stands in test_gpu_benchmarks.py")
 

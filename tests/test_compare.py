@@ -94,6 +94,10 @@ def test_mixtures_learn_and_their_loads_are_recorded(finished: tuple[Path, dict[
     rows = {row["architecture"]: row for row in results["trained_mixtures"]}
     assert rows.keys() == {BASELINE, *(m.key for m in MIXTURES)}
     assert rows["switch"]["training_load"]["dropped"] > 0 == rows["top2"]["training_load"]["dropped"]
+    for key in ("biased", "quantile"):
+        runs = [run["training_loads"] for run in results["mixtures"] if run["architecture"] == key]
+        found = [load["max_over_mean"] for points in runs for loads in points for load in loads]
+        assert rows[key]["training_max_over_mean"] == pytest.approx(sum(found) / len(found))
     assert rows[BASELINE]["training_load"] is None and len(rows["base"]["paired"]["differences"]) == 2
 
 

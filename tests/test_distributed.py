@@ -13,7 +13,9 @@ import ranks
 pytestmark = pytest.mark.cpu_only("of gloo between processes; a GPU would need one device for each")
 
 
-@pytest.mark.parametrize("check", ["fsdp", "fsdp_mixed", "fsdp_routing", "tensor_parallel", "dtensors"])
+@pytest.mark.parametrize(
+    "check", ["fsdp", "fsdp_mixed", "fsdp_routing", "tensor_parallel", "dtensors", "extra_experts"]
+)
 def test_equals_one_process(check: str) -> None:
     ranks.run(getattr(parallel_checks, check), 2)
 

@@ -38,7 +38,11 @@ PUBLIC = public()
 METHODS: dict[str, Callable[..., Any]] = {
     "Routing.from_topk": ffn_ops.Routing.from_topk,
     "Routing.statistics": ffn_ops.Routing.statistics,
+    "Routing.first": ffn_ops.Routing.first,
+    "Routing.weight_of": ffn_ops.Routing.weight_of,
+    "Routing.scaled": ffn_ops.Routing.scaled,
     "BiasedTopK.update": ffn_ops.routing.BiasedTopK.update,
+    "BiasedTopK.solve": ffn_ops.routing.BiasedTopK.solve,
 }
 
 

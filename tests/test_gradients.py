@@ -325,3 +325,18 @@ def test_second_derivatives_under_autocast(form: str) -> None:
     for expected, actual in zip(plain, under, strict=True):
         # The squares outside our operators are cast; our own formulas are not.
         torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("T", [1, 5])
+def test_wide_weights_of_a_few_tokens(T: int, dtype: torch.dtype) -> None:
+    """Their gradients are sums of a few products, stored as long rows, with a ragged end behind several pieces."""
+    problem = Problem("plain", T=T, D=1291, F=23, O=9)
+    tensors, d = problem.draw(dtype=dtype)
+    names, inputs = list(tensors), [t.requires_grad_() for t in tensors.values()]
+    grads = torch.autograd.grad(problem.ours(**dict(zip(names, inputs, strict=True))), inputs, d)
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    wanted = torch.autograd.grad(problem.plain(**dict(zip(names, exact, strict=True))), exact, d.double())
+    for name, grad, expected in zip(names, grads, wanted, strict=True):
+        error = float((grad.double() - expected).abs().max() / expected.abs().max())
+        assert error <= (64 if dtype is torch.float64 else 8) * torch.finfo(dtype).eps, (name, error)

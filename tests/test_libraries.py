@@ -186,7 +186,7 @@ def test_adapters_on_experts(targets: tuple[str, ...]) -> None:
     assert len(_gates._known) == known
     with Seen() as seen:
         both[0](input_ids=TOKENS)
-    assert seen.names.count("moe") == 2
+    assert seen.names.count("moe_lora") == 2
     expected = both[0](input_ids=TOKENS).logits
     torch.testing.assert_close(both[0].merge_and_unload()(input_ids=TOKENS).logits, expected, rtol=1e-9, atol=1e-11)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import ffn_ops
 from ffn_ops import Gate, reference, routing
+from ffn_ops._gate import LEARNED
 
 pytest.importorskip("onnxscript")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -28,18 +29,22 @@ class Everything(nn.Module):
         self.plain = ffn_ops.GELUFFN(8, 12)
         self.swiglu = ffn_ops.FeedForward(8, 12, 4, 0.1)
         self.gates = ffn_ops.GatedFFN(8, 12, 2, out_proj=True)
+        self.own = nn.ParameterDict({name: torch.tensor([*gate_of(name).own.values()]) for name in LEARNED})
         capacity = functools.partial(routing.top_k, k=2, renormalize=True, capacity_factor=0.7)
         self.mixtures = nn.ModuleList(
             [
                 ffn_ops.MoEFFN(8, 6, 4, router=capacity, num_shared=1),
                 ffn_ops.MoEFFN(8, 6, 4, router=routing.BiasedTopK(4, 2, num_groups=2, top_groups=1), gated=True),
-                ffn_ops.MoEFFN(8, 6, 3, router=functools.partial(routing.top_k, k=2, softmax_after=True)),
+                ffn_ops.MoEFFN(8, 6, 3, router=functools.partial(routing.top_k, k=2, by_logits=True)),
+                ffn_ops.MoEFFN(8, 6, 4, router=routing.BiasedTopK(4, 2, score="sqrt_softplus", shared=1, softcap=2.0)),
+                ffn_ops.MoEFFN(8, 6, 4, router=functools.partial(routing.sparse_mixer, training=False)),
             ]
         )
 
     def forward(self, x: Tensor) -> list[Tensor]:
         outs = [layer(x) for layer in (self.plain, self.swiglu, self.gates, *self.mixtures)]
         outs += [ffn_ops.gated_act(x, activation=gate_of(name)) for name in ffn_ops.activations()]
+        outs += [ffn_ops.learned_act(x, own, activation=name) for name, own in self.own.items()]
         outs.append(ffn_ops.gated_act(x, x.flip(1), activation=Gate("swish", beta=1.7, limit=0.5, up_shift=1.0)))
         m: Any = self.mixtures[1]
         route = routing.top_k(m.logits(x), 2, capacity_factor=0.7)
@@ -94,6 +99,25 @@ def test_float16() -> None:
     """Arithmetic in float32, rounded once, as ours."""
     torch.manual_seed(1)
     assert_runs_alike(Half().half(), torch.float16, 1e-3)
+
+
+class InDouble(nn.Module):
+    """onnxruntime has no erf in float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([ffn_ops.FeedForward(8, 12, 4, 0.0), ffn_ops.MoEFFN(8, 6, 4, activation="silu")])
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        names = [name for name in ffn_ops.activations() if name != "gelu"]
+        plain = [ffn_ops.gated_act(x, activation=gate_of(name)) for name in names]
+        gated = [ffn_ops.gated_act(x, x.flip(1), activation=gate_of(name, limit=0.3, up_shift=0.7)) for name in names]
+        return [*plain, *gated, *[layer(x) for layer in self.layers]]
+
+
+def test_float64() -> None:
+    torch.manual_seed(1)
+    assert_runs_alike(InDouble().double(), torch.float64, 1e-13)
 
 
 def test_what_onnx_cannot_express_is_named() -> None:

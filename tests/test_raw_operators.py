@@ -39,6 +39,18 @@ def raw_calls() -> dict[str, Callable[[], Any]]:
         given |= {"interleaved": False, **changes}
         return lambda: OPS.moe(x, None, None, torch.tensor([0, 1, 3]), None, None, *given.values(), *act, True)
 
+    def lora(**changes: Any) -> Callable[[], Any]:
+        given = {"a_in": torch.ones(2, 3, 4), "b_in": torch.ones(2, 6, 3), "a_down": None, "b_down": None, **changes}
+        weights = (experts, torch.ones(2, 5, 6), None, None)
+        offsets = torch.tensor([0, 1, 3])
+        form = (False, False, *act, 1.0, True)
+        return lambda: OPS.moe_lora(x, None, None, offsets, None, None, *weights, *given.values(), *form)
+
+    def top_k(k: int, **changes: Any) -> Callable[[], Any]:
+        given = {"bias": None, "ids": None, "k": k, "shared": 0, "score": "softmax", "renormalize": False}
+        given |= {"by_logits": False, "num_groups": 1, "top_groups": 1, "group_best": 2, "scale": 1.0, **changes}
+        return lambda: OPS.route_top_k(x, *given.values())
+
     d_y, experts = torch.ones(3, 5), torch.ones(2, 6, 4)
     rows = [torch.tensor(each) for each in ([0, 1, 3], [0, 1, 2], [0, 1, 2, 3])]
     return {
@@ -87,6 +99,15 @@ def raw_calls() -> dict[str, Callable[[], Any]]:
         "moe: b_down": moe(b_down=torch.ones(2, 6)),
         "moe: dtype": moe(w_down=torch.ones(2, 5, 6).double()),
         "moe: interleaved": moe(interleaved=True),
+        "lora: one of a pair": lora(b_in=None),
+        "lora: rank": lora(b_in=torch.ones(2, 6, 2)),
+        "lora: no rank": lora(a_in=torch.ones(2, 0, 4), b_in=torch.ones(2, 6, 0)),
+        "lora: width": lora(a_in=torch.ones(2, 3, 5)),
+        "lora: dimensions": lora(a_in=torch.ones(3, 4)),
+        "lora: rows": lora(a_down=torch.ones(2, 1, 6), b_down=torch.ones(2, 6, 1)),
+        "lora: integers": lora(a_in=torch.ones(2, 3, 4).int()),
+        "lora: dtype": lora(a_in=torch.ones(2, 3, 4).bfloat16()),
+        "lora: dtype of b": lora(b_in=torch.ones(2, 6, 3).double()),
         "dispatch: token": lambda: OPS.moe_dispatch(x, rows[1].int(), None, rows[0], rows[1], rows[2]),
         "dispatch: row": lambda: OPS.moe_dispatch(x, rows[1], None, rows[0], rows[1][1:], rows[2]),
         "dispatch: tokens": lambda: OPS.moe_dispatch(x[1:], rows[1], None, rows[0], rows[1], rows[2]),
@@ -96,13 +117,18 @@ def raw_calls() -> dict[str, Callable[[], Any]]:
         "route_linear: width": lambda: OPS.route_linear(x, w[:, 1:], None),
         "route_linear: bias": lambda: OPS.route_linear(x, w, torch.ones(6).double()),
         "route_linear: length of bias": lambda: OPS.route_linear(x, w, torch.ones(5)),
-        "top_k: k": lambda: OPS.route_top_k(x, None, 5, "softmax", False, False, 1, 1, 1.0),
-        "top_k: score": lambda: OPS.route_top_k(x, None, 2, "tanh", False, False, 1, 1, 1.0),
-        "top_k: groups": lambda: OPS.route_top_k(x, None, 2, "softmax", False, False, 3, 1, 1.0),
-        "top_k: too many groups": lambda: OPS.route_top_k(x, None, 2, "softmax", False, False, 5, 1, 1.0),
-        "top_k: top_groups": lambda: OPS.route_top_k(x, None, 2, "softmax", False, False, 2, 3, 1.0),
-        "top_k: small groups": lambda: OPS.route_top_k(x, None, 3, "softmax", False, False, 2, 1, 1.0),
-        "top_k: softmax_after": lambda: OPS.route_top_k(x, None, 2, "sigmoid", False, True, 1, 1, 1.0),
+        "top_k: k": top_k(5),
+        "top_k: score": top_k(2, score="tanh"),
+        "top_k: groups": top_k(2, num_groups=3),
+        "top_k: too many groups": top_k(2, num_groups=5),
+        "top_k: top_groups": top_k(2, num_groups=2, top_groups=3),
+        "top_k: small groups": top_k(3, num_groups=2),
+        "top_k: shared": top_k(2, shared=4),
+        "top_k: k beside shared": top_k(3, shared=2),
+        "top_k: group_best": top_k(2, group_best=3),
+        "top_k: ids": top_k(2, ids=torch.zeros(3, 1, dtype=torch.int64)),
+        "top_k: ids of int32": top_k(2, ids=torch.zeros(3, 2, dtype=torch.int32)),
+        "top_k: ids and shared": top_k(2, ids=torch.zeros(3, 2, dtype=torch.int64), shared=1),
         "needs too short": backward(d_y, h, h, [True]),
         "needs too long": lambda: OPS.gated_act_backward(x, x, None, *act, [True] * 3),
     }

@@ -245,7 +245,7 @@ REFUSED = {
         " operator",
     ),
     "an activation that learns": (
-        lambda: nn.Sequential(nn.Linear(D, 20), nn.PReLU(), nn.Linear(20, D)),
+        lambda: nn.Sequential(nn.Linear(D, 20), nn.PReLU(20), nn.Linear(20, D)),
         "1, a norm or an activation with parameters, is between its linear children",
     ),
     "three layers": (

@@ -200,6 +200,82 @@ def test_bias_update() -> None:
     assert not router.bias.requires_grad and router.bfloat16().bias.dtype is torch.float32
 
 
+@pytest.mark.parametrize(("score", "by_logits"), [("sigmoid", False), ("softmax", False), ("sigmoid", True)])
+@pytest.mark.parametrize("masked", [False, True], ids=["no mask", "mask"])
+def test_quantile_bias(score: str, by_logits: bool, masked: bool) -> None:
+    """Against its definition: of m tokens the (m k / E)-th in order, less the mean over the experts."""
+    T, E, k = 480, 12, 3
+    logits = torch.randn(T, E, generator=generator(1), dtype=torch.float64) + torch.linspace(0, 2, E)
+    bias = torch.linspace(-0.1, 0.2, E, dtype=torch.float64)
+    mask = torch.arange(T) % 4 > 0 if masked else None
+    z = logits if mask is None else logits[mask]
+    s = z if by_logits else z.softmax(1) if score == "softmax" else z.sigmoid()
+    wanted = (s + bias).sort(1, descending=True).values[:, k : k + 1] - s
+    routing.solve_bias(bias, logits, k, score=score, by_logits=by_logits, mask=mask)
+    q = len(z) * k // E
+    quantile = wanted.sort(0).values[q - 1]
+    width = 2e-6 * (wanted.max() - wanted.min()).item()
+    torch.testing.assert_close(bias, quantile - quantile.mean(), rtol=0, atol=2 * width)
+
+
+@pytest.mark.parametrize("learns", [False, True], ids=["fixed", "learns"])
+def test_quantiles_balance_better_than_steps(learns: bool) -> None:
+    """A few calls, without a rate, against as many steps of the best rate there is; also on a router that learns."""
+    drift = torch.randn(8, generator=generator(2)) * 0.05 * learns
+    loads: dict[str, list[Tensor]] = {"quantile": [], **{str(rate): [] for rate in (3e-3, 1e-2, 3e-2)}}
+    for name, found in loads.items():
+        for seed in range(3):
+            router, g = routing.BiasedTopK(8, 2), generator(seed)
+            for step in range(30):
+                logits = torch.randn(2048, 8, generator=g) + torch.linspace(0, 1.5, 8) + step * drift
+                r = router(logits)
+                if step >= 5:
+                    found.append(r.statistics().max_over_mean)
+                router.solve(logits) if name == "quantile" else router.update(r, float(name))
+    means = {name: torch.stack(found).mean().item() for name, found in loads.items()}
+    assert means["quantile"] < (1.2 if learns else 1.12)
+    assert means["quantile"] < 0.97 * min(m for n, m in means.items() if n != "quantile")
+
+
+def test_quantile_bias_at_its_limits() -> None:
+    router = routing.BiasedTopK(4, 2, shared=1)
+    router.bias.copy_(torch.tensor([0.1, -0.2, 0.1]))
+    before = router.bias.clone()
+    router.solve(torch.empty(0, 4))
+    assert torch.equal(router.bias, before)  # nothing to go by
+    router.solve(torch.full((5, 4), 3.0))
+    assert torch.equal(router.bias, router.bias.new_zeros(3))  # all experts are alike
+    r = router(torch.randn(64, 4))
+    assert r.counts[3] == 64  # the shared expert's load moves nothing
+    router.update(r, 0.5)
+    load = r.counts[:3].float()
+    assert torch.equal(router.bias, 0.5 * torch.sign(load.mean() - load))
+
+
+def test_rows_of_some_experts() -> None:
+    """``first``, ``weight_of`` and ``scaled``, with gradients, against loops over slots."""
+    ids = torch.tensor([[0, 3], [4, 1], [2, 4], [3, 5], [6, 7]])  # 6 and 7 are another rank's
+    weights = torch.rand(5, 2, dtype=torch.float64, requires_grad=True)
+    scale = torch.rand(6, dtype=torch.float64, requires_grad=True)
+    r = Routing.from_topk(ids, weights, 6)
+    few = r.first(3)
+    check_against_naive(few, torch.where(ids < 3, ids, 9), weights, 3)
+    passed = r.weight_of(3, 5)
+    expected = torch.where((ids >= 3) & (ids < 5), weights, 0).sum(1)
+    torch.testing.assert_close(passed, expected)
+    d = torch.rand(5, dtype=torch.float64)
+    assert torch.equal(
+        torch.autograd.grad(passed, weights, d, retain_graph=True)[0], torch.autograd.grad(expected, weights, d)[0]
+    )
+    kept = int(r.offsets[-1])
+    scaled = r.scaled(scale).weight[:kept]
+    expected = torch.stack([weights[t, k] * scale[ids[t, k]] for t, k in naive(ids, weights, 6)["rows"]])
+    assert torch.equal(scaled, expected)
+    d = torch.rand(kept, dtype=torch.float64)
+    for a, b in zip(*(torch.autograd.grad(w, [weights, scale], d) for w in (scaled, expected)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("name", ROUTERS)
 def test_compile(name: str, dynamo: None) -> None:
     """One graph, T dynamic."""

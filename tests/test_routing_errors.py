@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from routes import ROUTERS
+from torch import Tensor
 
 from ffn_ops import Routing, routing
 
@@ -22,9 +24,28 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "k a float": (lambda: routing.top_k(torch.ones(2, 3), 1.0), TypeError, "k: expected an integer, got float"),
     "score": (lambda: routing.top_k(torch.ones(2, 3), 1, score="tanh"), ValueError, "score: expected one of softmax"),
     "renormalize": (lambda: routing.top_k(torch.ones(2, 3), 1, renormalize=1), TypeError, "renormalize: expected True"),
-    "softmax after sigmoid": (
-        lambda: routing.top_k(torch.ones(2, 3), 1, score="sigmoid", softmax_after=True), ValueError, "softmax_after",
+    "by logits": (lambda: routing.top_k(torch.ones(2, 3), 1, by_logits=1), TypeError, "by_logits: expected True or"),
+    "softcap": (lambda: routing.top_k(torch.ones(2, 3), 1, softcap=0.0), ValueError, "softcap: expected a positive"),
+    "shared": (lambda: routing.top_k(torch.ones(2, 3), 1, shared=3), ValueError, "shared: expected 0 to 2, got 3"),
+    "k beside shared": (lambda: routing.top_k(torch.ones(2, 3), 3, shared=1), ValueError, "k: expected 1 to 2, got 3"),
+    "shared with a capacity": (
+        lambda: routing.top_k(torch.ones(2, 3), 1, shared=1, capacity_factor=1.0), ValueError, "capacity_factor: exp",
     ),
+    "group_best": (lambda: routing.top_k(torch.ones(2, 6), 1, group_best=3), ValueError, "group_best: expected 1 to 2"),
+    "hash table": (
+        lambda: routing.hash(torch.ones(2).int(), torch.ones(2, 0).int(), 2), ValueError, r"table: expected shape",
+    ),
+    "jitter of the sparse mixer": (lambda: routing.sparse_mixer(torch.ones(2, 3), jitter=-1.0), ValueError, "jitter:"),
+    "quantiles of all experts": (
+        lambda: routing.solve_bias(torch.zeros(3), torch.ones(2, 3), 3), ValueError, "k: expected 1 to 2, got 3",
+    ),
+    "quantiles in groups": (
+        lambda: routing.BiasedTopK(4, 1, num_groups=2).solve(torch.ones(2, 4)), ValueError, "num_groups: expected 1",
+    ),
+    "scale of experts": (
+        lambda: routing.top_k(torch.ones(2, 3), 1).scaled(torch.ones(2)), ValueError, r"scale: expected shape \[3\]",
+    ),
+    "first experts": (lambda: routing.top_k(torch.ones(2, 3), 1).first(4), ValueError, "num_experts: expected 1 to 3"),
     "groups": (lambda: routing.top_k(torch.ones(2, 6), 1, num_groups=4), ValueError, "num_groups: expected"),
     "top groups": (
         lambda: routing.top_k(torch.ones(2, 6), 3, num_groups=3, top_groups=1), ValueError, "top_groups: expected",
@@ -71,3 +92,46 @@ def test_errors(case: str) -> None:
     call, error, message = ERRORS[case]
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_no_router_contradicts_itself(name: str) -> None:
+    for seed in range(4):
+        torch.manual_seed(seed)
+        ROUTERS[name](torch.randn(13, 4)).check()
+
+
+def changed(t: Tensor, **places: int) -> Tensor:
+    t = t.clone()
+    for place, value in places.items():
+        t[int(place.removeprefix("at"))] = value
+    return t
+
+
+CONTRADICTIONS: dict[str, tuple[Callable[[Routing], dict[str, Any]], str]] = {
+    "offsets falls": (lambda r: {"offsets": changed(r.offsets, at1=9)}, "offsets"),
+    "offsets ends behind the rows": (lambda r: {"offsets": changed(r.offsets, at3=9)}, "offsets"),
+    "slot_offsets begins late": (lambda r: {"slot_offsets": changed(r.slot_offsets, at0=1)}, "slot_offsets"),
+    "a row with another expert": (lambda r: {"offsets": changed(r.offsets, at1=3)}, "counts"),
+    "counts of another call": (lambda r: {"counts": r.counts.flip(0)}, "counts"),
+    "counts too large": (lambda r: {"counts": r.counts + 5}, "counts"),
+    "offsets and counts moved": (
+        lambda r: {"offsets": changed(r.offsets, at1=1), "counts": torch.tensor([1, 4, 3])}, "token",
+    ),
+    "tokens out of range": (lambda r: {"token": r.token + 1}, "token"),
+    "all rows of one token": (lambda r: {"token": torch.zeros_like(r.token)}, "row"),
+    "row flipped": (lambda r: {"row": r.row.flip(0)}, "row"),
+    "row twice": (lambda r: {"row": torch.zeros_like(r.row)}, "row"),
+    "another mask": (lambda r: {"mask": torch.tensor([True, True, False, True])}, "mask"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CONTRADICTIONS)
+def test_contradictions_are_found(case: str) -> None:
+    """Each field changed alone, in a routing of 4 tokens with loads 2, 3 and 3."""
+    ids = torch.tensor([[0, 1], [1, 2], [2, 0], [1, 2]])
+    whole = Routing.from_topk(ids, torch.ones(4, 2), 3)
+    whole.check()
+    change, field = CONTRADICTIONS[case]
+    with pytest.raises(ValueError, match=rf"^routing\.{field}: expected"):
+        whole._replace(**change(whole)).check()

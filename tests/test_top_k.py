@@ -16,29 +16,38 @@ from ffn_ops import reference, routing
 TOP_K: dict[str, dict[str, Any]] = {
     "the documents'": {},
     "Mixtral, Qwen3": {"renormalize": True},
-    "gpt-oss": {"softmax_after": True},
+    "gpt-oss": {"by_logits": True},
     "sigmoid": {"score": "sigmoid"},
     "sigmoid renormalised, scaled": {"score": "sigmoid", "renormalize": True, "scale": 2.5},
     "DeepSeek-V3": {
         "score": "sigmoid", "renormalize": True, "scale": 2.5, "num_groups": 4, "top_groups": 2, "bias": True,
     },
     "softmax with bias": {"bias": True},
-    "softmax after, with bias": {"softmax_after": True, "bias": True},
+    "softmax after, with bias": {"by_logits": True, "bias": True},
     "groups of one expert": {"num_groups": 12, "top_groups": 5},
+    "DeepSeek-V2": {"num_groups": 4, "top_groups": 2, "group_best": 1, "scale": 16.0},
+    "DeepSeek-V4": {"score": "sqrt_softplus", "renormalize": True, "scale": 1.5, "bias": True},
+    "sqrt(softplus)": {"score": "sqrt_softplus"},
+    "Kolibri": {"score": "sigmoid", "renormalize": True, "by_logits": True, "bias": True},
+    "Laguna": {"score": "sigmoid", "renormalize": True, "softcap": 1.5, "bias": True},
+    "Inkling": {"score": "sigmoid", "renormalize": True, "scale": 8.0, "shared": 4, "bias": True},
+    "softmax with shared experts": {"shared": 4},
+    "groups beside shared experts": {"score": "sqrt_softplus", "shared": 4, "num_groups": 4, "top_groups": 2},
 }  # fmt: skip
 
 
 def options_of(name: str, E: int, dtype: torch.dtype) -> dict[str, Any]:
     options = dict(TOP_K[name])
     if options.get("bias"):
-        options["bias"] = torch.linspace(-0.3, 0.3, E, dtype=dtype).flip(0)
+        options["bias"] = torch.linspace(-0.3, 0.3, E - options.get("shared", 0), dtype=dtype).flip(0)
     return options
 
 
 def chosen(logits: Tensor, k: int, **options: Any) -> tuple[Tensor, Tensor]:
-    """Ids and weights [T, k] out of the Routing: the experts of each token in the order of its slots."""
+    """Ids and weights out of the Routing: the experts of each token in the order of its slots."""
     r = routing.top_k(logits, k, **options)
     expert = torch.bucketize(torch.arange(len(r.token)), r.offsets[1:], right=True)
+    k += options.get("shared", 0)
     return expert[r.row].view(-1, k), r.weight[r.row].view(-1, k)
 
 
@@ -49,7 +58,7 @@ def test_top_k(name: str, dtype: torch.dtype, isa: str) -> None:
     for T, E, k in ((7, 12, 3), (1, 12, 5), (65, 36, 4), (3, 132, 40), (5, 12, 1)):
         options = options_of(name, E, dtype)
         groups = options.get("num_groups", 1)
-        if k > E // groups * options.get("top_groups", 1):
+        if k > (E - options.get("shared", 0)) // groups * options.get("top_groups", 1):
             continue
         logits = torch.randn(T, E, generator=generator(E), dtype=torch.float64).to(dtype)
         ids, weights = chosen(logits, k, **options)
@@ -72,7 +81,7 @@ def test_low_precision_logits_compute_in_float32(dtype: torch.dtype) -> None:
 def test_ties_go_to_the_lowest_index(name: str, isa: str) -> None:
     options = options_of(name, 12, torch.float32)
     if "bias" in options:
-        options["bias"] = torch.zeros(12)
+        options["bias"] = torch.zeros_like(options["bias"])
     for logits in (torch.zeros(2, 12), torch.tensor([[0.0, 1.0, -0.0, 1.0] * 3] * 2)):
         ids, _ = chosen(logits, 3, **options)
         assert torch.equal(ids, reference.top_k(logits, 3, **options)[0])
@@ -95,9 +104,9 @@ def test_nan_and_infinities(name: str, isa: str) -> None:
     ]
     logits = torch.tensor(rows)
     ids, weights = chosen(logits, 4, **options)
-    assert all(len(set(row)) == 4 and min(row) >= 0 and max(row) < 12 for row in ids.tolist())
+    assert all(len(set(row)) == len(row) and min(row) >= 0 and max(row) < 12 for row in ids.tolist())
     expected_ids, expected = reference.top_k(logits, 4, **options)
-    if options.get("num_groups", 1) == 1 and ("bias" not in options or options.get("softmax_after")):
+    if options.get("num_groups", 1) == 1 and ("bias" not in options or options.get("by_logits")):
         assert torch.equal(ids, expected_ids)  # else NaN scores tie, or NaN group sums do
         torch.testing.assert_close(weights, expected, equal_nan=True)
     assert ids[1, :2].tolist() == [2, 1] or options.get("num_groups", 1) > 1 or "bias" in options
@@ -115,8 +124,9 @@ def test_top_k_gradients(name: str) -> None:
 
     assert gradcheck(weights, [logits], nondet_tol=0)
     assert gradgradcheck(weights, [logits], nondet_tol=0)
-    ours = torch.autograd.grad((chosen(logits, k, **options)[1] * torch.arange(k)).sum(), logits)
-    plain = torch.autograd.grad((reference.top_k(logits, k, **options)[1] * torch.arange(k)).sum(), logits)
+    found, expected = chosen(logits, k, **options)[1], reference.top_k(logits, k, **options)[1]
+    d = torch.arange(found.shape[1])
+    ours, plain = (torch.autograd.grad((w * d).sum(), logits) for w in (found, expected))
     torch.testing.assert_close(ours, plain)
 
 

@@ -47,6 +47,13 @@ def operator_calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
             OPS.gated_act_double_backward,
             tuple(x.detach() for x in (t(T, F), t(T, F), t(T, F), t(T, F), t(T, F))) + act,
         ),
+        "learned_act": (OPS.learned_act, (t(T, F), t(4), "xielu")),
+        "learned_act_backward": (OPS.learned_act_backward, (t(T, F), t(T, F), t(4), "xielu", [True, True])),
+        "learned_act_backward of x": (OPS.learned_act_backward, (t(T, F), t(T, F), t(2), "star_relu", [True, False])),
+        "learned_act_backward slope": (OPS.learned_act_backward, (t(T, F), t(T, F), t(1), "leaky_relu", [False, True])),
+        "learned_act_double_backward": (
+            OPS.learned_act_double_backward, (*(x.detach() for x in (t(T, F), t(T, F), t(T, F), t(4))), "xielu"),
+        ),
         "gated_linear": (OPS.gated_linear, (t(T, D), gates, ups, biases, biases, *limited, True)),
         "gated_linear_backward": (
             OPS.gated_linear_backward,
@@ -76,7 +83,7 @@ def operator_calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     calls["ffn_backward of two"] = (OPS.ffn_backward, (*all_of_them[:-1], needs))
     E, K, R = 3, 2, 2 * T
     logits = t(T, E)
-    weights, ids = OPS.route_top_k(logits.detach(), None, K, "softmax", True, False, 1, 1, 1.0)
+    weights, ids = OPS.route_top_k(logits.detach(), None, None, K, 0, "softmax", True, False, 1, 1, 2, 1.0)
     weight, token, offsets, row, slot_offsets = OPS.moe_sort(ids, None, weights, E, T, 3, False)[:5]
     index = (token, offsets, row, slot_offsets)
     weight = weight.requires_grad_()
@@ -97,6 +104,15 @@ def operator_calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
             calls[f"moe_backward {gated=} {interleaved=} {save=}"] = (OPS.moe_backward, all_of_them)
             of_rows = (t(R, O), *given, *experts, *pre, *options, [True, False, True, False, True, True])
             calls[f"moe_backward of rows {gated=} {interleaved=} {save=}"] = (OPS.moe_backward, of_rows)
+        pairs = (t(E, 2, D), t(E, rows, 2), t(E, 1, F), t(E, O, 1))
+        # both, or those of w_in alone; no kernels on a GPU, where the public functions compose other operators
+        for at in (slice(0, 4), slice(0, 2)) if DEVICE == "cpu" else ():
+            given_pairs = (*pairs[at], *(None,) * (4 - len(pairs[at])))
+            whole, scaled = (*route, *experts, *given_pairs), (*options, 1.5)
+            calls[f"moe_lora {interleaved=} {gated=} {at}"] = (OPS.moe_lora, (t(T, D), *whole, *scaled, True))
+            needs = [True] * 6 + [given is not None for given in given_pairs]
+            all_of_them = (t(T, O), t(T, D), *whole, *none, *scaled, needs)
+            calls[f"moe_lora_backward {interleaved=} {gated=} {at}"] = (OPS.moe_lora_backward, all_of_them)
     for w in (None, weight):
         places = (token, w, offsets, row, slot_offsets)
         calls[f"moe_dispatch {w is None}"] = (OPS.moe_dispatch, (t(T, D), *places))
@@ -108,10 +124,15 @@ def operator_calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         calls[f"route_linear {bias is None}"] = (OPS.route_linear, (t(T, D), t(E, D), bias))
     for chosen in ([True] * 3, [False, True, False]):
         calls[f"route_linear_backward {chosen}"] = (OPS.route_linear_backward, (t(T, E), t(T, D), t(E, D), chosen))
-    softmax = [("softmax", *flags) for flags in ((False, False), (True, False), (False, True))]
-    for options in (*softmax, ("sigmoid", True, False)):
+    flags = ((False, False), (True, False), (False, True))
+    for options in (*(("softmax", *f) for f in flags), ("sigmoid", True, False), ("sqrt_softplus", True, True)):
         bias = t(E).detach()
-        calls[f"route_top_k {options}"] = (OPS.route_top_k, (logits, bias, K, *options, 1, 1, 2.5))
+        calls[f"route_top_k {options}"] = (OPS.route_top_k, (logits, bias, None, K, 0, *options, 1, 1, 2, 2.5))
+        calls[f"route_top_k of given {options}"] = (OPS.route_top_k, (logits, None, ids, K, 0, *options, 1, 1, 2, 2.5))
+        calls[f"route_top_k shared {options}"] = (
+            OPS.route_top_k,
+            (logits, bias[1:], None, 1, 1, *options, 1, 1, 1, 1.0),
+        )
         calls[f"route_top_k_backward {options}"] = (OPS.route_top_k_backward, (t(T, K), logits, ids, *options, 2.5))
     calls["moe_sort"] = (OPS.moe_sort, (ids, None, t(T, K), E, T, 2, True))
     calls["moe_sort of pairs"] = (OPS.moe_sort, (ids.flatten(), token, t(R), E, T, -1, False))
@@ -157,7 +178,7 @@ CALLS = operator_calls()
 def test_every_operator_is_listed() -> None:
     public = {n.split("::")[1] for n in torch._C._dispatch_get_all_op_names() if n.startswith("ffn_ops::")}
     assert {op._qualified_op_name.split("::")[1] for op, _ in CALLS.values()} == {
-        name for name in public if not name.startswith("_")
+        name for name in public if not name.startswith("_") and (DEVICE == "cpu" or "lora" not in name)
     }
 
 

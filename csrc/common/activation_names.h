@@ -16,13 +16,14 @@ struct ActivationInfo {
   const char* name;
   OwnParams own;
   bool has_up;
+  int learned;  // how many of `own` may be tensors with gradients
 };
 
 template <class... As>
 struct ActivationTable {
   explicit constexpr ActivationTable(TypeList<As...>) {}
   static constexpr int kSize = sizeof...(As);
-  ActivationInfo rows[kSize] = {{As::name, As::own, As::has_up}...};
+  ActivationInfo rows[kSize] = {{As::name, As::own, As::has_up, As::learned}...};
 };
 
 // Indexed like `dispatch_activation`.

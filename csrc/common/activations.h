@@ -6,7 +6,8 @@
 //
 // A struct has the value, slope and curvature of the gate's side. `own` declares parameters with their defaults, which
 // the functions read in that order. With has_up the struct has the side of up as well (up, up_grad, up_grad2), and its
-// gates take no limit and no shift.
+// gates take no limit and no shift. The first `learned` of its own parameters may be tensors with gradients: value and
+// slope are linear in them, plus what they are where all of these are 0.
 
 template <class V>
 struct Grad {
@@ -20,6 +21,7 @@ struct Grad2 {
 struct Activation {
   static constexpr OwnParams own = {};
   static constexpr bool has_up = false;
+  static constexpr int learned = 0;
 };
 
 // max(z, 0); the slope at 0 is 0. NaN is neither below nor equal to 0: it passes, with slope 1, as in torch.
@@ -58,6 +60,48 @@ struct ReluSquared : Activation {
   static FFN_FN Grad2<V> grad2(V z, const V* p) {
     const auto [value, slope] = grad(z, p);
     return {value, slope, select(z <= V(0), V(0), V(2))};
+  }
+};
+
+// a·r² + b, with r = relu(z).
+struct StarRelu : Activation {
+  static constexpr const char* name = "star_relu";
+  static constexpr OwnParams own = {{{"scale", 0.8944}, {"bias", -0.4472}}};
+  static constexpr int learned = 2;
+
+  template <class V>
+  static FFN_FN V fwd(V z, const V* p) {
+    return fma(p[0], ReluSquared::fwd(z, p), p[1]);
+  }
+  template <class V>
+  static FFN_FN Grad<V> grad(V z, const V* p) {
+    return {fwd(z, p), p[0] * ReluSquared::grad(z, p).slope};
+  }
+  template <class V>
+  static FFN_FN Grad2<V> grad2(V z, const V* p) {
+    const auto [value, slope] = grad(z, p);
+    return {value, slope, p[0] * ReluSquared::grad2(z, p).curvature};
+  }
+};
+
+// z above 0, else a·z; the slope at 0 is a, as in torch, that of NaN is 1.
+struct LeakyRelu : Activation {
+  static constexpr const char* name = "leaky_relu";
+  static constexpr OwnParams own = {{{"slope", 0.01}}};
+  static constexpr int learned = 1;
+
+  template <class V>
+  static FFN_FN V fwd(V z, const V* p) {
+    return select(z <= V(0), p[0] * z, z);
+  }
+  template <class V>
+  static FFN_FN Grad<V> grad(V z, const V* p) {
+    return {fwd(z, p), select(z <= V(0), p[0], V(1))};
+  }
+  template <class V>
+  static FFN_FN Grad2<V> grad2(V z, const V* p) {
+    const auto [value, slope] = grad(z, p);
+    return {value, slope, V(0)};
   }
 };
 
@@ -206,6 +250,73 @@ struct Silu : Activation {
   }
 };
 
+// q², with q = silu(z); (q²)' = 2qq', (q²)'' = 2(q'² + qq'').
+struct SiluSquared : Activation {
+  static constexpr const char* name = "silu_squared";
+
+  template <class V>
+  static FFN_FN V fwd(V z, const V* p) {
+    const V q = Silu::fwd(z, p);
+    return q * q;
+  }
+  template <class V>
+  static FFN_FN Grad<V> grad(V z, const V* p) {
+    const auto [q, dq] = Silu::grad(z, p);
+    return {q * q, (q + q) * dq};
+  }
+  template <class V>
+  static FFN_FN Grad2<V> grad2(V z, const V* p) {
+    const auto [q, dq, ddq] = Silu::grad2(z, p);
+    return {q * q, (q + q) * dq, V(2) * fma(dq, dq, q * ddq)};
+  }
+};
+
+// Above 0 αp·z² + βz, else αn·(exp(m) − 1 − z) + βz with m = min(z, ε), ε hardly below 0. The slope at 0 is that of the
+// second branch, where from ε on m is constant.
+struct Xielu : Activation {
+  static constexpr const char* name = "xielu";
+  static constexpr OwnParams own = {{{"alpha_p", 0.8}, {"alpha_n", 0.8}, {"beta", 0.5}, {"eps", -1e-6}}};
+  static constexpr int learned = 3;
+
+  template <class V>
+  static FFN_FN V fwd(V z, const V* p) {
+    return value(z, p, below(z, p[3]));
+  }
+  template <class V>
+  static FFN_FN Grad<V> grad(V z, const V* p) {
+    const Below<V> b = below(z, p[3]);
+    return {value(z, p, b), slope(z, p, b)};
+  }
+  template <class V>
+  static FFN_FN Grad2<V> grad2(V z, const V* p) {
+    const Below<V> b = below(z, p[3]);
+    const V bend = p[1] * (b.minus_one + V(1));
+    return {value(z, p, b), slope(z, p, b), select(V(0) < z, p[0] + p[0], select(p[3] <= z, V(0), bend))};
+  }
+
+ private:
+  // exp(m) − 1 and exp(m) − 1 − z.
+  template <class V>
+  struct Below {
+    V minus_one, minus_z;
+  };
+  template <class V>
+  static FFN_FN Below<V> below(V z, V eps) {
+    const V m = min(eps, z);
+    const auto [minus_one, minus_m] = expm1_pair(m);
+    return {minus_one, minus_m + (m - z)};
+  }
+  template <class V>
+  static FFN_FN V value(V z, const V* p, const Below<V>& b) {
+    return select(V(0) < z, z * fma(p[0], z, p[2]), fma(p[1], b.minus_z, p[2] * z));
+  }
+  template <class V>
+  static FFN_FN V slope(V z, const V* p, const Below<V>& b) {
+    const V left = fma(p[1], select(p[3] <= z, V(-1), b.minus_one), p[2]);
+    return select(V(0) < z, fma(p[0] + p[0], z, p[2]), left);
+  }
+};
+
 struct Identity : Activation {
   static constexpr const char* name = "identity";
 
@@ -304,7 +415,8 @@ struct SwigluStep : Activation {
   }
 };
 
-using Activations = TypeList<Relu, ReluSquared, Sigmoid, Tanh, Gelu, GeluTanh, Silu, Swish, Identity, Situ, SwigluStep>;
+using Activations = TypeList<Relu, ReluSquared, StarRelu, LeakyRelu, Sigmoid, Tanh, Gelu, GeluTanh, Silu, Swish,
+                             SiluSquared, Xielu, Identity, Situ, SwigluStep>;
 
 // Calls `f(Tag<Activation>{})` for the activation at `index` of the list; false if there is none.
 template <class F>

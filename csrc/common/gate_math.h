@@ -33,6 +33,21 @@ struct GateNumbers {
   }
 };
 
+// By what the own parameters that may be learned are multiplied in the value, or in the slope, which are linear in
+// them.
+template <class Act, class V>
+FFN_FN void own_factors(const GateNumbers<V>& n, V z, bool of_slope, V (&out)[kMostOwnParams]) {
+  V p[kMostOwnParams];
+  for (int k = 0; k < kMostOwnParams; ++k) p[k] = k < Act::learned ? V(0) : n.own[k];
+  const auto at = [&] { return of_slope ? Act::grad(z, p).slope : Act::fwd(z, p); };
+  const V rest = at();
+  for (int k = 0; k < Act::learned; ++k) {
+    p[k] = V(1);
+    out[k] = at() - rest;
+    p[k] = V(0);
+  }
+}
+
 // h(up).
 template <class Act, class V>
 FFN_FN V gate_up(const GateNumbers<V>& n, V up) {

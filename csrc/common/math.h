@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// exp, tanh, erf, sigmoid and the normal distribution for `Vec<float>` and `Vec<double>`, in plain arithmetic.
+// exp, expm1, tanh, erf, sigmoid and the normal distribution for `Vec<float>` and `Vec<double>`, in plain arithmetic.
 // Included inside each instruction set's namespace and target region, after vec_<isa>.h. Measured by
 // tests/cpp/vector_test.
 //
@@ -79,6 +79,20 @@ template <class V>
 FFN_FN V exp(V x) {
   const auto [head, rest, exponent] = exp_parts(max(V(kExpLowest<V>), min(V(kExpHighest<V>), x)));
   return scale_by_power_of_two(head + rest, exponent);
+}
+
+template <class V>
+struct Expm1Pair {
+  V minus_one, minus_line;
+};
+
+// exp(x) − 1 and exp(x) − 1 − x, x up to 40. Nothing cancels near 0: there head − 1 is exact, and so is its distance
+// from x, which is the rounding error of head; what the sum leaves is exp's tail.
+template <class V>
+FFN_FN Expm1Pair<V> expm1_pair(V x) {
+  const auto [head, rest, exponent] = exp_parts(max(V(kExpLowest<V>), x));
+  const V most = scale_down(head, exponent) - V(1), least = scale_down(rest, exponent);
+  return {most + least, (most - x) + least};
 }
 
 template <class V>

@@ -7,6 +7,7 @@
 
 #include "checks.h"
 #include "descriptors.h"
+#include "score_names.h"
 
 namespace ffn_ops {
 
@@ -32,6 +33,26 @@ inline GatedActShape check_gated_act(const Tensor& gate, const MaybeTensor& up, 
   if (up) check_same(*up, "up", gate, dtype, place);
   check_gated_form(form, up.has_value());
   return {dtype, gate.size(0), gate.size(1), form};
+}
+
+// An activation whose own parameters are a tensor [count], of the arithmetic's dtype.
+struct LearnedActShape : GatedActShape {
+  int64_t count;
+};
+
+inline LearnedActShape check_learned_act(const Tensor& x, const Tensor& own, const std::string& activation,
+                                         Place place = {}) {
+  LearnedActShape s{check_gated_act(x, std::nullopt, Gate{}, place), 0};
+  s.form.activation = activation_index(activation);
+  if (s.form.activation < 0 || kActivations.rows[s.form.activation].learned == 0) {
+    std::string known;
+    for (const ActivationInfo& each : kActivations.rows)
+      if (each.learned > 0) known += (known.empty() ? "" : ", ") + std::string(each.name);
+    STD_TORCH_CHECK(false, "activation: expected one of ", known, ", got '", activation, "'");
+  }
+  s.count = kActivations.rows[s.form.activation].own.count();
+  check_tensor(own, "own", arithmetic_dtype(s.dtype), {s.count}, place, nullptr);
+  return s;
 }
 
 // ---- gated_linear ---------------------------------------------------------------------------------------------------
@@ -221,32 +242,51 @@ inline DType weight_dtype(const Tensor& t, const char* name) {
   return dtype;
 }
 
+// What decides on a choice of experts and its weights, as operators take it.
+struct TopKOptions {
+  int64_t shared = 0;
+  std::string score;
+  bool renormalize, by_logits;
+  int64_t num_groups = 1, top_groups = 1, group_best = 2;
+  double scale;
+};
+
 // Fills all but the pointers.
-inline ChoiceOfExperts check_top_k(const Tensor& logits, int64_t k, const std::string& score, bool renormalize,
-                                   bool softmax_after, int64_t num_groups, int64_t top_groups, double scale,
-                                   Place place = {}) {
+inline ChoiceOfExperts check_top_k(const Tensor& logits, int64_t k, const TopKOptions& o, Place place = {}) {
   ChoiceOfExperts job;
   check_tensor(logits, "logits", storage_dtype(logits, "logits"), {"T", "E"}, place);
   job.T = logits.size(0);
   job.E = logits.size(1);
-  job.K = k;
-  check_range("k", k, 1, job.E);
-  STD_TORCH_CHECK(score == "softmax" || score == "sigmoid", "score: expected one of softmax, sigmoid, got '", score,
-                  "'");
-  check_range("num_groups", num_groups, 1, job.E);
-  STD_TORCH_CHECK(job.E % num_groups == 0, "num_groups: expected a divisor of the number of experts (", job.E,
-                  "), got ", num_groups);
-  check_range("top_groups", top_groups, 1, num_groups);
-  STD_TORCH_CHECK(k <= job.E / num_groups * top_groups, "top_groups: expected groups that hold k = ", k,
-                  " experts, got ", top_groups, " of ", num_groups);
-  job.sigmoid = score == "sigmoid";
-  STD_TORCH_CHECK(!(job.sigmoid && softmax_after), "softmax_after: expected False where score is sigmoid, got True");
-  job.softmax_after = softmax_after;
-  job.renormalize = renormalize && !softmax_after;
-  job.num_groups = num_groups;
-  job.top_groups = top_groups;
-  job.scale = scale;
+  check_range("shared", o.shared, 0, job.E - 1);
+  const int64_t experts = job.E - o.shared;
+  check_range("k", k, 1, experts);
+  job.K = k + o.shared;
+  job.shared = o.shared;
+  job.score = score_index(o.score);
+  STD_TORCH_CHECK(job.score >= 0, "score: expected one of ", score_names(), ", got '", o.score, "'");
+  job.of_row = kScores.rows[job.score].of_row;
+  check_range("num_groups", o.num_groups, 1, experts);
+  STD_TORCH_CHECK(experts % o.num_groups == 0, "num_groups: expected a divisor of the number of experts (", experts,
+                  "), got ", o.num_groups);
+  check_range("top_groups", o.top_groups, 1, o.num_groups);
+  STD_TORCH_CHECK(k <= experts / o.num_groups * o.top_groups, "top_groups: expected groups that hold k = ", k,
+                  " experts, got ", o.top_groups, " of ", o.num_groups);
+  check_range("group_best", o.group_best, 1, 2);
+  job.by_logits = o.by_logits;
+  job.renormalize = o.renormalize && !(job.of_row && o.by_logits);
+  job.num_groups = o.num_groups;
+  job.top_groups = o.top_groups;
+  job.group_best = o.group_best;
+  job.scale = o.scale;
   return job;
+}
+
+// Experts that the caller has chosen; only the CPU looks at their values.
+inline void check_given(const MaybeTensor& ids, const MaybeTensor& bias, const TopKOptions& o, int64_t T, int64_t k,
+                        Place place = {}) {
+  if (!ids) return;
+  check_indices_shape(*ids, "ids", {T, k}, place);
+  STD_TORCH_CHECK(!bias && o.num_groups == 1 && o.shared == 0, "ids: expected no bias, groups and shared experts");
 }
 
 // Entries [T, K], or with tokens [R]; gives the dtype of their weights.

@@ -37,8 +37,50 @@ Experts with_routes(const MoeShape& s, const std::optional<Tensor>& token, const
   return c;
 }
 
-void add_pre_activations(Steps& steps, Experts& c, const Tensor& x, const StackedWeight& w_in,
+void add_small_product(Steps& steps, Experts& c, const RowsOf& rows, int64_t K, int64_t width,
+                       const WeightsFrom& weights, double scale, void* out, int64_t out_stride) {
+  std::vector<Gemm> products;
+  for (const Segment& s : c.segments) {
+    Gemm g;
+    g.M = s.rows();
+    g.N = width;
+    g.K = K;
+    g.a = lanes_are_rows(rows(s));
+    g.b = c.hold(weights(s.expert, 0));
+    g.mixed = true;
+    g.epilogue.dtype = arithmetic_dtype(c.dtype);
+    g.epilogue.scale = scale;
+    g.epilogue.out = advance(out, s.begin * out_stride, g.epilogue.dtype);
+    g.epilogue.out_stride = out_stride;
+    products.push_back(g);
+  }
+  steps.products(products);
+}
+
+void add_pre_activations(Steps& steps, Workspace& workspace, Experts& c, const Tensor& x, const StackedWeight& w_in,
                          const std::optional<Tensor>& b_in, void* gate, void* up, void* h) {
+  const DType arithmetic = arithmetic_dtype(c.dtype);
+  const LowRank& lora = c.lora_in;
+  void* add = nullptr;  // [kept, hidden], gate's columns first
+  if (lora.rank > 0) {
+    const auto take = [&](int64_t width, const char* name) {
+      return workspace.take(static_cast<size_t>(c.routes.kept * width * storage_size(arithmetic)), name);
+    };
+    void* down = take(lora.rank, "x a_in^T");
+    add = take(c.hidden(), "x a_in^T b_in^T");
+    const auto a = [&](int64_t e, int64_t) { return lanes_are_rows(expert_matrix(*lora.a, lora.dtype, e)); };
+    add_small_product(steps, c, token_rows(c, x), c.D, lora.rank, a, lora.scale, down, lora.rank);
+    const int64_t parts = c.interleaved ? 2 : 1;
+    for (int64_t part = 0; part < parts; ++part) {
+      const auto b = [&](int64_t e, int64_t) {
+        Matrix m = expert_matrix(*lora.b, lora.dtype, e, part);
+        m.row_stride *= parts;
+        return lanes_are_rows(m);
+      };
+      add_small_product(steps, c, dense_rows(down, lora.rank, arithmetic), lora.rank, c.hidden() / parts, b, 1,
+                        advance(add, part * c.F, arithmetic), c.hidden());
+    }
+  }
   const void* bias = dense_data(b_in && c.interleaved ? gate_then_up(*b_in) : b_in, c.keep);
   const RowsOf tokens = token_rows(c, x);
   std::vector<Gemm> products;
@@ -69,6 +111,9 @@ void add_pre_activations(Steps& steps, Experts& c, const Tensor& x, const Stacke
     e.gate = advance(gate, s.begin * c.F, c.dtype);
     e.up = advance(up, s.begin * c.F, c.dtype);
     e.pre_stride = c.F;
+    e.add = advance(add, s.begin * c.hidden(), arithmetic);
+    if (c.gated) e.add_up = advance(e.add, c.F, arithmetic);
+    e.add_stride = c.hidden();
     e.set_form(c.form);
     products.push_back(g);
   }
@@ -77,16 +122,27 @@ void add_pre_activations(Steps& steps, Experts& c, const Tensor& x, const Stacke
 
 void add_combined_product(Steps& steps, Workspace& workspace, Experts& c, const RowsOf& rows, int64_t K, int64_t N,
                           const WeightsFrom& weights, const void* bias, const void* row_weight, void* out,
-                          const WeightsFrom& second) {
-  const int64_t size = storage_size(arithmetic_dtype(c.dtype));
+                          const SmallRows& small, const WeightsFrom& second) {
+  const DType arithmetic = arithmetic_dtype(c.dtype);
+  const int64_t size = storage_size(arithmetic);
   constexpr int64_t kColumns = 128;  // a multiple of every tile's width
   int64_t most = N;
   if (c.routed) most = kSlabBytes / std::max<int64_t>(1, c.routes.kept * size) / kColumns * kColumns;
   const int64_t cols = std::min(N, std::max(kColumns, most));
   void* slab =
       c.routed ? workspace.take(static_cast<size_t>(c.routes.kept * cols * size), "what the experts give") : out;
+  // Where they are wide enough, the small product is written where its sum with the other is.
+  void* add = !small.data ? nullptr
+              : c.routed || c.dtype == arithmetic
+                  ? slab
+                  : workspace.take(static_cast<size_t>(c.routes.kept * cols * size), "the adapters' part");
   for (int64_t col = 0; col < N; col += cols) {
     const int64_t width = std::min(cols, N - col);
+    if (small.data) {
+      const auto from = [&](int64_t e, int64_t) { return small.weights(e, col); };
+      add_small_product(steps, c, dense_rows(small.data, small.rank, arithmetic), small.rank, width, from, 1, add,
+                        width);
+    }
     std::vector<Gemm> products;
     for (const Segment& s : c.segments) {
       Gemm g;
@@ -99,7 +155,8 @@ void add_combined_product(Steps& steps, Workspace& workspace, Experts& c, const 
       g.epilogue.dtype = c.dtype;
       g.epilogue.out_unrounded = c.routed;
       g.epilogue.out = static_cast<char*>(slab) + s.begin * width * storage_size(g.epilogue.out_dtype());
-      g.epilogue.out_stride = width;
+      g.epilogue.out_stride = g.epilogue.add_stride = width;
+      g.epilogue.add = advance(add, s.begin * width, arithmetic);
       if (bias) g.epilogue.bias = c.hold_bias(advance(bias, s.expert * N + col, c.dtype));
       products.push_back(g);
     }
@@ -108,7 +165,7 @@ void add_combined_product(Steps& steps, Workspace& workspace, Experts& c, const 
     MoveRows m;
     m.routes = c.routes;
     m.cols = width;
-    m.in = dense(slab, width, arithmetic_dtype(c.dtype));
+    m.in = dense(slab, width, arithmetic);
     m.weight = row_weight;
     m.out = advance(out, col, c.dtype);
     m.out_stride = N;
@@ -119,7 +176,8 @@ void add_combined_product(Steps& steps, Workspace& workspace, Experts& c, const 
 }
 
 void add_hidden_gradient(Steps& steps, Experts& c, const Tensor& d_y, const StackedWeight& w_down, const void* gate,
-                         const void* up, void* d_hidden, void* h, DType h_dtype, void* parts, int64_t num_parts) {
+                         const void* up, void* d_hidden, void* h, DType h_dtype, void* parts, int64_t num_parts,
+                         const void* add) {
   const RowsOf tokens = token_rows(c, d_y);
   std::vector<Gemm> products;
   for (const Segment& s : c.segments) {
@@ -140,7 +198,8 @@ void add_hidden_gradient(Steps& steps, Experts& c, const Tensor& d_y, const Stac
     e.h_unrounded = h_dtype != c.dtype;
     e.gate = advance(const_cast<void*>(gate), s.begin * c.F, c.dtype);
     e.up = advance(const_cast<void*>(up), s.begin * c.F, c.dtype);
-    e.pre_stride = c.F;
+    e.pre_stride = e.add_stride = c.F;
+    e.add = advance(add, s.begin * c.F, e.arithmetic());
     e.set_form(c.form);
     if (c.routed) {
       e.row_weight = c.row_weight(s);
@@ -182,8 +241,9 @@ void add_routing_weight_gradient(Steps& steps, const Experts& c, const Tensor& d
   });
 }
 
-void add_outer_products(Steps& steps, Experts& c, int64_t M, int64_t N, const RowsOf& a, const RowsOf& b, void* out) {
-  const int64_t size = storage_size(c.dtype);
+void add_outer_products(Steps& steps, Experts& c, int64_t M, int64_t N, const RowsOf& a, const RowsOf& b, DType dtype,
+                        void* out) {
+  const int64_t size = storage_size(dtype);
   std::vector<Gemm> products;
   for (const Segment& s : c.segments) {
     Gemm g;
@@ -192,7 +252,8 @@ void add_outer_products(Steps& steps, Experts& c, int64_t M, int64_t N, const Ro
     g.K = s.rows();
     g.a = lanes_are_columns(a(s));
     g.b = c.hold(lanes_are_columns(b(s)));
-    g.epilogue.dtype = c.dtype;
+    g.mixed = g.a.matrix.dtype != dtype || g.b[0].matrix.dtype != dtype;
+    g.epilogue.dtype = dtype;
     g.epilogue.out = static_cast<char*>(out) + s.expert * M * N * size;
     g.epilogue.out_stride = N;
     products.push_back(g);

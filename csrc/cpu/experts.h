@@ -10,12 +10,23 @@
 
 namespace ffn_ops {
 
+// A low-rank addition to a weight [E, N, K] of `scale` times b[e] a[e]: `a` [E, rank, K] and `b` [E, N, rank], of x's
+// dtype or of its arithmetic's. None: rank 0.
+struct LowRank {
+  const Tensor* a = nullptr;
+  const Tensor* b = nullptr;
+  DType dtype = DType::kFloat32;
+  int64_t rank = 0;
+  double scale = 1;
+};
+
 // Rows sorted by expert, and where they come from: gathered from tokens, or in order already (not routed).
 struct Experts {
   DType dtype;
   int64_t T = 0, D = 0, F = 0, O = 0, E = 0, R = 0;
   bool gated = false, interleaved = false, routed = false;
   Gate form;
+  LowRank lora_in, lora_down;
   Routes routes;
   const int64_t* offsets = nullptr;
   const void* weight = nullptr;  // of each row, of the arithmetic's dtype
@@ -72,27 +83,41 @@ inline StackedWeight stacked(const Tensor& w, DType dtype) {
 // The weights of an expert from an output column on.
 using WeightsFrom = std::function<Operand(int64_t expert, int64_t column)>;
 
+// A product with few columns, of the arithmetic's dtype, as the rows of a second product that joins the first.
+struct SmallRows {
+  const void* data = nullptr;  // [kept, rank]; null: none
+  int64_t rank = 0;
+  WeightsFrom weights;  // [N, rank] of an expert
+};
+
+// out[r] [width], rows `out_stride` apart = scale * rows[r] weights^T, of the arithmetic's dtype.
+void add_small_product(Steps& steps, Experts& c, const RowsOf& rows, int64_t K, int64_t width,
+                       const WeightsFrom& weights, double scale, void* out, int64_t out_stride);
+
 // Gate and up (saved where given) and h (where given) of every row.
-void add_pre_activations(Steps& steps, Experts& c, const Tensor& x, const StackedWeight& w_in,
+void add_pre_activations(Steps& steps, Workspace& workspace, Experts& c, const Tensor& x, const StackedWeight& w_in,
                          const std::optional<Tensor>& b_in, void* gate, void* up, void* h);
 
 // out[t] = sum over the rows r of token t of weight[r] (null: 1) * (rows[r] weights^T + bias); not routed: out[r], and
-// zeros behind the experts' rows. With `second` the halves of k are of two weights.
+// zeros behind the experts' rows. `small` joins rows[r] weights^T. With
+// `second` the halves of k are of two weights.
 void add_combined_product(Steps& steps, Workspace& workspace, Experts& c, const RowsOf& rows, int64_t K, int64_t N,
                           const WeightsFrom& weights, const void* bias, const void* row_weight, void* out,
-                          const WeightsFrom& second = {});
+                          const SmallRows& small = {}, const WeightsFrom& second = {});
 
 // d_hidden [R, 2F] (d_gate, then d_up, or alternating) and h, times the row's weight where there is one; parts of the
-// gradient of the weight (null: not routed).
+// gradient of the weight (null: not routed). `add` [kept, F] joins the gradient of h, unweighted.
 void add_hidden_gradient(Steps& steps, Experts& c, const Tensor& d_y, const StackedWeight& w_down, const void* gate,
-                         const void* up, void* d_hidden, void* h, DType h_dtype, void* parts, int64_t num_parts);
+                         const void* up, void* d_hidden, void* h, DType h_dtype, void* parts, int64_t num_parts,
+                         const void* add = nullptr);
 
 // Of each row: the sum of its parts, and d_y of its token times its expert's bias.
 void add_routing_weight_gradient(Steps& steps, const Experts& c, const Tensor& d_y, const void* bias, const void* parts,
                                  int64_t num_parts, void* out);
 
-// Of each expert: out[M, N] = sum over its rows of a(row)^T b(row). Experts without rows get zeros.
-void add_outer_products(Steps& steps, Experts& c, int64_t M, int64_t N, const RowsOf& a, const RowsOf& b, void* out);
+// Of each expert: out[M, N] of `dtype` = sum over its rows of a(row)^T b(row). Experts without rows get zeros.
+void add_outer_products(Steps& steps, Experts& c, int64_t M, int64_t N, const RowsOf& a, const RowsOf& b, DType dtype,
+                        void* out);
 
 // Of each expert: out[N] = sum over its rows of weight * m(row).
 void add_bias_gradients(Steps& steps, const Experts& c, int64_t N, const RowsOf& rows, bool weighted, void* out);

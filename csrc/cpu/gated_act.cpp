@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // gated_act on the CPU: forward, backward and the derivatives of backward.
-#include <algorithm>
 #include <tuple>
 
 #include <torch/csrc/stable/library.h>
 
-#include "ops.h"
+#include "passes.h"
 
 namespace ffn_ops {
 namespace {
@@ -20,34 +19,6 @@ GatedAct elementwise(const Tensor& gate, const std::optional<Tensor>& up, const 
   if (up) g.up = matrix(*up, s.dtype);
   g.out_stride = g.cols;
   return g;
-}
-
-using ElementwiseKernel = void (*)(const GatedAct&, const Range&);
-
-// Cuts rows, or the columns of a few long rows, into tasks of about 32 Ki elements.
-void run_elementwise(GatedAct& g, ElementwiseKernel kernel) {
-  constexpr int64_t kGrainSize = 1 << 15;
-  if (g.rows == 0 || g.cols == 0) return;
-  const bool flat = [&] {
-    for (const Matrix* m : {&g.gate, &g.up, &g.d_out, &g.dd_gate, &g.dd_up})
-      if (m->data && (m->col_stride != 1 || m->row_stride != g.cols)) return false;
-    return true;
-  }();
-  if (flat) {
-    g.cols *= g.rows;
-    g.rows = 1;
-  }
-  const int64_t col_step = std::min(g.cols, kGrainSize);
-  const int64_t row_step = std::max<int64_t>(1, kGrainSize / g.cols);
-  const int64_t col_tasks = divide_up(g.cols, col_step);
-  const int64_t tasks = col_tasks * divide_up(g.rows, row_step);
-  Phases phases;
-  phases.add(tasks, [&](int64_t task, int64_t) {
-    const int64_t r = task / col_tasks * row_step;
-    const int64_t c = task % col_tasks * col_step;
-    kernel(g, {r, std::min(g.rows, r + row_step), c, std::min(g.cols, c + col_step)});
-  });
-  phases.run(std::min(tasks, threads()));
 }
 
 Tensor gated_act(const Tensor& gate, std::optional<Tensor> up, std::string activation, std::vector<double> params) {

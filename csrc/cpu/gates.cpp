@@ -15,7 +15,8 @@ std::string gates() {
   std::string text;
   for (const ActivationInfo& each : kActivations.rows) {
     text += (text.empty() ? "{\"" : ", \"") + std::string(each.name) +
-            "\": {\"has_up\": " + (each.has_up ? "true" : "false") + ", \"own\": {";
+            "\": {\"has_up\": " + (each.has_up ? "true" : "false") + ", \"learned\": " + std::to_string(each.learned) +
+            ", \"own\": {";
     for (int i = 0; i < each.own.count(); ++i) {
       std::array<char, 32> value{};
       std::snprintf(value.data(), value.size(), "%.17g", each.own.at[i].value);

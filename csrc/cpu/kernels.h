@@ -22,8 +22,10 @@ constexpr int64_t kSumBlock = 64;
 // kc of the packed product: a B panel of that length stays in the caches near the core. A multiple of
 // kSumBlock, else without influence on results.
 constexpr int64_t kKC = 512;
-// Below, a product is bound by its stores, which should run along rows.
+// Below, a product is bound by its stores: tiles go straight from registers to their place, or, where they are rounded
+// or get a bias, are stored together along rows, at most kRowBytes of them.
 constexpr int64_t kShortK = 64;
+constexpr int64_t kRowBytes = int64_t{24} << 10;
 
 // A strided matrix: element (r, c) is data[rows ? rows[r] : r][c]. Lanes of a packed panel run along rows or columns.
 struct Matrix : StridedMatrix {
@@ -61,6 +63,12 @@ struct Epilogue : Gate {
   void* row_dots = nullptr;  // of the arithmetic's dtype
   int64_t row_dots_stride = 0;
   bool interleaved = false;  // kActivateGrad, gated: d_gate and d_up alternate along rows of out, there is no out_up
+  double scale = 1;          // kStore: of the sums, before the bias
+  // Another product of the arithmetic's dtype [M, N], which joins the sums before bias, gate and everything else; may
+  // be `out` itself. Gated (of one branch): that of gate's columns, and of up's.
+  const void* add = nullptr;
+  const void* add_up = nullptr;
+  int64_t add_stride = 0;
 
   DType arithmetic() const { return arithmetic_dtype(dtype); }
   DType out_dtype() const { return out_unrounded ? arithmetic() : dtype; }
@@ -101,8 +109,9 @@ struct Gemm {
 struct Schedule {
   enum class Kernel {
     kPacked,  // both operands are packed into panels for the micro-kernel
-    // A few tokens: nothing of the weights is packed, their rows are read once.
-    kDot,        // rows along k, transposed in registers: at most a micro-tile of tokens
+    // A few rows: nothing of the other operand, the weights, is packed, its rows are read once. kDot is as well for a
+    // few columns, computed as the transpose.
+    kDot,        // rows along k, transposed in registers: at most kDotRows rows of the other operand
     kBroadcast,  // rows along k, each element times a vector of tokens
     kAxpy,       // rows along the columns, scaled and added
   };
@@ -143,6 +152,23 @@ struct Schedule {
 
 struct ScheduledGemm : Gemm, Schedule {
   int64_t packed_length() const { return K == 0 ? 0 : K / b_length() * steps(b_length()); }
+  // A short sum without bias, in the arithmetic's dtype: kPacked stores whole tiles from registers to their place.
+  bool stores_directly() const {
+    const Epilogue& e = epilogue;
+    return short_sum() && !(e.bias && e.bias[0]) && e.out_dtype() == e.arithmetic();
+  }
+  // Tiles of kPacked, of so many bytes each, that are stored together, row by row.
+  int64_t tiles_in_row(int64_t bytes) const {
+    if (!short_sum() || stores_directly() || bytes > kRowBytes) return 1;
+    return kRowBytes / bytes < nc_panels ? kRowBytes / bytes : nc_panels;
+  }
+
+ private:
+  bool short_sum() const {
+    const Epilogue& e = epilogue;
+    const bool plain = e.kind == Epilogue::Kind::kStore && !e.add && e.scale == 1;
+    return K < kShortK && k_blocks() == 1 && plain && !transposed;
+  }
 };
 
 struct GatedAct : Gate {
@@ -220,6 +246,8 @@ struct KernelTable {
   void (*gated_act_backward)(const GatedAct&, const Range&);
   void (*gated_act_double_backward)(const GatedAct&, const Range&);
   void (*dequantize)(const Dequantize&, int64_t row_begin, int64_t row_end);
+  // Adds the sums over the range of d_out (times dd_gate, where given) times own_factors of value (or slope).
+  void (*own_sums)(const GatedAct&, const Range&, double* sums);
   void (*column_sum)(const ColumnSum&, int64_t col_begin, int64_t col_end);
   void (*dispatch_rows)(const MoveRows&, int64_t row_begin, int64_t row_end);
   void (*combine_rows)(const MoveRows&, int64_t token_begin, int64_t token_end);
@@ -245,11 +273,13 @@ inline int64_t gemm_scratch_bytes(const ScheduledGemm& g, const KernelTable& tab
     return (2 * tile + width * kSumBlock / g.kr + (g.branches() > 1 ? tile / 2 : 0)) * g.element();
   const int64_t b = g.kernel == Schedule::Kernel::kDot ? 0 : g.nc_panels * width * g.steps(g.kc());
   const int64_t slots = g.mc_panels * g.nc_panels;
-  const int64_t tiles = g.k_blocks() > 1 ? slots * tile : tile;
+  const int64_t tiles = g.k_blocks() > 1 ? slots * tile : g.tiles_in_row(tile * g.element()) * tile;
   const int64_t sums = g.branches() > 1 ? slots * tile / 2 : 0;
   return (b + tiles + sums) * g.element();
 }
 
+// Schedule::Kernel::kDot holds at most this many columns of a narrow output, and a micro-tile of tokens.
+constexpr int kDotRows = 8;
 // Schedule::Kernel::kBroadcast holds at most this many tokens, and at most kBroadcastVectors vectors of them.
 constexpr int64_t kSmallM = 32;
 constexpr int64_t kBroadcastVectors = 4;

@@ -103,7 +103,7 @@ std::tuple<Tensor, Tensor, Tensor> moe_quantized(
   Steps steps(kernels(), workspace, threads());
   const int64_t row_bytes = c.F * storage_size(c.dtype);
   void* h = workspace.take(static_cast<size_t>(c.routes.kept * row_bytes), "h");
-  add_pre_activations(steps, c, x, call.w.in_and_up(), b_in, save ? gate.mutable_data_ptr() : nullptr,
+  add_pre_activations(steps, workspace, c, x, call.w.in_and_up(), b_in, save ? gate.mutable_data_ptr() : nullptr,
                       save && c.gated ? up.mutable_data_ptr() : nullptr, h);
   const auto down = [&](int64_t e, int64_t col) { return lanes_are_rows(call.w.down.at(e, col)); };
   add_combined_product(steps, workspace, c, dense_rows(h, c.F, c.dtype), c.F, c.O, down, dense_data(b_down, c.keep),
@@ -140,7 +140,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_quantized_backward(
   if (recompute && need_hidden) {
     void* fresh_gate = take(c.F, c.dtype, "gate");
     void* fresh_up = c.gated ? take(c.F, c.dtype, "up") : nullptr;
-    add_pre_activations(steps, c, x, w.in_and_up(), b_in, fresh_gate, fresh_up, nullptr);
+    add_pre_activations(steps, workspace, c, x, w.in_and_up(), b_in, fresh_gate, fresh_up, nullptr);
     gate_data = fresh_gate;
     up_data = fresh_up;
   }
@@ -168,7 +168,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_quantized_backward(
     const auto in = [&](int64_t e, int64_t col) { return lanes_are_columns(w.in.at(e, 0, col)); };
     const WeightsFrom ups = [&](int64_t e, int64_t col) { return lanes_are_columns(w.up->at(e, 0, col)); };
     add_combined_product(steps, workspace, c, hidden_rows, c.hidden(), c.D, in, nullptr, nullptr,
-                         d_x.mutable_data_ptr(), w.up ? ups : WeightsFrom{});
+                         d_x.mutable_data_ptr(), {}, w.up ? ups : WeightsFrom{});
   }
   Tensor d_b_in = need_b_in ? fresh(x, {c.E, c.hidden()}) : nothing(x);
   if (need_b_in) add_bias_gradients(steps, c, c.hidden(), hidden_rows, false, d_b_in.mutable_data_ptr());

@@ -23,10 +23,11 @@ TaskOf find_task(const std::vector<int64_t>& ends, int64_t task) {
   return {item, item ? task - ends[item - 1] : task};
 }
 
-// The one row of A where it is already what packing it would give, or null.
+// The one row of the shared operand where it is already what packing it would give, or null.
 void* packed_row(const ScheduledGemm& g) {
-  const Matrix& m = g.a.matrix;
-  if (g.kernel != Schedule::Kernel::kDot || g.M != 1 || g.a.k_along_rows || m.col_stride != 1) return nullptr;
+  const Operand& shared = g.transposed ? g.b[0] : g.a;
+  const Matrix& m = shared.matrix;
+  if (g.kernel != Schedule::Kernel::kDot || g.M != 1 || shared.k_along_rows || m.col_stride != 1) return nullptr;
   if (m.dtype != g.epilogue.arithmetic()) return nullptr;
   const int64_t row = m.rows ? m.rows[g.first_row] : g.first_row;
   return static_cast<char*>(const_cast<void*>(m.data)) + row * m.row_stride * g.element();

@@ -16,11 +16,13 @@ constexpr int64_t kLongPiece = 2048;  // elements of a row of weights that are r
 
 // The shared packed operand should be the small one: a plain product with more rows than columns is computed as its
 // transpose. Every element is the same sum in the same order, and a product of two factors does not know their order.
-// Its tiles are written in pieces of lines, which sums of less than kLongK feel.
-ScheduledGemm small_operand_first(const Gemm& wanted) {
+// Its tiles are written in pieces of lines, which sums of less than kLongK feel, unless most of a tile's width would
+// stay empty: a router's logits, x times an adapter's a.
+ScheduledGemm small_operand_first(const Gemm& wanted, const KernelTable& table) {
   ScheduledGemm g{wanted, {}};
-  // A packed quantised weight would be as large as the dequantised one.
-  if (g.epilogue.kind != Epilogue::Kind::kStore || g.M <= g.N || g.K < kLongK || g.quantised()) return g;
+  const bool narrow = g.N * 2 * g.element() <= table.nr_vectors * table.lanes * 4;
+  if (g.epilogue.kind != Epilogue::Kind::kStore || g.epilogue.add || g.M <= g.N || (g.K < kLongK && !narrow)) return g;
+  if (g.quantised()) return g;  // packed, a quantised weight would be as large as the dequantised one
   std::swap(g.M, g.N);
   g.transposed = true;
   return g;
@@ -41,6 +43,8 @@ ScheduledGemm slice_rows(const ScheduledGemm& g, int64_t begin, int64_t end) {
   e.gate = advance(e.gate, e.pre_stride, e.dtype);
   e.up = advance(e.up, e.pre_stride, e.dtype);
   e.h = advance(e.h, e.pre_stride, e.h_dtype());
+  e.add = advance(const_cast<void*>(e.add), e.add_stride, e.arithmetic());
+  e.add_up = advance(const_cast<void*>(e.add_up), e.add_stride, e.arithmetic());
   if (e.row_weight) {
     e.row_weight = static_cast<const char*>(e.row_weight) + begin * g.element();
     e.row_dots = static_cast<char*>(e.row_dots) + begin * e.row_dots_stride * g.element();
@@ -49,7 +53,11 @@ ScheduledGemm slice_rows(const ScheduledGemm& g, int64_t begin, int64_t end) {
 }
 
 Schedule::Kernel choose_kernel(const ScheduledGemm& g, const KernelTable& table) {
-  if (g.M > kSmallM || g.transposed || g.K == 0) return Schedule::Kernel::kPacked;
+  if (g.M > kSmallM || g.K == 0) return Schedule::Kernel::kPacked;
+  if (g.transposed) {
+    const bool rows = !g.a.k_along_rows && g.a.matrix.col_stride == 1 && !g.a.matrix.rows && g.num_b == 1;
+    return rows && g.M <= kDotRows ? Schedule::Kernel::kDot : Schedule::Kernel::kPacked;
+  }
   for (int64_t i = 0; i < g.num_b; ++i) {
     const Operand& b = g.b[i];
     if (b.k_along_rows != g.b[0].k_along_rows || b.matrix.col_stride != 1 || b.matrix.rows)
@@ -67,7 +75,9 @@ void fill_schedule(ScheduledGemm& g, const KernelTable& table, int64_t workers, 
   const int64_t lanes = table.lanes * 4 / g.element();
   const int64_t width = table.nr_vectors * lanes;
   g.kernel = choose_kernel(g, table);
-  const int64_t rows = g.kernel == Schedule::Kernel::kAxpy ? table.axpy_rows : table.mr;
+  const int64_t rows = g.kernel == Schedule::Kernel::kAxpy  ? table.axpy_rows
+                       : g.kernel == Schedule::Kernel::kDot ? g.M
+                                                            : table.mr;
   g.mr =
       g.kernel == Schedule::Kernel::kBroadcast ? divide_up(g.M, lanes) * lanes : divide_up(g.M, divide_up(g.M, rows));
   g.panels_m = divide_up(g.M, g.mr);
@@ -102,7 +112,7 @@ void fill_schedule(ScheduledGemm& g, const KernelTable& table, int64_t workers, 
 
 void add_parts(const Gemm& wanted, const KernelTable& table, int64_t workers, int64_t tasks,
                std::vector<ScheduledGemm>& parts) {
-  ScheduledGemm g = small_operand_first(wanted);
+  ScheduledGemm g = small_operand_first(wanted, table);
   if (g.in_bfloat16()) g.kr = table.bfloat16_kr;
   const int64_t fit_rows = kPackedBytes / std::max<int64_t>(1, g.packed_length() * g.element());
   const int64_t fit = std::max<int64_t>(1, fit_rows / table.mr) * table.mr;

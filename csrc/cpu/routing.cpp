@@ -28,16 +28,31 @@ void run_top_k(const TopK& job, void (*kernel)(const TopK&, int64_t, int64_t, vo
   phases.run(workers);
 }
 
-std::tuple<Tensor, Tensor> route_top_k(const Tensor& logits, std::optional<Tensor> bias, int64_t k, std::string score,
-                                       bool renormalize, bool softmax_after, int64_t num_groups, int64_t top_groups,
-                                       double scale) {
-  TopK job{check_top_k(logits, k, score, renormalize, softmax_after, num_groups, top_groups, scale), {}};
+// Experts [T, K] that stand in a tensor; their values are read.
+const int64_t* check_chosen(const Tensor& ids, int64_t experts) {
+  const auto* chosen = static_cast<const int64_t*>(ids.const_data_ptr());
+  for (int64_t i = 0; i < ids.numel(); ++i)
+    STD_TORCH_CHECK(chosen[i] >= 0 && chosen[i] < experts, "ids: expected indices below ", experts, ", got ",
+                    chosen[i]);
+  return chosen;
+}
+
+std::tuple<Tensor, Tensor> route_top_k(const Tensor& logits, std::optional<Tensor> bias, std::optional<Tensor> given,
+                                       int64_t k, int64_t shared, std::string score, bool renormalize, bool by_logits,
+                                       int64_t num_groups, int64_t top_groups, int64_t group_best, double scale) {
+  const TopKOptions options{shared, score, renormalize, by_logits, num_groups, top_groups, group_best, scale};
+  TopK job{check_top_k(logits, k, options), {}};
+  check_given(given, bias, options, job.T, k);
   job.logits = matrix(logits, storage_dtype(logits, "logits"));
   std::vector<Tensor> keep;
-  if (bias) check_tensor(*bias, "bias", arithmetic_dtype(job.logits.dtype), {job.E}, {}, nullptr);
+  if (bias) check_tensor(*bias, "bias", arithmetic_dtype(job.logits.dtype), {job.E - shared}, {}, nullptr);
   job.bias = dense_data(bias, keep);
-  Tensor ids = fresh_indices({job.T, k});
-  Tensor weights = fresh_arithmetic(job.logits.dtype, {job.T, k});
+  if (given) {
+    keep.push_back(torch::stable::contiguous(*given));
+    job.given = check_chosen(keep.back(), job.E);
+  }
+  Tensor ids = fresh_indices({job.T, job.K});
+  Tensor weights = fresh_arithmetic(job.logits.dtype, {job.T, job.K});
   job.ids = static_cast<int64_t*>(ids.mutable_data_ptr());
   job.weights = weights.mutable_data_ptr();
   run_top_k(job, kernels().top_k);
@@ -45,18 +60,15 @@ std::tuple<Tensor, Tensor> route_top_k(const Tensor& logits, std::optional<Tenso
 }
 
 Tensor route_top_k_backward(const Tensor& d_weights, const Tensor& logits, const Tensor& ids, std::string score,
-                            bool renormalize, bool softmax_after, double scale) {
+                            bool renormalize, bool by_logits, double scale) {
   const int64_t k = ids.dim() == 2 ? ids.size(1) : 0;
-  TopK job{check_top_k(logits, k, score, renormalize, softmax_after, 1, 1, scale), {}};
+  TopK job{check_top_k(logits, k, {0, score, renormalize, by_logits, 1, 1, 2, scale}), {}};
   job.logits = matrix(logits, storage_dtype(logits, "logits"));
   check_tensor(d_weights, "d_weights", arithmetic_dtype(job.logits.dtype), {job.T, k}, {}, nullptr);
   check_indices_shape(ids, "ids", {job.T, k});
   const Tensor dense_ids = torch::stable::contiguous(ids), dense_d = torch::stable::contiguous(d_weights);
-  const auto* chosen = static_cast<const int64_t*>(dense_ids.const_data_ptr());
-  for (int64_t i = 0; i < job.T * k; ++i)
-    STD_TORCH_CHECK(chosen[i] >= 0 && chosen[i] < job.E, "ids: expected indices below ", job.E, ", got ", chosen[i]);
   Tensor d_logits = fresh(logits, {job.T, job.E});
-  job.ids = const_cast<int64_t*>(chosen);
+  job.ids = const_cast<int64_t*>(check_chosen(dense_ids, job.E));
   job.weights = const_cast<void*>(dense_d.const_data_ptr());
   job.d_logits = d_logits.mutable_data_ptr();
   run_top_k(job, kernels().top_k_backward);

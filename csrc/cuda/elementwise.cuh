@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Gated activation with its first and second derivatives, and sums over rows. Bound by memory: each thread has several
+// Gated activation with its first and second derivatives, sums for the gradients of its own parameters, and sums over
+// rows. Bound by memory: each thread has several
 // 16-byte loads in flight, and parts of a pack go through the same arithmetic as whole ones.
 #pragma once
 
@@ -73,6 +74,16 @@ struct GatedActDoubleBackward {
   }
 };
 
+// Own parameters from device memory, where they are there.
+template <class S, class Act, class V>
+FFN_FN void read_own(const GatedAct& g, GateNumbers<V>& numbers) {
+  constexpr int kCount = Act::own.count();
+  if constexpr (Act::learned > 0)
+    if (g.own_values)
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) numbers.own[k] = V(static_cast<const ComputeOf<S>*>(g.own_values)[k]);
+}
+
 // N columns of every input, as they are stored.
 template <class S, int N>
 struct GatedActValues {
@@ -108,7 +119,8 @@ FFN_FN void finish_gated_act(const GatedAct& g, const PackCoord& at, const Gated
   using T = ComputeOf<S>;
   using V = LaneOf<S>;
   constexpr bool kForward = __is_same(Pass, GatedActForward);
-  const GateNumbers<V> numbers(g, g.limited());
+  GateNumbers<V> numbers(g, g.limited());
+  if constexpr (!kPlain) read_own<S, Act>(g, numbers);
   T results[Pass::kOuts][N];
 #pragma unroll
   for (int i = 0; i < N; ++i) {
@@ -164,6 +176,44 @@ __global__ void gated_act_kernel(GatedAct g, PackGrid grid) {
   if (!grid.vector) gated_act_steps<S, Act, Pass, false, 1, kScalarSteps>(g, grid);
   else if (grid.plain) gated_act_steps<S, Act, Pass, true, Pack<S>::kSize, kVectorSteps>(g, grid);
   else gated_act_steps<S, Act, Pass, false, Pack<S>::kSize, kVectorSteps>(g, grid);
+}
+
+// ---- sums for own parameters ----------------------------------------------------------------------------------------
+
+// One row of partial sums for each block. Which thread adds what depends on the shape alone, and a block adds its warps
+// in order.
+template <class S, class Act>
+__global__ void own_sums_kernel(OwnSums s) {
+  using T = ComputeOf<S>;
+  using V = Lane<T>;
+  constexpr int kCount = Act::own.count(), kWarps = kPackThreads / kWarpSize;
+  GateNumbers<V> numbers(s, false);
+  read_own<S, Act>(s, numbers);
+  V sums[kMostOwnParams], factors[kMostOwnParams];
+#pragma unroll
+  for (int k = 0; k < kMostOwnParams; ++k) sums[k] = V(0);
+  const int64_t size = s.rows * s.cols, step = int64_t(gridDim.x) * kPackThreads;
+  for (int64_t i = int64_t(blockIdx.x) * kPackThreads + threadIdx.x; i < size; i += step) {
+    const int64_t r = s.rows > 1 ? i / s.cols : 0, c = i - r * s.cols;
+    const V z(decode(*element<S>(s.gate, r, c)));
+    V weight(decode(*element<S>(s.d_out, r, c)));
+    if (s.dd_gate.data) weight *= V(decode(*element<S>(s.dd_gate, r, c)));
+    own_factors<Act>(numbers, z, s.dd_gate.data != nullptr, factors);
+#pragma unroll
+    for (int k = 0; k < Act::learned; ++k) sums[k] = fma(weight, factors[k], sums[k]);
+  }
+  T* const shared = reinterpret_cast<T*>(dynamic_shared());  // [kWarps, kCount]
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) {
+    const T sum = warp_sum(sums[k].value);
+    if (threadIdx.x % kWarpSize == 0) shared[threadIdx.x / kWarpSize * kCount + k] = sum;
+  }
+  __syncthreads();
+  if (int(threadIdx.x) < kCount) {
+    T total = 0;
+    for (int w = 0; w < kWarps; ++w) total += shared[w * kCount + int(threadIdx.x)];
+    static_cast<T*>(s.partial)[int64_t(blockIdx.x) * kCount + threadIdx.x] = total;
+  }
 }
 
 // ---- sums over rows -------------------------------------------------------------------------------------------------

@@ -100,8 +100,15 @@ inline PackGrid gated_act_grid(const GatedAct& g) {
   PackGrid grid = vector ? pack_grid(g.rows, g.cols, 16 / size, kVectorSteps)
                          : pack_grid(g.rows, g.cols, 1, kScalarSteps, by_rows ? 4 : 8);
   grid.vector = vector;
-  grid.plain = !g.kept && !g.row_weight && !g.sum;
+  grid.plain = !g.kept && !g.row_weight && !g.sum && !g.own_values;
   return grid;
+}
+
+// Each thread of own_sums_kernel adds at least kOwnSumRun elements, and no more blocks run than fill a GPU.
+constexpr int64_t kOwnSumRun = 16, kOwnSumBlocks = 1024;
+constexpr int64_t own_sums_blocks(const GatedAct& g) {
+  const int64_t blocks = divide_up(g.rows * g.cols, kOwnSumRun * kPackThreads);
+  return blocks < kOwnSumBlocks ? blocks : kOwnSumBlocks;
 }
 
 // Bit 0: in, bit 1: out.

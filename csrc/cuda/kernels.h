@@ -30,6 +30,12 @@ struct GatedAct : Gate {
   // written where given. out, where given, is the rounded sum.
   void* sum = nullptr;
   bool accumulate = false;
+  const void* own_values = nullptr;  // own parameters in device memory, of the arithmetic's dtype; null: those of Gate
+};
+
+// Sums over all elements of d_out (times dd_gate, where given) times each of own_factors of the value (or slope).
+struct OwnSums : GatedAct {
+  void* partial = nullptr;  // [blocks, own parameters], of the arithmetic's dtype: those that are not learned get 0
 };
 
 // out[e, c] = sum over the rows r of segment e, offsets[e] <= r < offsets[e + 1] (offsets null: one segment of all

@@ -10,6 +10,7 @@ void launch_gated_act(const Call& call, const GatedAct& job);
 void launch_gated_act_backward(const Call& call, const GatedAct& job);
 void launch_gated_act_double_backward(const Call& call, const GatedAct& job);
 void launch_column_sum(Call& call, ColumnSum job);
+void launch_own_sums(Call& call, OwnSums job, int64_t count, void* out);
 
 // out [cols] = the sum of all rows: the gradient of a bias.
 inline void sum_rows(Call& call, const Tensor& rows, DType dtype, Tensor& out) {

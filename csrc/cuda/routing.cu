@@ -33,15 +33,17 @@ TopK with_logits(const ChoiceOfExperts& choice, const Tensor& logits) {
   return job;
 }
 
-std::tuple<Tensor, Tensor> route_top_k(const Tensor& logits, MaybeTensor bias, int64_t k, std::string score,
-                                       bool renormalize, bool softmax_after, int64_t num_groups, int64_t top_groups,
-                                       double scale) {
+std::tuple<Tensor, Tensor> route_top_k(const Tensor& logits, MaybeTensor bias, MaybeTensor given, int64_t k,
+                                       int64_t shared, std::string score, bool renormalize, bool by_logits,
+                                       int64_t num_groups, int64_t top_groups, int64_t group_best, double scale) {
   Call call(logits, "logits");
-  TopK job = with_logits(
-      check_top_k(logits, k, score, renormalize, softmax_after, num_groups, top_groups, scale, call.place()), logits);
-  if (bias) check_tensor(*bias, "bias", arithmetic_dtype(job.dtype), {job.E}, call.place(), nullptr);
+  const TopKOptions options{shared, score, renormalize, by_logits, num_groups, top_groups, group_best, scale};
+  TopK job = with_logits(check_top_k(logits, k, options, call.place()), logits);
+  check_given(given, bias, options, job.T, k, call.place());
+  if (bias) check_tensor(*bias, "bias", arithmetic_dtype(job.dtype), {job.E - shared}, call.place(), nullptr);
   job.bias = call.dense(bias);
-  Tensor ids = call.fresh_indices({job.T, k}), weights = call.fresh(arithmetic_dtype(job.dtype), {job.T, k});
+  job.given = call.indices(given);
+  Tensor ids = call.fresh_indices({job.T, job.K}), weights = call.fresh(arithmetic_dtype(job.dtype), {job.T, job.K});
   job.ids = static_cast<int64_t*>(ids.mutable_data_ptr());
   job.weights = weights.mutable_data_ptr();
   launch_top_k<false>(call, job);
@@ -49,10 +51,11 @@ std::tuple<Tensor, Tensor> route_top_k(const Tensor& logits, MaybeTensor bias, i
 }
 
 Tensor route_top_k_backward(const Tensor& d_weights, const Tensor& logits, const Tensor& ids, std::string score,
-                            bool renormalize, bool softmax_after, double scale) {
+                            bool renormalize, bool by_logits, double scale) {
   Call call(logits, "logits");
   const int64_t k = ids.dim() == 2 ? ids.size(1) : 0;
-  TopK job = with_logits(check_top_k(logits, k, score, renormalize, softmax_after, 1, 1, scale, call.place()), logits);
+  const TopKOptions options{0, score, renormalize, by_logits, 1, 1, 2, scale};
+  TopK job = with_logits(check_top_k(logits, k, options, call.place()), logits);
   check_tensor(d_weights, "d_weights", arithmetic_dtype(job.dtype), {job.T, k}, call.place(), nullptr);
   check_indices_shape(ids, "ids", {job.T, k}, call.place());
   Tensor d_logits = call.fresh({job.T, job.E});

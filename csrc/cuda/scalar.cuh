@@ -93,6 +93,10 @@ struct Lane {
     if constexpr (kSingle) return Lane(::copysignf(magnitude.value, sign.value));
     else return Lane(::copysign(magnitude.value, sign.value));
   }
+  FFN_FN friend Lane sqrt(Lane a) {
+    if constexpr (kSingle) return Lane(::sqrtf(a.value));
+    else return Lane(::sqrt(a.value));
+  }
   // For |a| < 2^22 (float) or 2^51 (double), which is what math.h has: adding 1.5 times the power of two above drops
   // the digits behind the point; the instruction for it runs at a quarter of the rate.
   FFN_FN friend Lane round_even(Lane a) {
@@ -136,6 +140,7 @@ FFN_FN SigmoidPair<Lane<float, true>> sigmoid_pair(Lane<float, true> z) {
 
 #include "../common/activations.h"
 
+#include "../common/scores.h"
 #include "../common/gate_math.h"
 
 // ---- storage --------------------------------------------------------------------------------------------------------

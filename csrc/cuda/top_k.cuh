@@ -66,17 +66,36 @@ FFN_FN void choose_best(const T* values, int n, int count, int lane, Allowed all
 // in the order of lanes; `at(i)` gives the i-th).
 template <class T>
 struct Score {
-  bool sigmoid_of_each;
+  int score;  // its place in the list
   T largest, sum;
 
   FFN_FN T operator()(T z) const {
-    if (sigmoid_of_each) return sigmoid(Lane<T>(z)).value;
-    return exp(Lane<T>(z - largest)).value / sum;
+    T value = 0;
+    dispatch_score(score, [&](auto tag) {
+      using S = typename decltype(tag)::Type;
+      if constexpr (S::of_row) value = exp(Lane<T>(z - largest)).value / sum;
+      else value = S::fwd(Lane<T>(z)).value;
+    });
+    return value;
+  }
+  // The slope of softmax is without the part through its denominator.
+  FFN_FN ScoreGrad<T> grad(T z) const {
+    ScoreGrad<T> found{};
+    dispatch_score(score, [&](auto tag) {
+      using S = typename decltype(tag)::Type;
+      if constexpr (S::of_row) {
+        found.value = found.slope = (*this)(z);
+      } else {
+        const auto [value, slope] = S::grad(Lane<T>(z));
+        found = {value.value, slope.value};
+      }
+    });
+    return found;
   }
 };
 
 template <class T, class At>
-FFN_FN Score<T> softmax_of(int n, int lane, At at) {
+FFN_FN Score<T> softmax_of(int score, int n, int lane, At at) {
   T largest = -T(INFINITY);
   for (int i = lane; i < n; i += kWarpSize) largest = max(Lane<T>(at(i)), Lane<T>(largest)).value;
 #pragma unroll
@@ -84,7 +103,7 @@ FFN_FN Score<T> softmax_of(int n, int lane, At at) {
     largest = max(Lane<T>(largest), Lane<T>(__shfl_xor_sync(0xffffffffu, largest, by))).value;
   T sum = 0;
   for (int i = lane; i < n; i += kWarpSize) sum += exp(Lane<T>(at(i) - largest)).value;
-  return {false, largest, warp_sum(sum)};
+  return {score, largest, warp_sum(sum)};
 }
 
 // One token's logits and chosen experts.
@@ -101,22 +120,24 @@ struct TopKRow {
   // Ids of a caller may be anything: those out of range are left out.
   FFN_FN bool valid(int64_t j) const { return id(j) >= 0 && id(j) < k.E; }
   FFN_FN Score<T> score_of_all() const {
-    if (k.sigmoid) return {true, 0, 1};
-    return softmax_of<T>(int(k.E), lane, [&](int e) { return logit(e); });
+    if (!k.of_row) return {k.score, 0, 1};
+    return softmax_of<T>(k.score, int(k.E), lane, [&](int e) { return logit(e); });
   }
   FFN_FN Score<T> score_of_chosen() const {
-    return softmax_of<T>(int(k.K), lane, [&](int j) { return valid(j) ? logit(id(j)) : -T(INFINITY); });
+    return softmax_of<T>(k.score, int(k.K), lane, [&](int j) { return valid(j) ? logit(id(j)) : -T(INFINITY); });
   }
+  FFN_FN Score<T> score_by_ids() const { return k.of_row && k.by_logits ? score_of_chosen() : score_of_all(); }
 };
 
 // Writes the values that decide the choice into `values`, and the chosen experts into ids.
 template <class S, class T>
 FFN_FN void choose_experts(const TopKRow<S>& row, const Score<T>& score, T* values) {
   const TopK& k = row.k;
-  const int E = int(k.E), groups = int(k.num_groups), width = E / groups, lane = row.lane;
+  const int E = int(k.E - k.shared), count = int(k.K - k.shared);
+  const int groups = int(k.num_groups), width = E / groups, lane = row.lane;
   const T* const bias = static_cast<const T*>(k.bias);
   // Scores increase with logits, and logits separate more values.
-  const bool by_score = (bias || groups > 1) && !k.softmax_after;
+  const bool by_score = (bias || groups > 1) && !k.by_logits;
   for (int e = lane; e < E; e += kWarpSize) {
     const T value = by_score ? score(row.logit(e)) : row.logit(e);
     values[e] = bias ? value + bias[e] : value;
@@ -126,10 +147,11 @@ FFN_FN void choose_experts(const TopKRow<S>& row, const Score<T>& score, T* valu
     if (j % kWarpSize == lane) row.id(j) = winner.index;
   };
   if (groups == 1) {
-    choose_best(values, E, int(k.K), lane, [](int) { return true; }, take);
+    choose_best(values, E, count, lane, [](int) { return true; }, take);
     return;
   }
-  // A group's score is the sum of its two best. It is chosen if it is, or ranks before, the last of the best groups.
+  // A group's score is its best, or the sum of its two best. It is chosen if it is, or ranks before, the last of the
+  // best groups.
   T* const group_scores = values + E;
   for (int g = lane; g < groups; g += kWarpSize) {
     Candidate<T> first{0, -1}, second{0, -1};
@@ -138,7 +160,7 @@ FFN_FN void choose_experts(const TopKRow<S>& row, const Score<T>& score, T* valu
       if (ranks_before(candidate, first)) second = first, first = candidate;
       else if (ranks_before(candidate, second)) second = candidate;
     }
-    group_scores[g] = second.index < 0 ? first.value : first.value + second.value;
+    group_scores[g] = second.index < 0 || k.group_best < 2 ? first.value : first.value + second.value;
   }
   __syncwarp();  // shuffles do not order memory
   Candidate<T> worst{0, -1};
@@ -149,7 +171,7 @@ FFN_FN void choose_experts(const TopKRow<S>& row, const Score<T>& score, T* valu
     const int g = e / width;
     return !ranks_before(worst, Candidate<T>{group_scores[g], g});
   };
-  choose_best(values, E, int(k.K), lane, in_best_groups, take);
+  choose_best(values, E, count, lane, in_best_groups, take);
 }
 
 template <class S>
@@ -162,12 +184,16 @@ __global__ void top_k_kernel(TopK k) {
       k.scratch ? static_cast<T*>(k.scratch) + t * each : reinterpret_cast<T*>(dynamic_shared()) + warp * each;
   const TopKRow<S> row{k, t, lane};
   Score<T> score{};
-  if (!k.softmax_after) score = row.score_of_all();
-  choose_experts(row, score, values);
-  if (k.softmax_after) score = row.score_of_chosen();
+  if (!k.of_row || !k.by_logits) score = row.score_of_all();
+  if (!k.given) choose_experts(row, score, values);
+  for (int64_t j = lane; j < k.K; j += kWarpSize) {
+    if (k.given) row.id(j) = k.given[t * k.K + j];
+    else if (j >= k.K - k.shared) row.id(j) = k.E - k.K + j;
+  }
+  if (k.of_row && k.by_logits) score = row.score_of_chosen();
   T sum = 0;
   for (int64_t j = lane; j < k.K; j += kWarpSize) {  // each lane reads the ids that it wrote
-    const T s = score(row.logit(row.id(j)));
+    const T s = row.valid(j) ? score(row.logit(row.id(j))) : T(0);
     row.weight(j) = s;
     sum += s;
   }
@@ -177,7 +203,7 @@ __global__ void top_k_kernel(TopK k) {
 }
 
 // With w = scale * s / (sum of the chosen s): ds = scale * (dw - <dw, s> / sum) / sum; dz is ds through the softmax of
-// all, of the chosen, or through the sigmoid.
+// all, of the chosen, or through the score of each. An expert may be chosen twice where the caller chooses.
 template <class S>
 __global__ void top_k_backward_kernel(TopK k) {
   using T = ComputeOf<S>;
@@ -185,7 +211,7 @@ __global__ void top_k_backward_kernel(TopK k) {
   const int64_t t = int64_t(blockIdx.x) * (blockDim.x / kWarpSize) + threadIdx.x / kWarpSize;
   if (t >= k.T) return;
   const TopKRow<S> row{k, t, lane};
-  const Score<T> score = k.softmax_after ? row.score_of_chosen() : row.score_of_all();
+  const Score<T> score = row.score_by_ids();
   T factor = T(k.scale), shift = 0;
   if (k.renormalize) {
     T sum = 0, dot = 0;
@@ -199,20 +225,26 @@ __global__ void top_k_backward_kernel(TopK k) {
   }
   // Through the softmax's denominator; a renormalised weight does not depend on it.
   T common = 0;
-  if (!k.sigmoid && !k.renormalize) {
+  if (k.of_row && !k.renormalize) {
     for (int64_t j = lane; j < k.K; j += kWarpSize)
       if (row.valid(j)) common += factor * (row.weight(j) - shift) * score(row.logit(row.id(j)));
     common = warp_sum(common);
   }
   S* const dz = static_cast<S*>(k.d_logits) + t * k.E;
-  const bool chosen_only = k.sigmoid || k.renormalize || k.softmax_after;
+  const bool of_all = k.of_row && !k.by_logits, of_chosen = !of_all || k.renormalize;
   for (int64_t e = lane; e < k.E; e += kWarpSize)  // not 0 * s, which is NaN where another score is
-    dz[e] = encode<S>(chosen_only ? T(0) : -common * score(row.logit(e)));
+    dz[e] = encode<S>(of_chosen ? T(0) : -common * score(row.logit(e)));
   __syncwarp();  // before the chosen are written over
   for (int64_t j = lane; j < k.K; j += kWarpSize) {
     if (!row.valid(j)) continue;
-    const T s = score(row.logit(row.id(j))), ds = factor * (row.weight(j) - shift);
-    dz[row.id(j)] = encode<S>(k.sigmoid ? ds * (s * (1 - s)) : s * (ds - common));
+    T ds = factor * (row.weight(j) - shift) - common;
+    bool first = true;  // the first of those with the same expert adds them up
+    for (int64_t i = 0; i < k.K; ++i) {
+      if (i == j || row.id(i) != row.id(j)) continue;
+      first = first && i > j;
+      ds += factor * (row.weight(i) - shift) - (of_all ? T(0) : common);
+    }
+    if (first) dz[row.id(j)] = encode<S>(score.grad(row.logit(row.id(j))).slope * ds);
   }
 }
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from ..modules import has_own_forward
 from .layer import CALLS, PLAN, Plan, state
-from .probe import ORIGINAL, original_class
+from .probe import EXCHANGED, ORIGINAL, original_class
 from .recognise import METHODS, OURS, Finding, Recogniser, linear_children, plausible
 from .refused import has_stacked_experts, is_feed_forward
 from .swap import FUSES, Calls, fused_class
@@ -203,6 +203,9 @@ def _sites(model: nn.Module) -> Iterator[_Site]:
         if site is None:
             continue
         plan = site.finding.plan
+        if EXCHANGED in vars(type(module)):
+            called = getattr(type(module), EXCHANGED)
+            taken.update(id(m) for p, m in module.named_modules() if p and p.partition(".")[0] not in called)
         if plan is not None:
             for name in {linear.split(".")[0] for linear in plan.form.linears}:
                 taken.update(id(below) for below in module.get_submodule(name).modules())
@@ -211,6 +214,8 @@ def _sites(model: nn.Module) -> Iterator[_Site]:
 
 def _site(path: str, module: nn.Module, recognise: Recogniser) -> _Site | None:
     known = getattr(module, PLAN, None)
+    if EXCHANGED in vars(type(module)):
+        return _Site(path, module, "forward", Finding(None, "experts computed after register(model)"), True)
     if isinstance(module, OURS):
         return _Site(path, module, "forward", Finding(None, "one of this package's modules, which fuses itself"), True)
     if known:

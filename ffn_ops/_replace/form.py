@@ -18,6 +18,7 @@ from ..reference import UPS, gated_act
 from .probe import Event, ProbeError, Trace
 
 BY_TORCH = ("relu", "sigmoid", "tanh", "gelu", "silu", "identity")  # not gelu_tanh: ours is twice as fast
+_MOST_STEPS, _NUDGE = 30, 1e-6  # of _with_numbers
 ADD_INPUT = ""  # a step after the layer: the residual connection
 
 
@@ -30,7 +31,8 @@ class Form:
     down: str | None
     halves: str | None  # gate and up are the rows of one layer: "gate first" or "up first"
     up_called_first: bool
-    gate: Gate
+    gate: Gate  # where `learned` is given, of its name alone
+    learned: str | None  # the activation, a child with parameters of its own
     head: tuple[str | tuple[int, ...], ...]  # steps before the layer: children, ``reshape(-1, *sizes)``
     dropout: str | None  # between activation and down
     early: bool  # or between the first layer and the activation
@@ -44,6 +46,8 @@ class Form:
 
     @property
     def _act(self) -> str:
+        if self.learned is not None:
+            return self.gate.activation
         return str(self.gate.replace(limit=None, up_shift=0.0))
 
     def _gate(self, gate: str, up: str) -> str:
@@ -108,6 +112,9 @@ def explain(trace: Trace, known: Form | None = None) -> Form:
         first.append(events.pop(0))
     if not first:
         raise ProbeError("no linear child is called with the layer's input")
+    learned = None
+    if len(first) == 1 and events and events[0].learned and _same(events[0].input, first[0].output):
+        learned = events.pop(0)
     dropout = None
     early = _is_early(first, events)
     if early:
@@ -128,7 +135,12 @@ def explain(trace: Trace, known: Form | None = None) -> Form:
     gate = None if known is None else known.gate
     gates: tuple[str, ...]
     ups: tuple[str, ...] = ()
-    if len(first) == 1 and hidden.shape[-1] * 2 == first[0].output.shape[-1]:
+    if learned is not None:
+        if down is None or not _same(hidden, learned.output):
+            raise ProbeError(f"{learned.path} is not all that is between its linear children")
+        found = _Found((0,), (), Gate(learned.learned))
+        gates = (first[0].path,)
+    elif len(first) == 1 and hidden.shape[-1] * 2 == first[0].output.shape[-1]:
         both = first[0].output.double().chunk(2, -1)
         found = _activation(hidden, both, gate)
         halves = "gate first" if found.gates == (0,) else "up first"
@@ -144,7 +156,8 @@ def explain(trace: Trace, known: Form | None = None) -> Form:
         raise ProbeError("it calls a child twice")
     return Form(
         gates, ups, None if down is None else down.path, halves, bool(ups) and found.ups[0] < found.gates[0],
-        found.gate, tuple(head), None if dropout is None else dropout.path, early,
+        found.gate, None if learned is None else learned.path, tuple(head),
+        None if dropout is None else dropout.path, early,
         _tail(trace, events, hidden if down is None else down.output), tuple([path for path in trace.run if path]),
         trace.reads_weights,
     )  # fmt: skip
@@ -217,15 +230,14 @@ def _activation(hidden: Tensor, outputs: Sequence[Tensor], known: Gate | None) -
 
 
 def _candidates(hidden: Tensor, pairs: Sequence[tuple[Tensor, Tensor | None]]) -> Iterator[Gate]:
-    named = [Gate(name) for name in NAMES if name != "swish" and name not in UPS]
+    named = [Gate(name) for name in NAMES if name not in ("swish", "leaky_relu") and name not in UPS]
     yield from named
     if len(pairs) > 1:
         return
     ((gate, up),) = pairs
     for shift in (0.0,) if up is None else (0.0, 1.0):
         near = torch.ones_like(gate, dtype=torch.bool) if up is None else (up.abs() < 0.5) & (gate < 0.5)
-        beta = _beta(hidden[near], gate[near], None if up is None else up[near] + shift)
-        acts = [*named, *([] if beta is None else [Gate("swish", beta=beta)])]
+        acts = [*named, *_fitted(hidden[near], gate[near], None if up is None else up[near] + shift)]
         yield from [act.replace(up_shift=shift) for act in (acts if shift else acts[len(named) :])]
         if up is None:
             break
@@ -233,7 +245,9 @@ def _candidates(hidden: Tensor, pairs: Sequence[tuple[Tensor, Tensor | None]]) -
             for limit in _limits(hidden.double(), gate, up, shift, gated_act(gate, activation=act)):
                 if 0.5 <= limit <= 25:
                     yield act.replace(limit=float(f"{limit:.6g}"), up_shift=shift)
-    yield from [Gate(name) for name in NAMES if name in UPS]  # with the numbers that models have
+    if up is not None:
+        for name in UPS:
+            yield from _with_numbers(Gate(name), hidden.double(), gate, up)
 
 
 def _limits(hidden: Tensor, gate: Tensor, up: Tensor, shift: float, value: Tensor) -> Iterator[float]:
@@ -248,6 +262,33 @@ def _limits(hidden: Tensor, gate: Tensor, up: Tensor, shift: float, value: Tenso
     at = (gate >= 25) & (hidden != 0)
     for share, root in ((hidden / up)[at], power), (hidden[at], power + 1):
         yield from share.abs().pow(1 / root).tolist()
+
+
+def _with_numbers(start: Gate, hidden: Tensor, gate: Tensor, up: Tensor) -> Iterator[Gate]:
+    """A gate with sides of its own, with the numbers that fit best: least squares by Newton's steps from its defaults,
+    then to six digits."""
+    yield start
+    if not bool(hidden.isfinite().all()):
+        return
+    names = list(start.own)
+    units = torch.eye(len(names), dtype=torch.float64, device="cpu")
+    numbers = torch.tensor(list(start.own.values()), dtype=torch.float64, device="cpu")
+    weight = 1 / (hidden.abs() + 1e-2)
+
+    def values(numbers: Tensor) -> Tensor:
+        form = start.replace(**dict(zip(names, numbers.tolist(), strict=True)))
+        return (gated_act(gate, up, activation=form) * weight).flatten()
+
+    for _ in range(_MOST_STEPS):
+        now = values(numbers)
+        moved = [values(numbers * (1 + _NUDGE * unit)) - now for unit in units]
+        step = torch.linalg.lstsq(torch.stack(moved, -1) / _NUDGE, (hidden * weight).flatten() - now).solution
+        if not bool(step.isfinite().all()):
+            return
+        numbers = numbers * (1 + step.clamp(-0.5, 1.0))
+        if float(step.abs().max()) < 1e-9:
+            break
+    yield start.replace(**{name: float(f"{number:.6g}") for name, number in zip(names, numbers.tolist(), strict=True)})
 
 
 def _fits(hidden: Tensor, pairs: Sequence[tuple[Tensor, Tensor | None]], form: Gate) -> bool:
@@ -274,10 +315,12 @@ def _fits(hidden: Tensor, pairs: Sequence[tuple[Tensor, Tensor | None]], form: G
     return bool((error <= limit).all())
 
 
-def _beta(hidden: Tensor, gate: Tensor, up: Tensor | None) -> float | None:
-    """The factor in ``z * sigmoid(beta * z)``, to six digits: the median over single values."""
+def _fitted(hidden: Tensor, gate: Tensor, up: Tensor | None) -> Iterator[Gate]:
+    """Activations with a number that ``hidden`` tells, to six digits: the median over single values."""
     share = hidden.double() / (gate if up is None else gate * up)
     telling = (gate.abs() > 0.3) & (gate.abs() < 3) & (share > 1e-3) & (share < 1 - 1e-3)
-    if not telling.any():
-        return None
-    return float(f"{(torch.logit(share[telling]) / gate[telling]).median().item():.6g}")
+    if telling.any():
+        yield Gate("swish", beta=float(f"{(torch.logit(share[telling]) / gate[telling]).median().item():.6g}"))
+    slopes = share[(gate < -0.3) & (gate > -30) & share.isfinite()]
+    if slopes.numel():
+        yield Gate("leaky_relu", slope=float(f"{slopes.median().item():.6g}"))

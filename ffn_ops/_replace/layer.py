@@ -21,6 +21,7 @@ from .._library import CUDA_ABSENT
 from ..modules import PLAIN_TENSORS, is_idle, is_plain_linear, is_unhooked
 from ..reference import gated_act
 from .form import BY_TORCH, Form
+from .learned import hidden_of
 from .part import Part
 
 PLAN = "_ffn_ops_plan"  # attribute of an instance; None: restored; False: changed, and no longer recognised
@@ -57,6 +58,7 @@ class Plan:
     gates: tuple[Path, ...]
     ups: tuple[Path, ...]
     down: Path | None
+    learned: Path | None
     head: tuple[Path | tuple[int, ...], ...]
     dropout: Path | None
     tail: tuple[Path, ...]
@@ -84,15 +86,20 @@ def plan(
     direct = None
     if form.down is not None and len(form.gates) == 1 and form.halves != "up first" and not form.head:
         direct = (form.gates[0], form.ups[0] if form.ups else None, form.down)
-    if "." in "".join(form.linears):
+    if "." in "".join(form.linears) or form.learned is not None:
         direct = None
     # Modules whose forward ran, and modules that only hold others.
     holders = {p[:i] for p in paths(form.linears) for i in range(1, len(p))}
-    stepped_over = sorted({*paths(form.run), *holders})
+    bypassed = set()
+    if form.learned is not None:
+        act = layer.get_submodule(form.learned)
+        bypassed = {path(below) for below, _ in act.named_modules(prefix=form.learned)}
+    stepped_over = sorted({*paths(form.run), *holders, *bypassed})
     return Plan(
         form, arguments, idle, ranks, widths, dtypes, eval_only, len(layer._modules),
         tuple([_guard(layer, p) for p in stepped_over]),
         paths(form.gates), paths(form.ups), None if form.down is None else path(form.down),
+        None if form.learned is None else path(form.learned),
         tuple([path(step) if isinstance(step, str) else step for step in form.head]),
         None if form.dropout is None else path(form.dropout), paths(form.tail), direct, part,
     )  # fmt: skip
@@ -259,7 +266,7 @@ def _by_parts(layer: nn.Module, plan: Plan, x: Tensor, cast: bool) -> Tensor | N
     dropout = None if plan.dropout is None else child(layer, plan.dropout)
     if dropout is not None and is_idle(dropout):
         dropout = None
-    whole = down is not None and dropout is None and len(gates) == 1 and plain
+    whole = down is not None and dropout is None and len(gates) == 1 and plain and plan.learned is None
     if not whole and (_is_torchs(plan.form) or (dropout is not None and plan.form.early)):
         return None
     value = x
@@ -267,6 +274,12 @@ def _by_parts(layer: nn.Module, plan: Plan, x: Tensor, cast: bool) -> Tensor | N
         value = value.reshape(-1, *step) if type(step[0]) is int else child(layer, step)(value)  # type: ignore[arg-type]
     if whole:
         value = _whole(plan.form, value, gates[0], ups[0] if ups else None, down)
+    elif plan.learned is not None:
+        hidden = hidden_of(child(layer, plan.learned), plan.form.gate.activation, gates[0], value, cast)
+        if hidden is None:
+            return None
+        value = hidden if dropout is None else dropout(hidden)
+        value = value if down is None else down(value)
     else:
         value = _hidden(plan.form, value, gates, ups)
         if dropout is not None:

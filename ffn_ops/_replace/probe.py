@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..modules import has_own_forward
 from .alike import ABSENT, OF_EVERY_MODULE, WATCH, Reads, watched
+from .learned import learned
 
 # This range covers kinks, clips and tails of activations. Two forms of one activation differ between 1 and 4.
 _SIZES = (0.0, 1e-3, 0.3, 0.7, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 6.5, 7.5, 11.0, 25.0, 90.0, 600.0, 3e4)
@@ -31,8 +32,9 @@ _LARGEST_HALF = 200.0  # in float16, so that products stay finite
 _ENOUGH = 160  # values per stub
 _MOST_OWN = 1 << 16  # elements up to which the copy has a layer's own tensors, with random values
 _MANY = 1 << 13
-_OF_STUBS = OF_EVERY_MODULE | {"kind", "path", "probe", "shape", "norm"}
+_OF_STUBS = OF_EVERY_MODULE | {"kind", "path", "probe", "shape", "norm", "learned"}
 ORIGINAL = "_ffn_ops_original"  # attribute of a class that replace() made: the original class
+EXCHANGED = "_ffn_ops_called"  # of one that integrations/transformers.py made: the children that its forward calls
 
 
 class ProbeError(Exception):
@@ -47,6 +49,7 @@ class Event:
     path: str
     input: Tensor
     output: Tensor
+    learned: str = ""  # the activation that it computes, with parameters of its own
 
 
 @dataclass
@@ -123,12 +126,14 @@ class _Stub(nn.Module):
     probe: Probe
     shape: tuple[int, int] | None
     norm: int | None  # the width that it normalises
+    learned: str
 
-    def __init__(self, kind: str, path: str, of: nn.Module, probe: Probe) -> None:
+    def __init__(self, kind: str, path: str, of: nn.Module, probe: Probe, learned: str = "") -> None:
         super().__init__()
         # Sizes, probabilities and flags, which forwards read.
         self.__dict__.update({k: v for k, v in vars(of).items() if isinstance(v, (int, float, str, bool, type(None)))})
         self.__dict__.update(kind=kind, path=path, probe=probe, shape=linear_shape(of), norm=norm_width(of))
+        self.__dict__["learned"] = learned
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -158,7 +163,7 @@ class _Stub(nn.Module):
     def answer(self, given: Tensor, width: int) -> Tensor:
         """Random values with so many columns."""
         output = self.probe.numbers((*given.shape[:-1], width), given.dtype)
-        self.probe.trace.events.append(Event(self.kind, self.path, given.clone(), output.clone()))
+        self.probe.trace.events.append(Event(self.kind, self.path, given.clone(), output.clone(), self.learned))
         return output
 
 
@@ -213,6 +218,8 @@ class Probe:
             return _Stub("linear", path, module, self)
         if type(module) is nn.Dropout:
             return _Stub("dropout", path, module, self)
+        if path and (act := learned(module, original_class(module), self.reads, path)):
+            return _Stub("norm", path, module, self, act)
         if path and not module._modules and (module._parameters or module._buffers):
             return _Stub("other" if norm_width(module) is None else "norm", path, module, self)
         cls: Any = original_class(module)

@@ -13,7 +13,8 @@ from torch import Tensor
 import ffn_ops
 from ffn_ops import Gate, reference
 
-from .layers import Timing, interleaved
+from .._timing import Timed
+from .layers import interleaved
 from .settings import Settings
 
 LIMIT, POINTS = 6.0, 241
@@ -45,7 +46,7 @@ class Activations:
     swish: list[Curve]
     limits: SwishLimits
     gelu_tanh_to_gelu: float
-    times: dict[str, dict[str, Timing]]  # activation -> provider -> forward and backward
+    times: dict[str, dict[str, Timed]]  # activation -> provider -> forward and backward
 
 
 def _value_and_slope(activation: Gate, x: Tensor) -> tuple[Tensor, Tensor]:

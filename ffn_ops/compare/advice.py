@@ -6,8 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 
+from .._timing import Timed
 from .architectures import ARCHITECTURES, BASELINE, EXPERTS
-from .layers import Timing
 from .mixtures import CAUSAL_MIXTURES, MIXTURES, NAMES, Load
 from .paired import FASTER, HIGHER, LOWER, NOT_SHOWN, SLOWER, UNTESTABLE, Paired, paired, speed_ratio
 from .results import Results, Trained, losses, trained
@@ -118,7 +118,7 @@ def _speed(results: Results) -> Advice:
     order = ("relu", "silu", "gelu")
     layers = {r.architecture: r.providers for r in results.layers}
     alone = {} if results.activations is None else results.activations.times
-    groups: dict[str, list[Timing]] = {}
+    groups: dict[str, list[Timed]] = {}
     if all(k in alone for k in order):
         groups["activation alone, eager"] = [alone[k]["eager"] for k in order]
     for provider in ("eager", "fused"):
@@ -126,8 +126,8 @@ def _speed(results: Results) -> Advice:
             groups[f"whole layer, {provider}"] = [layers[k][provider].forward_backward for k in order]
     parts, verdicts = [], []
     for label, times in groups.items():
-        listed = " / ".join(f"{t.median:.2f}" for t in times)
-        steps = [speed_ratio(a.rounds, b.rounds).verdict for a, b in pairwise(times)]
+        listed = " / ".join(f"{t.milliseconds[0]:.2f}" for t in times)
+        steps = [speed_ratio(a.seconds, b.seconds).verdict for a, b in pairwise(times)]
         resolved = " (order not resolved)" if NOT_SHOWN in steps or UNTESTABLE in steps else ""
         parts.append(f"{label} {listed} ms{resolved}")
         verdicts += [{FASTER: LOWER, SLOWER: HIGHER}.get(step, step) for step in steps]
@@ -300,7 +300,7 @@ def _fused_line(results: Results) -> str:
     for layer in results.layers:
         eager, fused = layer.providers.get("eager"), layer.providers.get("fused")
         if eager is not None and fused is not None:
-            ratio = speed_ratio(fused.forward_backward.rounds, eager.forward_backward.rounds)
+            ratio = speed_ratio(fused.forward_backward.seconds, eager.forward_backward.seconds)
             found[ratio.verdict].append(f"{NAMES[layer.architecture]} ({ratio.median:.2f}x)")
     parts = [f"{label}: {', '.join(names)}" for label, names in found.items() if names]
     return f"Fused against eager, forward+backward: {'; '.join(parts)}." if parts else ""

@@ -10,13 +10,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from statistics import median, quantiles
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .._accuracy import PLENTY, WrongResultError, limit, worst
+from .._timing import Timed, take_turns
 from .architectures import LAYERS, Architecture, count_parameters, disagreement, state
 from .settings import Settings
 
@@ -29,20 +29,10 @@ Name = TypeVar("Name", bound=Hashable)
 Call = Callable[[], object]
 
 
-@dataclass(frozen=True)
-class Timing:
-    """Milliseconds: the median, the quartiles, and every round in order."""
-
-    median: float
-    low: float
-    high: float
-    rounds: list[float]
-
-
 @dataclass
 class Provider:
-    forward: Timing
-    forward_backward: Timing
+    forward: Timed
+    forward_backward: Timed
     saved_bytes: int
     error: float  # largest difference to float64 of output and input gradient, relative to their largest value
 
@@ -70,28 +60,24 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def interleaved(calls: dict[Name, Call], repeats: int, device: torch.device, advance: Call) -> dict[Name, Timing]:
-    """Times every call once per round, so that slow moments of the machine affect all equally.
+def interleaved(calls: dict[Name, Call], repeats: int, device: torch.device, advance: Call) -> dict[Name, Timed]:
+    """Times every call once per round, after rounds that warm up."""
 
-    Every other round runs in reverse order, so that the contents of caches favour no provider.
-    """
-    times: dict[Name, list[float]] = {name: [] for name in calls}
-    order = list(calls.items())
-    for round_index in range(WARM_UPS + repeats):
-        for name, call in order if round_index % 2 == 0 else reversed(order):
+    def sampler(call: Call) -> Callable[[], float]:
+        def sample() -> float:
             synchronize(device)
             began = time.perf_counter()
             call()
             synchronize(device)
-            if round_index >= WARM_UPS:
-                times[name].append(1e3 * (time.perf_counter() - began))
-        advance()
-    return {name: _timing(values) for name, values in times.items()}
+            return time.perf_counter() - began
 
+        return sample
 
-def _timing(values: list[float]) -> Timing:
-    low, _, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else (values[0],) * 3
-    return Timing(median(values), low, high, [round(v, 4) for v in values])
+    timed = {name: Timed(str(name)) for name in calls}
+    take_turns([(timed[name], sampler(call), WARM_UPS + repeats) for name, call in calls.items()], advance)
+    for each in timed.values():
+        del each.seconds[:WARM_UPS]
+    return timed
 
 
 def saved_for_backward(layer: nn.Module, *inputs: Tensor) -> int:

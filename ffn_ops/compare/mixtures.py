@@ -18,6 +18,7 @@ from ffn_ops import Routing, routing
 from .architectures import EXPERTS, LAYERS, Layer, expert_units
 
 BALANCE, JITTER = 0.01, 0.01  # Switch Transformers' weights of the load-balancing loss and of the router's noise
+BIAS_RATE = 0.01  # ten times DeepSeek-V3's, as there are so few steps
 Routed = tuple[Routing, Tensor]  # what one layer chose, and its logits
 
 
@@ -28,6 +29,7 @@ class Mixture(Layer):
     experts_per_token: int
     balance: float = 0.0
     leaks: bool = False  # a byte's output depends on later bytes, so its loss means nothing
+    after_step: Callable[[ffn_ops.MoEFFN, Routing, Tensor], None] | None = None  # what moves a bias
 
     def width(self, d_ff: int) -> int:
         """Each expert's ``d_ff``, so that all experts of a token together are as wide as the dense layer."""
@@ -48,6 +50,25 @@ def _mixture(
         return ffn_ops.MoEFFN(d_model, d_ff, EXPERTS, per_token, router=router, router_jitter=jitter)
 
     return Mixture(key, name, formula, fused, expert_units, per_token, balance, leaks)
+
+
+def _biased(
+    key: str, name: str, formula: str, after_step: Callable[[ffn_ops.MoEFFN, Routing, Tensor], None]
+) -> Mixture:
+    """Top-2 of sigmoid scores and a bias, renormalised: DeepSeek-V3's."""
+
+    def fused(d_model: int, d_ff: int) -> ffn_ops.MoEFFN:
+        return ffn_ops.MoEFFN(d_model, d_ff, EXPERTS, 2, router=routing.BiasedTopK(EXPERTS, 2))
+
+    return Mixture(key, name, formula, fused, expert_units, 2, after_step=after_step)
+
+
+def _step_bias(layer: ffn_ops.MoEFFN, chosen: Routing, _logits: Tensor) -> None:
+    layer.choose.update(chosen, BIAS_RATE)  # type: ignore[union-attr,operator]
+
+
+def _solve_bias(layer: ffn_ops.MoEFFN, _chosen: Routing, logits: Tensor) -> None:
+    layer.choose.solve(logits)  # type: ignore[union-attr,operator]
 
 
 CAPACITY_FACTOR, EXPERT_CHOICE_FACTOR = 1.25, 2
@@ -83,6 +104,18 @@ MIXTURES: tuple[Mixture, ...] = (
         f"1 of {EXPERTS}: in training the best assignment with equal loads, else the highest logit; weight sigmoid",
         1,
         routing.base,
+    ),
+    _biased(
+        "biased",
+        "Bias by steps",
+        f"2 of {EXPERTS} by sigmoid and a bias, which moves by {BIAS_RATE} against each step's load; weights sum to 1",
+        _step_bias,
+    ),
+    _biased(
+        "quantile",
+        "Bias by quantiles",
+        f"2 of {EXPERTS} by sigmoid and a bias, solved for by quantiles after each step; weights sum to 1",
+        _solve_bias,
     ),
 )
 CAUSAL_MIXTURES = tuple(m for m in MIXTURES if not m.leaks)

@@ -216,7 +216,7 @@ def speed(results: Results) -> Figure:
             if (found := by_key[key].providers.get(provider)) is None:
                 return None
             timing = found.forward if field == "forward" else found.forward_backward
-            return timing.median, timing.low, timing.high
+            return timing.milliseconds
 
         _finish(axes, field.replace("_", " + "), "", "time (ms)")
         _grouped(results, axes, value)

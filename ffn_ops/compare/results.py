@@ -73,6 +73,7 @@ class Trained:
     diverged: int
     training_load: Load | None  # of a mixture at the last recorded step, mean over blocks and seeds
     validation_load: Load | None  # the same after the last step, on the validation text
+    training_max_over_mean: float | None  # of the load, mean over all recorded steps, blocks and seeds
 
 
 def losses(runs: Sequence[Run], key: str) -> dict[int, float]:
@@ -91,6 +92,11 @@ def _end_load(recorded: Sequence[Sequence[Sequence[Load]]]) -> Load | None:
         return None
     fields = ("entropy", "max_over_mean", "dropped", "unreached")
     return Load(*(fmean(getattr(load, name) for load in last) for name in fields))
+
+
+def _mean_maximum(recorded: Sequence[Sequence[Sequence[Load]]]) -> float | None:
+    found = [load.max_over_mean for points in recorded for layers in points for load in layers]
+    return fmean(found) if found else None
 
 
 def trained(runs: Sequence[Run]) -> list[Trained]:
@@ -128,6 +134,7 @@ def trained(runs: Sequence[Run]) -> list[Trained]:
                 diverged=sum(r.diverged for r in mine),
                 training_load=_end_load([r.training_loads for r in ended]),
                 validation_load=_end_load([r.validation_loads for r in ended]),
+                training_max_over_mean=_mean_maximum([r.training_loads for r in ended]),
             )
         )
     return rows
@@ -137,6 +144,10 @@ def write_json(results: Results, path: Path) -> None:
     """Strict JSON, one line per part. Values that were not measured are null; NaN raises."""
     record = asdict(results)
     record["settings"]["out"] = None
+    for layer, written in zip(results.layers, record["layers"], strict=True):
+        for name, provider in layer.providers.items():
+            times = {"forward": provider.forward.record(), "forward_backward": provider.forward_backward.record()}
+            written["providers"][name] |= times
     record["settings"]["text"] = results.text.name
     record["architectures"] = {a.key: {"name": a.name, "formula": a.formula} for a in (*LAYERS, *MIXTURES)}
     derived = (("trained", results.runs), ("trained_mixtures", results.equal_flops), ("stressed", results.stress))

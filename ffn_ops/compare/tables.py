@@ -6,10 +6,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from .._timing import Timed
 from .advice import guide_advice, signed
 from .architectures import BASELINE, EXPERTS
 from .counts import CountRow
-from .layers import LayerResult, Timing
+from .layers import LayerResult
 from .mixtures import MIXTURES, NAMES, Load
 from .paired import speed_ratio
 from .results import Results, Trained, trained
@@ -70,8 +71,8 @@ def counted_table(results: Results) -> Table:
     return Table("What is counted", ("layer", "counted"), rows)
 
 
-def _time(timing: Timing | None) -> str:
-    return NONE if timing is None else f"{timing.median:.1f} ({timing.low:.1f}-{timing.high:.1f})"
+def _time(timed: Timed) -> str:
+    return "{:.1f} ({:.1f}-{:.1f})".format(*timed.milliseconds)
 
 
 def layers_table(results: Results) -> Table:
@@ -91,10 +92,10 @@ def layers_table(results: Results) -> Table:
     )
 
 
-def _ratio(timing: Timing, eager: Timing) -> str:
-    if timing is eager:
+def _ratio(timed: Timed, eager: Timed) -> str:
+    if timed is eager:
         return "1"
-    found = speed_ratio(timing.rounds, eager.rounds)
+    found = speed_ratio(timed.seconds, eager.seconds)
     return f"{found.median:.2f}" + (f" ({found.interval[0]:.2f}-{found.interval[1]:.2f})" if found.interval else "")
 
 
@@ -177,20 +178,22 @@ def routers_table(results: Results) -> Table:
 def loads_table(results: Results) -> Table:
     rows = [_load_row(t) for t in trained(results.mixtures)]
     at = ("entropy", "max / mean", "dropped", "no expert")
+    columns = [f"{where}: {each}" for where in ("training", "validation") for each in at]
     return Table(
-        "Expert load at the end of training",
-        ("layer", *(f"training: {c}" for c in at), *(f"validation: {c}" for c in at), "dead units"),
+        "Expert load in training and at its end",
+        ("layer", "all batches: max / mean", *columns, "dead units"),
         rows,
-        "Mean over blocks and seeds, on the last recorded training batch and on the validation windows watched, after"
-        " dropping. Entropy: of the experts' loads, divided by log of their number; 1 is uniform. dropped: of the"
-        " choices, for want of capacity. no expert: tokens that none computes. Dead: as in the table of dead units, on"
-        " the tokens that reach the expert. BASE balances in training alone.",
+        "Mean over blocks and seeds, after dropping. all batches: of training, as recorded; training: the last of them;"
+        " validation: the windows watched. Entropy: of the experts' loads, divided by log of their number; 1 is"
+        " uniform. dropped: of the choices, for want of capacity. no expert: tokens that none computes. Dead: as in the"
+        " table of dead units, on the tokens that reach the expert. BASE balances in training alone.",
     )
 
 
 def _load_row(t: Trained) -> tuple[str, ...]:
     dead = f"{100 * t.dead_at_end / t.units:.1f} %" if t.units else "diverged"
-    return (NAMES[t.architecture], *_load_cells(t.training_load), *_load_cells(t.validation_load), dead)
+    whole = NONE if t.training_max_over_mean is None else f"{t.training_max_over_mean:.2f}"
+    return (NAMES[t.architecture], whole, *_load_cells(t.training_load), *_load_cells(t.validation_load), dead)
 
 
 def _load_cells(load: Load | None) -> tuple[str, ...]:
@@ -259,8 +262,8 @@ def activations_table(results: Results) -> Table:
     )
 
 
-def _ms(timing: Timing) -> str:
-    return f"{timing.median:.2f} ({timing.low:.2f}-{timing.high:.2f})"
+def _ms(timed: Timed) -> str:
+    return "{:.2f} ({:.2f}-{:.2f})".format(*timed.milliseconds)
 
 
 def advice_table(results: Results) -> Table:

@@ -156,6 +156,9 @@ class Trainer:
             self.run.gradient_norms.append([_gradient_norm(layer) for layer in self.model.ffn_layers()])
         nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_NORM)
         self.optimizer.step()
+        if isinstance(self.layer, Mixture) and self.layer.after_step is not None:
+            for ffn, (chosen, logits) in zip(self.model.ffn_layers(), routed, strict=True):
+                self.layer.after_step(ffn, chosen, logits)  # type: ignore[arg-type]
         finite = math.isfinite(loss.item())  # item() waits for the device: the step's time is complete
         self.run.step_ms.append(round(1e3 * (time.perf_counter() - began), 3))
         if routed and step % self.gradient_every == 0:

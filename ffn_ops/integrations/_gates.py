@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .._gate import MODEL_GATES, NAMES, Gate, gate_from
+from .._gate import LEARNED, MODEL_GATES, NAMES, Gate, gate_from
 from ..reference import UPS, gated_act
 
 # Parameters that the operator reads. A module with more parameters computes something else.
@@ -48,10 +49,35 @@ def _form_of(experts: Any) -> tuple[str, tuple[float, ...]]:
             raise ValueError(
                 f"{type(experts).__name__}: expected no parameters besides those of the experts, got {name}"
             )
-    act = getattr(experts, "act_fn", None)
     # peft adds the parametrisation again in each call, which makes a new class.
     parametrized = "parametrizations" in experts._modules
     cls = parametrize.type_before_parametrizations(experts) if parametrized else type(experts)
+    return _looked_up(experts, cls, getattr(experts, "act_fn", None))
+
+
+def act_gate(act: Any, gated: bool) -> Gate:
+    """Returns the gate ``act(gate) * up``, or without ``gated`` the activation ``act(x)``, of a module that computes it
+    in its own forward.
+
+    Raises:
+        ValueError: if ``act`` is another function than those of the operators.
+    """
+    activation, params = _form_with(act, gated)
+    return gate_from(activation, params, False)
+
+
+@torch.compiler.assume_constant_result
+def _form_with(act: Any, gated: bool) -> tuple[str, tuple[float, ...]]:
+    function = SimpleNamespace(
+        has_gate=gated,
+        is_concatenated=True,
+        act_fn=act,
+        _apply_gate=lambda z: act(z.chunk(2, -1)[0]) * z.chunk(2, -1)[1],
+    )
+    return _looked_up(function, type(act), act)
+
+
+def _looked_up(experts: Any, cls: type, act: Any) -> tuple[str, tuple[float, ...]]:
     held = tuple(map(_settings, act.modules())) if isinstance(act, nn.Module) else act
     key = (cls, _settings(experts), type(act), held)
     if key not in _known:
@@ -60,14 +86,14 @@ def _form_of(experts: Any) -> tuple[str, tuple[float, ...]]:
     if gate is None:
         form = "_apply_gate" if experts.has_gate else "act_fn"
         raise ValueError(
-            f"{type(experts).__name__}.{form}: expected act(min(gate, limit)) * (clamp(up, -limit, limit) + up_shift)"
+            f"{cls.__name__}.{form}: expected act(min(gate, limit)) * (clamp(up, -limit, limit) + up_shift)"
             f" with act one of {', '.join(NAMES)} and numbers that the module holds, got another function;"
             " use another experts_implementation for this model"
         )
     return gate.activation, gate.params
 
 
-def _settings(module: nn.Module) -> tuple[tuple[str, Any], ...]:
+def _settings(module: Any) -> tuple[tuple[str, Any], ...]:
     return tuple((name, value) for name, value in vars(module).items() if type(value) in (bool, int, float, str))
 
 
@@ -106,8 +132,12 @@ def _grid(numbers: list[float]) -> tuple[Tensor, Tensor]:
 
 
 def _candidates(numbers: list[float]) -> Iterator[Gate]:
-    """Every activation, its own parameters the defaults, those that models use or numbers that the module holds."""
+    """Every activation, its own parameters the defaults, those that models use or numbers that the module holds. Of
+    those that usually learn only the defaults: four parameters would make thousands of candidates."""
     for name in NAMES:
+        if name in LEARNED:
+            yield Gate(name)
+            continue
         known = [gate.own for gate in (Gate(name), *MODEL_GATES.values()) if gate.activation == name]
         for values in itertools.product(*(sorted({k[each] for k in known} | set(numbers)) for each in known[0])):
             own: dict[str, Any] = dict(zip(known[0], values, strict=True))

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from .._gate import gate_from
-from ..reference import gated_act
+from ..reference import ACTIVATIONS, gated_act
 
 # Without `from __future__ import annotations`, and with Optional: torch reads the types of arguments to tell attributes
 # from tensors. Tensors have type Any, because they arrive as values of the graph.
@@ -25,8 +25,9 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
 
     They cover inference: gates, dense layers, mixtures and their parts, top-k and the sort, for every T. Arithmetic is
     float32 (float64 for float64) and rounded once, like the operators'. Sums are in the runtime's order. NaN logits
-    rank as -inf. ONNX cannot express BASE's assignment, rounding to tiles, drops by weight and rows given as pairs
-    (Expert Choice): these raise ``NotImplementedError``.
+    rank as -inf. onnxruntime has no ``Erf`` in float64, so that it runs every gate but ``gelu`` there. ONNX cannot
+    express BASE's assignment, rounding to tiles, drops by weight and rows given as pairs (Expert Choice): these raise
+    ``NotImplementedError``.
 
     Raises:
         ImportError: without onnxscript (``pip install "ffn_ops[onnx]"``).
@@ -42,6 +43,7 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     ops = torch.ops.ffn_ops
     table: dict[Callable[..., Any], Callable[..., Any]] = {
         ops.gated_act.default: _gated_act,
+        ops.learned_act.default: _learned_act,
         ops.gated_linear.default: _gated_linear,
         ops.ffn.default: _ffn,
         ops.route_linear.default: _route_linear,
@@ -67,8 +69,10 @@ def _numbers(values: Sequence[int]) -> Any:
 
 
 def _number(value: float, like: Any) -> Any:
-    op = _op()
-    return op.CastLike(op.Constant(value_float=float(value)), like)
+    import onnx_ir
+
+    op = _op()  # value_float would round to float32
+    return op.CastLike(op.Constant(value=onnx_ir.tensor(float(value), onnx_ir.DataType.DOUBLE)), like)
 
 
 def _wide(t: Any) -> Any:
@@ -102,6 +106,12 @@ class _Recorder:
     def __truediv__(self, other: Any) -> "_Recorder":
         return self._do("Div", other)
 
+    def __sub__(self, other: Any) -> "_Recorder":
+        return self._do("Sub", other)
+
+    def __gt__(self, other: Any) -> "_Recorder":
+        return self._do("Greater", other)
+
     __radd__, __rmul__ = __add__, __mul__
 
     def square(self) -> "_Recorder":
@@ -113,7 +123,11 @@ class _Recorder:
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any, kwargs: Any = None) -> "_Recorder":
-        (z,) = args
+        z, *branches = args
+        if function is torch.where:
+            return z._do("Where", *branches)  # type: ignore[no-any-return]
+        if function is torch.expm1:
+            return z._do("Exp") - 1  # type: ignore[no-any-return]
         if function in (torch.relu, torch.sigmoid, torch.tanh):
             return z._do({torch.relu: "Relu", torch.sigmoid: "Sigmoid", torch.tanh: "Tanh"}[function])  # type: ignore[no-any-return]
         if function is F.silu:
@@ -135,8 +149,8 @@ def _gate(gate: Any, up: Any, activation: str, params: Sequence[float]) -> Any:
 
 def _linear(x: Any, w: Any, b: Any) -> Any:
     op = _op()
-    y = op.MatMul(x, op.Transpose(_wide(w), perm=[1, 0]))
-    return y if b is None else op.Add(y, _wide(b))
+    y = op.MatMul(x, op.Transpose(op.CastLike(w, x), perm=[1, 0]))  # x is wide; a value's own dtype may be unknown
+    return y if b is None else op.Add(y, op.CastLike(b, x))
 
 
 def _route_linear(x: Any, weight: Any, bias: Optional[Any]) -> Any:
@@ -146,6 +160,14 @@ def _route_linear(x: Any, weight: Any, bias: Optional[Any]) -> Any:
 def _gated_act(gate: Any, up: Optional[Any], activation: str, params: Sequence[float]) -> Any:
     h = _gate(_wide(gate), None if up is None else _wide(up), activation, params)
     return _op().CastLike(h, gate)
+
+
+def _learned_act(x: Any, own: Any, activation: str) -> Any:
+    op = _op()
+    values: list[Any] = [op.Slice(own, _numbers([k]), _numbers([k + 1]), _numbers([0])) for k in range(own.shape[0])]
+    formula: Any = ACTIVATIONS[activation]
+    h: Any = formula(_Recorder(_wide(x)), *map(_Recorder, values))
+    return op.CastLike(h.value, x)
 
 
 def _gated_linear(
@@ -257,34 +279,57 @@ def _range(count: Any) -> Any:
 
 
 def _route_top_k(
-    logits: Any, bias: Optional[Any], k: int, score: str, renormalize: bool, softmax_after: bool, num_groups: int,
-    top_groups: int, scale: float,
+    logits: Any, bias: Optional[Any], ids: Optional[Any], k: int, shared: int, score: str, renormalize: bool,
+    by_logits: bool, num_groups: int, top_groups: int, group_best: int, scale: float,
 ) -> Any:  # fmt: skip
     op = _op()
     z = _wide(logits)
-    scores = z if softmax_after else op.Softmax(z, axis=1) if score == "softmax" else op.Sigmoid(z)
-    choice = z if softmax_after or (bias is None and num_groups == 1) else scores
+    after = by_logits and score == "softmax"
+    scores = z if after else _score(z, score)
+    if ids is None:
+        choice = z if by_logits or (bias is None and num_groups == 1) else scores
+        ids = _chosen(choice, logits.shape[1] - shared, bias, k, num_groups, top_groups, group_best)
+        if shared:
+            each = op.Expand(_numbers(range(logits.shape[1] - shared, logits.shape[1])), op.Concat(
+                op.Shape(ids, start=0, end=1), _numbers([shared]), axis=0))  # fmt: skip
+            ids = op.Concat(ids, each, axis=1)
+    weights = op.GatherElements(scores, ids, axis=1)
+    if after:
+        weights = op.Softmax(weights, axis=1)
+    elif renormalize:
+        total = op.Add(op.ReduceSum(weights, _numbers([1])), _number(1e-20, weights))
+        weights = op.Div(weights, total)
+    return op.Mul(weights, _number(scale, weights)), op.Identity(ids)
+
+
+def _score(z: Any, name: str) -> Any:
+    op = _op()
+    if name == "softmax":
+        return op.Softmax(z, axis=1)
+    return op.Sigmoid(z) if name == "sigmoid" else op.Sqrt(op.Softplus(z))
+
+
+def _chosen(
+    choice: Any, experts: int, bias: Optional[Any], k: int, num_groups: int, top_groups: int, group_best: int
+) -> Any:
+    """Of the first ``experts`` columns."""
+    op = _op()
+    choice = op.Slice(choice, _numbers([0]), _numbers([experts]), _numbers([1]))
     if bias is not None:
         choice = op.Add(choice, op.CastLike(bias, choice))
     least = _number(-math.inf, choice)
     choice = op.Where(op.IsNaN(choice), least, choice)
     if num_groups > 1:
-        each = logits.shape[1] // num_groups
+        each = experts // num_groups
         groups = op.Reshape(choice, _numbers([-1, num_groups, each]))
-        best, _ = op.TopK(groups, _numbers([min(2, each)]), axis=2)
+        best, _ = op.TopK(groups, _numbers([min(group_best, each)]), axis=2)
         _, chosen = op.TopK(op.ReduceSum(best, _numbers([2]), keepdims=0), _numbers([top_groups]), axis=1)
         is_group = op.Equal(op.Unsqueeze(chosen, _numbers([2])), _numbers(range(num_groups)))  # [T, top, groups]
         open_ = op.ReduceMax(op.Cast(is_group, to=_INT64), _numbers([1]), keepdims=0)
         open_ = op.Cast(op.Unsqueeze(open_, _numbers([2])), to=9)  # bool
         choice = op.Reshape(op.Where(open_, groups, least), _numbers([-1, num_groups * each]))
     _, ids = op.TopK(choice, _numbers([k]), axis=1)
-    weights = op.GatherElements(scores, ids, axis=1)
-    if softmax_after:
-        weights = op.Softmax(weights, axis=1)
-    elif renormalize:
-        total = op.Add(op.ReduceSum(weights, _numbers([1])), _number(1e-20, weights))
-        weights = op.Div(weights, total)
-    return op.Mul(weights, _number(scale, weights)), ids
+    return ids
 
 
 def _moe_sort(

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Hugging Face transformers: ``experts_implementation="ffn_ops"``. Only ``register`` imports transformers."""
+"""Hugging Face transformers: ``experts_implementation="ffn_ops"``, and ``register(model)`` for experts that ask for no
+implementation. Only ``register`` imports transformers."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import warnings
@@ -17,23 +19,39 @@ from .._replace import ReplaceEntry, ReplaceReport
 from ..moe_ffn import MoEFFN
 from ..ops import moe, moe_combine, moe_dispatch, moe_experts
 from ..routing import Routing
+from . import _exchange
 from ._gates import gate_of
+from ._peft import adapters_of, adopt
 
 NAME = "ffn_ops"
 OLDEST = (5, 23)
 OWN_CODE = "the model's own code runs, which asks for no experts_implementation"
+CAN_EXCHANGE = f"{OWN_CODE}; register(model) exchanges it"
 _warned: set[str] = set()
+_asking: set[Any] = set()  # forwards of classes that have been seen to call ours
 
 
-def register() -> None:
+def register(model: nn.Module | None = None) -> None:
     """Makes ``experts_implementation="ffn_ops"`` known to ``from_pretrained``, ``from_config`` and
     ``model.set_experts_implementation``. Calling it again changes nothing.
 
     transformers cannot exchange the experts of every mixture. If a model is made with this implementation, or set to
     it, and some of its experts keep their own code, a ``UserWarning`` names their classes, once per process.
 
+    ``register(model)`` exchanges those too, in place: Switch Transformers, NLLB-MoE, JetMoE, Llama 4, Step-3.5 and 3.7,
+    LongCat-Flash, DBRX, Doge, ViTPose. Each instance gets a subclass of its class, whose forward calls this package's
+    operators on the same parameters. A class whose forward does not agree with ours on a tiny instance is left alone.
+    Children that would be bypassed and have hooks, adapters or quantised weights are called: then the own forward runs,
+    and :func:`report` says so. :func:`ffn_ops.restore` gives the classes back; the results are the same bits as before.
+
+    Args:
+        model: whose experts to exchange, or None.
+
     Raises:
         ImportError: if transformers is missing or older than 5.23.
+        TypeError: if ``model`` is not an ``nn.Module``.
+    Warns:
+        UserWarning: if nothing in ``model`` was exchanged.
 
     Source: ``ExpertsInterface`` of ``transformers/integrations/moe.py``.
 
@@ -57,6 +75,25 @@ def register() -> None:
         ("post_init", lambda model: model.config._experts_implementation),  # the end of every model's __init__
     ):
         _warn_after(transformers.PreTrainedModel, method, chosen)
+    adopt(_runs_ours)
+    if model is not None:
+        _exchange_in(model)
+
+
+def _exchange_in(model: nn.Module) -> None:
+    _check(model)
+    found = {path: module for path, module in model.named_modules() if _exchange.exchange_of(module) is not None}
+    refused = {path: why for path, module in found.items() if (why := _exchange.exchange(module)) is not None}
+    if len(refused) == len(found):
+        reasons = "; ".join(f"{path}: {why}" for path, why in refused.items()) or "it has no such class"
+        none = f"register(model): no experts of {type(model).__name__} were exchanged: {reasons}"
+        where = "ffn_ops.integrations.transformers.report(model) lists what computes which experts"
+        warnings.warn(f"{none}. {where}", UserWarning, stacklevel=3)
+
+
+def _check(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
 
 
 class ExpertsReport(ReplaceReport):
@@ -77,7 +114,7 @@ def report(model: nn.Module) -> ExpertsReport:
 
     ``status`` is "ffn_ops"; "refused" if a call would raise, with the reason in ``why``; or "left" if another
     ``experts_implementation`` is set, or if the module runs its own code whatever is set (Switch Transformers, Llama 4,
-    DBRX). It changes nothing and computes no expert.
+    DBRX, until ``register(model)``). It changes nothing and computes no expert.
 
     ::
 
@@ -96,16 +133,27 @@ def report(model: nn.Module) -> ExpertsReport:
         >>> print(report(nn.Linear(2, 2)))
         no mixture of experts found
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    _check(model)
     return ExpertsReport(tuple(_entries(model)))
 
 
 def _entries(model: nn.Module) -> Iterator[ReplaceEntry]:
+    inside: tuple[str, ...] = ()  # of what is computed as a whole
     for path, module in model.named_modules():
         entry = functools.partial(ReplaceEntry, path, type(module).__name__)
+        if inside and path.startswith(inside):
+            continue
         if isinstance(module, MoEFFN):
             yield entry("ffn_ops", str(module.activation))
+        elif _exchange.is_exchanged(module):
+            try:
+                gate = _exchange.gate_in(module)
+                why = _exchange.why_own_code(module)
+            except ValueError as error:
+                yield entry("refused", "", str(error))
+                continue
+            yield entry("left", "", why) if why else entry("ffn_ops", "linear" if gate is None else str(gate))
+            inside = (*inside, f"{path}." if path else "")
         elif _declared(module):
             implementation = getattr(module.config, "_experts_implementation", None)
             if implementation != NAME:
@@ -119,12 +167,29 @@ def _entries(model: nn.Module) -> Iterator[ReplaceEntry]:
             except (ValueError, KeyError) as error:
                 yield entry("refused", "", str(error.args[0]))
         elif _holds_experts(path, module):
-            yield entry("left", "", OWN_CODE)
+            yield entry("left", "", CAN_EXCHANGE if _can_exchange(model, path) else OWN_CODE)
+
+
+def _can_exchange(model: nn.Module, path: str) -> bool:
+    """Whether there is a forward for the module or the one around it."""
+    return any(_exchange.exchange_of(model.get_submodule(p)) for p in (path, path.rpartition(".")[0]))
 
 
 def _declared(module: nn.Module) -> bool:
     """True for modules with transformers' ``use_experts_implementation``."""
     return all(hasattr(module, name) for name in ("config", "has_gate", "is_transposed", "_apply_gate"))
+
+
+def _runs_ours(experts: nn.Module) -> bool:
+    if not _declared(experts) or getattr(experts.config, "_experts_implementation", None) != NAME:
+        return False
+    forward = type(experts).forward
+    if forward not in _asking:
+        with contextlib.suppress(KeyError):
+            if not _asks(experts):
+                return False
+            _asking.add(forward)
+    return forward in _asking
 
 
 class _AskedError(Exception):
@@ -181,7 +246,7 @@ def _warn_after(cls: Any, name: str, chosen: Callable[..., Any]) -> None:
 def _warn(model: nn.Module, every: bool) -> None:
     """Warns of experts that this package does not compute. Unless ``every``, only of those that no implementation
     reaches."""
-    left = {e.layer: e.why for e in _entries(model) if e.status == "left" and (every or e.why == OWN_CODE)}
+    left = {e.layer: e.why for e in _entries(model) if e.status == "left" and (every or e.why.startswith(OWN_CODE))}
     if new := left.keys() - _warned:
         _warned.update(new)
         reasons = "; ".join(f"{layer}: {left[layer]}" for layer in sorted(new))
@@ -211,12 +276,15 @@ def experts_forward(self: Any, hidden_states: Any, top_k_index: Tensor, top_k_we
     w_in, w_down = getattr(self, first), self.down_proj
     if self.is_transposed and not isinstance(w_in, QuantizedWeight):  # which has rows of outputs always
         w_in, w_down = w_in.transpose(1, 2), w_down.transpose(1, 2)
+    if "parametrizations" in self._modules:
+        adopt(_runs_ours)  # peft was imported after `register`; from the next call on it leaves the weights alone
     routing = Routing.from_topk(top_k_index, top_k_weights, self.num_experts)
     experts: dict[str, Any] = {
         "gated": self.has_gate,
         "activation": gate_of(self),
         "b_in": getattr(self, f"{first}_bias") if self.has_bias else None,
         "b_down": self.down_proj_bias if self.has_bias else None,
+        "lora": adapters_of(self, first),
     }
     if not getattr(self, "has_post_expert_norm", False):
         return moe(hidden_states, routing, w_in, w_down, **experts)

@@ -10,6 +10,7 @@ from .._gate import activations
 from ._ffn import ffn
 from ._gated_act import gated_act
 from ._gated_linear import gated_linear
+from ._learned_act import learned_act
 from ._moe import moe, moe_experts
 from ._route_linear import route_linear
 from ._rows import moe_combine, moe_dispatch
@@ -19,6 +20,7 @@ __all__ = [
     "ffn",
     "gated_act",
     "gated_linear",
+    "learned_act",
     "moe",
     "moe_combine",
     "moe_dispatch",

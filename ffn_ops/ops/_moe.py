@@ -12,11 +12,25 @@ from .._gate import Gate, as_gate, check_gate
 from .._library import differentiable, fake, vmap_by_loop
 from .._quantized import QuantizedWeight
 from ._moe_derivatives import PLACES, moe_double_backward, moe_tangent
+from ._moe_lora import adapters as check_adapters
+from ._moe_lora import no_adapters as check_no_adapters
+from ._moe_lora import run as with_lora
 from ._moe_quantized import quantized_moe
-from ._rows import check_routing, routing_weight
-from ._shared import arithmetic, autocast, backward_tangents, checked, dense, fold, needs_grad, not_asked_for
+from ._rows import check_routing, check_weights, routing_weight
+from ._shared import (
+    arithmetic,
+    as_stored,
+    autocast,
+    backward_tangents,
+    checked,
+    dense,
+    fold,
+    needs_grad,
+    not_asked_for,
+)
 
 if TYPE_CHECKING:
+    from .._lora import Lora
     from ..routing import Routing
 
 
@@ -31,6 +45,7 @@ def moe(
     b_down: Tensor | None = None,
     activation: str | Gate = "gelu",
     recompute: bool = False,
+    lora: Lora | None = None,
 ) -> Tensor:
     """``y[t] = sum over the rows r of token t of weight[r] * expert(x[t])``: a mixture of experts in one operator.
 
@@ -51,6 +66,9 @@ def moe(
         b_in, b_down: ``[E, F]`` (gated ``[E, 2F]``) and ``[E, D_out]``, or None.
         activation: a name or a :class:`ffn_ops.Gate`.
         recompute: save only x and the routing for backward. Same bits, less memory.
+        lora: low-rank additions to ``w_in`` and ``w_down``, see :class:`ffn_ops.Lora`. Nothing more is saved for
+            backward. On the CPU it is one operator; on a GPU one after the other of :func:`moe_dispatch`, products
+            and :func:`moe_combine` writes its rows.
 
     Returns:
         ``[..., D_out]``, zeros for a token whose rows are all dropped. Saved for backward: x, the pre-activations
@@ -70,6 +88,7 @@ def moe(
         torch.Size([5, 8])
     """
     if isinstance(w_in, QuantizedWeight) or isinstance(w_down, QuantizedWeight):
+        check_no_adapters(lora)
         return quantized_moe(x, routing, None, w_in, w_down, gated, b_in, b_down, activation, recompute)
     check.first("x", x)
     x, w_in, w_down, b_in, b_down = autocast(x, w_in, w_down, b_in, b_down)  # type: ignore[assignment]
@@ -79,6 +98,9 @@ def moe(
     def operator() -> Tensor:
         token, _, offsets, row, slot_offsets = routing[:5]
         weight = routing_weight(x, routing)
+        if lora is not None:
+            routed = (token, weight, offsets, row, slot_offsets)
+            return with_lora(fold(x), routed, (w_in, w_down, b_in, b_down), lora, form, recompute)
         grad = needs_grad(x, weight, w_in, w_down, b_in, b_down)
         experts = (w_in, w_down, b_in, b_down, *form, grad and not recompute)
         return moe_op(fold(x), token, weight, offsets, row, slot_offsets, *experts, grad=grad)[0]  # type: ignore[no-any-return]
@@ -86,6 +108,8 @@ def moe(
     def check_arguments() -> None:
         check_routing(x, routing)
         check_weights(x, routing.offsets, w_in, w_down, b_in, b_down, gated)
+        if lora is not None:
+            check_adapters(lora, x, w_in, w_down)
 
     y = checked(operator, check_arguments)
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], w_down.shape[1])  # type: ignore[no-any-return]
@@ -102,13 +126,14 @@ def moe_experts(
     b_down: Tensor | None = None,
     activation: str | Gate = "gelu",
     recompute: bool = False,
+    lora: Lora | None = None,
 ) -> Tensor:
     """The experts of :func:`moe` on sorted rows: expert e computes rows ``offsets[e]`` to ``offsets[e + 1]``.
 
     Args:
         rows: ``[R, D]``, from :func:`moe_dispatch` or from a collective.
         offsets: ``[E + 1]`` int64, starting at 0, non-decreasing. Rows from ``offsets[E]`` on are not read.
-        w_in, w_down, gated, b_in, b_down, activation, recompute: see :func:`moe`.
+        w_in, w_down, gated, b_in, b_down, activation, recompute, lora: see :func:`moe`.
 
     Returns:
         ``[R, D_out]``, zeros from ``offsets[E]`` on.
@@ -126,12 +151,16 @@ def moe_experts(
         >>> torch.testing.assert_close(ffn_ops.moe_combine(rows, routing), ffn_ops.moe(x, routing, w_in, w_down))
     """
     if isinstance(w_in, QuantizedWeight) or isinstance(w_down, QuantizedWeight):
+        check_no_adapters(lora)
         return quantized_moe(rows, None, offsets, w_in, w_down, gated, b_in, b_down, activation, recompute)
     check.first("rows", rows)
     rows, w_in, w_down, b_in, b_down = autocast(rows, w_in, w_down, b_in, b_down)  # type: ignore[assignment]
     form = expert_form(activation, gated, recompute)
 
     def operator() -> Tensor:
+        if lora is not None:
+            routed = (None, None, offsets, None, None)
+            return with_lora(rows, routed, (w_in, w_down, b_in, b_down), lora, form, recompute)
         grad = needs_grad(rows, w_in, w_down, b_in, b_down)
         experts = (w_in, w_down, b_in, b_down, *form, grad and not recompute)
         return moe_op(rows, None, None, offsets, None, None, *experts, grad=grad)[0]  # type: ignore[no-any-return]
@@ -141,6 +170,8 @@ def moe_experts(
         check.indices("offsets", offsets)
         check.device("offsets", offsets, rows, "rows")
         check_weights(rows, offsets, w_in, w_down, b_in, b_down, gated)
+        if lora is not None:
+            check_adapters(lora, rows, w_in, w_down)
 
     return checked(operator, check_arguments)  # type: ignore[no-any-return]
 
@@ -151,30 +182,6 @@ def expert_form(activation: str | Gate, gated: bool, recompute: bool) -> tuple[b
     check.flag("recompute", recompute)
     gate = as_gate(activation, gated=gated, one_weight=gated)
     return gated, gate.interleaved, gate.activation, gate.params
-
-
-def check_weights(
-    x: Tensor,
-    offsets: Tensor,
-    w_in: Tensor,
-    w_down: Tensor,
-    b_in: Tensor | None,
-    b_down: Tensor | None,
-    gated: bool,
-) -> tuple[Any, Any]:
-    """Returns F and the width of the output."""
-    experts = offsets.shape[0] - 1
-    check.tensor("w_in", w_in, (experts, "2F" if gated else "F", x.shape[-1]), like=x)
-    rows = w_in.shape[1]
-    if gated and rows % 2:
-        raise ValueError(f"w_in: expected an even number of rows, of gate and up, got {list(w_in.shape)}")
-    features = rows // 2 if gated else rows
-    check.tensor("w_down", w_down, (experts, "D_out", features), like=x)
-    if b_in is not None:
-        check.tensor("b_in", b_in, (experts, rows), like=x)
-    if b_down is not None:
-        check.tensor("b_down", b_down, (experts, w_down.shape[1]), like=x)
-    return features, w_down.shape[1]
 
 
 def _num_rows(x: Tensor, token: Tensor | None) -> Any:
@@ -238,17 +245,10 @@ def _(
     grads = [dense(x, *s) if need and s is not None else dense(x, 0) for s, need in zip(shapes, needs, strict=True)]
     for place, w in ((2, w_in), (3, w_down)):
         if needs[place]:
-            grads[place] = _as_stored(w)
+            grads[place] = as_stored(w)
     if needs[1] and token is not None:
         grads[1] = x.new_empty((token.shape[0],), dtype=arithmetic(x))
     return tuple(grads)
-
-
-def _as_stored(w: Tensor) -> Tensor:
-    """Allocates a dense tensor, in the order of the weight if that is transposed."""
-    if w.stride(1) == 1 and w.stride(2) != 1:
-        return dense(w, w.shape[0], w.shape[2], w.shape[1]).transpose(1, 2)
-    return dense(w, *w.shape)
 
 
 def _moe_setup(ctx: Any, inputs: Any, output: Any) -> None:

@@ -13,7 +13,7 @@ from ._rows import combine_op, dispatch_op, linear_op
 from ._shared import double_backward, given, plus
 
 
-class _Rows:
+class Rows:
     """Moves data between tokens, rows and experts of one call, and splits pre-activations into gate and up."""
 
     def __init__(
@@ -80,7 +80,7 @@ def _along(ctx: Any, routed: Sequence[Any], inputs: Sequence[Any], directions: S
     x, weight, w_in, w_down, b_in, b_down = inputs
     x_t, s_t, w_in_t, w_down_t, b_in_t, b_down_t = directions
     _x, token, _weight, offsets, row, slots = routed
-    rows = _Rows(ctx, x, token, offsets, row, slots)
+    rows = Rows(ctx, x, token, offsets, row, slots)
     x_rows = rows.gather(x)
     gate, up = rows.halves(rows.linear(x_rows, w_in, b_in))
     z_t = rows.linear_tangent(x_rows, w_in, None if x_t is None else rows.gather(x_t), w_in_t, b_in_t)

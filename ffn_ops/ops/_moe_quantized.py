@@ -18,7 +18,7 @@ from .._library import CUDA_ABSENT, differentiable, fake, vmap_by_loop
 from .._quantized import QuantizedWeight
 from .._quantized.formats import columns
 from ._gated_act import act_tangent, gated_act_op
-from ._moe_derivatives import _Rows
+from ._moe_derivatives import Rows
 from ._rows import check_routing
 from ._shared import autocast, backward_tangents, dense, double_backward, fold, given, needs_grad, not_asked_for, plus
 
@@ -347,7 +347,7 @@ def _along(ctx: Any, inputs: Sequence[Any], values: Sequence[Any], directions: S
     _x, token, _weight, offsets, row, slots, w_in, w_up, w_down, formats, _b_in, _b_down = inputs
     names = formats.split(",")
     offsets = _all_rows(x) if offsets is None else offsets
-    rows = _Rows(ctx, x, token, offsets, row, slots)
+    rows = Rows(ctx, x, token, offsets, row, slots)
 
     def linear(t: Tensor, w: Any, name: str, b: Tensor | None) -> Tensor:
         z = linear_op(t, w, name, offsets, False)

@@ -105,6 +105,30 @@ def check_routing(x: Tensor, routing: Routing) -> None:
         raise ValueError(f"x: expected shape [..., D] with {tokens} tokens as the routing has, got {list(x.shape)}")
 
 
+def check_weights(
+    x: Tensor,
+    offsets: Tensor,
+    w_in: Tensor,
+    w_down: Tensor,
+    b_in: Tensor | None,
+    b_down: Tensor | None,
+    gated: bool,
+) -> tuple[Any, Any]:
+    """Returns F and the width of the output."""
+    experts = offsets.shape[0] - 1
+    check.tensor("w_in", w_in, (experts, "2F" if gated else "F", x.shape[-1]), like=x)
+    rows = w_in.shape[1]
+    if gated and rows % 2:
+        raise ValueError(f"w_in: expected an even number of rows, of gate and up, got {list(w_in.shape)}")
+    features = rows // 2 if gated else rows
+    check.tensor("w_down", w_down, (experts, "D_out", features), like=x)
+    if b_in is not None:
+        check.tensor("b_in", b_in, (experts, rows), like=x)
+    if b_down is not None:
+        check.tensor("b_down", b_down, (experts, w_down.shape[1]), like=x)
+    return features, w_down.shape[1]
+
+
 # ---- dispatch, combine, row products --------------------------------------------------------------------------------
 
 

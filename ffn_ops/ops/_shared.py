@@ -83,6 +83,13 @@ def dense(like: Tensor, *shape: Any) -> Tensor:
     return like.new_empty(shape)
 
 
+def as_stored(w: Tensor) -> Tensor:
+    """Allocates a dense tensor, in the order of the weight if that is transposed."""
+    if w.stride(1) == 1 and w.stride(2) != 1:
+        return dense(w, w.shape[0], w.shape[2], w.shape[1]).transpose(1, 2)
+    return dense(w, *w.shape)
+
+
 def prefers_torch(x: Tensor) -> bool:
     """True for 16-bit layers on a CPU with AMX: torch's own products are much faster there; our gate runs between
     them."""

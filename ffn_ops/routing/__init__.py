@@ -10,12 +10,13 @@ everything.
 import torch.fx
 
 from ._base import base
-from ._biased import BiasedTopK, update_bias
+from ._biased import BiasedTopK, solve_bias, update_bias
 from ._expert_choice import expert_choice
 from ._glam import glam_top2
 from ._hash import hash, hash_table
 from ._losses import load_balancing_loss, z_loss
 from ._routing import Routing, Statistics
+from ._sparse_mixer import sparse_mixer
 from ._switch import jitter, switch
 from ._token_rounding import token_rounding
 from ._top_k import top_k
@@ -31,6 +32,8 @@ __all__ = [
     "hash_table",
     "jitter",
     "load_balancing_loss",
+    "solve_bias",
+    "sparse_mixer",
     "switch",
     "token_rounding",
     "top_k",

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from ..ops._route import balanced_assignment_op
+from ..ops._route import balanced_assignment_op, top_k_of
 from ._routing import Routing, fold_logits, wide
-from ._top_k import softmax_top_k
 
 
 def base(logits: Tensor, *, training: bool = True, mask: Tensor | None = None) -> Routing:
@@ -38,5 +37,5 @@ def base(logits: Tensor, *, training: bool = True, mask: Tensor | None = None) -
         ids = balanced_assignment_op(z.detach(), mask).unsqueeze(1)
         inside = ids.clamp(max=z.shape[1] - 1)
     else:
-        inside = ids = softmax_top_k(z.detach(), 1)[0]
+        inside = ids = top_k_of(z.detach(), 1)[1]
     return Routing.from_topk(ids, torch.sigmoid(z.gather(1, inside)), z.shape[1], mask=mask)

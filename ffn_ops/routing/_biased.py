@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import _checks as check
+from ..reference import SCORES
 from ._group import sum_over
-from ._routing import Routing
+from ._routing import Routing, fold_logits, wide
 from ._top_k import top_k
 
 if TYPE_CHECKING:
@@ -50,16 +51,102 @@ def update_bias(bias: Tensor, routing: Routing, rate: float = 1e-3, *, group: Gr
     bias += rate * torch.sign(below).to(bias.dtype)
 
 
+@torch.no_grad()
+def solve_bias(
+    bias: Tensor,
+    logits: Tensor,
+    k: int,
+    *,
+    score: str = "sigmoid",
+    by_logits: bool = False,
+    mask: Tensor | None = None,
+    group: Group | None = None,
+) -> None:
+    """In place the bias that evens out the loads of these tokens, by quantiles and without a rate.
+
+    With scores s ``[T, E]`` and ``alpha_i`` the (k+1)-th largest of ``s_i + b``, token i takes expert j where
+    ``b_j > alpha_i - s_ij``: so ``b_j`` becomes the k/E-quantile over the tokens of ``alpha_i - s_ij``, which as many
+    tokens lie below as a balanced expert has, and then ``b`` less its mean. All ``b_j`` move at once, and each moves
+    the ``alpha``: one call a step follows a router that learns.
+
+    The quantile is read from histograms, as Kimi K3's: 1000 bins, then 1000 within the bin that was found, from the
+    least of ``alpha_i - s_ij`` to the greatest. So ranks add up counts, and all get the same bits.
+
+    Args:
+        bias: ``[E]``, float32 or float64.
+        logits: ``[..., E]`` for T tokens, those that the bias chose for; several micro-batches go in one call.
+        k: experts per token, below E.
+        score, by_logits: as the router has them, see :func:`top_k`; with ``by_logits`` s are the logits.
+        mask: bool, one for each token, False for padding.
+        group: see :func:`update_bias`: the call is then a collective, which every rank joins, also without tokens.
+
+    Raises:
+        TypeError, ValueError: name of the argument, what was expected and what came.
+
+    Source: Kimi K3 (2026), equations 13 and 14 and appendix D, which Megatron-LM, TransformerEngine and torchtitan
+        follow; first: Su, "MoE Odyssey 6" (2026).
+
+    Example:
+        >>> bias, logits = torch.zeros(2), torch.tensor([[1.0, 0.0], [2.0, 0.0], [3.0, 0.0], [4.0, 0.0]])
+        >>> ffn_ops.routing.solve_bias(bias, logits, k=1)
+        >>> ffn_ops.routing.top_k(logits, k=1, score="sigmoid", bias=bias).counts  # without the bias: 4, 0
+        tensor([2, 2])
+    """
+    check.wide("bias", bias)
+    z, mask = fold_logits(logits, mask)
+    experts = z.shape[1]
+    check.tensor("bias", bias, (experts,))
+    check.device("bias", bias, z, "logits")
+    check.at_least("k", k, 1, experts - 1)
+    check.choice("score", score, tuple(SCORES))
+    check.flag("by_logits", by_logits)
+    z = z.double() if z.device.type == "cpu" else wide(z)
+    s = z if by_logits else SCORES[score](z)
+    alpha = (s + bias).topk(k + 1, 1).values[:, k:]
+    wanted = alpha - s if mask is None else (alpha - s)[mask]
+    bias.copy_(_quantiles(wanted, k / experts, bias, group))
+
+
+_BINS = 1000
+
+
+def _quantiles(values: Tensor, share: float, otherwise: Tensor, group: Any) -> Tensor:
+    """Of each column of ``values`` [T, E], less their mean; ``otherwise`` where no rank has a row."""
+    experts = values.shape[1]
+    ends = values.new_full((2,), -torch.inf)
+    if values.shape[0]:
+        ends = torch.stack((-values.amin(), values.amax()))
+    ends = sum_over(ends, group, "max")
+    low, width = (-ends[0]).expand(experts, 1), (ends[0] + ends[1]).clamp(min=1e-30)
+    rows = sum_over(torch.tensor(values.shape[0], device=values.device), group)
+    rank, below = rows * share, torch.zeros_like(low)
+    values, inside = values.t(), torch.ones_like(values.t(), dtype=torch.bool)
+    for _ in range(2):
+        width = width / _BINS
+        place = ((values - low) / width).nan_to_num(0).long().clamp(0, _BINS - 1)
+        counts = torch.zeros(experts, _BINS, dtype=torch.int64, device=values.device)
+        counts = sum_over(counts.scatter_add_(1, place, inside.long()), group)
+        up_to = counts.cumsum(1) + below
+        found = (up_to < rank.ceil()).sum(1, keepdim=True).clamp(max=_BINS - 1)
+        inside = inside & (place == found)
+        within = counts.gather(1, found)
+        below = up_to.gather(1, found) - within
+        low = low + found * width
+    quantile = (low + (rank - below) / within.clamp(min=1) * width).squeeze(1)
+    return torch.where(rows > 0, quantile - quantile.mean(), otherwise.to(quantile.dtype))
+
+
 class BiasedTopK(nn.Module):
-    """:func:`top_k` with a bias as a buffer: DeepSeek-V3's router. Call ``update(routing)`` after each step, or
-    ``update(routing, group=group)`` if several ranks train the model.
+    """:func:`top_k` with a bias as a buffer: DeepSeek-V3's router. After each step ``update(routing)`` moves it by a
+    rate, or ``solve(logits)`` makes it anew by quantiles; with ``group=group`` where several ranks train the model.
 
     Args:
         num_experts: E.
         k: experts per token.
         options: further options of :func:`top_k`; the defaults are DeepSeek-V3's, sigmoid scores renormalised.
 
-    State: ``bias`` ``[E]``, always float32: casts of the module and of checkpoints do not change its values.
+    State: ``bias`` ``[E]``, without the ``shared`` experts of the options; always float32: casts of the
+    module and of checkpoints do not change its values.
 
     Example:
         >>> router = ffn_ops.routing.BiasedTopK(num_experts=4, k=2)
@@ -75,7 +162,9 @@ class BiasedTopK(nn.Module):
         check.at_least("num_experts", num_experts, 1)
         self.k = k
         self.options = {"score": "sigmoid", "renormalize": True, **options}
-        self.register_buffer("bias", torch.zeros(num_experts))
+        shared = options.get("shared", 0)
+        check.at_least("shared", shared, 0, num_experts - 1)
+        self.register_buffer("bias", torch.zeros(num_experts - shared))
 
     __prepare_scriptable__ = check.refuse_script
 
@@ -93,7 +182,26 @@ class BiasedTopK(nn.Module):
             >>> router.bias
             tensor([-0.0010,  0.0010])
         """
-        update_bias(self.bias, routing, rate, group=group)
+        check.routing(routing, self.bias, "bias")
+        chosen = routing._replace(counts=routing.counts[: self.bias.shape[0]])  # without the shared experts
+        update_bias(self.bias, chosen, rate, group=group)
+
+    def solve(self, logits: Tensor, *, mask: Tensor | None = None, group: Group | None = None) -> None:
+        """See :func:`solve_bias`. Not within groups of experts, where a token has more than one threshold.
+
+        Example:
+            >>> router = ffn_ops.routing.BiasedTopK(num_experts=2, k=1)
+            >>> router.solve(torch.tensor([[1.0, 0.0], [3.0, 0.0]]))
+            >>> router(torch.tensor([[1.0, 0.0], [3.0, 0.0]])).counts
+            tensor([1, 1])
+        """
+        if self.options.get("num_groups", 1) > 1:
+            raise ValueError(f"num_groups: expected 1 for quantiles, got {self.options['num_groups']}")
+        z, _ = fold_logits(logits)
+        if (softcap := self.options.get("softcap")) is not None:
+            z = softcap * torch.tanh(wide(z) / softcap)
+        options = {name: self.options[name] for name in ("score", "by_logits") if name in self.options}
+        solve_bias(self.bias, z[:, : self.bias.shape[0]], self.k, **options, mask=mask, group=group)
 
     def reset_parameters(self) -> None:
         """Sets ``bias`` to 0."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from ..ops._route import top_k_op
+from ..ops._route import top_k_of
 from ._routing import Routing, expert_capacity, fold_logits, sorted_rows, wide
 
 
@@ -54,7 +54,7 @@ def expert_choice(
     choice = p.detach()
     if mask is not None:
         choice = torch.where(mask, choice, -1.0)
-    _, token = top_k_op(choice.contiguous(), None, count, "softmax", False, True, 1, 1, 1.0)
+    _, token = top_k_of(choice.contiguous(), count, by_logits=True)
     if mask is not None:
         expert = torch.where(mask[token], expert, experts)
     weight = p.gather(1, token).reshape(-1)

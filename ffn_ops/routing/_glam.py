@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
+from ..ops._route import top_k_of
 from ._routing import Routing, expert_capacity, fold_logits, sorted_rows
-from ._top_k import softmax_top_k
 
 
 def glam_top2(
@@ -44,7 +44,7 @@ def glam_top2(
     check.flag("random_second", random_second)
     z, mask = fold_logits(logits, mask)
     tokens, experts = z.shape
-    ids, p = softmax_top_k(z, 2)
+    p, ids = top_k_of(z, 2)
     share = p / p.sum(1, keepdim=True)
     if mask is not None:
         ids = torch.where(mask.unsqueeze(1), ids, experts)

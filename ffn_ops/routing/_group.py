@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     Group = ProcessGroup | DeviceMesh
 
 
-def sum_over(counts: Tensor, group: Any) -> Tensor:
+def sum_over(counts: Tensor, group: Any, reduction: str = "sum") -> Tensor:
     """The sum of ``counts`` over the ranks of a group or of a whole mesh. A collective, unless ``group`` is None."""
     if group is None:
         return counts
@@ -25,5 +25,5 @@ def sum_over(counts: Tensor, group: Any) -> Tensor:
     if not isinstance(group, (ProcessGroup, DeviceMesh)):
         raise TypeError(f"group: expected a ProcessGroup or a DeviceMesh, got {type(group).__name__}")
     for each in group.get_all_groups() if isinstance(group, DeviceMesh) else [group]:
-        counts = collectives.all_reduce(counts, "sum", each)
+        counts = collectives.all_reduce(counts, reduction, each)
     return counts

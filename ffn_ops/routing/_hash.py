@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from ._routing import Routing, check_mask, fold_logits, has_values, wide
+from ..ops._route import top_k_of
+from ._routing import Routing, check_mask, fold_logits, has_values
 
 
 def hash_table(vocabulary: int, num_experts: int, *, seed: int = 0) -> Tensor:
@@ -26,22 +27,32 @@ def hash_table(vocabulary: int, num_experts: int, *, seed: int = 0) -> Tensor:
 
 
 def hash(
-    token_ids: Tensor, table: Tensor, num_experts: int, *, logits: Tensor | None = None, mask: Tensor | None = None
+    token_ids: Tensor,
+    table: Tensor,
+    num_experts: int,
+    *,
+    logits: Tensor | None = None,
+    score: str = "softmax",
+    renormalize: bool = False,
+    scale: float = 1.0,
+    mask: Tensor | None = None,
 ) -> Routing:
-    """The expert that ``table`` gives for each token id, with weight 1, or p of ``logits`` for a learned score.
+    """The experts that ``table`` gives for each token id, with weight 1, or with their scores of ``logits``.
 
     Args:
         token_ids: integers ``[...]``, T of them, from 0 to ``vocabulary - 1``; those of padding may be anything.
-        table: ``[vocabulary]`` integers below ``num_experts``, such as :func:`hash_table` gives.
+        table: ``[vocabulary]`` integers below ``num_experts``, such as :func:`hash_table` gives, or
+            ``[vocabulary, k]`` for k experts.
         num_experts: E.
         logits: ``[..., E]`` for the same tokens, or None.
+        score, renormalize, scale: what weights are made of logits, see :func:`top_k`.
         mask: see :func:`top_k`.
 
     Raises:
         TypeError, ValueError: with the argument, what was expected and what came. On a GPU
             and in compiled graphs a device-side assertion reports ids outside the table, because nothing waits there.
 
-    Source: Roller et al., Hash Layers (2021), section 3.
+    Source: Roller et al., Hash Layers (2021), section 3; with scores: DeepSeek-V4 (2026), section 2.1.
 
     Example:
         >>> table = ffn_ops.routing.hash_table(vocabulary=100, num_experts=4)
@@ -53,21 +64,23 @@ def hash(
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
         if value.is_floating_point() or value.is_complex() or value.dtype is torch.bool:
             raise TypeError(f"{name}: expected an integer dtype, got {value.dtype}")
-    if table.dim() != 1:
-        raise ValueError(f"table: expected shape [vocabulary], got {list(table.shape)}")
+    if table.dim() not in (1, 2) or (table.dim() == 2 and table.shape[1] < 1):
+        raise ValueError(f"table: expected shape [vocabulary] or [vocabulary, k], got {list(table.shape)}")
     check.device("table", table, token_ids, "token_ids")
     tokens = token_ids.reshape(-1).long()
     if mask is not None:
         mask = check_mask(mask, tokens)
         tokens = torch.where(mask, tokens, 0)
     _check_inside(tokens, table.shape[0])
-    ids = table.long().index_select(0, tokens).unsqueeze(1)
+    ids = table.long().index_select(0, tokens).view(tokens.shape[0], -1)
     if logits is None:
         return Routing.from_topk(ids, torch.ones_like(ids, dtype=torch.float32), num_experts, mask=mask)
-    z = wide(fold_logits(logits, mask)[0])
+    z = fold_logits(logits, mask)[0]
     check.tensor("logits", z, (ids.shape[0], num_experts))
     check.device("logits", z, token_ids, "token_ids")
-    return Routing.from_topk(ids, torch.softmax(z, 1).gather(1, ids.clamp(0, num_experts - 1)), num_experts, mask=mask)
+    inside = ids.clamp(0, num_experts - 1)
+    weights, _ = top_k_of(z, ids.shape[1], ids=inside, score=score, renormalize=renormalize, scale=scale)
+    return Routing.from_topk(ids, weights, num_experts, mask=mask)
 
 
 def _check_inside(tokens: Tensor, vocabulary: int) -> None:

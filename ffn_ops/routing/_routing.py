@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from .. import _checks as check
 from ..ops._route import sort_op
+from ..ops._rows import combine_op
 from ..ops._shared import arithmetic
 
 
@@ -119,6 +120,83 @@ class Routing(NamedTuple):
             ids = torch.where(mask.unsqueeze(1), ids, num_experts)
             weights = torch.where(mask.unsqueeze(1), weights, 0)
         return sorted_rows(ids, None, weights, num_experts, ids.shape[0], capacity, drop, mask)
+
+    def first(self, num_experts: int) -> Routing:
+        """The rows of the first ``num_experts`` experts; the others' count as dropped.
+
+        For experts that compute nothing, the last: :func:`ffn_ops.moe` then does not see them. Of those that pass x
+        through, :meth:`weight_of` gives the factor.
+
+        Example:
+            >>> ids = torch.tensor([[0, 2], [1, 2]])
+            >>> ffn_ops.Routing.from_topk(ids, torch.ones(2, 2), num_experts=3).first(2).counts
+            tensor([1, 1])
+        """
+        check.at_least("num_experts", num_experts, 1, self.counts.shape[0])
+        return self._replace(offsets=self.offsets[: num_experts + 1], counts=self.counts[:num_experts])
+
+    def weight_of(self, begin: int, end: int) -> Tensor:
+        """``[T]``: the sum of each token's weights of experts ``begin`` to ``end - 1``, with their gradient.
+
+        Example:
+            >>> ids, weights = torch.tensor([[0, 2], [1, 0]]), torch.tensor([[0.75, 0.25], [0.5, 0.5]])
+            >>> ffn_ops.Routing.from_topk(ids, weights, num_experts=3).weight_of(2, 3)
+            tensor([0.2500, 0.0000])
+        """
+        check.at_least("end", end, 0, self.counts.shape[0])
+        check.at_least("begin", begin, 0, end)
+        place = torch.arange(self.weight.shape[0], device=self.weight.device)
+        inside = (place >= self.offsets[begin]) & (place < self.offsets[end])
+        weight = torch.where(inside, wide(self.weight), 0)
+        rows = torch.ones_like(weight).unsqueeze(1)
+        return combine_op(rows, self.token, weight, self.offsets, self.row, self.slot_offsets).squeeze(1)  # type: ignore[no-any-return]
+
+    def scaled(self, scale: Tensor) -> Routing:
+        """Each row's weight times its expert's ``scale`` ``[E]``, which gets a gradient: as if outputs were scaled.
+
+        Example:
+            >>> routing = ffn_ops.Routing.from_topk(torch.tensor([[0, 1]]), torch.tensor([[0.75, 0.25]]), num_experts=2)
+            >>> routing.scaled(torch.tensor([1.0, 2.0])).weight
+            tensor([0.7500, 0.5000])
+        """
+        check.tensor("scale", scale, (self.counts.shape[0],))
+        check.device("scale", scale, self.weight, "weight")
+        place = torch.arange(self.weight.shape[0], device=self.weight.device)
+        expert = torch.bucketize(place, self.offsets[1:], right=True).clamp(max=scale.shape[0] - 1)
+        return self._replace(weight=self.weight * scale.to(self.weight.dtype)[expert])
+
+    def check(self) -> None:
+        """Compares all fields with each other, for a hand-made routing. It synchronises with the device. (Operators
+        on the CPU check what could make forward and backward differ, and not ``offsets`` against ``counts``.)
+
+        Raises:
+            TypeError, ValueError: with the field, what was expected and what came.
+
+        Example:
+            >>> routing = ffn_ops.Routing.from_topk(torch.tensor([[1], [0]]), torch.ones(2, 1), num_experts=2)
+            >>> routing.check()
+        """
+        check.routing(self, self.token, "token")
+        rows, tokens, experts = self.token.shape[0], self.slot_offsets.shape[0] - 1, self.offsets.shape[0] - 1
+        check.indices("routing.counts", self.counts, (experts,))
+        for name, ends in (("offsets", self.offsets), ("slot_offsets", self.slot_offsets)):
+            if bool((ends[0] != 0) | (ends.diff() < 0).any() | (ends[-1] > rows)):
+                raise ValueError(f"routing.{name}: expected 0, then numbers that never fall, up to {rows}, got others")
+        load = self.offsets.diff()
+        if bool((load > self.counts).any() | (self.counts.sum() > rows)):
+            got = f"{self.counts.tolist()} for {load.tolist()} rows"
+            raise ValueError(f"routing.counts: expected at least the rows of each expert, {rows} in all, got {got}")
+        kept = int(self.offsets[-1])
+        token, expert = self.token[:kept], torch.repeat_interleave(load)
+        if bool(((token < 0) | (token >= tokens)).any() | ((token.diff() < 0) & (expert.diff() == 0)).any()):
+            raise ValueError(f"routing.token: expected tokens below {tokens} that rise within each expert, got others")
+        row, of = self.row[: int(self.slot_offsets[-1])], torch.repeat_interleave(self.slot_offsets.diff())
+        row, of = row[row < kept], of[row < kept]
+        if not torch.equal(row.sort().values, torch.arange(kept, device=row.device)) or bool((token[row] != of).any()):
+            raise ValueError(f"routing.row: expected each of {kept} rows once, under its token, got others")
+        mask = mask_of(self, None, self.slot_offsets[1:])
+        if mask is not None and bool((~mask)[token].any()):
+            raise ValueError("routing.mask: expected no rows of tokens that are left out, got some")
 
     def statistics(self) -> Statistics:
         """Statistics of the load, computed without a synchronisation.

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from ..ops._route import round_tokens_op
+from ..ops._route import round_tokens_op, top_k_of
 from ._routing import Routing, fold_logits, sorted_rows, wide
-from ._top_k import softmax_top_k
 
 
 def token_rounding(
@@ -41,7 +40,7 @@ def token_rounding(
     check.flag("renormalize", renormalize)
     z, mask = fold_logits(logits, mask)
     tokens, experts = z.shape
-    ids, highest = softmax_top_k(z, k)
+    highest, ids = top_k_of(z, k)
     if isinstance(tokens, int) and tokens == 0:  # unused rows name no token
         return sorted_rows(ids, None, highest, experts, tokens, mask=mask)
     p = torch.softmax(wide(z), 1)

@@ -330,6 +330,11 @@ void test_printing() {
   expect_text(g,
               "gemm: M 70, N 100, K 2048, bfloat16, mixed, store; schedule: packed, transposed, first row 0, mr 6, "
               "nr 16, kr 1, 12 panels of A, 7 of B, mc 12 panels, nc 7 panels");
+  g = product({40, 8, 131}, DType::kFloat32);
+  g.b = b;
+  expect_text(g,
+              "gemm: M 8, N 40, K 131, float32, store; schedule: dot, transposed, first row 0, mr 8, nr 8, kr 1, "
+              "1 panels of A, 5 of B, mc 1 panels, guided 1");
   g = product({2, 70, 131}, DType::kFloat32);
   g.b = b;
   g.num_b = 2;
@@ -343,8 +348,8 @@ void test_printing() {
 void test_table(const char* isa, const KernelTable& table) {
   const int activation = activation_index("silu");
   // One row, the micro-tile's edges, primes, more than one block of k, more than one task in both directions.
-  const Shape shapes[] = {{1, 1, 1}, {1, 37, 600},   {6, 16, 64},   {14, 32, 512}, {15, 33, 1031},
-                          {3, 2, 0}, {61, 307, 131}, {16, 70, 150}, {32, 9, 1031}};
+  const Shape shapes[] = {{1, 1, 1},      {1, 37, 600},  {6, 16, 64},   {14, 32, 512}, {15, 33, 1031}, {3, 2, 0},
+                          {61, 307, 131}, {16, 70, 150}, {32, 9, 1031}, {40, 8, 600},  {42, 70, 31}};
   const int before = failures;
   for (int type = 0; type < StorageTypes::kSize; ++type) {
     const DType dtype = static_cast<DType>(type);
@@ -355,7 +360,7 @@ void test_table(const char* isa, const KernelTable& table) {
     }
     // A single k, less than a summation block, odd ends of one and of kc; fewer columns than rows, and more.
     for (const int64_t K : {1, 31, 64, 131, 601}) {
-      for (const int64_t N : {5, 70})
+      for (const int64_t N : {5, 8, 70})
         for (const int64_t num_b : {0, 1, 3}) test_kernels_agree(isa, table, dtype, {40, N, K}, num_b);
     }
     test_elementwise(isa, table, dtype, 5, 77, activation);

@@ -144,7 +144,8 @@ void check_special(const VectorTable& v) {
     for (size_t i = 0; i < z.size(); ++i) {
       const T value = out[0][i], slope = out[2][i];
       if (std::isnan(z[i]) && !std::isnan(value)) fail(v, "%s(nan) = %g", name.c_str(), double(value));
-      if (std::isnan(z[i]) && (name == "relu" || name == "identity" ? slope != 1 : !std::isnan(slope)))
+      if (std::isnan(z[i]) &&
+          (name == "relu" || name == "leaky_relu" || name == "identity" ? slope != 1 : !std::isnan(slope)))
         fail(v, "%s'(nan) = %g", name.c_str(), double(slope));
       if (std::isinf(z[i]) && reference::activation<T>(kActivations.rows[a].name, 0, 1)) {
         const T want = z[i] > 0 ? at_inf : at_minus_inf;

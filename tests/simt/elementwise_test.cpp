@@ -163,6 +163,12 @@ void run_case(const Case& k, uint64_t seed) {
     g.out_stride[i] = cols + pad;
   }
   const GatedAct asked = g;
+  Buffer<T> own_values(Act::own.count());
+  if (Act::learned > 0 && random.coin()) {  // then they are read from there
+    for (T& own : own_values) own = T(1.5);
+    for (double& own : g.own) own = NAN;
+    g.own_values = own_values.data();
+  }
   flatten(g);
   const PackGrid grid = gated_act_grid(g);
   const simt::Grid launch{grid.blocks, kPackThreads, 0, seed};
@@ -192,9 +198,10 @@ void run_case(const Case& k, uint64_t seed) {
         if (c >= cols || !asked.out[i]) {
           check(is_poison(got), "%s: out[%d] is written where it must not be", what().c_str(), i);
         } else {
-          // The terms of a sum may cancel: magnitudes up to 3 * 3 * 3 * 3 in float32, then the rounding to storage.
+          // The terms of a sum may cancel: magnitudes up to 3 * 3 * 3 * 3 in float32; a square doubles the relative
+          // error of what is squared, whose sigmoid has 2 ULP; then the rounding to storage.
           const double value = double(Codec<S>::decode(got));
-          const double bound = unit * std::abs(expected[i]) + 400 * epsilon<T>();
+          const double bound = unit * std::abs(expected[i]) + epsilon<T>() * (400 + 4 * std::abs(expected[i]));
           check(std::abs(value - expected[i]) <= bound, "%s: out[%d] at %lld, %lld: %g, expected %g", what().c_str(), i,
                 (long long)r, (long long)c, value, expected[i]);
           if (!computed) check(value == 0, "%s: row %lld behind the kept ones", what().c_str(), (long long)r);
@@ -255,6 +262,78 @@ void test_bits_do_not_depend_on_alignment() {
   check(run(aligned.data(), out.data()) != 0 && run(unaligned.data() + 1, out_unaligned.data() + 1) == 0,
         "vector access");
   check(std::memcmp(out.data(), out_unaligned.data() + 1, size_t(n) * sizeof(S)) == 0, "bits depend on alignment");
+}
+
+// ---- sums for own parameters ----------------------------------------------------------------------------------------
+
+template <class S>
+Buffer<S> column_sum(ColumnSum s, uint64_t seed);
+
+// Every layout, few and many elements, of the value and of the slope, against sums in double.
+template <class S, class Act>
+void test_own_sums() {
+  using T = ComputeOf<S>;
+  using V = Lane<double>;
+  constexpr int kCount = Act::own.count();
+  const int64_t shapes[][2] = {{1, 1}, {3, 5}, {0, 4}, {37, 24}, {70, 130}};
+  uint64_t seed = 0;
+  for (const auto& shape : shapes) {
+    for (const bool of_slope : {false, true}) {
+      Random random(++seed);
+      const int64_t rows = shape[0], cols = shape[1];
+      const int layout = int(random.below(kLayouts));
+      Input<S> x(layout, rows, cols, random), d(layout, rows, cols, random), dd(layout, rows, cols, random);
+      Buffer<T> own(kCount);
+      V values[kMostOwnParams];
+      for (int k = 0; k < kCount; ++k) own[k] = T(0.75 - 0.5 * k), values[k] = V(double(own[k]));
+      OwnSums s;
+      s.rows = rows;
+      s.cols = cols;
+      s.dtype = Codec<S>::kDType;
+      s.gate = x.m;
+      s.d_out = d.m;
+      if (of_slope) s.dd_gate = dd.m;
+      s.own_values = own.data();
+      flatten(s);
+      const int64_t blocks = own_sums_blocks(s);
+      Buffer<T> partial(blocks * kCount);
+      s.partial = partial.data();
+      if (blocks > 0)
+        simt::launch({blocks, kPackThreads, kPackThreads / kWarpSize * kCount * int64_t(sizeof(T)), seed},
+                     own_sums_kernel<S, Act>, s);
+      ColumnSum sum;
+      sum.rows = blocks;
+      sum.cols = kCount;
+      sum.dtype = arithmetic_dtype(s.dtype);
+      sum.matrix = {partial.data(), kCount, 1};
+      const Buffer<T> found = column_sum<T>(sum, seed);
+      for (int k = 0; k < kCount; ++k) {
+        double expected = 0, size = 0;
+        for (int64_t r = 0; r < rows; ++r) {
+          for (int64_t c = 0; c < cols && k < Act::learned; ++c) {
+            V p[kMostOwnParams], rest[kMostOwnParams];
+            for (int i = 0; i < kMostOwnParams; ++i)
+              p[i] = V(i < Act::learned ? double(i == k) : values[i].value), rest[i] = i == k ? V(0) : p[i];
+            const auto a = Act::grad(V(x.at(r, c)), p), b = Act::grad(V(x.at(r, c)), rest);
+            const double term = of_slope ? d.at(r, c) * dd.at(r, c) * (a.slope - b.slope).value
+                                         : d.at(r, c) * (a.value - b.value).value;
+            expected += term, size += std::abs(term);
+          }
+        }
+        check(std::abs(double(found[k]) - expected) <= 40 * epsilon<T>() * size,
+              "own_sums %s %s %lldx%lld layout %d slope %d: %d: %g, expected %g", Act::name, kDTypeNames[int(s.dtype)],
+              (long long)rows, (long long)cols, layout, of_slope, k, double(found[k]), expected);
+      }
+    }
+  }
+}
+
+template <class S, class... Acts>
+void test_all_own_sums(TypeList<Acts...>) {
+  const auto run = []<class Act>(Tag<Act>) {
+    if constexpr (Act::learned > 0) test_own_sums<S, Act>();
+  };
+  (run(Tag<Acts>{}), ...);
 }
 
 // ---- sums over rows -------------------------------------------------------------------------------------------------
@@ -366,6 +445,7 @@ void test_dtype() {
   test_gated_act<S>(Activations{});
   test_layouts<S>();
   test_bits_do_not_depend_on_alignment<S>();
+  test_all_own_sums<S>(Activations{});
   test_column_sum<S>();
 }
 

@@ -6,6 +6,8 @@
 
 #include "../../common/activations.h"
 
+#include "../../common/scores.h"
+
 #ifdef FFN_OPS_KERNELS
 #include FFN_OPS_KERNELS
 #else

@@ -56,6 +56,10 @@ struct Vec {
   FFN_FN friend Vec copysign(Vec magnitude, Vec sign) {
     return Vec((Register)(((Bits)magnitude.reg & ~sign_bits()) | ((Bits)sign.reg & sign_bits())));
   }
+  FFN_FN friend Vec sqrt(Vec a) {  // lane by lane: of a router's scores alone
+    for (int i = 0; i < kLanes; ++i) a.reg[i] = sizeof(T) == 4 ? __builtin_sqrtf(a.reg[i]) : __builtin_sqrt(a.reg[i]);
+    return a;
+  }
   FFN_FN friend Vec round_even(Vec a) { return Vec(round_even_lanes(a.reg)); }
 
   // a · 2^k for |a| < 2 and integral k, |k| <= 200 (float) or 1200 (double); a result below the normal range is rounded

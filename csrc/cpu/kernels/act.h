@@ -55,11 +55,27 @@ void act_double_backward(const ActVectors<V>& a) {
   }
 }
 
+// out[0][k] = the sum of d (times dd_gate, where given) times the k-th factor. Lanes that stand for nothing have d = 0.
+template <class V, class Act>
+void act_own_sums(const ActVectors<V>& a) {
+  const GateNumbers<V> n(a.form, false);
+  V sums[kMostOwnParams], factors[kMostOwnParams];
+  for (int k = 0; k < kMostOwnParams; ++k) sums[k] = V::zero();
+  for (int64_t i = 0; i < a.count * a.stride; i += a.stride) {
+    const V z = load<V>(a.gate + i), d = load<V>(a.d + i);
+    own_factors<Act>(n, z, a.dd_gate != nullptr, factors);
+    const V weight = a.dd_gate ? d * load<V>(a.dd_gate + i) : d;
+    for (int k = 0; k < Act::learned; ++k) sums[k] = fma(weight, factors[k], sums[k]);
+  }
+  for (int k = 0; k < Act::learned; ++k) a.out[0][k] = reduce_add(sums[k]);
+}
+
 template <class V>
 struct ActKernels {
   void (*forward)(const ActVectors<V>&);
   void (*backward)(const ActVectors<V>&);
   void (*double_backward)(const ActVectors<V>&);
+  void (*own_sums)(const ActVectors<V>&);
 };
 
 // Gates with a side of up of their own have no limit.
@@ -67,7 +83,7 @@ template <class V, bool kLimited, class... As>
 FFN_FN const ActKernels<V>& act_kernels_of(TypeList<As...>, int index) {
   static constexpr ActKernels<V> kernels[] = {{act_forward < V, As, kLimited && !As::has_up >, act_backward < V, As,
                                                kLimited && !As::has_up >, act_double_backward < V, As,
-                                               kLimited && !As::has_up > }...};
+                                               kLimited && !As::has_up >, act_own_sums<V, As>}...};
   return kernels[index];
 }
 

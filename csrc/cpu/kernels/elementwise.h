@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Textual, per instruction set: gated activation with its first and second derivatives, and sums over rows.
+// Textual, per instruction set: gated activation with its first and second derivatives, sums for the
+// gradients of its own parameters, and sums over rows.
 
 constexpr int64_t kRowBlock = 256;  // elements that pass through scratch in L1 at a time
 
@@ -7,14 +8,22 @@ template <class V>
 struct RowBlock {
   alignas(64) typename V::Scalar values[kRowBlock];
 
+  // Whole vectors of what the arithmetic takes stay where they are.
+  static bool in_place(DType dtype, int64_t n) { return dtype == arithmetic_dtype(dtype) && n % V::kLanes == 0; }
+
   const typename V::Scalar* read(const Matrix& m, int64_t r, int64_t c, int64_t n) {
     if (!m.data) return nullptr;
+    if (in_place(m.dtype, n) && m.col_stride == 1) return row_pointer<typename V::Scalar>(m, r) + c;
     read_row<V>(m, r, c, n, values);
     return values;
   }
 
+  typename V::Scalar* place(DType dtype, void* to, int64_t at, int64_t n) {
+    return to && in_place(dtype, n) ? static_cast<typename V::Scalar*>(to) + at : values;
+  }
+
   void write(DType dtype, void* to, int64_t at, int64_t n) const {
-    if (!to) return;
+    if (!to || in_place(dtype, n)) return;
     dispatch_storage<typename V::Scalar>(dtype, [&](auto tag) {
       using S = typename decltype(tag)::Type;
       for (int64_t i = 0; i < n; i += V::kLanes)
@@ -31,6 +40,10 @@ void gated_act_range(const GatedAct& g, void (*ActKernels<V>::*pick)(const ActVe
   for (int64_t r = range.row_begin; r < range.row_end; ++r) {
     for (int64_t c = range.col_begin; c < range.col_end; c += kRowBlock) {
       const int64_t n = range.col_end - c < kRowBlock ? range.col_end - c : kRowBlock;
+      const auto dtype = [&](int i) { return i == 2 && g.h_unrounded ? arithmetic_dtype(g.gate.dtype) : g.gate.dtype; };
+      const int64_t at = r * g.out_stride + c;
+      typename V::Scalar* to[3];
+      for (int i = 0; i < 3; ++i) to[i] = out[i].place(dtype(i), g.out[i], at, n);
       kernel({.count = divide_up(n, V::kLanes),
               .stride = V::kLanes,
               .gate = gate.read(g.gate, r, c, n),
@@ -38,16 +51,34 @@ void gated_act_range(const GatedAct& g, void (*ActKernels<V>::*pick)(const ActVe
               .d = d.read(g.d_out, r, c, n),
               .dd_gate = dd_gate.read(g.dd_gate, r, c, n),
               .dd_up = dd_up.read(g.dd_up, r, c, n),
-              .out = {out[0].values, out[1].values, out[2].values},
+              .out = {to[0], to[1], to[2]},
               .form = g});
       if (g.row_weight) {
         const V weight(static_cast<const typename V::Scalar*>(g.row_weight)[r]);
-        for (int64_t i = 0; i < n; i += V::kLanes) store(out[2].values + i, weight * load<V>(out[2].values + i));
+        for (int64_t i = 0; i < n; i += V::kLanes) store(to[2] + i, weight * load<V>(to[2] + i));
       }
-      for (int i = 0; i < 3; ++i) {
-        const DType dtype = i == 2 && g.h_unrounded ? arithmetic_dtype(g.gate.dtype) : g.gate.dtype;
-        out[i].write(dtype, g.out[i], r * g.out_stride + c, n);
-      }
+      for (int i = 0; i < 3; ++i) out[i].write(dtype(i), g.out[i], at, n);
+    }
+  }
+}
+
+// Sums over a block of the range have the arithmetic's dtype, their sum is added in double.
+template <class V>
+void own_sums_range(const GatedAct& g, const Range& range, double* sums) {
+  const auto kernel = act_kernels<V>(g).own_sums;
+  RowBlock<V> x, d, dd_x;
+  typename V::Scalar found[kMostOwnParams] = {};
+  for (int64_t r = range.row_begin; r < range.row_end; ++r) {
+    for (int64_t c = range.col_begin; c < range.col_end; c += kRowBlock) {
+      const int64_t n = range.col_end - c < kRowBlock ? range.col_end - c : kRowBlock;
+      kernel({.count = divide_up(n, V::kLanes),
+              .stride = V::kLanes,
+              .gate = x.read(g.gate, r, c, n),
+              .d = d.read(g.d_out, r, c, n),
+              .dd_gate = dd_x.read(g.dd_gate, r, c, n),
+              .out = {found},
+              .form = g});
+      for (int k = 0; k < kMostOwnParams; ++k) sums[k] += double(found[k]);
     }
   }
 }

@@ -21,6 +21,25 @@ void tile_to_storage(const TilePart& t, DType dtype, const typename V::Scalar* t
   });
 }
 
+// Stores tiles that lie side by side, `stride` apart, row after row: memory takes rows faster than pieces of many rows.
+template <class V>
+void row_to_storage(const TilePart& t, const Epilogue& e, const typename V::Scalar* tiles, int64_t stride) {
+  constexpr int64_t W = V::kLanes, kWidth = kNRVectors * W;
+  dispatch_storage<typename V::Scalar>(e.out_dtype(), [&](auto tag) {
+    using S = typename decltype(tag)::Type;
+    for (int64_t i = 0; i < t.rows; ++i) {
+      S* to = static_cast<S*>(e.out) + (t.row0 + i) * e.out_stride + t.col;
+      const typename V::Scalar* tile = tiles + i * kWidth;
+      int64_t j = 0;
+      for (; t.cols - j >= kWidth; j += kWidth, tile += stride) {
+        FFN_UNROLL
+        for (int64_t l = 0; l < kWidth; l += W) store(to + j + l, load<V>(tile + l));
+      }
+      for (; j < t.cols; j += W, tile += W) store_part(to + j, load<V>(tile), t.cols - j < W ? t.cols - j : W);
+    }
+  });
+}
+
 template <class V>
 void storage_to_tile(const TilePart& t, DType dtype, const void* base, int64_t row_stride, typename V::Scalar* tile) {
   constexpr int64_t W = V::kLanes;
@@ -71,6 +90,30 @@ void add_bias(const TilePart& t, DType dtype, const void* bias, typename V::Scal
       }
     }
   });
+}
+
+// tile = scale * tile, then + the other product. `half` is where up's columns begin.
+template <class V>
+void scale_and_add(const Epilogue& e, const TilePart& t, typename V::Scalar* tile, int64_t half) {
+  using T = typename V::Scalar;
+  constexpr int64_t W = V::kLanes;
+  if (e.scale != 1) {
+    const V scale(static_cast<T>(e.scale));
+    for (int64_t i = 0; i < t.rows; ++i)
+      for (int64_t j = 0; j < t.cols; j += W)
+        store(tile + i * kNRVectors * W + j, scale * load<V>(tile + i * kNRVectors * W + j));
+  }
+  const auto join = [&](const void* other, T* to) {
+    for (int64_t i = 0; i < t.rows; ++i) {
+      const T* from = static_cast<const T*>(other) + (t.row0 + i) * e.add_stride + t.col;
+      for (int64_t j = 0; j < t.cols; j += W) {
+        T* at = to + i * kNRVectors * W + j;
+        store(at, load<V>(at) + load_part<V>(from + j, t.cols - j < W ? t.cols - j : W));
+      }
+    }
+  };
+  if (e.add) join(e.add, tile);
+  if (e.add_up) join(e.add_up, tile + half);
 }
 
 // The first half of a tile row's vectors is gate, the second up, of the same columns.
@@ -227,6 +270,7 @@ FFN_FN void prefetch_tile(const Epilogue& e, const TilePart& t) {
 template <class V>
 void finish_tile(const ScheduledGemm& g, int64_t branch, typename V::Scalar* tile, const TilePart& t,
                  typename V::Scalar* sums) {
+  if (g.epilogue.add || g.epilogue.scale != 1) scale_and_add<V>(g.epilogue, t, tile, kNRVectors / 2 * V::kLanes);
   if (g.epilogue.kind == Epilogue::Kind::kActivateGrad) finish_activate_grad<V>(g.epilogue, tile, t);
   else if (g.gated) finish_gated<V>(g, branch, tile, t, sums);
   else if (g.transposed) finish_transposed<V>(g, tile, t);

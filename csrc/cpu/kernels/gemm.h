@@ -15,23 +15,23 @@ FFN_FN auto choose(int64_t rows, const F& of) {
   return choose_among(rows, std::make_integer_sequence<int, kMost>{}, of);
 }
 
-// sums (+)= the partial sums of one block of k.
+// sums (+)= the partial sums of one block of k; rows of sums lie `stride` apart.
 template <class V, int H, int N>
-FFN_FN void add_partial_sums(const V (&partial)[H][N], typename V::Scalar* sums, bool add) {
+FFN_FN void add_partial_sums(const V (&partial)[H][N], typename V::Scalar* sums, int64_t stride, bool add) {
   FFN_UNROLL
   for (int i = 0; i < H; ++i) {
     FFN_UNROLL
     for (int j = 0; j < N; ++j) {
-      typename V::Scalar* at = sums + (i * N + j) * V::kLanes;
+      typename V::Scalar* at = sums + i * stride + j * V::kLanes;
       store(at, add ? load<V>(at) + partial[i][j] : partial[i][j]);
     }
   }
 }
 
-// tile[H][vectors] (+)= sum over `steps` of k of a[k][H] * b[k][vectors].
+// tile[H][vectors] (+)= sum over `steps` of k of a[k][H] * b[k][vectors]; rows of the tile lie `stride` apart.
 template <class V, int H>
 void micro_kernel(int64_t steps, const typename V::Scalar* a, const typename V::Scalar* b, typename V::Scalar* tile,
-                  bool add) {
+                  int64_t stride, bool add) {
   constexpr int W = V::kLanes;
   constexpr int N = kNRVectors;
   constexpr int64_t kSumSteps = kSumBlock / V::kKR;
@@ -55,7 +55,7 @@ void micro_kernel(int64_t steps, const typename V::Scalar* a, const typename V::
         for (int j = 0; j < N; ++j) acc[i][j] = fma(ai, bk[j], acc[i][j]);
       }
     }
-    add_partial_sums(acc, tile, add);
+    add_partial_sums(acc, tile, stride, add);
     add = true;
   }
 }
@@ -113,9 +113,12 @@ void packed_task(const ScheduledGemm& g, int64_t task, void* scratch) {
 
   T* packed_b = static_cast<T*>(scratch);
   T* tiles = packed_b + g.nc_panels * kWidth * g.steps(g.kc());
-  T* sums = tiles + (g.k_blocks() > 1 ? g.mc_panels * g.nc_panels : 1) * H * kWidth;  // branches: act(gate) * up so far
+  const int64_t in_row = g.tiles_in_row(H * kWidth * g.element());
+  T* sums = tiles + (g.k_blocks() > 1 ? g.mc_panels * g.nc_panels : in_row) * H * kWidth;  // branches: act(gate) * up
   const auto micro = choose<kMR>(H, [](auto rows) { return &micro_kernel<V, decltype(rows)::value>; });
 
+  const Epilogue& e = g.epilogue;
+  const bool direct = g.stores_directly();
   const int64_t blocks = g.k_blocks() * g.branches();
   for (int64_t i = 0; i < blocks; ++i) {
     const KBlock c = k_block_at(g, i);
@@ -133,13 +136,28 @@ void packed_task(const ScheduledGemm& g, int64_t task, void* scratch) {
       for (int64_t q = 0; q < groups; ++q) {
         for (int64_t p = pb; p < pe; ++p) {
           const int64_t slot = (p - p0) * groups + q;
-          T* tile = g.k_blocks() == 1 ? tiles : tiles + slot * H * kWidth;
+          T* tile = tiles + (g.k_blocks() == 1 ? q % in_row : slot) * H * kWidth;
           const int64_t col = (q0 + q) * columns;
           const TilePart part = {p * H, g.M - p * H < H ? g.M - p * H : H, col,
                                  g.N - col < columns ? g.N - col : columns};
-          if (last) prefetch_tile(g.epilogue, part);
-          micro(c.steps, packed_a + p * c.steps * H, packed_b + q * panel_step, tile, !first);
-          if (last) finish_tile<typename V::Sum>(g, c.branch, tile, part, sums + slot * H * columns);
+          const T* const a = packed_a + p * c.steps * H;
+          const T* const b = packed_b + q * panel_step;
+          if (direct && part.rows == H && part.cols == kWidth) {
+            micro(c.steps, a, b, static_cast<T*>(e.out) + part.row0 * e.out_stride + col, e.out_stride, false);
+            continue;
+          }
+          if (last) prefetch_tile(e, part);
+          micro(c.steps, a, b, tile, kWidth, !first);
+          if (in_row > 1) {
+            if (e.bias) add_bias<typename V::Sum>(part, e.dtype, e.bias[0], tile);
+            if ((q + 1) % in_row == 0 || q + 1 == groups) {
+              const int64_t begin = (q0 + q / in_row * in_row) * columns;
+              row_to_storage<typename V::Sum>({part.row0, part.rows, begin, col + part.cols - begin}, e, tiles,
+                                              H * kWidth);
+            }
+          } else if (last) {
+            finish_tile<typename V::Sum>(g, c.branch, tile, part, sums + slot * H * columns);
+          }
         }
       }
     }

@@ -130,7 +130,7 @@ void broadcast_kernel(const typename V::Scalar* rows, int64_t steps, const typen
     multiply(k, std::integral_constant<int, kAtOnce>{});
   }
   for (; k < steps; ++k) multiply(k, std::integral_constant<int, 1>{});
-  add_partial_sums(acc, dots, add);
+  add_partial_sums(acc, dots, N * W, add);
 }
 
 // The same over all of k; `next` are the rows that are read after these. Rows are copied block by block, whole cache
@@ -187,19 +187,20 @@ void dot_task(const ScheduledGemm& g, int64_t task, void* scratch) {
   // One panel: its blocks of k follow each other, so k runs on through them.
   const T* a = static_cast<const T*>(g.packed_a);
   const int64_t operands = g.gated ? 2 : 1;
-  dispatch_operand<V>(g.b[0].matrix.dtype, [&](auto tag) {
+  const Operand* const streamed = g.transposed ? &g.a : g.b;
+  dispatch_operand<V>(streamed->matrix.dtype, [&](auto tag) {
     using S = typename decltype(tag)::Type;
-    const auto kernel = choose<kMR>(g.mr, [](auto rows) { return &dot_kernel<V, S, decltype(rows)::value>; });
+    const auto kernel = choose<kDotRows>(g.mr, [](auto rows) { return &dot_kernel<V, S, decltype(rows)::value>; });
     const Schedule::Panels panels = g.guided_panels(task);
     for (int64_t q = panels.begin; q < panels.end; ++q) {
       const int64_t col = q * g.nr;
       const int64_t cols = g.N - col < g.nr ? g.N - col : g.nr;
       const int64_t vectors = divide_up(cols, W), count = g.branches() * operands * vectors;
-      const auto rows = [&](int64_t i) { return row_pointer<S>(g.b[i / vectors].matrix, col + i % vectors * W); };
+      const auto rows = [&](int64_t i) { return row_pointer<S>(streamed[i / vectors].matrix, col + i % vectors * W); };
       for (int64_t i = 0; i < count; ++i) {
         const int64_t lane = i % vectors * W, operand = i / vectors;
-        const S* next = i + 1 < count ? rows(i + 1) : row_pointer<S>(g.b[0].matrix, col + cols);
-        kernel(g.b[operand].matrix, col + lane, cols - lane < W ? cols - lane : W, g.K, a,
+        const S* next = i + 1 < count ? rows(i + 1) : row_pointer<S>(streamed->matrix, col + cols);
+        kernel(streamed[operand].matrix, col + lane, cols - lane < W ? cols - lane : W, g.K, a,
                tile + operand % operands * (kWidth / 2) + lane, next);
         if ((i + 1) % (operands * vectors) == 0)
           finish_tile<typename V::Sum>(g, operand / operands, tile, {0, g.M, col, cols}, sums);

@@ -89,6 +89,11 @@ void gated_act_double_backward(const GatedAct& g, const Range& range) {
   else gated_act_range<Vec<float>>(g, &ActKernels<Vec<float>>::double_backward, range);
 }
 
+void own_sums(const GatedAct& g, const Range& range, double* sums) {
+  if (g.gate.dtype == DType::kFloat64) own_sums_range<Vec<double>>(g, range, sums);
+  else own_sums_range<Vec<float>>(g, range, sums);
+}
+
 void column_sum(const ColumnSum& s, int64_t c0, int64_t c1) {
   if (s.matrix.dtype == DType::kFloat64) column_sum_as<Vec<double>>(s, c0, c1);
   else column_sum_as<Vec<float>>(s, c0, c1);
@@ -132,6 +137,7 @@ const KernelTable kTable = {Vec<float>::kLanes,
                             FFN_OPS_ENTRY(gated_act_backward),
                             FFN_OPS_ENTRY(gated_act_double_backward),
                             FFN_OPS_ENTRY(dequantize),
+                            FFN_OPS_ENTRY(own_sums),
                             FFN_OPS_ENTRY(column_sum),
                             FFN_OPS_ENTRY(dispatch_rows),
                             FFN_OPS_ENTRY(combine_rows),

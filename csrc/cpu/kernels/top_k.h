@@ -113,13 +113,15 @@ FFN_FN void choose_best(const T* values, int64_t n, int64_t count, Candidate<T>*
   else best_by_heap(values, n, count, best);
 }
 
-// The best K within the best groups. A group's score is the sum of its two best.
+// The best `count` within the best groups. A group's score is its best, or the sum of its two best.
 template <class T>
-void choose_within_groups(const TopK& k, const T* choice, Candidate<T>* best, Candidate<T>* groups, T* group_scores) {
-  const int64_t width = k.E / k.num_groups;
+void choose_within_groups(const TopK& k, const T* choice, int64_t count, Candidate<T>* best, Candidate<T>* groups,
+                          T* group_scores) {
+  const int64_t width = (k.E - k.shared) / k.num_groups;
   for (int64_t g = 0; g < k.num_groups; ++g) {
     Candidate<T> two[2];
-    const int64_t held = insert_best(choice, g * width, (g + 1) * width, width < 2 ? width : 2, two, 0);
+    const int64_t most = width < k.group_best ? width : k.group_best;
+    const int64_t held = insert_best(choice, g * width, (g + 1) * width, most, two, 0);
     group_scores[g] = held == 2 ? two[0].value + two[1].value : two[0].value;
   }
   choose_best(group_scores, k.num_groups, k.top_groups, groups);
@@ -131,10 +133,10 @@ void choose_within_groups(const TopK& k, const T* choice, Candidate<T>* best, Ca
   }
   int64_t held = 0;
   for (int64_t i = 0; i < k.top_groups; ++i)
-    held = insert_best(choice, groups[i].index * width, (groups[i].index + 1) * width, k.K, best, held);
+    held = insert_best(choice, groups[i].index * width, (groups[i].index + 1) * width, count, best, held);
 }
 
-// Scratch of whole vectors: softmax and sigmoid of n values; what is behind them is overwritten.
+// Scratch of whole vectors: scores of n values; what is behind them is overwritten.
 template <class V>
 FFN_FN void softmax_in_place(typename V::Scalar* z, int64_t n) {
   using T = typename V::Scalar;
@@ -157,9 +159,36 @@ FFN_FN void softmax_in_place(typename V::Scalar* z, int64_t n) {
 }
 
 template <class V>
-FFN_FN void sigmoid_in_place(typename V::Scalar* z, int64_t n) {
-  for (int64_t i = n; i % V::kLanes; ++i) z[i] = 0;
-  for (int64_t i = 0; i < n; i += V::kLanes) store(z + i, sigmoid(load<V>(z + i)));
+FFN_FN void score_in_place(int score, typename V::Scalar* z, int64_t n) {
+  dispatch_score(score, [&](auto tag) {
+    using Score = typename decltype(tag)::Type;
+    if constexpr (Score::of_row) {
+      softmax_in_place<V>(z, n);
+    } else {
+      for (int64_t i = n; i % V::kLanes; ++i) z[i] = 0;
+      for (int64_t i = 0; i < n; i += V::kLanes) store(z + i, Score::fwd(load<V>(z + i)));
+    }
+  });
+}
+
+// Of chosen experts' logits in `s`, all that a score of_row sees: the scores, into s, and ds/dz, which for softmax is
+// that without the part through its denominator.
+template <class V>
+FFN_FN void score_slopes(int score, typename V::Scalar* s, typename V::Scalar* slope, int64_t n) {
+  dispatch_score(score, [&](auto tag) {
+    using Score = typename decltype(tag)::Type;
+    if constexpr (Score::of_row) {
+      softmax_in_place<V>(s, n);
+      for (int64_t i = 0; i < n; ++i) slope[i] = s[i];
+    } else {
+      for (int64_t i = n; i % V::kLanes; ++i) s[i] = 0;
+      for (int64_t i = 0; i < n; i += V::kLanes) {
+        const auto [value, ds] = Score::grad(load<V>(s + i));
+        store(s + i, value);
+        store(slope + i, ds);
+      }
+    }
+  });
 }
 
 // The pieces of a worker's scratch, see top_k_scratch_bytes: W rows of scores and of what they are chosen by.
@@ -187,20 +216,24 @@ struct TopKScratch {
 
 constexpr double kNormEpsilon = 1e-20;  // DeepSeek-V3's; without influence where weights are not all tiny
 
-// Scores of one row, and what its experts are chosen by.
+// Whether experts are chosen by scores. Scores grow with logits, and logits distinguish more: they choose where nothing
+// is added to scores.
+FFN_FN bool chosen_by_score(const TopK& k) { return (k.bias || k.num_groups > 1) && !k.by_logits; }
+// Whether scores are made of the chosen experts' logits alone.
+FFN_FN bool scored_after(const TopK& k) { return k.of_row ? k.by_logits : !chosen_by_score(k); }
+
+// Scores of one row, or where they come later its logits; and what its experts are chosen by.
 template <class V>
 FFN_FN void score_row(const TopK& k, int64_t t, typename V::Scalar* scores, typename V::Scalar* choice) {
   using T = typename V::Scalar;
   const T* bias = static_cast<const T*>(k.bias);
-  const bool by_score = (bias || k.num_groups > 1) && !k.softmax_after;
+  const bool by_score = chosen_by_score(k);
   read_row<V>(k.logits, t, 0, k.E, scores);
-  // Scores grow with logits, and logits distinguish more.
   if (!by_score) __builtin_memcpy(choice, scores, sizeof(T) * k.E);
-  if (k.sigmoid) sigmoid_in_place<V>(scores, k.E);
-  else if (!k.softmax_after) softmax_in_place<V>(scores, k.E);
+  if (!scored_after(k)) score_in_place<V>(k.score, scores, k.E);
   if (by_score) __builtin_memcpy(choice, scores, sizeof(T) * k.E);
   if (bias)
-    for (int64_t e = 0; e < k.E; ++e) choice[e] += bias[e];
+    for (int64_t e = 0; e < k.E - k.shared; ++e) choice[e] += bias[e];
 }
 
 template <class V>
@@ -208,23 +241,27 @@ void top_k_as(const TopK& k, int64_t row_begin, int64_t row_end, void* scratch) 
   using T = typename V::Scalar;
   constexpr int64_t W = V::kLanes;
   const TopKScratch<V> at(k, scratch);
-  const bool in_lanes = k.num_groups == 1 && k.K <= kInsertMost;
+  const int64_t experts = k.E - k.shared, count = k.K - k.shared;
+  const bool in_lanes = k.num_groups == 1 && count <= kInsertMost && !k.given;
   for (int64_t first = row_begin; first < row_end; first += W) {
     const int64_t rows = row_end - first < W ? row_end - first : W;
     for (int64_t r = 0; r < rows; ++r) score_row<V>(k, first + r, at.scores + r * at.stride, at.choice + r * at.stride);
-    if (in_lanes) best_in_lanes<V>(at.choice, at.stride, rows, k.E, k.K, at.best, at.place);
+    if (in_lanes) best_in_lanes<V>(at.choice, at.stride, rows, experts, count, at.best, at.place);
     for (int64_t r = 0; r < rows; ++r) {
       const T *scores = at.scores + r * at.stride, *choice = at.choice + r * at.stride;
       int64_t* ids = k.ids + (first + r) * k.K;
-      if (in_lanes && at.best[(k.K - 1) * W + r] > -__builtin_inf()) {
-        for (int64_t j = 0; j < k.K; ++j) ids[j] = static_cast<int64_t>(at.place[j * W + r]);
+      if (k.given) {
+        for (int64_t j = 0; j < k.K; ++j) ids[j] = k.given[(first + r) * k.K + j];
+      } else if (in_lanes && at.best[(count - 1) * W + r] > -__builtin_inf()) {
+        for (int64_t j = 0; j < count; ++j) ids[j] = static_cast<int64_t>(at.place[j * W + r]);
       } else {
-        if (k.num_groups > 1) choose_within_groups(k, choice, at.candidates, at.groups, at.group_scores);
-        else choose_best(choice, k.E, k.K, at.candidates);
-        for (int64_t j = 0; j < k.K; ++j) ids[j] = at.candidates[j].index;
+        if (k.num_groups > 1) choose_within_groups(k, choice, count, at.candidates, at.groups, at.group_scores);
+        else choose_best(choice, experts, count, at.candidates);
+        for (int64_t j = 0; j < count; ++j) ids[j] = at.candidates[j].index;
       }
+      for (int64_t j = 0; j < k.shared; ++j) ids[count + j] = experts + j;
       for (int64_t j = 0; j < k.K; ++j) at.chosen[j] = scores[ids[j]];
-      if (k.softmax_after) softmax_in_place<V>(at.chosen, k.K);
+      if (scored_after(k)) score_in_place<V>(k.score, at.chosen, k.K);
       T factor = static_cast<T>(k.scale);
       if (k.renormalize) {
         T sum = 0;
@@ -237,45 +274,40 @@ void top_k_as(const TopK& k, int64_t row_begin, int64_t row_end, void* scratch) 
 }
 
 // With w = scale * s / (sum of the chosen s): ds = scale * (dw - <dw, s> / sum) / sum; dz is ds through the softmax of
-// all, of the chosen, or through the sigmoid.
+// all, of the chosen, or through the score of each. An expert may be chosen twice where the caller chooses.
 template <class V>
 void top_k_backward_as(const TopK& k, int64_t row_begin, int64_t row_end, void* scratch) {
   using T = typename V::Scalar;
   constexpr int64_t W = V::kLanes;
   const TopKScratch<V> at(k, scratch);
-  T *const dz = at.choice, *const ds = at.chosen;
+  T *const z = at.scores, *const dz = at.choice, *const ds = at.chosen, *const s = at.best, *const slope = at.place;
+  const bool of_all = k.of_row && !k.by_logits;
   for (int64_t t = row_begin; t < row_end; ++t) {
     const int64_t* ids = k.ids + t * k.K;
     const T* dw = static_cast<const T*>(k.weights) + t * k.K;
-    read_row<V>(k.logits, t, 0, k.E, at.scores);
-    if (k.softmax_after) {
-      for (int64_t j = 0; j < k.K; ++j) ds[j] = at.scores[ids[j]];
-      softmax_in_place<V>(ds, k.K);
-      for (int64_t j = 0; j < k.K; ++j) at.scores[ids[j]] = ds[j];
-    } else if (k.sigmoid) {
-      sigmoid_in_place<V>(at.scores, k.E);
-    } else {
-      softmax_in_place<V>(at.scores, k.E);
-    }
+    read_row<V>(k.logits, t, 0, k.E, z);
+    if (of_all) score_in_place<V>(k.score, z, k.E);
+    for (int64_t j = 0; j < k.K; ++j) s[j] = slope[j] = z[ids[j]];
+    if (!of_all) score_slopes<V>(k.score, s, slope, k.K);
     T factor = static_cast<T>(k.scale), shift = 0;
     if (k.renormalize) {
       T sum = static_cast<T>(kNormEpsilon), dot = 0;
-      for (int64_t j = 0; j < k.K; ++j) sum += at.scores[ids[j]];
-      for (int64_t j = 0; j < k.K; ++j) dot += dw[j] * (at.scores[ids[j]] / sum);
+      for (int64_t j = 0; j < k.K; ++j) sum += s[j];
+      for (int64_t j = 0; j < k.K; ++j) dot += dw[j] * (s[j] / sum);
       factor /= sum;
       shift = dot;
     }
     T common = 0;  // through the softmax's denominator; a renormalised weight does not depend on it
     for (int64_t j = 0; j < k.K; ++j) {
       ds[j] = factor * (dw[j] - shift);
-      if (!k.sigmoid && !k.renormalize) common += ds[j] * at.scores[ids[j]];
+      if (k.of_row && !k.renormalize) common += ds[j] * s[j];
     }
-    const bool chosen_only = k.sigmoid || k.renormalize || k.softmax_after;
-    for (int64_t e = 0; e < k.E; e += W)  // not 0 * s, which is NaN where another score is
-      store(dz + e, chosen_only ? V::zero() : V(-common) * load<V>(at.scores + e));
-    for (int64_t j = 0; j < k.K; ++j) {
-      const T s = at.scores[ids[j]];
-      dz[ids[j]] = k.sigmoid ? ds[j] * (s * (1 - s)) : s * (ds[j] - common);
+    for (int64_t e = 0; e < k.E; e += W) store(dz + e, V::zero());
+    if (of_all && !k.renormalize) {
+      for (int64_t j = 0; j < k.K; ++j) dz[ids[j]] += ds[j];
+      for (int64_t e = 0; e < k.E; e += W) store(dz + e, load<V>(z + e) * (load<V>(dz + e) - V(common)));
+    } else {  // of the chosen alone, not 0 * s of the others, which is NaN where another score is
+      for (int64_t j = 0; j < k.K; ++j) dz[ids[j]] += slope[j] * (ds[j] - common);
     }
     dispatch_storage<T>(k.logits.dtype, [&](auto tag) {
       using S = typename decltype(tag)::Type;

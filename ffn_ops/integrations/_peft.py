@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""PEFT's adapters on stacked experts (``target_parameters``) become the ``lora=`` of our operators.
+
+PEFT adapts a parameter by forming ``W + scale * B A`` for all experts in each forward. For experts that run as our
+operator its wrapper puts the factors where ``experts_forward`` finds them, and forms nothing. Merging, disabling,
+saving and everything else stay PEFT's. Nothing here imports PEFT before the program does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._checks import DTYPES
+from .._lora import Lora, together
+
+# Of an experts module while its wrappers run: the adapters of each parameter.
+_HELD = "_ffn_ops_lora"
+
+
+def adopt(runs_ours: Callable[[nn.Module], bool]) -> None:
+    """Teaches PEFT's wrapper, if the program has imported PEFT, to leave alone what our operators compute. Calling it
+    again changes nothing."""
+    layer = sys.modules.get("peft.tuners.lora.layer")
+    wrapper = getattr(layer, "ParamWrapper", None)
+    theirs = getattr(wrapper, "_activate_lora", None)
+    if wrapper is None or theirs is None or hasattr(theirs, "_ffn_ops"):
+        return
+
+    @contextlib.contextmanager
+    def activate(self: Any, active_adapters: Any) -> Iterator[None]:
+        experts = self.get_base_layer()
+        before = experts.__dict__.get(_HELD)
+        known = before is not None or runs_ours(experts)  # the wrapper around this one has looked
+        found = _plain_adapters(self, experts, active_adapters) if known else None
+        if found is None:
+            with theirs(self, active_adapters):
+                yield
+            return
+        experts.__dict__[_HELD] = {**(before or {}), self.parameter_name: found}
+        try:
+            yield
+        finally:
+            if before is None:
+                del experts.__dict__[_HELD]
+            else:
+                experts.__dict__[_HELD] = before
+
+    activate._ffn_ops = theirs  # type: ignore[attr-defined]
+    wrapper._activate_lora = activate
+
+
+def _plain_adapters(wrapper: Any, experts: nn.Module, active: Any) -> list[tuple[Tensor, Tensor, float]] | None:
+    """``a [E * r, in]``, ``b [out, r * E]`` and the scale of each active adapter; None if there is more to them."""
+    factors_a, factors_b, drops = wrapper.lora_A, wrapper.lora_B, wrapper.lora_dropout
+    names = [name for name in active or () if name in factors_a]
+    w = experts._parameters.get(wrapper.parameter_name)
+    if w is None or w.dim() != 3 or w.dtype not in DTYPES or not names:
+        return None
+    found = []
+    for name in names:
+        a, b = factors_a[name], factors_b[name]
+        if (
+            name in wrapper.lora_variant
+            or any(type(factor) is not nn.Linear or factor.bias is not None for factor in (a, b))
+            or (name in drops and type(drops[name]) is not nn.Identity)
+        ):
+            return None
+        found.append((_fitting(a.weight, w), _fitting(b.weight, w), float(wrapper.scaling[name])))
+    return found
+
+
+def _fitting(factor: Tensor, w: Tensor) -> Tensor:
+    """As it is where the operator takes it beside w: of w's dtype, or of its arithmetic's."""
+    wide = torch.float64 if w.dtype is torch.float64 else torch.float32
+    return factor if factor.dtype in (w.dtype, wide) else factor.to(w.dtype)
+
+
+def adapters_of(experts: Any, first: str) -> Lora | None:
+    """What the wrappers of ``experts`` hold for this call; ``first`` names the weight before the activation."""
+    held = experts.__dict__.get(_HELD)
+    if held is None:
+        return None
+    pairs = [("in", *each) for each in held.get(first, ())] + [("down", *each) for each in held.get("down_proj", ())]
+    if len({place for place, *_ in pairs}) == len(pairs) and len({scale for *_, scale in pairs}) == 1:
+        factors: dict[str, Any] = {}
+        for place, a, b, _scale in pairs:
+            factors |= {f"a_{place}": a, f"b_{place}": b}
+        return Lora(**factors, scale=pairs[0][3])
+    parts = [Lora(**{f"a_{place}": a, f"b_{place}": b}, scale=scale) for place, a, b, scale in pairs]  # type: ignore[arg-type]
+    return together(parts, experts.num_experts)

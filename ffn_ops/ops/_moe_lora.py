@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""moe with low-rank additions to its weights: fakes, autograd to second order. The public functions are in _moe.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+from torch import Tensor
+
+from .. import _checks as check
+from .._gate import check_gate
+from .._library import differentiable, fake, vmap_by_loop
+from .._lora import Lora, check_lora, check_pair
+from ._gated_act import act_tangent, gated_act_op
+from ._moe_derivatives import Rows
+from ._rows import check_weights, linear_op
+from ._shared import (
+    arithmetic,
+    as_stored,
+    backward_tangents,
+    dense,
+    double_backward,
+    given,
+    needs_grad,
+    not_asked_for,
+    plus,
+)
+
+# Places of x, weight, w_in, w_down, b_in, b_down and the adapters among the arguments of moe_lora.
+PLACES = (0, 2, 6, 7, 8, 9, 10, 11, 12, 13)
+_TENSORS = 14
+
+
+def adapters(lora: Lora, x: Tensor, w_in: Tensor, w_down: Tensor) -> tuple[Any, ...]:
+    """The adapters' tensors as the operator takes them, checked."""
+    lora = check_lora(lora)
+    return _checked_pairs((lora.a_in, lora.b_in, lora.a_down, lora.b_down), x, w_in, w_down)
+
+
+def no_adapters(lora: Lora | None) -> None:
+    if lora is not None:
+        raise ValueError(f"lora: expected None with quantised weights, got an {type(check_lora(lora)).__name__}")
+
+
+def _checked_pairs(factors: Sequence[Any], x: Tensor, w_in: Tensor, w_down: Tensor) -> tuple[Any, ...]:
+    a_in, b_in, a_down, b_down = factors
+    experts = w_in.shape[0]
+    first = check_pair("in", a_in, b_in, w_in.shape[1], x.shape[-1], x, experts)
+    return *first, *check_pair("down", a_down, b_down, w_down.shape[1], w_down.shape[2], x, experts)
+
+
+def run(
+    x: Tensor, routed: Sequence[Any], experts: Sequence[Any], lora: Lora, form: Sequence[Any], recompute: bool
+) -> Tensor:
+    """``routed``: token, weight, offsets, row and slot_offsets. ``experts``: w_in, w_down, b_in and b_down."""
+    pairs = adapters(lora, x, experts[0], experts[1])
+    if x.device.type == "cuda":  # no kernel of its own: the operators below, one after the other
+        return _composed(x, routed, (*experts, *pairs), form, lora.scale)
+    grad = needs_grad(x, routed[1], *experts, *pairs)
+    save = grad and not recompute
+    return _moe_lora(x, *routed, *experts, *pairs, *form, lora.scale, save, grad=grad)[0]  # type: ignore[no-any-return]
+
+
+def _fake_sizes(args: Sequence[Any], form: Sequence[Any]) -> Any:
+    x, _token, _weight, offsets, _row, _slots, w_in, w_down, b_in, b_down, *pairs = args
+    gated, interleaved, activation, params = form
+    check.tensor("x", x, ("T", "D"))
+    check_gate(activation, params, gated=gated, interleaved=interleaved, one_weight=gated)
+    sizes = check_weights(x, offsets, w_in, w_down, b_in, b_down, gated)
+    _checked_pairs(pairs, x, w_in, w_down)
+    return sizes
+
+
+@fake("moe_lora")
+def _(*args: Any) -> Any:
+    x, token = args[:2]
+    *form, _scale, save = args[_TENSORS:]
+    features, out = _fake_sizes(args[:_TENSORS], form)
+    rows = (x if token is None else token).shape[0]
+    gate = dense(x, rows, features) if save else dense(x, 0)
+    up = dense(x, rows, features) if save and form[0] else dense(x, 0)
+    return dense(x, x.shape[0], out), gate, up
+
+
+@fake("moe_lora_backward")
+def _(d_y: Tensor, *args: Any) -> Any:
+    inputs, form, needs = args[:_TENSORS], args[_TENSORS + 2 : _TENSORS + 6], args[-1]
+    x, token, w_in = inputs[0], inputs[1], inputs[6]
+    _features, out = _fake_sizes(inputs, form)
+    check.tensor("d_y", d_y, (x.shape[0], out), like=x)
+    grads = []
+    for place, need in zip(PLACES, needs, strict=True):
+        t = inputs[place]
+        if not need or (t is None and place > 9) or (place == 2 and token is None):
+            grads.append(dense(x, 0))
+        elif place in (8, 9):
+            grads.append(dense(x, w_in.shape[0], w_in.shape[1] if place == 8 else out))
+        elif place == 2:
+            grads.append(x.new_empty((token.shape[0],), dtype=arithmetic(x)))
+        else:
+            grads.append(dense(x, *x.shape) if place == 0 else as_stored(t))
+    return tuple(grads)
+
+
+def _setup(ctx: Any, inputs: Any, output: Any) -> None:
+    *tensors, ctx.gated, ctx.interleaved, activation, params, ctx.scale, _save = inputs
+    ctx.form = (activation, params)
+    _y, gate, up = output
+    ctx.mark_non_differentiable(gate, up)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, gate, up)
+
+
+def _options(ctx: Any) -> tuple[Any, ...]:
+    return ctx.gated, ctx.interleaved, *ctx.form, ctx.scale
+
+
+def _backward_formula(ctx: Any, d_y: Tensor | None, _gate: Any, _up: Any) -> Any:
+    result: list[Any] = [None] * 20
+    if d_y is None:
+        return tuple(result)
+    needs = [ctx.needs_input_grad[place] for place in PLACES]
+    grads = _moe_lora_backward(d_y, *ctx.saved_tensors, *_options(ctx), needs)
+    for place, grad, need in zip(PLACES, grads, needs, strict=True):
+        result[place] = grad if need else None
+    return tuple(result)
+
+
+def _backward_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    *tensors, ctx.gated, ctx.interleaved, activation, params, ctx.scale, ctx.needs = inputs
+    not_asked_for(ctx, output)
+    ctx.form = (activation, params)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors)
+
+
+def _backward_tangent(ctx: Any, *tangents: Any) -> Any:
+    def again(d: Tensor) -> Any:
+        return _moe_lora_backward(d, *ctx.saved_tensors[1:], *_options(ctx), ctx.needs)
+
+    return backward_tangents(ctx, tangents, again, _double_backward, [1 + place for place in PLACES])
+
+
+def _tangent(ctx: Any, *tangents: Any) -> Any:
+    inputs = [ctx.saved_tensors[place] for place in PLACES]
+    return _along(ctx, ctx.saved_tensors[:6], inputs, [tangents[place] for place in PLACES]), None, None
+
+
+def _double_backward(ctx: Any, *grads: Tensor | None) -> Any:
+    d_y, *saved = ctx.saved_tensors
+    directions = [given(grad) for grad in grads]
+
+    def along(inputs: Sequence[Any]) -> Tensor:
+        return _along(ctx, saved[:6], inputs, directions)  # type: ignore[no-any-return]
+
+    needs = [ctx.needs_input_grad[1 + place] for place in PLACES]
+    by_d_y, by = double_backward(ctx, along, d_y, [saved[place] for place in PLACES], directions, needs)
+    result: list[Tensor | None] = [None] * (1 + PLACES[-1])
+    for place, t in zip(PLACES, by, strict=True):
+        result[place] = t
+    return by_d_y, *result
+
+
+class _LowRank:
+    """``scale * (rows a^T) b^T`` of each row, and its tangent."""
+
+    def __init__(self, offsets: Tensor, a: Tensor | None, b: Tensor | None, scale: float) -> None:
+        self.offsets, self.a, self.b, self.scale = offsets, a, b, scale
+
+    def __call__(self, rows: Tensor | None, a: Tensor | None = None, b: Tensor | None = None) -> Tensor | None:
+        """With the pair's own factors where none are given."""
+        a, b = self.a if a is None else a, self.b if b is None else b
+        if rows is None or a is None or b is None:
+            return None
+        wide = rows.to(a.dtype)
+        return (linear_op(linear_op(wide, a, self.offsets), b, self.offsets) * self.scale).to(rows.dtype)  # type: ignore[no-any-return]
+
+    def tangent(self, rows: Tensor, rows_t: Tensor | None, a_t: Tensor | None, b_t: Tensor | None) -> Tensor | None:
+        total = self(rows_t)
+        total = plus(total, None if a_t is None else self(rows, a=a_t))
+        return plus(total, None if b_t is None else self(rows, b=b_t))
+
+
+def _forward_parts(rows: Rows, routed: Sequence[Any], inputs: Sequence[Any], form: Any, scale: float) -> Any:
+    x, _weight, w_in, w_down, b_in, b_down, a_in, lora_b_in, a_down, lora_b_down = inputs
+    first, second = (_LowRank(routed[2], *pair, scale) for pair in ((a_in, lora_b_in), (a_down, lora_b_down)))
+    x_rows = rows.gather(x)
+    gate, up = rows.halves(plus(rows.linear(x_rows, w_in, b_in), first(x_rows)))  # type: ignore[arg-type]
+    h = gated_act_op(gate, up, *form)
+    return x_rows, gate, up, h, lambda: plus(rows.linear(h, w_down, b_down), second(h)), first, second
+
+
+def _along(ctx: Any, routed: Sequence[Any], inputs: Sequence[Any], directions: Sequence[Any]) -> Any:
+    """The tangent of the output, see that of moe."""
+    x, weight, w_in, w_down = inputs[:4]
+    x_t, s_t, w_in_t, w_down_t, b_in_t, b_down_t, a_in_t, lora_b_in_t, a_down_t, lora_b_down_t = directions
+    _x, token, _weight, offsets, row, slots = routed
+    rows = Rows(ctx, x, token, offsets, row, slots)
+    x_rows, gate, up, h, out, first, second = _forward_parts(rows, routed[1:], inputs, ctx.form, ctx.scale)
+    x_rows_t = None if x_t is None else rows.gather(x_t)
+    z_t = rows.linear_tangent(x_rows, w_in, x_rows_t, w_in_t, b_in_t)
+    z_t = plus(z_t, first.tangent(x_rows, x_rows_t, a_in_t, lora_b_in_t))
+    h_t = None if z_t is None else act_tangent(gate, up, ctx.form, *rows.halves(z_t))
+    o_t = rows.linear_tangent(h, w_down, h_t, w_down_t, b_down_t)
+    o_t = plus(o_t, second.tangent(h, h_t, a_down_t, lora_b_down_t))
+    y_t = None if o_t is None else rows.scatter(o_t, weight)
+    return y_t if s_t is None else plus(y_t, rows.scatter(out(), s_t))
+
+
+def _composed(x: Tensor, routed: Sequence[Any], inputs: Sequence[Any], form: Sequence[Any], scale: float) -> Tensor:
+    token, weight, offsets, row, slots = routed
+    gated, interleaved, activation, params = form
+    rows = Rows(SimpleNamespace(gated=gated, interleaved=interleaved), x, token, offsets, row, slots)
+    parts = _forward_parts(rows, routed, (x, weight, *inputs), (activation, params), scale)
+    return rows.scatter(parts[4](), weight)
+
+
+_moe_lora_backward = differentiable("moe_lora_backward", _backward_setup, _double_backward, _backward_tangent)
+_moe_lora = differentiable("moe_lora", _setup, _backward_formula, _tangent)
+
+for _name in ("moe_lora", "moe_lora_backward"):
+    vmap_by_loop(_name)
