@@ -80,6 +80,20 @@ STABLE_TORCH_LIBRARY(ffn_ops, m) {
   m.def("moe_linear(Tensor rows, Tensor w, Tensor offsets) -> Tensor");
   m.def("moe_outer(Tensor a, Tensor b, Tensor offsets) -> Tensor");
 
+  // Quantised weights [E, N, K]: each is a list of its tensors, `formats` has the name of each with the block of a scale,
+  // such as "mxfp4:1x32,fp8:128x128", separated by commas. w_up is empty where w_in holds gate and up.
+  m.def("dequantize(Tensor[] w, str format, str dtype) -> Tensor");
+  m.def("quantized_linear(Tensor rows, Tensor[] w, str format, Tensor offsets, bool transposed) -> Tensor");
+  m.def(
+      "moe_quantized(Tensor x, Tensor? token, Tensor? weight, Tensor? offsets, Tensor? row, Tensor? slot_offsets,"
+      " Tensor[] w_in, Tensor[] w_up, Tensor[] w_down, str formats, Tensor? b_in, Tensor? b_down, bool gated,"
+      " bool interleaved, str activation, float[] params, bool save) -> (Tensor y, Tensor gate, Tensor up)");
+  m.def(
+      "moe_quantized_backward(Tensor d_y, Tensor x, Tensor? token, Tensor? weight, Tensor? offsets, Tensor? row,"
+      " Tensor? slot_offsets, Tensor[] w_in, Tensor[] w_up, Tensor[] w_down, str formats, Tensor? b_in, Tensor? b_down,"
+      " Tensor gate, Tensor up, bool gated, bool interleaved, str activation, float[] params, bool[4] needs)"
+      " -> (Tensor d_x, Tensor d_weight, Tensor d_b_in, Tensor d_b_down)");
+
   // Logits [T, E] of the arithmetic's dtype; weight and bias of x's dtype, or of the arithmetic's.
   m.def("route_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def(

@@ -12,6 +12,8 @@ from ._gate import Gate
 from ._info import info
 from ._lora import Lora
 from ._memory import empty_cache, set_cache_limit
+from ._quantized import QuantizationError, QuantizedWeight, quantize
+from ._quantized.model import quantize_
 from ._replace import ReplaceEntry, ReplaceReport, replace, replace_report, restore
 from ._upcycle import upcycle
 from ._version import __version__ as __version__
@@ -40,6 +42,8 @@ __all__ = [
     "Lora",
     "MoEFFN",
     "PlainFFN",
+    "QuantizationError",
+    "QuantizedWeight",
     "ReLUFFN",
     "ReplaceEntry",
     "ReplaceReport",
@@ -57,6 +61,8 @@ __all__ = [
     "moe_combine",
     "moe_dispatch",
     "moe_experts",
+    "quantize",
+    "quantize_",
     "replace",
     "replace_report",
     "restore",

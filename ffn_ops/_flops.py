@@ -12,6 +12,7 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from . import _library  # noqa: F401  (loads the operators)
+from ._quantized.formats import FORMATS
 
 _OPS = torch.ops.ffn_ops
 
@@ -129,6 +130,41 @@ def moe_linear_flops(rows: Any, w: Any, *_: Any, out_shape: Any = None, **__: An
 @register_flop_formula(_OPS.moe_outer)  # type: ignore[untyped-decorator]
 def moe_outer_flops(a: Any, b: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
     return 2 * a[0] * a[1] * b[1]  # type: ignore[no-any-return]
+
+
+def _quantized_widths(w_in: Any, w_up: Any, w_down: Any, formats: str) -> tuple[int, int]:
+    """Multiplications of a row by the input weights, and by w_down."""
+    names = [name.split(":")[0] for name in formats.split(",")]
+    rows = [(parts[0], names[at]) for parts, at in ((w_in, 0), (w_up, 1), (w_down, -1)) if parts]
+    *up, down = [codes[1] * (codes[2] // FORMATS[name].block_bytes * FORMATS[name].block) for codes, name in rows]
+    return sum(up), down
+
+
+@register_flop_formula(_OPS.moe_quantized)  # type: ignore[untyped-decorator]
+def moe_quantized_flops(
+    x: Any, token: Any, weight: Any, offsets: Any, row: Any, slot_offsets: Any, w_in: Any, w_up: Any, w_down: Any,
+    formats: str, *_: Any, out_shape: Any = None, **__: Any
+) -> int:  # fmt: skip
+    R = x[0] if token is None else token[0]
+    return 2 * R * sum(_quantized_widths(w_in, w_up, w_down, formats))  # type: ignore[no-any-return]
+
+
+@register_flop_formula(_OPS.moe_quantized_backward)  # type: ignore[untyped-decorator]
+def moe_quantized_backward_flops(
+    d_y: Any, x: Any, token: Any, weight: Any, offsets: Any, row: Any, slot_offsets: Any, w_in: Any, w_up: Any,
+    w_down: Any, formats: str, b_in: Any, b_down: Any, gate: Any, *rest: Any, out_shape: Any = None, **_: Any
+) -> int:  # fmt: skip
+    R = x[0] if token is None else token[0]
+    need_x, need_weight, need_b_in, _need_b_down = rest[-1]
+    up, down = _quantized_widths(w_in, w_up, w_down, formats)
+    hidden = need_x or need_weight or need_b_in
+    return 2 * R * (up * (bool(need_x) + (len(gate) == 1 and bool(hidden))) + down * bool(hidden))  # type: ignore[no-any-return]
+
+
+@register_flop_formula(_OPS.quantized_linear)  # type: ignore[untyped-decorator]
+def quantized_linear_flops(rows: Any, w: Any, format: str, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    codes, kind = w[0], FORMATS[format.split(":")[0]]
+    return 2 * rows[0] * codes[1] * (codes[2] // kind.block_bytes * kind.block)  # type: ignore[no-any-return]
 
 
 @register_flop_formula(_OPS.route_linear)  # type: ignore[untyped-decorator]

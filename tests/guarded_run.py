@@ -11,7 +11,10 @@ import sys
 
 import torch
 from problems import DTYPES, FORMS, Problem, results
+from test_quantized import GGUF, GROUPED, random_weight
 from torch import Tensor
+
+import ffn_ops
 
 SIZES = [{"T": 13, "D": 21, "F": 19, "O": 11}, {"T": 3, "D": 7, "F": 37, "O": 33}, {"T": 70, "D": 261, "F": 40, "O": 9}]
 
@@ -34,7 +37,25 @@ def main() -> None:
                     edge = {n: at_the_edge(t) for n, t in tensors.items()}
                     for result in results(problem.ours, edge, at_the_edge(d_y)).values():
                         assert torch.isfinite(result).all(), f"{name} {dtype} {problem}: uninitialised memory"
+        for format in (*GROUPED, *GGUF):
+            quantised(format)
     print(ctypes.CDLL(None).guarded_blocks())
+
+
+def quantised(format: str) -> None:
+    """Codes that end before such a page, in every kernel, forward and backward."""
+    g = torch.Generator().manual_seed(0)
+    F = {"fp8": 75, "int8": 75}.get(format, 256 if format in GGUF else 96)
+    w_in, w_down = (random_weight(format, shape, g) for shape in ((2, 2 * F, 256), (2, 67, F)))
+    for w in (w_in, w_down):
+        for part, t in list(w._buffers.items()):
+            w._buffers[part] = at_the_edge(t)
+    for T in (1, 9, 40):
+        x = torch.randn(T, 256, generator=g, requires_grad=True)
+        routing = ffn_ops.routing.top_k(torch.randn(T, 2, generator=g), k=2)
+        ffn_ops.moe(x, routing, w_in, w_down, gated=True).sum().backward()
+        assert torch.isfinite(x.grad).all(), f"{format} {T}: uninitialised memory"
+    w_in.dequantize()
 
 
 def misbehave(how: str) -> None:

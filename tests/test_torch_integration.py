@@ -136,8 +136,39 @@ def operator_calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         calls[f"route_top_k_backward {options}"] = (OPS.route_top_k_backward, (t(T, K), logits, ids, *options, 2.5))
     calls["moe_sort"] = (OPS.moe_sort, (ids, None, t(T, K), E, T, 2, True))
     calls["moe_sort of pairs"] = (OPS.moe_sort, (ids.flatten(), token, t(R), E, T, -1, False))
+    calls.update(quantized_calls())
     calls["balanced_assignment"] = (OPS.balanced_assignment, (logits.detach(), None))
     calls["round_tokens"] = (OPS.round_tokens, (logits.detach(), ids, 4))
+    return calls
+
+
+def quantized_calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    g = generator(1)
+
+    def t(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g).requires_grad_()
+
+    def w(*shape: int) -> list[Tensor]:
+        return ffn_ops.quantize(torch.randn(*shape, generator=g), "int8").parts
+
+    T, D, F, O, E = 3, 6, 4, 5, 2
+    name, offsets = "int8:1x6", torch.tensor([0, 1, 3])
+    calls: dict[str, tuple[Any, tuple[Any, ...]]] = {
+        "dequantize": (OPS.dequantize, (w(E, F, D), name, "bfloat16")),
+        "quantized_linear": (OPS.quantized_linear, (t(T, D), w(E, F, D), name, offsets, False)),
+        "quantized_linear transposed": (OPS.quantized_linear, (t(T, F), w(E, F, D), name, offsets, True)),
+    }
+    options = (True, False, "silu", [0.0, 0.0])
+    rows = (None, None, offsets, None, None)
+    for up in (False, True):
+        parts = (w(E, F if up else 2 * F, D), w(E, F, D) if up else [], w(E, O, F))
+        names = f"{name},{name},int8:1x4" if up else f"{name},int8:1x4"
+        experts = (*parts, names, t(E, 2 * F), t(E, O))
+        for save in (True, False):
+            calls[f"moe_quantized {up=} {save=}"] = (OPS.moe_quantized, (t(T, D), *rows, *experts, *options, save))
+            pre = [torch.randn(T, F, generator=g) if save else torch.empty(0) for _ in range(2)]
+            args = (t(T, O), t(T, D), *rows, *experts, *pre, *options, [True, False, True, True])
+            calls[f"moe_quantized_backward {up=} {save=}"] = (OPS.moe_quantized_backward, args)
     return calls
 
 

@@ -13,6 +13,30 @@ constexpr int64_t kSlabBytes = int64_t{64} << 20;
 
 }  // namespace
 
+Experts with_routes(const MoeShape& s, const std::optional<Tensor>& token, const std::optional<Tensor>& weight,
+                    const Tensor& offsets, const std::optional<Tensor>& row,
+                    const std::optional<Tensor>& slot_offsets) {
+  Experts c;
+  c.dtype = s.dtype;
+  c.T = s.T;
+  c.D = s.D;
+  c.F = s.F;
+  c.O = s.O;
+  c.gated = s.gated;
+  c.interleaved = s.interleaved;
+  c.routed = s.routed;
+  c.form = s.form;
+  c.set_rows(offsets, s.E, s.R);
+  c.routes.tokens = c.T;
+  if (!c.routed) return c;
+  c.routes.token = check_indices(*token, "token", c.R, c.T - 1, c.keep);
+  c.routes.row = check_indices(*row, "row", c.R, c.R - 1, c.keep);
+  c.routes.slot_offsets = check_offsets(*slot_offsets, "slot_offsets", c.T, c.R, c.keep);
+  check_agreement(c.routes);
+  c.weight = dense_data(weight, c.keep);
+  return c;
+}
+
 void add_small_product(Steps& steps, Experts& c, const RowsOf& rows, int64_t K, int64_t width,
                        const WeightsFrom& weights, double scale, void* out, int64_t out_stride) {
   std::vector<Gemm> products;
@@ -33,7 +57,7 @@ void add_small_product(Steps& steps, Experts& c, const RowsOf& rows, int64_t K, 
   steps.products(products);
 }
 
-void add_pre_activations(Steps& steps, Workspace& workspace, Experts& c, const Tensor& x, const Tensor& w_in,
+void add_pre_activations(Steps& steps, Workspace& workspace, Experts& c, const Tensor& x, const StackedWeight& w_in,
                          const std::optional<Tensor>& b_in, void* gate, void* up, void* h) {
   const DType arithmetic = arithmetic_dtype(c.dtype);
   const LowRank& lora = c.lora_in;
@@ -67,12 +91,12 @@ void add_pre_activations(Steps& steps, Workspace& workspace, Experts& c, const T
     g.K = c.D;
     g.a = lanes_are_rows(tokens(s));
     const void* in_bias = advance(bias, s.expert * c.hidden(), c.dtype);
-    Matrix in = expert_matrix(w_in, c.dtype, s.expert);
+    Matrix in = w_in(s.expert, 0, 0);
     Epilogue& e = g.epilogue;
     if (c.gated) {
       g.gated = true;
       g.num_b = 2;
-      Matrix up_rows = expert_matrix(w_in, c.dtype, s.expert, c.interleaved ? 1 : c.F);
+      Matrix up_rows = w_in(s.expert, c.interleaved ? 1 : c.F, 0);
       if (c.interleaved) in.row_stride = up_rows.row_stride = 2 * in.row_stride;
       g.b = c.hold(lanes_are_rows(in), lanes_are_rows(up_rows));
       e.bias = c.hold_bias(in_bias, advance(in_bias, c.F, c.dtype));
@@ -98,7 +122,7 @@ void add_pre_activations(Steps& steps, Workspace& workspace, Experts& c, const T
 
 void add_combined_product(Steps& steps, Workspace& workspace, Experts& c, const RowsOf& rows, int64_t K, int64_t N,
                           const WeightsFrom& weights, const void* bias, const void* row_weight, void* out,
-                          const SmallRows& small) {
+                          const SmallRows& small, const WeightsFrom& second) {
   const DType arithmetic = arithmetic_dtype(c.dtype);
   const int64_t size = storage_size(arithmetic);
   constexpr int64_t kColumns = 128;  // a multiple of every tile's width
@@ -126,7 +150,8 @@ void add_combined_product(Steps& steps, Workspace& workspace, Experts& c, const 
       g.N = width;
       g.K = K;
       g.a = lanes_are_rows(rows(s));
-      g.b = c.hold(weights(s.expert, col));
+      g.b = second ? c.hold(weights(s.expert, col), second(s.expert, col)) : c.hold(weights(s.expert, col));
+      g.num_b = second ? 2 : 1;
       g.epilogue.dtype = c.dtype;
       g.epilogue.out_unrounded = c.routed;
       g.epilogue.out = static_cast<char*>(slab) + s.begin * width * storage_size(g.epilogue.out_dtype());
@@ -150,7 +175,7 @@ void add_combined_product(Steps& steps, Workspace& workspace, Experts& c, const 
   if (!c.routed) zero_rows(steps, out, c.routes.kept, c.R, N * storage_size(c.dtype));
 }
 
-void add_hidden_gradient(Steps& steps, Experts& c, const Tensor& d_y, const Tensor& w_down, const void* gate,
+void add_hidden_gradient(Steps& steps, Experts& c, const Tensor& d_y, const StackedWeight& w_down, const void* gate,
                          const void* up, void* d_hidden, void* h, DType h_dtype, void* parts, int64_t num_parts,
                          const void* add) {
   const RowsOf tokens = token_rows(c, d_y);
@@ -161,7 +186,7 @@ void add_hidden_gradient(Steps& steps, Experts& c, const Tensor& d_y, const Tens
     g.N = c.F;
     g.K = c.O;
     g.a = lanes_are_rows(tokens(s));
-    g.b = c.hold(lanes_are_columns(expert_matrix(w_down, c.dtype, s.expert)));
+    g.b = c.hold(lanes_are_columns(w_down(s.expert, 0, 0)));
     Epilogue& e = g.epilogue;
     e.kind = Epilogue::Kind::kActivateGrad;
     e.dtype = c.dtype;

@@ -52,6 +52,10 @@ struct Experts {
   const void* row_weight(const Segment& s) const { return advance(weight, s.begin, arithmetic_dtype(dtype)); }
 };
 
+// The experts of a call, with their routes where it is routed.
+Experts with_routes(const MoeShape& s, const std::optional<Tensor>& token, const std::optional<Tensor>& weight,
+                    const Tensor& offsets, const std::optional<Tensor>& row, const std::optional<Tensor>& slot_offsets);
+
 // The rows of an expert in a matrix.
 using RowsOf = std::function<Matrix(const Segment&)>;
 
@@ -69,6 +73,13 @@ inline RowsOf dense_rows(const void* data, int64_t width, DType dtype) {
   return [=](const Segment& s) { return dense(advance(data, s.begin * width, dtype), width, dtype); };
 }
 
+// A stacked weight [E, rows, columns]: that of an expert from a row and a column on.
+using StackedWeight = std::function<Matrix(int64_t expert, int64_t row, int64_t column)>;
+
+inline StackedWeight stacked(const Tensor& w, DType dtype) {
+  return [&w, dtype](int64_t e, int64_t row, int64_t col) { return expert_matrix(w, dtype, e, row, col); };
+}
+
 // The weights of an expert from an output column on.
 using WeightsFrom = std::function<Operand(int64_t expert, int64_t column)>;
 
@@ -84,18 +95,19 @@ void add_small_product(Steps& steps, Experts& c, const RowsOf& rows, int64_t K, 
                        const WeightsFrom& weights, double scale, void* out, int64_t out_stride);
 
 // Gate and up (saved where given) and h (where given) of every row.
-void add_pre_activations(Steps& steps, Workspace& workspace, Experts& c, const Tensor& x, const Tensor& w_in,
+void add_pre_activations(Steps& steps, Workspace& workspace, Experts& c, const Tensor& x, const StackedWeight& w_in,
                          const std::optional<Tensor>& b_in, void* gate, void* up, void* h);
 
 // out[t] = sum over the rows r of token t of weight[r] (null: 1) * (rows[r] weights^T + bias); not routed: out[r], and
-// zeros behind the experts' rows. `small` joins rows[r] weights^T.
+// zeros behind the experts' rows. `small` joins rows[r] weights^T. With
+// `second` the halves of k are of two weights.
 void add_combined_product(Steps& steps, Workspace& workspace, Experts& c, const RowsOf& rows, int64_t K, int64_t N,
                           const WeightsFrom& weights, const void* bias, const void* row_weight, void* out,
-                          const SmallRows& small = {});
+                          const SmallRows& small = {}, const WeightsFrom& second = {});
 
 // d_hidden [R, 2F] (d_gate, then d_up, or alternating) and h, times the row's weight where there is one; parts of the
 // gradient of the weight (null: not routed). `add` [kept, F] joins the gradient of h, unweighted.
-void add_hidden_gradient(Steps& steps, Experts& c, const Tensor& d_y, const Tensor& w_down, const void* gate,
+void add_hidden_gradient(Steps& steps, Experts& c, const Tensor& d_y, const StackedWeight& w_down, const void* gate,
                          const void* up, void* d_hidden, void* h, DType h_dtype, void* parts, int64_t num_parts,
                          const void* add = nullptr);
 

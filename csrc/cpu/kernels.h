@@ -9,6 +9,7 @@
 
 #include "../common/descriptors.h"
 #include "../common/dtypes.h"
+#include "../common/formats.h"
 #include "../common/gate.h"
 #include "dispatch.h"
 
@@ -30,6 +31,9 @@ constexpr int64_t kRowBytes = int64_t{24} << 10;
 struct Matrix : StridedMatrix {
   DType dtype = DType::kFloat32;
   const int64_t* rows = nullptr;  // row gather
+  // Quantised, read as float32: element (r, c) is that at (first_row + r * row_stride, first_col + c) of the codes.
+  const Codes* codes = nullptr;
+  int64_t first_row = 0, first_col = 0;
 };
 
 // One operand of a product, read as element (lane, k).
@@ -84,9 +88,11 @@ struct Gemm {
   bool mixed = false;  // storage dtypes differ, of one arithmetic: bfloat16 is then not multiplied in pairs
   Epilogue epilogue;
 
-  bool float64() const { return epilogue.dtype == DType::kFloat64; }                 // float64 arithmetic
-  bool in_bfloat16() const { return epilogue.dtype == DType::kBFloat16 && !mixed; }  // operands may stay bfloat16
-  int64_t element() const { return float64() ? 8 : 4; }                              // bytes of it
+  bool float64() const { return epilogue.dtype == DType::kFloat64; }  // float64 arithmetic
+  bool quantised() const { return b[0].matrix.codes != nullptr; }
+  // Operands may stay bfloat16.
+  bool in_bfloat16() const { return epilogue.dtype == DType::kBFloat16 && !mixed && !quantised(); }
+  int64_t element() const { return float64() ? 8 : 4; }  // bytes of it
   int64_t branches() const { return gated ? num_b / 2 : 1; }
   int64_t b_length() const { return gated ? K : K / num_b; }          // length of one B operand along k
   int64_t kc() const { return b_length() < kKC ? b_length() : kKC; }  // of the longest block of k
@@ -187,6 +193,14 @@ struct ColumnSum {
   void* out = nullptr;
 };
 
+// Rows of a quantised matrix, dense and rounded to `dtype`.
+struct Dequantize {
+  const Codes* codes = nullptr;
+  int64_t cols = 0;
+  void* out = nullptr;
+  DType dtype = DType::kFloat32;
+};
+
 // Rows from `kept` on are neither read nor computed.
 struct Routes : RowsOfTokens {
   int64_t kept = 0;
@@ -217,6 +231,8 @@ struct TopK : ChoiceOfExperts {
   Matrix logits;
 };
 
+constexpr int64_t kAxpyFuse = 8;  // Schedule::Kernel::kAxpy: rows at a time
+
 // Entry points of one instruction set. Each works on a range and is single-threaded.
 struct KernelTable {
   int64_t lanes;  // float32 lanes of a vector; float64: half
@@ -229,6 +245,7 @@ struct KernelTable {
   void (*gated_act)(const GatedAct&, const Range&);
   void (*gated_act_backward)(const GatedAct&, const Range&);
   void (*gated_act_double_backward)(const GatedAct&, const Range&);
+  void (*dequantize)(const Dequantize&, int64_t row_begin, int64_t row_end);
   // Adds the sums over the range of d_out (times dd_gate, where given) times own_factors of value (or slope).
   void (*own_sums)(const GatedAct&, const Range&, double* sums);
   void (*column_sum)(const ColumnSum&, int64_t col_begin, int64_t col_end);
@@ -248,7 +265,10 @@ inline int64_t top_k_scratch_bytes(const TopK& k) {
 inline int64_t gemm_scratch_bytes(const ScheduledGemm& g, const KernelTable& table) {
   const int64_t width = table.nr_vectors * table.lanes * 4 / g.element();
   const int64_t tile = g.mr * width;
-  if (g.kernel == Schedule::Kernel::kAxpy) return (2 * g.panels_m * g.nc_panels + 1) * tile * g.element();
+  if (g.kernel == Schedule::Kernel::kAxpy) {
+    const int64_t decoded = g.quantised() ? kAxpyFuse * (g.nc_panels + 1) * width : 0;
+    return ((2 * g.panels_m * g.nc_panels + 1) * tile + decoded) * g.element();
+  }
   if (g.kernel == Schedule::Kernel::kBroadcast)
     return (2 * tile + width * kSumBlock / g.kr + (g.branches() > 1 ? tile / 2 : 0)) * g.element();
   const int64_t b = g.kernel == Schedule::Kernel::kDot ? 0 : g.nc_panels * width * g.steps(g.kc());

@@ -10,30 +10,6 @@
 namespace ffn_ops {
 namespace {
 
-Experts with_routes(const MoeShape& s, const std::optional<Tensor>& token, const std::optional<Tensor>& weight,
-                    const Tensor& offsets, const std::optional<Tensor>& row,
-                    const std::optional<Tensor>& slot_offsets) {
-  Experts c;
-  c.dtype = s.dtype;
-  c.T = s.T;
-  c.D = s.D;
-  c.F = s.F;
-  c.O = s.O;
-  c.gated = s.gated;
-  c.interleaved = s.interleaved;
-  c.routed = s.routed;
-  c.form = s.form;
-  c.set_rows(offsets, s.E, s.R);
-  c.routes.tokens = c.T;
-  if (!c.routed) return c;
-  c.routes.token = check_indices(*token, "token", c.R, c.T - 1, c.keep);
-  c.routes.row = check_indices(*row, "row", c.R, c.R - 1, c.keep);
-  c.routes.slot_offsets = check_offsets(*slot_offsets, "slot_offsets", c.T, c.R, c.keep);
-  check_agreement(c.routes);
-  c.weight = dense_data(weight, c.keep);
-  return c;
-}
-
 // d_w [E, N, K] = sum over each expert's rows of d_out^T in, stored as the weight is.
 Tensor add_expert_weight_gradient(Steps& steps, Experts& c, const Tensor& w, const RowsOf& d_out, const RowsOf& in) {
   const int64_t N = w.size(1), K = w.size(2);
@@ -87,7 +63,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(Experts& c, const Tensor& x, const Te
   Workspace workspace;
   Steps steps(kernels(), workspace, threads());
   void* h = take_rows(workspace, c, c.F, c.dtype, "h");
-  add_pre_activations(steps, workspace, c, x, w_in, b_in, save ? gate.mutable_data_ptr() : nullptr,
+  add_pre_activations(steps, workspace, c, x, stacked(w_in, c.dtype), b_in, save ? gate.mutable_data_ptr() : nullptr,
                       save && c.gated ? up.mutable_data_ptr() : nullptr, h);
   const RowsOf h_rows = dense_rows(h, c.F, c.dtype);
   const SmallRows small = add_down_projection(steps, workspace, c, c.lora_down, h_rows);
@@ -128,7 +104,7 @@ Gradients backward(Experts& c, const Tensor& d_y, const Tensor& x, const std::op
   if (recompute && (need_hidden || need_h)) {
     void* fresh_gate = take_rows(workspace, c, c.F, c.dtype, "gate");
     void* fresh_up = c.gated ? take_rows(workspace, c, c.F, c.dtype, "up") : nullptr;
-    add_pre_activations(steps, workspace, c, x, w_in, b_in, fresh_gate, fresh_up, nullptr);
+    add_pre_activations(steps, workspace, c, x, stacked(w_in, c.dtype), b_in, fresh_gate, fresh_up, nullptr);
     gate_data = fresh_gate;
     up_data = fresh_up;
   }
@@ -149,7 +125,8 @@ Gradients backward(Experts& c, const Tensor& d_y, const Tensor& x, const std::op
       add_small_product(steps, c, dense_rows(d_down.data, d_down.rank, arithmetic), d_down.rank, c.F, d_down.weights, 1,
                         add, c.F);
     }
-    add_hidden_gradient(steps, c, d_y, w_down, gate_data, up_data, d_hidden, h, h_dtype, parts, num_parts, add);
+    add_hidden_gradient(steps, c, d_y, stacked(w_down, c.dtype), gate_data, up_data, d_hidden, h, h_dtype, parts,
+                        num_parts, add);
   } else if (need_h) {
     // The same kernel as in the epilogue, so that the bits do not depend on which gradients are asked for.
     GatedAct a;

@@ -22,6 +22,7 @@ ScheduledGemm small_operand_first(const Gemm& wanted, const KernelTable& table) 
   ScheduledGemm g{wanted, {}};
   const bool narrow = g.N * 2 * g.element() <= table.nr_vectors * table.lanes * 4;
   if (g.epilogue.kind != Epilogue::Kind::kStore || g.epilogue.add || g.M <= g.N || (g.K < kLongK && !narrow)) return g;
+  if (g.quantised()) return g;  // packed, a quantised weight would be as large as the dequantised one
   std::swap(g.M, g.N);
   g.transposed = true;
   return g;
@@ -83,7 +84,9 @@ void fill_schedule(ScheduledGemm& g, const KernelTable& table, int64_t workers, 
   g.nr = g.gated ? width / 2 : width;
   if (g.kernel == Schedule::Kernel::kDot || g.kernel == Schedule::Kernel::kBroadcast) {
     g.guided = workers == 1 ? 1 : std::max<int64_t>(2, tasks / 2);
-    if (g.epilogue.kind != Epilogue::Kind::kActivateGrad) g.nr = lanes;  // else of row_dots
+    // Else of row_dots; and codes need several vectors of rows at a time, as each has little to read.
+    const bool codes = g.kernel == Schedule::Kernel::kDot && g.quantised();
+    if (g.epilogue.kind != Epilogue::Kind::kActivateGrad && !codes) g.nr = lanes;
   }
   g.panels_n = divide_up(g.N, g.nr);
 

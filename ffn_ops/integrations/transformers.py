@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from .._quantized import QuantizedWeight
 from .._replace import ReplaceEntry, ReplaceReport
 from ..moe_ffn import MoEFFN
 from ..ops import moe, moe_combine, moe_dispatch, moe_experts
@@ -273,7 +274,7 @@ def experts_forward(self: Any, hidden_states: Any, top_k_index: Tensor, top_k_we
         raise _AskedError
     first = "gate_up_proj" if self.has_gate else "up_proj"
     w_in, w_down = getattr(self, first), self.down_proj
-    if self.is_transposed:
+    if self.is_transposed and not isinstance(w_in, QuantizedWeight):  # which has rows of outputs always
         w_in, w_down = w_in.transpose(1, 2), w_down.transpose(1, 2)
     if "parametrizations" in self._modules:
         adopt(_runs_ours)  # peft was imported after `register`; from the next call on it leaves the weights alone

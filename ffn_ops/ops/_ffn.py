@@ -12,7 +12,9 @@ from torch.nn import functional as F
 from .. import _checks as check
 from .._gate import Gate, as_gate, check_gate
 from .._library import differentiable, fake, vmap_by_loop
+from .._quantized import QuantizedWeight
 from ._gated_act import act_tangent, gated_act, gated_act_op
+from ._moe_quantized import quantized_ffn
 from ._shared import (
     autocast,
     backward_tangents,
@@ -31,10 +33,10 @@ from ._shared import (
 
 def ffn(
     x: Tensor,
-    w_in: Tensor,
-    w_down: Tensor,
+    w_in: Tensor | QuantizedWeight,
+    w_down: Tensor | QuantizedWeight,
     *,
-    w_up: Tensor | None = None,
+    w_up: Tensor | QuantizedWeight | None = None,
     gated: bool | None = None,
     b_in: Tensor | None = None,
     b_up: Tensor | None = None,
@@ -49,7 +51,7 @@ def ffn(
         w_in: ``[F, D]``, the gate's weight where ``w_up`` is given and the one input weight of a plain FFN; with
             ``gated=True`` and no ``w_up``, ``[2F, D]``, gate rows first, or alternating with those of up where the
             gate is ``interleaved``.
-        w_down: ``[D_out, F]``.
+        w_down: ``[D_out, F]``. Either all weights or none are a :class:`ffn_ops.QuantizedWeight`.
         w_up: ``[F, D]``: makes the FFN gated.
         gated: None means True if ``w_up`` is given.
         b_in, b_up, b_down: biases of the same widths as their weights' rows, or None.
@@ -74,7 +76,6 @@ def ffn(
         >>> torch.testing.assert_close(y, torch.relu(x @ w_gate.T) @ w_down.T)
     """
     check.first("x", x)
-    x, w_in, w_up, w_down, b_in, b_up, b_down = autocast(x, w_in, w_up, w_down, b_in, b_up, b_down)  # type: ignore[assignment]
     if gated is not None:
         check.flag("gated", gated)
         if w_up is not None and not gated:
@@ -82,6 +83,9 @@ def ffn(
     check.flag("recompute", recompute)
     gated = bool(gated) or w_up is not None
     gate = as_gate(activation, gated=gated, one_weight=gated and w_up is None)
+    if isinstance(w_in, QuantizedWeight) or isinstance(w_up, QuantizedWeight) or isinstance(w_down, QuantizedWeight):
+        return quantized_ffn(x, w_in, w_up, w_down, gated, b_in, b_up, b_down, gate, recompute)
+    x, w_in, w_up, w_down, b_in, b_up, b_down = autocast(x, w_in, w_up, w_down, b_in, b_up, b_down)  # type: ignore[assignment]
     if prefers_torch(x):
         _check_ffn(x, w_in, w_up, w_down, b_in, b_up, b_down, gated)
         return _ffn_by_torch(x, w_in, w_up, w_down, b_in, b_up, b_down, gated, gate)

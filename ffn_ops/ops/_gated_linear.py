@@ -14,7 +14,9 @@ from torch.nn import functional as F
 from .. import _checks as check
 from .._gate import Gate, as_gate, check_gate
 from .._library import differentiable, fake, vmap_by_loop
+from .._quantized import QuantizedWeight
 from ._gated_act import act_tangent, gated_act
+from ._moe_quantized import quantized_gated_linear
 from ._shared import (
     autocast,
     backward_tangents,
@@ -33,8 +35,8 @@ from ._shared import (
 
 def gated_linear(
     x: Tensor,
-    w_gate: Tensor | Sequence[Tensor],
-    w_up: Tensor | Sequence[Tensor],
+    w_gate: Tensor | QuantizedWeight | Sequence[Tensor | QuantizedWeight],
+    w_up: Tensor | QuantizedWeight | Sequence[Tensor | QuantizedWeight],
     *,
     b_gate: Tensor | Sequence[Tensor] | None = None,
     b_up: Tensor | Sequence[Tensor] | None = None,
@@ -44,7 +46,8 @@ def gated_linear(
 
     Args:
         x: ``[..., D]``; float64, float32, float16 or bfloat16.
-        w_gate, w_up: ``[F, D]`` each, or equally long sequences of such (one per branch).
+        w_gate, w_up: ``[F, D]`` each, or equally long sequences of such (one per branch). Either all or none are a
+            :class:`ffn_ops.QuantizedWeight`.
         b_gate, b_up: ``[F]`` each, or sequences; None for no bias.
         activation: a name or a :class:`ffn_ops.Gate`, of every branch.
 
@@ -67,9 +70,11 @@ def gated_linear(
     check.first("x", x)
     cast = iter(autocast(x, *(t for each in lists for t in each)))
     x = next(cast)  # type: ignore[assignment]
-    lists = [[next(cast) for _ in each] for each in lists]  # type: ignore[misc]
+    lists = [[next(cast) for _ in each] for each in lists]
     gates, ups, gate_biases, up_biases = lists
     kind = as_gate(activation, gated=True)
+    if any(isinstance(w, QuantizedWeight) for w in (*gates, *ups)):
+        return quantized_gated_linear(x, gates, ups, gate_biases, up_biases, kind)
     if prefers_torch(x):
         _check_gated_linear(x, gates, ups, gate_biases, up_biases)
         parts = [
@@ -91,12 +96,12 @@ def gated_linear(
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[-1])  # type: ignore[no-any-return]
 
 
-def _as_list(name: str, value: Any) -> list[Tensor]:
+def _as_list(name: str, value: Any) -> list[Any]:
     if value is None:
         return []
     values = list(value) if isinstance(value, (list, tuple)) else [value]
     for each in values:
-        if not isinstance(each, Tensor):
+        if not isinstance(each, (Tensor, QuantizedWeight) if name.startswith("w") else Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor or a list of them, got {type(each).__name__}")
     return values
 

@@ -10,9 +10,12 @@ from torch import Tensor
 from .. import _checks as check
 from .._gate import Gate, as_gate, check_gate
 from .._library import differentiable, fake, vmap_by_loop
+from .._quantized import QuantizedWeight
 from ._moe_derivatives import PLACES, moe_double_backward, moe_tangent
 from ._moe_lora import adapters as check_adapters
+from ._moe_lora import no_adapters as check_no_adapters
 from ._moe_lora import run as with_lora
+from ._moe_quantized import quantized_moe
 from ._rows import check_routing, check_weights, routing_weight
 from ._shared import (
     arithmetic,
@@ -34,8 +37,8 @@ if TYPE_CHECKING:
 def moe(
     x: Tensor,
     routing: Routing,
-    w_in: Tensor,
-    w_down: Tensor,
+    w_in: Tensor | QuantizedWeight,
+    w_down: Tensor | QuantizedWeight,
     *,
     gated: bool = False,
     b_in: Tensor | None = None,
@@ -56,7 +59,8 @@ def moe(
             widened.
         w_in: ``[E, F, D]``; gated ``[E, 2F, D]``, gate rows first, or alternating with those of up where the gate is
             ``interleaved``, as are those of ``b_in`` then.
-        w_down: ``[E, D_out, F]``. Weights may have any strides. The gradient of a transposed dense tensor is stored in
+        w_down: ``[E, D_out, F]``. Either both weights or none are a :class:`ffn_ops.QuantizedWeight`. Weights may have
+            any strides. The gradient of a transposed dense tensor is stored in
             that tensor's order.
         gated: whether ``w_in`` holds gate and up weights.
         b_in, b_down: ``[E, F]`` (gated ``[E, 2F]``) and ``[E, D_out]``, or None.
@@ -83,6 +87,9 @@ def moe(
         >>> ffn_ops.moe(x, routing, w_in, w_down).shape
         torch.Size([5, 8])
     """
+    if isinstance(w_in, QuantizedWeight) or isinstance(w_down, QuantizedWeight):
+        check_no_adapters(lora)
+        return quantized_moe(x, routing, None, w_in, w_down, gated, b_in, b_down, activation, recompute)
     check.first("x", x)
     x, w_in, w_down, b_in, b_down = autocast(x, w_in, w_down, b_in, b_down)  # type: ignore[assignment]
     check.is_routing(routing)
@@ -111,8 +118,8 @@ def moe(
 def moe_experts(
     rows: Tensor,
     offsets: Tensor,
-    w_in: Tensor,
-    w_down: Tensor,
+    w_in: Tensor | QuantizedWeight,
+    w_down: Tensor | QuantizedWeight,
     *,
     gated: bool = False,
     b_in: Tensor | None = None,
@@ -143,6 +150,9 @@ def moe_experts(
         >>> rows = ffn_ops.moe_experts(ffn_ops.moe_dispatch(x, routing), routing.offsets, w_in, w_down)
         >>> torch.testing.assert_close(ffn_ops.moe_combine(rows, routing), ffn_ops.moe(x, routing, w_in, w_down))
     """
+    if isinstance(w_in, QuantizedWeight) or isinstance(w_down, QuantizedWeight):
+        check_no_adapters(lora)
+        return quantized_moe(rows, None, offsets, w_in, w_down, gated, b_in, b_down, activation, recompute)
     check.first("rows", rows)
     rows, w_in, w_down, b_in, b_down = autocast(rows, w_in, w_down, b_in, b_down)  # type: ignore[assignment]
     form = expert_form(activation, gated, recompute)

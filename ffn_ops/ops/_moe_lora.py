@@ -39,6 +39,11 @@ def adapters(lora: Lora, x: Tensor, w_in: Tensor, w_down: Tensor) -> tuple[Any, 
     return _checked_pairs((lora.a_in, lora.b_in, lora.a_down, lora.b_down), x, w_in, w_down)
 
 
+def no_adapters(lora: Lora | None) -> None:
+    if lora is not None:
+        raise ValueError(f"lora: expected None with quantised weights, got an {type(check_lora(lora)).__name__}")
+
+
 def _checked_pairs(factors: Sequence[Any], x: Tensor, w_in: Tensor, w_down: Tensor) -> tuple[Any, ...]:
     a_in, b_in, a_down, b_down = factors
     experts = w_in.shape[0]

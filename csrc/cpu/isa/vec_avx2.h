@@ -94,6 +94,71 @@ FFN_FN void store_lanes(BFloat16* p, FloatLanes v, int n) { store_16bit(p, narro
 FFN_FN void store_lanes(Half* p, FloatLanes v) { store_16bit(p, narrow_half(v)); }
 FFN_FN void store_lanes(Half* p, FloatLanes v, int n) { store_16bit(p, narrow_half(v), n); }
 
+// ---- codes of quantised weights -------------------------------------------------------------------------------------
+
+// Bytes of a lane each; nibbles of half as many bytes, in the lowest bits of their lanes (bits above are not zero).
+FFN_FN Uint32Lanes byte_lanes(const uint8_t* p) {
+  return (Uint32Lanes)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+}
+FFN_FN Uint32Lanes nibble_lanes(const uint8_t* p) {
+  int four = 0;
+  __builtin_memcpy(&four, p, 4);
+  const __m256i bytes = _mm256_cvtepu8_epi64(_mm_cvtsi32_si128(four));
+  return (Uint32Lanes)_mm256_or_si256(bytes, _mm256_slli_epi64(bytes, 28));
+}
+
+// The entry of a table for the lowest four bits of each lane.
+struct NibbleTable {
+  __m256 low, high;
+};
+FFN_FN NibbleTable nibble_table(const float* values) { return {_mm256_load_ps(values), _mm256_load_ps(values + 8)}; }
+FFN_FN FloatLanes lookup_lanes(const NibbleTable& t, Uint32Lanes nibbles) {
+  const __m256 low = _mm256_permutevar8x32_ps(t.low, (__m256i)nibbles);
+  const __m256 high = _mm256_permutevar8x32_ps(t.high, (__m256i)nibbles);
+  return _mm256_blendv_ps(low, high, (__m256)(nibbles << 28));
+}
+
+// 16 bytes of each of W rows, as W lanes of four words: word d of row i is lane i of out[d].
+FFN_FN void transpose_words(const uint8_t* const* rows, int64_t at, Uint32Lanes (&out)[4]) {
+  __m256i four[4];
+  for (int j = 0; j < 4; ++j) {
+    const __m128i low = _mm_loadu_si128((const __m128i*)(rows[j] + at));
+    four[j] =
+        _mm256_inserti128_si256(_mm256_castsi128_si256(low), _mm_loadu_si128((const __m128i*)(rows[j + 4] + at)), 1);
+  }
+  const __m256i a = _mm256_unpacklo_epi32(four[0], four[1]), b = _mm256_unpackhi_epi32(four[0], four[1]);
+  const __m256i c = _mm256_unpacklo_epi32(four[2], four[3]), d = _mm256_unpackhi_epi32(four[2], four[3]);
+  out[0] = (Uint32Lanes)_mm256_unpacklo_epi64(a, c);
+  out[1] = (Uint32Lanes)_mm256_unpackhi_epi64(a, c);
+  out[2] = (Uint32Lanes)_mm256_unpacklo_epi64(b, d);
+  out[3] = (Uint32Lanes)_mm256_unpackhi_epi64(b, d);
+}
+
+// The values of a word's eight nibbles, the lowest first: bytes by table, which are integers.
+struct WordTable {
+  __m256i values;
+};
+FFN_FN WordTable word_table(const int8_t* values) {
+  return {_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)values))};
+}
+FFN_FN void word_nibbles(const WordTable& t, Uint32Lanes words, FloatLanes (&out)[8]) {
+  const __m256i mask = _mm256_set1_epi8(15);
+  const __m256i even = _mm256_shuffle_epi8(t.values, _mm256_and_si256((__m256i)words, mask));
+  const __m256i odd = _mm256_shuffle_epi8(t.values, _mm256_and_si256(_mm256_srli_epi32((__m256i)words, 4), mask));
+  for (int e = 0; e < 4; ++e) {
+    out[2 * e] = _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(even, 24 - 8 * e), 24));
+    out[2 * e + 1] = _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(odd, 24 - 8 * e), 24));
+  }
+}
+
+// Bits of e4m3 as halves: exact, but 256 times smaller.
+FFN_FN FloatLanes e4m3_half_lanes(const uint8_t* p) {
+  const __m128i b = _mm_cvtepu8_epi16(_mm_loadl_epi64((const __m128i*)p));
+  const __m128i sign = _mm_slli_epi16(_mm_and_si128(b, _mm_set1_epi16(0x80)), 8);
+  const __m128i magnitude = _mm_slli_epi16(_mm_and_si128(b, _mm_set1_epi16(0x7f)), 7);
+  return _mm256_cvtph_ps(_mm_or_si128(sign, magnitude));
+}
+
 // ---- transposition --------------------------------------------------------------------------------------------------
 
 // 4x4 blocks within the 128-bit halves first, then the halves change places.

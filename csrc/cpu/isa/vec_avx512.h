@@ -101,6 +101,63 @@ FFN_FN void store_lanes(BFloat16* p, FloatLanes v, int n) {
 FFN_FN void store_lanes(Half* p, FloatLanes v) { _mm256_storeu_si256((__m256i*)p, narrow_half(v)); }
 FFN_FN void store_lanes(Half* p, FloatLanes v, int n) { _mm256_mask_storeu_epi16(p, tail_mask16(n), narrow_half(v)); }
 
+// ---- codes of quantised weights -------------------------------------------------------------------------------------
+
+// Bytes of a lane each; nibbles of half as many bytes, in the lowest bits of their lanes (bits above are not zero).
+FFN_FN Uint32Lanes byte_lanes(const uint8_t* p) {
+  return (Uint32Lanes)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+}
+FFN_FN Uint32Lanes nibble_lanes(const uint8_t* p) {
+  const __m512i bytes = _mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i*)p));
+  return (Uint32Lanes)_mm512_or_si512(bytes, _mm512_slli_epi64(bytes, 28));
+}
+
+// The entry of a table for the lowest four bits of each lane.
+struct NibbleTable {
+  __m512 values;
+};
+FFN_FN NibbleTable nibble_table(const float* values) { return {_mm512_load_ps(values)}; }
+FFN_FN FloatLanes lookup_lanes(const NibbleTable& t, Uint32Lanes nibbles) {
+  return _mm512_permutexvar_ps((__m512i)nibbles, t.values);
+}
+
+// 16 bytes of each of W rows, as W lanes of four words: word d of row i is lane i of out[d].
+FFN_FN void transpose_words(const uint8_t* const* rows, int64_t at, Uint32Lanes (&out)[4]) {
+  __m512i four[4];
+  for (int j = 0; j < 4; ++j) {
+    const auto of = [&](int i)
+                        __attribute__((always_inline)) { return _mm_loadu_si128((const __m128i*)(rows[i] + at)); };
+    const __m256i low = _mm256_inserti128_si256(_mm256_castsi128_si256(of(j)), of(j + 4), 1);
+    const __m256i high = _mm256_inserti128_si256(_mm256_castsi128_si256(of(j + 8)), of(j + 12), 1);
+    four[j] = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+  }
+  const __m512i a = _mm512_unpacklo_epi32(four[0], four[1]), b = _mm512_unpackhi_epi32(four[0], four[1]);
+  const __m512i c = _mm512_unpacklo_epi32(four[2], four[3]), d = _mm512_unpackhi_epi32(four[2], four[3]);
+  out[0] = (Uint32Lanes)_mm512_unpacklo_epi64(a, c);
+  out[1] = (Uint32Lanes)_mm512_unpackhi_epi64(a, c);
+  out[2] = (Uint32Lanes)_mm512_unpacklo_epi64(b, d);
+  out[3] = (Uint32Lanes)_mm512_unpackhi_epi64(b, d);
+}
+
+// The values of a word's eight nibbles, the lowest first.
+struct WordTable {
+  __m512 values;
+};
+FFN_FN WordTable word_table(const int8_t* values) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)values)))};
+}
+FFN_FN void word_nibbles(const WordTable& t, Uint32Lanes words, FloatLanes (&out)[8]) {
+  for (int e = 0; e < 8; ++e) out[e] = _mm512_permutexvar_ps((__m512i)(words >> (4 * e)), t.values);
+}
+
+// Bits of e4m3 as halves: exact, but 256 times smaller.
+FFN_FN FloatLanes e4m3_half_lanes(const uint8_t* p) {
+  const __m256i b = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)p));
+  const __m256i sign = _mm256_slli_epi16(_mm256_and_si256(b, _mm256_set1_epi16(0x80)), 8);
+  const __m256i magnitude = _mm256_slli_epi16(_mm256_and_si256(b, _mm256_set1_epi16(0x7f)), 7);
+  return _mm512_cvtph_ps(_mm256_or_si256(sign, magnitude));
+}
+
 // ---- transposition --------------------------------------------------------------------------------------------------
 
 // 4x4 blocks within the 128-bit quarters first, then two rounds move the quarters.

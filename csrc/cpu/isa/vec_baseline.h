@@ -148,4 +148,50 @@ FFN_FN void transpose_lanes(DoubleLanes (&r)[2]) {
   r[1] = b;
 }
 
+// ---- codes of quantised weights -------------------------------------------------------------------------------------
+
+// Bytes of a lane each; nibbles of half as many bytes, in the lowest bits of their lanes (bits above are not zero).
+FFN_FN Uint32Lanes byte_lanes(const uint8_t* p) { return Uint32Lanes{p[0], p[1], p[2], p[3]}; }
+FFN_FN Uint32Lanes nibble_lanes(const uint8_t* p) {
+  const uint32_t first = p[0], second = p[1];
+  return Uint32Lanes{first, first >> 4, second, second >> 4};
+}
+
+// The entry of a table for the lowest four bits of each lane.
+struct NibbleTable {
+  const float* values;
+};
+FFN_FN NibbleTable nibble_table(const float* values) { return {values}; }
+FFN_FN FloatLanes lookup_lanes(const NibbleTable& t, Uint32Lanes nibbles) {
+  return FloatLanes{t.values[nibbles[0] & 15u], t.values[nibbles[1] & 15u], t.values[nibbles[2] & 15u],
+                    t.values[nibbles[3] & 15u]};
+}
+
+// 16 bytes of each of W rows, as W lanes of four words: word d of row i is lane i of out[d].
+FFN_FN void transpose_words(const uint8_t* const* rows, int64_t at, Uint32Lanes (&out)[4]) {
+  FloatLanes four[4];
+  for (int i = 0; i < 4; ++i) four[i] = load_bits<FloatLanes>(rows[i] + at);
+  transpose_lanes(four);
+  for (int d = 0; d < 4; ++d) out[d] = (Uint32Lanes)four[d];
+}
+
+// The values of a word's eight nibbles, the lowest first.
+struct WordTable {
+  float values[16];
+};
+FFN_FN WordTable word_table(const int8_t* values) {
+  WordTable t;
+  for (int i = 0; i < 16; ++i) t.values[i] = values[i];
+  return t;
+}
+FFN_FN void word_nibbles(const WordTable& t, Uint32Lanes words, FloatLanes (&out)[8]) {
+  for (int e = 0; e < 8; ++e) out[e] = lookup_lanes({t.values}, words >> (4 * e));
+}
+
+// Bits of e4m3 as halves: exact, but 256 times smaller.
+FFN_FN FloatLanes e4m3_half_lanes(const uint8_t* p) {
+  const Uint32Lanes b = byte_lanes(p);
+  return widen_half(narrow_bits(((b & 0x80u) << 8) | ((b & 0x7fu) << 7)));
+}
+
 #include "vec.h"

@@ -38,6 +38,8 @@ FFN_FN void store_part(S* to, V v, int64_t n) {
   else store(to, v, static_cast<int>(n));
 }
 
+#include "codes.h"
+
 // n elements of one row from column c on, the rest of a vector zero.
 template <class V, class S>
 FFN_FN V load_columns(const S* row, int64_t col_stride, int64_t c, int64_t n) {
@@ -161,11 +163,58 @@ void pack_copied(const Matrix& m, int64_t lane0, int64_t valid, int64_t k0, int6
   }
 }
 
+// Rows [r0, r0 + rows) of a quantised matrix from column c on, n elements each, as a matrix in `buffer`.
+FFN_FN Matrix decoded(const Matrix& m, int64_t r0, int64_t rows, int64_t c, int64_t n, float* buffer, int64_t stride) {
+  for (int64_t i = 0; i < rows; ++i) decode_row(m, r0 + i, c, n, buffer + i * stride);
+  Matrix d;
+  d.data = buffer;
+  d.row_stride = stride;
+  return d;
+}
+
+// pack_panels of a quantised operand, in pieces that are decoded in L1.
+template <class V>
+void pack_codes(const Operand& op, int64_t lane0, int64_t lane_end, int64_t k0, int64_t kc, int64_t panel_lanes,
+                float* out, int64_t stride, int64_t panel_step, int64_t panels) {
+  constexpr int64_t W = V::kLanes, kStride = kDecodeAtOnce + 16;
+  alignas(64) float buffer[kRowsAtOnce * kStride];
+  if (op.k_along_rows) {
+    const int64_t together = kDecodeAtOnce / panel_lanes;
+    for (int64_t k = 0; k < kc; k += kRowsAtOnce) {
+      const int64_t n = kc - k < kRowsAtOnce ? kc - k : kRowsAtOnce;
+      for (int64_t p = 0; p < panels; p += together) {
+        const int64_t count = panels - p < together ? panels - p : together;
+        const int64_t lane = lane0 + p * panel_lanes, left = lane_end - lane > 0 ? lane_end - lane : 0;
+        const int64_t valid = left < count * panel_lanes ? left : count * panel_lanes;
+        const Matrix piece = decoded(op.matrix, k0 + k, n, lane, valid, buffer, kStride);
+        pack_copied<V, float>(piece, 0, valid, 0, n, panel_lanes, out + p * panel_step + k * stride, stride, panel_step,
+                              count);
+      }
+    }
+    return;
+  }
+  for (int64_t p = 0; p < panels; ++p) {
+    for (int64_t i = 0; i < panel_lanes; i += W) {
+      const int64_t lane = lane0 + p * panel_lanes + i, room = panel_lanes - i < W ? panel_lanes - i : W;
+      const int64_t left = lane_end - lane > 0 ? lane_end - lane : 0, valid = left < room ? left : room;
+      for (int64_t k = 0; k < kc; k += kDecodeAtOnce) {
+        const int64_t n = kc - k < kDecodeAtOnce ? kc - k : kDecodeAtOnce;
+        const Matrix piece = decoded(op.matrix, lane, valid, k0 + k, n, buffer, kStride);
+        pack_transposed<V, float>(piece, 0, room, valid, 0, n, out + p * panel_step + k * stride + i, stride);
+      }
+    }
+  }
+}
+
 // Packs `panels` panels of `panel_lanes` lanes each, starting at lane0; lanes from `lane_end` on are zero.
 template <class V>
 void pack_panels(const Operand& op, int64_t lane0, int64_t lane_end, int64_t k0, int64_t kc, int64_t panel_lanes,
                  typename V::Scalar* out, int64_t stride, int64_t panel_step, int64_t panels) {
   constexpr int64_t W = V::kLanes;
+  if constexpr (__is_same(V, Vec<float>)) {
+    if (op.matrix.codes)
+      return pack_codes<V>(op, lane0, lane_end, k0, kc, panel_lanes, out, stride, panel_step, panels);
+  }
   dispatch_operand<V>(op.matrix.dtype, [&](auto storage) {
     using S = typename decltype(storage)::Type;
     if (op.k_along_rows) {

@@ -3,6 +3,16 @@
 // to end, as streams that the hardware can follow, and multiplied at once: nothing is packed. The sums run in the same
 // order as those of the packed product, so results have the same bits.
 
+// Quantised operands are decoded into float32.
+template <class V, class S>
+constexpr bool kDecodes = __is_same(V, Vec<float>) && __is_same(S, float);
+
+// A row of a matrix that is not quantised; those are not streams of S.
+template <class S>
+FFN_FN const S* stream_pointer(const Matrix& m, int64_t r) {
+  return m.codes ? nullptr : row_pointer<S>(m, r);
+}
+
 // acc[t] += sum over n steps of k of a[k][t] * block[k].
 template <int H, class V>
 FFN_FN void multiply_block(const typename V::Scalar* a, const V* block, int64_t n, typename V::Sum (&acc)[H]) {
@@ -77,38 +87,6 @@ void dot_kernel(const Matrix& m, int64_t lane0, int64_t valid, int64_t K, const 
   }
   FFN_UNROLL
   for (int t = 0; t < H; ++t) store(tile + t * kNRVectors * W, total[t]);
-}
-
-template <class V>
-void dot_task(const ScheduledGemm& g, int64_t task, void* scratch) {
-  using T = typename V::Scalar;
-  constexpr int64_t W = V::kLanes;
-  constexpr int64_t kWidth = kNRVectors * W;
-  T* tile = static_cast<T*>(scratch);
-  T* sums = tile + g.mr * kWidth;
-  // One panel: its blocks of k follow each other, so k runs on through them.
-  const T* a = static_cast<const T*>(g.packed_a);
-  const int64_t operands = g.gated ? 2 : 1;
-  const Operand* const streamed = g.transposed ? &g.a : g.b;
-  dispatch_operand<V>(streamed->matrix.dtype, [&](auto tag) {
-    using S = typename decltype(tag)::Type;
-    const auto kernel = choose<kDotRows>(g.mr, [](auto rows) { return &dot_kernel<V, S, decltype(rows)::value>; });
-    const Schedule::Panels panels = g.guided_panels(task);
-    for (int64_t q = panels.begin; q < panels.end; ++q) {
-      const int64_t col = q * g.nr;
-      const int64_t cols = g.N - col < g.nr ? g.N - col : g.nr;
-      const int64_t vectors = divide_up(cols, W), count = g.branches() * operands * vectors;
-      const auto rows = [&](int64_t i) { return row_pointer<S>(streamed[i / vectors].matrix, col + i % vectors * W); };
-      for (int64_t i = 0; i < count; ++i) {
-        const int64_t lane = i % vectors * W, operand = i / vectors;
-        const S* next = i + 1 < count ? rows(i + 1) : row_pointer<S>(streamed->matrix, col + cols);
-        kernel(streamed[operand].matrix, col + lane, cols - lane < W ? cols - lane : W, g.K, a,
-               tile + operand % operands * (kWidth / 2) + lane, next);
-        if ((i + 1) % (operands * vectors) == 0)
-          finish_tile<typename V::Sum>(g, operand / operands, tile, {0, g.M, col, cols}, sums);
-      }
-    }
-  });
 }
 
 // Rows along k, tokens in the lanes: dots[R][N vectors] (+)= sum over a block of k of row r's element k * x[k][N
@@ -194,6 +172,43 @@ void broadcast_panel(const Matrix& m, int64_t first, int64_t count, int64_t K, c
     broadcast_rows<V, S, 1, N>(row(r), m.row_stride, K, x, dots + r * kVectors, copied, row(r + 1));
 }
 
+#include "stream_codes.h"
+
+template <class V>
+void dot_task(const ScheduledGemm& g, int64_t task, void* scratch) {
+  if constexpr (__is_same(V, Vec<float>)) {
+    if (g.quantised()) return dot_codes_task(g, task, scratch);
+  }
+  using T = typename V::Scalar;
+  constexpr int64_t W = V::kLanes;
+  constexpr int64_t kWidth = kNRVectors * W;
+  T* tile = static_cast<T*>(scratch);
+  T* sums = tile + g.mr * kWidth;
+  // One panel: its blocks of k follow each other, so k runs on through them.
+  const T* a = static_cast<const T*>(g.packed_a);
+  const int64_t operands = g.gated ? 2 : 1;
+  const Operand* const streamed = g.transposed ? &g.a : g.b;
+  dispatch_operand<V>(streamed->matrix.dtype, [&](auto tag) {
+    using S = typename decltype(tag)::Type;
+    const auto kernel = choose<kDotRows>(g.mr, [](auto rows) { return &dot_kernel<V, S, decltype(rows)::value>; });
+    const Schedule::Panels panels = g.guided_panels(task);
+    for (int64_t q = panels.begin; q < panels.end; ++q) {
+      const int64_t col = q * g.nr;
+      const int64_t cols = g.N - col < g.nr ? g.N - col : g.nr;
+      const int64_t vectors = divide_up(cols, W), count = g.branches() * operands * vectors;
+      const auto rows = [&](int64_t i) { return row_pointer<S>(streamed[i / vectors].matrix, col + i % vectors * W); };
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t lane = i % vectors * W, operand = i / vectors;
+        const S* next = i + 1 < count ? rows(i + 1) : row_pointer<S>(streamed->matrix, col + cols);
+        kernel(streamed[operand].matrix, col + lane, cols - lane < W ? cols - lane : W, g.K, a,
+               tile + operand % operands * (kWidth / 2) + lane, next);
+        if ((i + 1) % (operands * vectors) == 0)
+          finish_tile<typename V::Sum>(g, operand / operands, tile, {0, g.M, col, cols}, sums);
+      }
+    }
+  });
+}
+
 template <class V>
 void broadcast_task(const ScheduledGemm& g, int64_t task, void* scratch) {
   using T = typename V::Scalar;
@@ -209,15 +224,20 @@ void broadcast_task(const ScheduledGemm& g, int64_t task, void* scratch) {
   const Schedule::Panels panels = g.guided_panels(task);
   dispatch_operand<V>(g.b[0].matrix.dtype, [&](auto tag) {
     using S = typename decltype(tag)::Type;
-    const auto kernel =
+    auto kernel =
         choose<kBroadcastVectors>(tokens / W, [](auto n) { return &broadcast_panel<V, S, decltype(n)::value>; });
+    if constexpr (kDecodes<V, S>) {
+      if (g.quantised())
+        kernel =
+            choose<kBroadcastVectors>(tokens / W, [](auto n) { return &broadcast_codes_panel<V, decltype(n)::value>; });
+    }
     for (int64_t q = panels.begin; q < panels.end; ++q) {
       const int64_t col = q * g.nr;
       const int64_t cols = g.N - col < g.nr ? g.N - col : g.nr;
       for (int64_t i = 0; i < g.branches() * operands; ++i) {
         const bool more = i + 1 < g.branches() * operands;
         kernel(g.b[i].matrix, col, cols, g.K, x, dots, copied,
-               row_pointer<S>(g.b[more ? i + 1 : 0].matrix, more ? col : col + cols));
+               stream_pointer<S>(g.b[more ? i + 1 : 0].matrix, more ? col : col + cols));
         T* half_tile = tile + i % operands * half;
         for (int64_t j = 0; j < cols; j += W) {
           for (int64_t t = 0; t < tokens; t += W) {
@@ -287,6 +307,7 @@ void axpy_task(const ScheduledGemm& g, int64_t task, void* scratch) {
   T* partial = static_cast<T*>(scratch);  // [panels_m * H][stride]
   T* totals = partial + g.panels_m * H * stride;
   T* tile = totals + g.panels_m * H * stride;
+  T* decoded = tile + H * kWidth;  // quantised: [kAxpyFuse][stride + kWidth]
   const int64_t begin = task * stride;
   const int64_t cols = g.N - begin < stride ? g.N - begin : stride;
   for (int64_t i = 0; i < g.k_blocks(); ++i) {
@@ -301,7 +322,17 @@ void axpy_task(const ScheduledGemm& g, int64_t task, void* scratch) {
             (k / kSumBlock + 1) * kSumBlock < c.length ? (k / kSumBlock + 1) * kSumBlock : c.length;
         n = block_end - k < rows_at_once ? block_end - k : rows_at_once;
         const S* row[kAxpyFuse * V::kKR];
-        for (int64_t r = 0; r < n; ++r) row[r] = row_pointer<S>(m, c.k + k + r) + begin;
+        for (int64_t r = 0; r < n; ++r) {
+          if constexpr (kDecodes<V, S>) {
+            if (m.codes) {
+              S* const to = static_cast<S*>(static_cast<void*>(decoded + r * (stride + kWidth)));  // depends on S
+              decode_row(m, c.k + k + r, begin, cols, to);
+              row[r] = to;
+              continue;
+            }
+          }
+          row[r] = row_pointer<S>(m, c.k + k + r) + begin;
+        }
         for (int64_t p = 0; p < g.panels_m; ++p)
           add(row, n, cols, a + (p * c.steps + k / V::kKR) * H, partial + p * H * stride, totals + p * H * stride,
               stride, k % kSumBlock == 0, k + n == block_end, i > 0 || k >= kSumBlock);

@@ -8,7 +8,6 @@ constexpr int64_t kL2Panels = 16;                    // A panels that stay in L2
 constexpr int64_t kRowsAtOnce = 16;                  // where rows are copied
 constexpr int64_t kRowsAhead = 16;                   // the same: what is asked for
 constexpr int64_t kStreamBytes = 512;                // in each row while streaming
-constexpr int64_t kAxpyFuse = 8;                     // streams at a time, see axpy_fuse
 constexpr int kAxpyRows = kMR * kNRVectors * 2 / 3;  // accumulators, where the rest is one row and its factor
 
 #include "act.h"
@@ -137,6 +136,7 @@ const KernelTable kTable = {Vec<float>::kLanes,
                             FFN_OPS_ENTRY(gated_act),
                             FFN_OPS_ENTRY(gated_act_backward),
                             FFN_OPS_ENTRY(gated_act_double_backward),
+                            FFN_OPS_ENTRY(dequantize),
                             FFN_OPS_ENTRY(own_sums),
                             FFN_OPS_ENTRY(column_sum),
                             FFN_OPS_ENTRY(dispatch_rows),

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""QuantizedWeight: a weight in the bytes of its checkpoint. How other libraries lay them out is in readers.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from .. import _checks as check
+from .._library import overload
+from .formats import FORMATS, check_parts, columns
+from .readers import Readers
+
+_dequantize = overload("dequantize")
+
+
+class QuantizedWeight(Readers, nn.Module):
+    """A constant weight ``[N, K]`` or ``[E, N, K]``, held as codes and scales, which operators take as a weight.
+
+    It has no gradient: x, the routing's weights and biases do. It is a module without a forward, so that its tensors
+    are buffers of the layer that holds it: in the state dict, moved by ``to`` (which leaves their dtypes), copied and
+    pickled. Format and shape do not change. It is also a pytree of its tensors.
+
+    Args:
+        format: ``mxfp4``, ``nvfp4``, ``fp8`` (e4m3), ``int8``, ``int4`` (symmetric, stored plus 8), ``uint4`` (with a
+            zero for each group), or GGUF's ``q8_0``, ``q4_0``, ``q4_k``, ``q5_k``, ``q6_k``, ``gguf_mxfp4``.
+        codes: uint8 ``[..., N, bytes]``. 4-bit codes lie two in a byte, the low nibble first.
+        scales: ``[..., ceil(N / rows), ceil(K / columns)]``, one for each block; None for GGUF, which holds them in its
+            codes. uint8 stands for e8m0, in ``nvfp4`` for e4m3.
+        zeros: of ``uint4``: uint8, nibbles of neighbouring groups in a byte, the low nibble first.
+        factor: of ``nvfp4``: float32, for each expert, of all its scales.
+        block: rows and columns of a scale.
+
+    The value of an element is its code times its scale: in ``uint4`` code minus zero, in ``nvfp4`` the scale times the
+    factor, rounded, in ``q4_k`` and ``q5_k`` minus the block's minimum. Each step is rounded to float32.
+
+    Raises:
+        TypeError, ValueError: with the argument, what was expected and what came.
+
+    Source:
+        OCP Microscaling Formats (MX) Specification 1.0 (2023); DeepSeek-V3 (2024), section 3.3; ggml's
+        ``ggml-quants.c``.
+
+    Example:
+        >>> w = ffn_ops.quantize(torch.randn(64, 128), "mxfp4")
+        >>> w
+        QuantizedWeight(mxfp4, [64, 128], 0.0 of 0.0 MB in bfloat16)
+        >>> w.nbytes, w.dequantize().shape
+        (4352, torch.Size([64, 128]))
+    """
+
+    format: str
+    block: tuple[int, int]
+    codes: Tensor
+
+    def __init__(
+        self,
+        format: str,
+        codes: Tensor,
+        scales: Tensor | None = None,
+        *,
+        zeros: Tensor | None = None,
+        factor: Tensor | None = None,
+        block: tuple[int, int] = (1, 1),
+    ) -> None:
+        super().__init__()
+        check.choice("format", format, tuple(FORMATS))
+        for each in block:
+            check.positive("block", each)
+        given = {"codes": codes, "scales": scales, "zeros": zeros, "factor": factor}
+        wanted = ("codes", *FORMATS[format].parts)
+        for name, t in given.items():
+            if name in wanted and not isinstance(t, Tensor):
+                raise TypeError(f"{name}: expected a torch.Tensor in {format}, got {type(t).__name__}")
+            if name not in wanted and t is not None:
+                raise TypeError(f"{name}: expected None in {format}, got {type(t).__name__}")
+        parts: dict[str, Any] = {name: given[name] for name in wanted}
+        check_parts(format, block, parts)
+        for name, t in parts.items():
+            self.register_buffer(name, t.detach().contiguous())
+        object.__setattr__(self, "block", (int(block[0]), int(block[1])))
+        object.__setattr__(self, "format", format)
+
+    @property
+    def parts(self) -> list[Tensor]:
+        """Codes, then scales, then zeros or the factor: what the format has."""
+        return [self._buffers[name] for name in ("codes", *FORMATS[self.format].parts)]  # type: ignore[misc]
+
+    @property
+    def shape(self) -> torch.Size:
+        """``[N, K]`` or ``[E, N, K]``."""
+        return torch.Size((*self.codes.shape[:-1], columns(self.format, self.codes)))
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its tensors."""
+        return sum(t.nbytes for t in self.parts)
+
+    def dim(self) -> int:
+        return self.codes.dim()
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """All values as a dense tensor: computed in float32, rounded once to a 16-bit ``dtype``."""
+        if dtype not in check.DTYPES:
+            name = str(dtype).removeprefix("torch.")
+            raise TypeError(f"dtype: expected float64, float32, float16 or bfloat16, got {name}")
+        parts, name = self.stacked()
+        inner = torch.float32 if dtype is torch.float64 else dtype
+        values: Tensor = _dequantize(parts, name, str(inner).removeprefix("torch."))
+        return values.reshape(self.shape).to(dtype)
+
+    def stacked(self) -> tuple[list[Tensor], str]:
+        """The tensors with a dimension of experts, and the format's name, as operators take them."""
+        parts = self.parts if self.codes.dim() == 3 else [t.unsqueeze(0) for t in self.parts]
+        return parts, f"{self.format}:{self.block[0]}x{self.block[1]}"
+
+    def requires_grad_(self, requires_grad: bool = True) -> QuantizedWeight:
+        if requires_grad:
+            raise TypeError(
+                "requires_grad: expected False of a QuantizedWeight, which is a constant without a gradient, got True;"
+                " train LoRA adapters beside it, or its dequantize()"
+            )
+        return self
+
+    def extra_repr(self) -> str:
+        dense = 2e-6 * self.shape.numel()
+        return f"{self.format}, {list(self.shape)}, {self.nbytes * 1e-6:.1f} of {dense:.1f} MB in bfloat16"
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if "format" in self.__dict__ and not name.startswith("_") and name != "training":
+            old = self._buffers.get(name)
+            same = isinstance(value, Tensor) and isinstance(old, Tensor) and value.shape == old.shape
+            if not same or value.dtype is not old.dtype:  # type: ignore[union-attr]
+                raise AttributeError(f"{name}: a QuantizedWeight does not change, make another one")
+        super().__setattr__(name, value)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedWeight:
+        """Moves bytes, so that a change of the model's dtype leaves scales as they are."""
+        for name, t in self._buffers.items():
+            if t is not None:
+                moved = fn(t.reshape(-1).view(torch.uint8))
+                if moved.dtype is torch.uint8:
+                    self._buffers[name] = moved.view(t.dtype).reshape(t.shape)
+        return self
+
+
+def _flatten(w: QuantizedWeight) -> tuple[list[Any], Any]:
+    return w.parts, (w.format, w.block)
+
+
+def _unflatten(parts: Any, context: Any) -> QuantizedWeight:
+    """Takes what a tree map returns, which need not be tensors."""
+    w = QuantizedWeight.__new__(QuantizedWeight)
+    nn.Module.__init__(w)
+    format, block = context
+    for name, t in zip(("codes", *FORMATS[format].parts), parts, strict=True):
+        w._buffers[name] = t
+    object.__setattr__(w, "block", block)
+    object.__setattr__(w, "format", format)
+    return w
+
+
+def _with_keys(w: QuantizedWeight) -> tuple[list[Any], Any]:
+    parts, context = _flatten(w)
+    names = ("codes", *FORMATS[w.format].parts)
+    return [(pytree.GetAttrKey(name), t) for name, t in zip(names, parts, strict=True)], context
+
+
+pytree.register_pytree_node(
+    QuantizedWeight,
+    _flatten,
+    _unflatten,
+    serialized_type_name="ffn_ops.QuantizedWeight",
+    flatten_with_keys_fn=_with_keys,
+)

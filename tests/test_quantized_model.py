@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""``quantize_``: experts of modules and of transformers' models, against the same models on dequantised weights."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from device import generator
+from torch import nn
+
+import ffn_ops
+from ffn_ops import QuantizedWeight
+
+pytestmark = pytest.mark.cpu_only("quantised weights have no CUDA kernels")
+
+
+def dense_again(model: nn.Module) -> nn.Module:
+    """A copy with plain parameters of the dequantised values."""
+    model = copy.deepcopy(model)
+    for module in list(model.modules()):
+        for name, w in list(module.named_children()):
+            if isinstance(w, QuantizedWeight):
+                values = w.dequantize()
+                turned = getattr(module, "is_transposed", False)
+                delattr(module, name)
+                setattr(module, name, nn.Parameter(values.transpose(1, 2) if turned else values))
+    return model
+
+
+@pytest.mark.parametrize("format", ["mxfp4", "int8", "int4", "fp8"])
+def test_a_mixture_computes_with_its_quantised_weights(format: str) -> None:
+    torch.manual_seed(0)
+    layer = nn.Sequential(ffn_ops.MoEFFN(64, 96, num_experts=4, top_k=2, gated=True, num_shared=1))
+    x = torch.randn(2, 5, 64, requires_grad=True)
+    before = layer(x).detach()
+    report = ffn_ops.quantize_(layer, format)
+    assert report.paths("quantised") == ["0"]
+    dense = dense_again(layer)
+    y, expected = layer(x), dense(x)
+    assert torch.equal(y, expected)
+    assert 0 < (y - before).norm() < 0.3 * before.norm()
+    grads = [torch.autograd.grad(out.sum(), x)[0] for out in (y, expected)]
+    assert torch.equal(*grads)
+    other = nn.Sequential(ffn_ops.MoEFFN(64, 96, num_experts=4, top_k=2, gated=True, num_shared=1))
+    ffn_ops.quantize_(other, format)
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other(x), y)
+    assert ffn_ops.quantize_(layer, format).paths("left") == ["0"]
+
+
+def test_a_layer_that_cannot_be_quantised_stays_as_it_was() -> None:
+    layer = ffn_ops.MoEFFN(33, 32, num_experts=2, top_k=1)
+    with pytest.raises(ValueError, match="group: expected a divisor of K = 33"):
+        ffn_ops.quantize_(layer, "int4")
+    assert type(layer.w_in) is nn.Parameter and type(layer.w_down) is nn.Parameter
+    with pytest.raises(TypeError, match=r"model: expected an nn\.Module"):
+        ffn_ops.quantize_(layer.w_in, "int4")  # type: ignore[arg-type]
+
+
+def test_gpt_oss_finds_its_checkpoint_again() -> None:
+    """Weights of MXFP4 values, as transformers dequantises them: quantised again they are the same, and so are logits
+    and generated tokens."""
+    transformers = pytest.importorskip("transformers")
+    from ffn_ops.integrations.transformers import register
+
+    register()
+    torch.manual_seed(0)
+    config = transformers.GptOssConfig(
+        vocab_size=50, hidden_size=64, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=32, num_local_experts=4, num_experts_per_tok=2, pad_token_id=0,
+    )  # fmt: skip
+    model: Any = transformers.AutoModelForCausalLM.from_config(config, experts_implementation="ffn_ops").eval()
+    g = generator(1)
+    for module in model.modules():
+        if hasattr(module, "gate_up_proj"):
+            for name in ("gate_up_proj", "down_proj"):
+                w = getattr(module, name)
+                E, K, N = w.shape
+                blocks = torch.randint(256, (E, N, K // 32, 16), dtype=torch.uint8, generator=g)
+                scales = torch.randint(118, 122, (E, N, K // 32), dtype=torch.uint8, generator=g)
+                w.data.copy_(QuantizedWeight.from_mxfp4(blocks, scales).dequantize().transpose(1, 2))
+    ids = torch.randint(1, 50, (1, 7), generator=g)
+    with torch.no_grad():
+        expected = model(ids).logits
+        tokens = model.generate(ids, max_new_tokens=5, do_sample=False)
+        experts = sum(p.nbytes for n, p in model.named_parameters() if n.endswith(("gate_up_proj", "down_proj")))
+        report = ffn_ops.quantize_(model, "mxfp4")
+        assert len(report.paths("quantised")) == 2
+        assert torch.equal(model(ids).logits, expected)
+        assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False), tokens)
+    held = sum(w.nbytes for w in model.modules() if isinstance(w, QuantizedWeight))
+    assert held * 32 * 4 == experts * 17
+
+
+def test_experts_of_another_implementation_are_left() -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=32, moe_intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=16, num_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config, experts_implementation="eager")
+    (entry,) = ffn_ops.quantize_(model, "int8").entries
+    assert (entry.status, entry.why) == ("left", "experts_implementation is 'eager'")
