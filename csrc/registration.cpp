@@ -80,8 +80,8 @@ STABLE_TORCH_LIBRARY(ffn_ops, m) {
   m.def("moe_linear(Tensor rows, Tensor w, Tensor offsets) -> Tensor");
   m.def("moe_outer(Tensor a, Tensor b, Tensor offsets) -> Tensor");
 
-  // Quantised weights [E, N, K]: each is a list of its tensors, `formats` has the name of each with the block of a scale,
-  // such as "mxfp4:1x32,fp8:128x128", separated by commas. w_up is empty where w_in holds gate and up.
+  // Quantised weights [E, N, K]: each is a list of its tensors, `formats` has the name of each with the block of a
+  // scale, such as "mxfp4:1x32,fp8:128x128", separated by commas. w_up is empty where w_in holds gate and up.
   m.def("dequantize(Tensor[] w, str format, str dtype) -> Tensor");
   m.def("quantized_linear(Tensor rows, Tensor[] w, str format, Tensor offsets, bool transposed) -> Tensor");
   m.def(
