@@ -5,10 +5,10 @@
 // are in shapes.h.
 #pragma once
 
+#include <cstdio>
 #include <concepts>
 #include <initializer_list>
 #include <optional>
-#include <sstream>
 #include <string>
 #include <vector>
 
@@ -176,10 +176,9 @@ inline int check_activation(const std::string& name) {
 }
 
 inline std::string limit_text(const Gate& gate) {
-  std::ostringstream text;
-  if (gate.limit < __builtin_inf()) text << gate.limit;
-  else text << "None";
-  return text.str();
+  char text[32] = "None";
+  if (gate.limit < __builtin_inf()) std::snprintf(text, sizeof(text), "%g", gate.limit);
+  return text;
 }
 
 // params: limit (0: none), up_shift, then the activation's own parameters in the order of their declaration.
