@@ -186,6 +186,8 @@ class MoEFFN(nn.Module):
     def reset_parameters(self) -> None:
         """Initialises the router, the experts and the shared experts in the constructor's order; for use after
         ``to_empty``. With ``expert_mesh`` it is a collective."""
+        if not isinstance(self.w_in, Tensor):
+            raise TypeError(f"w_in: expected a parameter to draw again, got {type(self.w_in).__name__}")
         reset(self.router)
         self._draw_experts()
         for child in (self.shared, self.choose, self.shared_gate, self.latent_down, self.latent_up, self.expert_norm):
