@@ -243,3 +243,32 @@ def test_saved_and_loaded(tmp_path: Any) -> None:
     model.save_pretrained(tmp_path)
     again = transformers.NllbMoeForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float64).eval()
     assert_close(step(again), step(model))
+
+
+def test_a_forward_on_the_instance() -> None:
+    """accelerate's hooks, which hold the forward that they found: an exchanged class would not be called."""
+    hooks: Any = pytest.importorskip("accelerate.hooks")
+    model = model_of("Step-3.5")
+    experts = model.get_submodule(report(model).entries[0].path)
+    expected = step(model)
+
+    def assert_runs(ours: bool) -> None:
+        with Seen() as seen, torch.no_grad():
+            actual = model(input_ids=torch.randint(3, 61, (2, 6), generator=generator()))[0]
+        assert ("moe" in seen.names) == ours
+        torch.testing.assert_close(actual, expected["last_hidden_state 0"])
+
+    hooks.add_hook_to_module(experts, hooks.ModelHook())
+    with pytest.warns(UserWarning, match="forward was set on the instance"):
+        register(model)
+    (entry,) = report(model).entries
+    assert entry.status == "left" and "forward was set on the instance" in entry.why
+    assert_runs(ours=False)
+    hooks.remove_hook_from_module(experts)  # which leaves the class's own on the instance
+    assert report(exchanged(model)).paths("ffn_ops")
+    assert_runs(ours=True)
+    hooks.add_hook_to_module(experts, hooks.ModelHook())
+    assert_runs(ours=True)
+    ffn_ops.restore(model)
+    assert_runs(ours=False)
+    assert not report(model).paths("ffn_ops")

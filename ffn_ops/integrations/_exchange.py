@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from .._gate import Gate
 from .._replace.probe import EXCHANGED, ORIGINAL, original_class
+from ..modules import has_own_forward
 from ._forwards import EXCHANGES, Exchange
 
 TESTED = "5.24"
@@ -36,10 +37,20 @@ def exchange(module: nn.Module) -> str | None:
     kind: Any = original_class(module)
     if is_exchanged(module):
         return None
+    if (why := why_never_called(module)) is not None:
+        return why
     if not agrees(kind):
         return f"its forward is another function than that of transformers {TESTED}"
     module.__class__ = _exchanged_class(kind)
+    vars(module).pop("forward", None)  # the original class's, left there by another library
     return None
+
+
+def why_never_called(module: nn.Module) -> str | None:
+    """Why a call of ``module`` would not reach the forward of an exchanged class, or None."""
+    if has_own_forward(module):
+        return None
+    return "forward was set on the instance (as accelerate's hooks and kernel libraries do)"
 
 
 @functools.cache
@@ -79,7 +90,8 @@ def _exchanged_class(original: Any) -> Any:
 
     @functools.wraps(original.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        y = found.forward(self, *args, **kwargs)
+        # Another library may have held this forward when restore() ran.
+        y = found.forward(self, *args, **kwargs) if hasattr(type(self), EXCHANGED) else None
         return original.forward(self, *args, **kwargs) if y is None else y
 
     def reduce(self: Any, protocol: Any) -> Any:
