@@ -11,7 +11,7 @@
 #include <string>
 #include <vector>
 
-#include "../csrc/common/activation_names.h"
+#include "../csrc/common/names.h"
 #include "../csrc/cuda/gemm_instances.cuh"
 
 namespace {
@@ -211,7 +211,7 @@ void measure(const Row& c, char* cold, char* work) {
   first.epilogue.kind = Epilogue::Kind::kActivate;
   first.epilogue.gate = gate.data(), first.epilogue.up = up.data();
   first.epilogue.pre_stride = c.F;
-  first.epilogue.activation = ffn_ops::activation_index("silu");
+  first.epilogue.activation = ffn_ops::kActivations.index("silu");
   jobs.back().out = gate.data();
   add("down", Kind::kRows, 0, c.D, c.F, matrix(h.data(), c.F), matrix(w_down.data(), c.F, c.D * c.F), rows.data());
   GroupedGemm& gradient = add("dH", Kind::kRows, 0, c.F, c.D, gathered(x.data(), c.D),

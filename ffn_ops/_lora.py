@@ -18,8 +18,8 @@ from . import _checks as check
 class Lora:
     """``w_in + scale * b_in a_in`` and ``w_down + scale * b_down a_down`` in the place of an operator's weights.
 
-    No such weight is formed: ``scale * (x a_in^T) b_in^T`` joins ``x w_in^T`` before bias and activation, and the same
-    behind the activation. A ``Lora`` does not change, and is a pytree of its tensors.
+    No such weight is formed: ``scale * (x a_in^T) b_in^T`` is added to ``x w_in^T`` before bias and activation, and
+    likewise after the activation. A ``Lora`` is frozen, and is a pytree of its tensors.
 
     Args:
         a_in, b_in: ``[E, r, D]`` and ``[E, F, r]`` (gated ``[E, 2F, r]``, rows in the order of ``w_in``'s), or as PEFT
@@ -29,7 +29,7 @@ class Lora:
             another one. Both, or None.
         scale: a number.
 
-    Tensors are of x's dtype, or float32 beside 16-bit weights; autocast casts those of 16 bits. Products with them are
+    Tensors have x's dtype, or float32 with 16-bit weights; autocast casts those of 16 bits. Products with them are
     summed in float32 (float64 for float64), and nothing between a and b is rounded.
 
     Raises:

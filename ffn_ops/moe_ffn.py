@@ -50,8 +50,8 @@ class MoEFFN(nn.Module):
         num_shared: the width of the dense FFN ``shared``, in experts; every token passes through it.
         shared_gate: a Linear from D to 1, ``shared_gate``, whose sigmoid multiplies what ``shared`` gives.
         expert_scale: a factor of each expert's output, ``expert_scale`` ``[E]``, at first 1.
-        num_identity, num_null: the router chooses among this many more, behind the E experts: those that give x itself
-            and, behind them, those that give nothing. They are in what ``return_routing`` returns.
+        num_identity, num_null: further choices of the router after the E experts: first those that return x, then those
+            that return nothing. What ``return_routing`` returns includes them.
         d_latent: the experts' width in the place of D, between two Linear layers, ``latent_down`` and ``latent_up``,
             either of which may be replaced, as by one with a norm. The router sees x.
         expert_norm: a module from rows ``[R, D]`` to ``[R, D]``, such as ``nn.RMSNorm``, on what each expert gives
@@ -306,7 +306,7 @@ class MoEFFN(nn.Module):
         return (y, routing, logits) if return_routing else y
 
     def _experts(self, x: Tensor, routing: Routing) -> Tensor:
-        """What routing asks for, the shared experts aside."""
+        """The output of the routed experts, without the shared ones."""
         options: dict[str, Any] = {
             "gated": self.gated, "b_in": self.b_in, "b_down": self.b_down, "activation": self.activation,
             "recompute": self.recompute,

@@ -292,7 +292,19 @@ def test_a_wrong_layer_is_refused(tmp_path: Path) -> None:
     settings = TINY(out=tmp_path, compile="none")
     prepared = layers.prepare(wrong, settings)
     assert prepared.result.refused and "fused" not in prepared.layers
-    assert "against float64" in prepared.result.notes[0]
+    assert prepared.result.notes[0].startswith("fused refused: y: ")
+
+
+def test_a_layer_that_fails_is_refused(tmp_path: Path) -> None:
+    def broken(d_model: int, d_ff: int) -> torch.nn.Module:
+        layer = BY_KEY["gelu"].fused(d_model, d_ff)
+        layer.register_forward_pre_hook(lambda *_: exec("raise RuntimeError('out of order')"))
+        return layer
+
+    settings = TINY(out=tmp_path, compile="none")
+    prepared = layers.prepare(Architecture(**{**BY_KEY["gelu"].__dict__, "fused": broken}), settings)
+    assert prepared.result.refused and list(prepared.layers) == ["eager"]
+    assert prepared.result.notes == ["fused failed: RuntimeError: out of order"]
 
 
 def test_paired_statistics() -> None:

@@ -81,6 +81,20 @@ def test_examples_of_page(page: str) -> None:
         exec(block, names)
 
 
+def test_reference_lists_every_public_name() -> None:
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    names = set(re.findall(r"^\.\. auto\w+:: (?:.*\.)?(\w+)$", page, re.M))
+    for members in re.findall(r"^   :members: (.*(?:\n {6}.*)*)", page, re.M):
+        names |= set(re.findall(r"\w+", members))
+    assert {name.rpartition(".")[2] for name in [*PUBLIC, *METHODS]} - names == set()
+
+
+def test_every_activation_is_listed() -> None:
+    page = (ROOT / "docs" / "getting-started.md").read_text(encoding="utf-8")
+    (listed,) = re.findall(r"^Activations: (.*?)\. ", page, re.S | re.M)
+    assert set(re.findall(r"`(\w+)`", listed)) - {"up"} == set(ffn_ops.activations())
+
+
 def test_every_page_is_reachable() -> None:
     index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
     names = re.findall(r"^([a-z-]+)$", index, re.M)

@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The activations: one stateless struct each, and THE list that kernels, names, tests, error messages and Python read.
-// Included once per instruction set inside its namespace, after math.h (and by activation_names.h without vector code,
-// for the list alone). V is a vector, or a scalar in CUDA: only unqualified calls. No include guard, no #include, no
-// std.
+// Included once per instruction set inside its namespace, after math.h (and by names.h without vector code, for the
+// list alone). V is a vector, or a scalar in CUDA: only unqualified calls. No include guard, no #include, no std.
 //
 // A struct has the value, slope and curvature of the gate's side. `own` declares parameters with their defaults, which
 // the functions read in that order. With has_up the struct has the side of up as well (up, up_grad, up_grad2), and its
@@ -271,8 +270,8 @@ struct SiluSquared : Activation {
   }
 };
 
-// Above 0 αp·z² + βz, else αn·(exp(m) − 1 − z) + βz with m = min(z, ε), ε hardly below 0. The slope at 0 is that of the
-// second branch, where from ε on m is constant.
+// Above 0 αp·z² + βz, else αn·(exp(m) − 1 − z) + βz with m = min(z, ε) and ε just below 0. At 0 the slope is that of
+// the second branch; m is constant from ε on.
 struct Xielu : Activation {
   static constexpr const char* name = "xielu";
   static constexpr OwnParams own = {{{"alpha_p", 0.8}, {"alpha_n", 0.8}, {"beta", 0.5}, {"eps", -1e-6}}};

@@ -15,8 +15,8 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include "activation_names.h"
 #include "gate.h"
+#include "names.h"
 
 namespace ffn_ops {
 
@@ -166,12 +166,8 @@ inline void check_needs(const std::vector<bool>& needs, size_t count) {
 }
 
 inline int check_activation(const std::string& name) {
-  const int index = activation_index(name);
-  if (index < 0) {
-    std::string known;
-    for (const ActivationInfo& each : kActivations.rows) known += (known.empty() ? "" : ", ") + std::string(each.name);
-    STD_TORCH_CHECK(false, "activation: expected one of ", known, ", got '", name, "'");
-  }
+  const int index = kActivations.index(name);
+  STD_TORCH_CHECK(index >= 0, "activation: expected one of ", kActivations.names(), ", got '", name, "'");
   return index;
 }
 

@@ -33,12 +33,12 @@ struct RowsOfTokens {
 // Scores of E experts for each token, the best K of them, and their weights.
 struct ChoiceOfExperts {
   int64_t T = 0, E = 0, K = 0;     // K weights of a token: of chosen experts, then of the shared ones
-  int64_t shared = 0;              // this many experts, the last, are every token's
+  int64_t shared = 0;              // the last experts, this many, go to every token
   const void* bias = nullptr;      // [E - shared], of the arithmetic's dtype: added for the choice, not for the weight
   const int64_t* given = nullptr;  // [T, K], the experts, or null: they are chosen
   int score = 0;                   // its place in the list of scores.h
   bool of_row = true;              // the score's
-  bool renormalize = false, by_logits = false;  // by_logits: chosen by them, and of_row scores are those of the chosen
+  bool renormalize = false, by_logits = false;             // by_logits: they choose; of_row: scores of the chosen
   int64_t num_groups = 1, top_groups = 1, group_best = 2;  // a group's score: the sum of this many of its best
   double scale = 1.0;
   int64_t* ids = nullptr;    // [T, K]; read by backward

@@ -28,8 +28,8 @@ enum class Format : int {
 
 struct FormatInfo {
   const char* name;
-  int64_t block;        // codes along k come in blocks of so many elements
-  int64_t block_bytes;  // and bytes
+  int64_t block;        // elements along k in a block of codes
+  int64_t block_bytes;  // its bytes
   int tensors;          // codes, then scales, then zeros or the factor
 };
 
@@ -58,7 +58,8 @@ constexpr float decode_e4m3(uint8_t bits) {
   return bits & 0x80 ? -value : value;
 }
 
-// A quantised matrix [N, K] as its bytes lie. Element (n, k) has the scale at (n / block_rows, k / block_cols).
+// A quantised matrix [N, K] in the bytes of its checkpoint. Element (n, k) has the scale at (n / block_rows, k /
+// block_cols).
 struct Codes {
   Format format = Format::kMxfp4;
   const uint8_t* data = nullptr;

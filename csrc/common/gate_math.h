@@ -33,8 +33,7 @@ struct GateNumbers {
   }
 };
 
-// By what the own parameters that may be learned are multiplied in the value, or in the slope, which are linear in
-// them.
+// The factors of the learned parameters in the value, or in the slope: both are linear in them.
 template <class Act, class V>
 FFN_FN void own_factors(const GateNumbers<V>& n, V z, bool of_slope, V (&out)[kMostOwnParams]) {
   V p[kMostOwnParams];

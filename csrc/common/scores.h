@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// What routers make of logits: THE list that kernels, names and error messages read; reference.py has the formulas.
-// Included after math.h once per instruction set inside its namespace, and by score_names.h without vector code, for
+// The scores that routers compute from logits: THE list that kernels, names and error messages read. reference.py has
+// the formulas.
+// Included after math.h once per instruction set inside its namespace, and by names.h without vector code, for
 // the list alone. No include guard, no #include, no std.
 
 template <class V>

@@ -7,7 +7,7 @@
 
 #include "checks.h"
 #include "descriptors.h"
-#include "score_names.h"
+#include "names.h"
 
 namespace ffn_ops {
 
@@ -43,13 +43,10 @@ struct LearnedActShape : GatedActShape {
 inline LearnedActShape check_learned_act(const Tensor& x, const Tensor& own, const std::string& activation,
                                          Place place = {}) {
   LearnedActShape s{check_gated_act(x, std::nullopt, Gate{}, place), 0};
-  s.form.activation = activation_index(activation);
-  if (s.form.activation < 0 || kActivations.rows[s.form.activation].learned == 0) {
-    std::string known;
-    for (const ActivationInfo& each : kActivations.rows)
-      if (each.learned > 0) known += (known.empty() ? "" : ", ") + std::string(each.name);
-    STD_TORCH_CHECK(false, "activation: expected one of ", known, ", got '", activation, "'");
-  }
+  s.form.activation = kActivations.index(activation);
+  const auto learns = [](const ActivationInfo& each) { return each.learned > 0; };
+  STD_TORCH_CHECK(s.form.activation >= 0 && learns(kActivations.rows[s.form.activation]),
+                  "activation: expected one of ", kActivations.names(learns), ", got '", activation, "'");
   s.count = kActivations.rows[s.form.activation].own.count();
   check_tensor(own, "own", arithmetic_dtype(s.dtype), {s.count}, place, nullptr);
   return s;
@@ -262,8 +259,8 @@ inline ChoiceOfExperts check_top_k(const Tensor& logits, int64_t k, const TopKOp
   check_range("k", k, 1, experts);
   job.K = k + o.shared;
   job.shared = o.shared;
-  job.score = score_index(o.score);
-  STD_TORCH_CHECK(job.score >= 0, "score: expected one of ", score_names(), ", got '", o.score, "'");
+  job.score = kScores.index(o.score);
+  STD_TORCH_CHECK(job.score >= 0, "score: expected one of ", kScores.names(), ", got '", o.score, "'");
   job.of_row = kScores.rows[job.score].of_row;
   check_range("num_groups", o.num_groups, 1, experts);
   STD_TORCH_CHECK(experts % o.num_groups == 0, "num_groups: expected a divisor of the number of experts (", experts,

@@ -131,7 +131,7 @@ void add_combined_product(Steps& steps, Workspace& workspace, Experts& c, const 
   const int64_t cols = std::min(N, std::max(kColumns, most));
   void* slab =
       c.routed ? workspace.take(static_cast<size_t>(c.routes.kept * cols * size), "what the experts give") : out;
-  // Where they are wide enough, the small product is written where its sum with the other is.
+  // The small product is written where the sum will stand, if that has the arithmetic's dtype.
   void* add = !small.data ? nullptr
               : c.routed || c.dtype == arithmetic
                   ? slab

@@ -109,8 +109,8 @@ struct Gemm {
 struct Schedule {
   enum class Kernel {
     kPacked,  // both operands are packed into panels for the micro-kernel
-    // A few rows: nothing of the other operand, the weights, is packed, its rows are read once. kDot is as well for a
-    // few columns, computed as the transpose.
+    // For a few rows: the other operand, the weights, is not packed, and its rows are read once. kDot also computes a
+    // few columns, as the transposed product.
     kDot,        // rows along k, transposed in registers: at most kDotRows rows of the other operand
     kBroadcast,  // rows along k, each element times a vector of tokens
     kAxpy,       // rows along the columns, scaled and added

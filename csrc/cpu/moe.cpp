@@ -35,7 +35,7 @@ void* take_rows(Workspace& workspace, const Experts& c, int64_t width, DType dty
   return workspace.take(static_cast<size_t>(c.routes.kept * width * storage_size(dtype)), name);
 }
 
-// rows a^T of each row, of the arithmetic's dtype.
+// Each row times a^T, in the arithmetic's dtype.
 SmallRows add_down_projection(Steps& steps, Workspace& workspace, Experts& c, const LowRank& lora, const RowsOf& rows) {
   if (lora.rank == 0) return {};
   void* small = take_rows(workspace, c, lora.rank, arithmetic_dtype(c.dtype), "a row times a^T");
@@ -44,7 +44,7 @@ SmallRows add_down_projection(Steps& steps, Workspace& workspace, Experts& c, co
   return {small, lora.rank, rows_of(*lora.b, lora.dtype)};
 }
 
-// The same on the way back: rows b of each row, which a takes to the gradient of what went in.
+// In backward: each row of the gradient times b, and a as the second factor, which gives the gradient of the input.
 SmallRows add_up_gradient(Steps& steps, Workspace& workspace, Experts& c, const LowRank& lora, const RowsOf& rows) {
   if (lora.rank == 0) return {};
   void* small = take_rows(workspace, c, lora.rank, arithmetic_dtype(c.dtype), "a gradient times b");

@@ -23,7 +23,7 @@ TaskOf find_task(const std::vector<int64_t>& ends, int64_t task) {
   return {item, item ? task - ends[item - 1] : task};
 }
 
-// The one row of the shared operand where it is already what packing it would give, or null.
+// The shared operand, if it is one row that packing would only copy; else null.
 void* packed_row(const ScheduledGemm& g) {
   const Operand& shared = g.transposed ? g.b[0] : g.a;
   const Matrix& m = shared.matrix;

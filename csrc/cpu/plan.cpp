@@ -16,8 +16,8 @@ constexpr int64_t kLongPiece = 2048;  // elements of a row of weights that are r
 
 // The shared packed operand should be the small one: a plain product with more rows than columns is computed as its
 // transpose. Every element is the same sum in the same order, and a product of two factors does not know their order.
-// Its tiles are written in pieces of lines, which sums of less than kLongK feel, unless most of a tile's width would
-// stay empty: a router's logits, x times an adapter's a.
+// The transpose writes parts of cache lines, which costs more than it saves where k is below kLongK, unless most of a
+// tile's width would stay empty otherwise, as with a router's logits or x times an adapter's a.
 ScheduledGemm small_operand_first(const Gemm& wanted, const KernelTable& table) {
   ScheduledGemm g{wanted, {}};
   const bool narrow = g.N * 2 * g.element() <= table.nr_vectors * table.lanes * 4;
@@ -84,7 +84,8 @@ void fill_schedule(ScheduledGemm& g, const KernelTable& table, int64_t workers, 
   g.nr = g.gated ? width / 2 : width;
   if (g.kernel == Schedule::Kernel::kDot || g.kernel == Schedule::Kernel::kBroadcast) {
     g.guided = workers == 1 ? 1 : std::max<int64_t>(2, tasks / 2);
-    // Else of row_dots; and codes need several vectors of rows at a time, as each has little to read.
+    // Of kActivateGrad the tile is whole, for row_dots; codes need several vectors of rows at a time, as each reads
+    // little.
     const bool codes = g.kernel == Schedule::Kernel::kDot && g.quantised();
     if (g.epilogue.kind != Epilogue::Kind::kActivateGrad && !codes) g.nr = lanes;
   }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Gated activation with its first and second derivatives, sums for the gradients of its own parameters, and sums over
-// rows. Bound by memory: each thread has several
-// 16-byte loads in flight, and parts of a pack go through the same arithmetic as whole ones.
+// rows. Bound by memory: each thread has several 16-byte loads in flight, and parts of a pack go through the same
+// arithmetic as whole ones.
 #pragma once
 
 #include "grid.h"

@@ -150,8 +150,8 @@ FFN_FN void choose_experts(const TopKRow<S>& row, const Score<T>& score, T* valu
     choose_best(values, E, count, lane, [](int) { return true; }, take);
     return;
   }
-  // A group's score is its best, or the sum of its two best. It is chosen if it is, or ranks before, the last of the
-  // best groups.
+  // A group's score is its best, or the sum of its two best. A group is chosen if it ranks no lower than the last of
+  // the best groups.
   T* const group_scores = values + E;
   for (int g = lane; g < groups; g += kWarpSize) {
     Candidate<T> first{0, -1}, second{0, -1};

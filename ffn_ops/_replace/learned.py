@@ -81,12 +81,12 @@ def _computes(module: nn.Module, cls: Any, name: str, names: tuple[str, ...], nu
 
 
 def hidden_of(act: Any, name: str, first: Any, x: Tensor, cast: bool) -> Tensor | None:
-    """``act(first(x))`` with the activation in one pass. None, before anything is called, where its tensors
-    are of a kind of their own, or would make the result one of another dtype (``cast``: which the next layer casts)."""
+    """``act(first(x))`` with the activation in one pass. Returns None, before it calls anything, if a tensor is of a
+    special type or would change the result's dtype (``cast``: the next layer casts it)."""
     names, numbers = _FORMS[name]
     parameters, buffers, wide = act._parameters, act._buffers, arithmetic(x)
     given = []
-    for each in names:  # as few calls as may be: small layers feel every one
+    for each in names:  # few calls: each of them costs a small layer noticeable time
         t = parameters.get(each)
         t = buffers.get(each) if t is None else t
         if type(t) not in PLAIN_TENSORS or t.numel() != 1:

@@ -189,5 +189,8 @@ def compare(settings: Settings) -> int:
     console.print(f"Report: {settings.out / 'report.md'}", markup=False, soft_wrap=True)
     refused = [r.architecture for r in results.layers if r.refused]
     if refused:
-        print(f"ffn_ops compare: error: fused layer disagrees with float64: {', '.join(refused)}", file=sys.stderr)
+        print(
+            f"ffn_ops compare: error: fused layer disagrees with float64 or fails, see its notes: {', '.join(refused)}",
+            file=sys.stderr,
+        )
     return 1 if refused else 0

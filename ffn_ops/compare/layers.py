@@ -15,8 +15,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from .._accuracy import PLENTY, WrongResultError, limit, worst
-from .._timing import Timed, take_turns
+from .._accuracy import PLENTY, limit, worst
+from .._timing import Timed, take_turns, verified
 from .architectures import LAYERS, Architecture, count_parameters, disagreement, state
 from .settings import Settings
 
@@ -135,7 +135,8 @@ def _inputs(settings: Settings, least: int = 1) -> tuple[Tensor, Tensor]:
 
 
 def prepare(architecture: Architecture, settings: Settings) -> Prepared:
-    """Builds the providers and keeps those that agree with float64; marks a fused layer that does not as refused."""
+    """Builds the providers and keeps those that run and agree with float64; marks a fused layer that does not as
+    refused."""
     x, dy = _inputs(settings, PLENTY)
     size, device = settings.layer, torch.device(settings.device)
     with torch.random.fork_rng(devices=[]):
@@ -165,21 +166,19 @@ def prepare(architecture: Architecture, settings: Settings) -> Prepared:
             "torch.compile left out: shapes depend on the data, so that the loop over experts stays eager"
         )
     for name in [n for n in layers if n != "eager"]:
-        try:
-            found = _gradients(layers[name], x, dy)
-            errors[name] = _error(found, exact)
+
+        def agreeing(layer: nn.Module = layers[name]) -> float:
+            found = _gradients(layer, x, dy)
             worst(("y", "d_x"), found, exact, limits)
-        except WrongResultError as wrong:
+            return _error(found, exact)
+
+        timed = Timed(name)
+        if (error := verified(timed, agreeing)) is None:
             result.refused = result.refused or name == "fused"
-            result.notes.append(f"{name} refused, against float64: {wrong}")
+            result.notes.append(f"{'torch.compile' if name == 'compile' else name} {timed.note}")
             del layers[name]
-        # torch.compile can fail in many ways (no compiler, no Triton); the other providers go on
-        except Exception as error:
-            if name != "compile":
-                raise
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            result.notes.append(f"torch.compile failed: {reason}")
-            del layers[name]
+        else:
+            errors[name] = error
     return Prepared(layers, errors, result)
 
 

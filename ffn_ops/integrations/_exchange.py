@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Exchanges the forward of modules of transformers that ask for no ``experts_implementation``, for those of
-``_forwards.py``. A class is exchanged only after its own forward and ours agreed on a tiny instance, because names
-prove nothing."""
+"""Gives modules of transformers that do not use ``experts_implementation`` the forwards of ``_forwards.py``. A class is
+exchanged only if its own forward and ours agree on a tiny instance, because names prove nothing."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Mixtures of transformers that ask for no ``experts_implementation``: for each class a forward with this package's
+"""Mixtures of transformers that do not use ``experts_implementation``: for each class a forward with this package's
 operators, and a tiny instance that shows whether it is the same function. ``_exchange.py`` gives it to instances."""
 
 from __future__ import annotations

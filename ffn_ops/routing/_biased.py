@@ -62,7 +62,7 @@ def solve_bias(
     mask: Tensor | None = None,
     group: Group | None = None,
 ) -> None:
-    """In place the bias that evens out the loads of these tokens, by quantiles and without a rate.
+    """Sets the bias, in place, so that the loads of these tokens are even: by quantiles, without a rate.
 
     With scores s ``[T, E]`` and ``alpha_i`` the (k+1)-th largest of ``s_i + b``, token i takes expert j where
     ``b_j > alpha_i - s_ij``: so ``b_j`` becomes the k/E-quantile over the tokens of ``alpha_i - s_ij``, which as many

@@ -42,8 +42,8 @@ def top_k(
         by_logits: choose by logits, and make the scores of the chosen ones alone.
         softcap: ``softcap * tanh(z / softcap)`` in the place of the logits.
         bias: ``[E]``, added to the scores (to the logits with ``by_logits``) for the choice, not to the weights.
-        shared: this many of the E experts, the last, are every token's: they stand behind the k chosen ones and take
-            part in ``renormalize``, not in the choice, its bias and its groups.
+        shared: this many of the E experts, the last ones, get every token. They come after the k chosen ones and take
+            part in ``renormalize``, but not in the choice, its bias and its groups.
         num_groups, top_groups: choose within the ``top_groups`` best of ``num_groups`` groups of neighbouring experts.
         group_best: a group's score is the sum of its two best (biased) scores, or with 1 its best.
         scale: factor of all weights.

@@ -9,7 +9,7 @@
 #include <limits>
 #include <optional>
 
-#include "../../csrc/common/activation_names.h"
+#include "../../csrc/common/names.h"
 
 namespace ffn_ops::reference {
 

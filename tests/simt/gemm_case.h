@@ -3,7 +3,7 @@
 // be read.
 #pragma once
 
-#include "../../csrc/common/activation_names.h"
+#include "../../csrc/common/names.h"
 #include "../../csrc/cuda/gemm_kernel.cuh"
 #include "testing.h"
 
@@ -71,7 +71,7 @@ struct Case {
   Finish finish = Finish::kStore;
   bool gated = false, bias = false, weighted = false;
   bool odd_out = false;  // outputs whose rows are not aligned
-  int activation = activation_index("silu");
+  int activation = kActivations.index("silu");
   bool save = true, act = true, h = true;
   bool limited = false;      // gated
   bool interleaved = false;  // kActivateGrad with save

@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "../../csrc/common/score_names.h"
+#include "../../csrc/common/names.h"
 #include "problems.h"
 #include "testing.h"
 
@@ -175,7 +175,7 @@ struct Problem {
     k.logits = transposed ? Matrix{logits.data(), 1, T_} : Matrix{logits.data(), E, 1};
     k.dtype = Codec<S>::kDType;
     if (o.bias) k.bias = bias.data();
-    k.score = score_index(o.score);
+    k.score = kScores.index(o.score);
     k.of_row = o.softmax();
     k.renormalize = o.renormalize;
     k.by_logits = o.by_logits;

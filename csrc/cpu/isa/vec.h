@@ -56,7 +56,7 @@ struct Vec {
   FFN_FN friend Vec copysign(Vec magnitude, Vec sign) {
     return Vec((Register)(((Bits)magnitude.reg & ~sign_bits()) | ((Bits)sign.reg & sign_bits())));
   }
-  FFN_FN friend Vec sqrt(Vec a) {  // lane by lane: of a router's scores alone
+  FFN_FN friend Vec sqrt(Vec a) {  // lane by lane: only a router's scores use it
     for (int i = 0; i < kLanes; ++i) a.reg[i] = sizeof(T) == 4 ? __builtin_sqrtf(a.reg[i]) : __builtin_sqrt(a.reg[i]);
     return a;
   }

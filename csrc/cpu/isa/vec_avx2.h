@@ -96,7 +96,8 @@ FFN_FN void store_lanes(Half* p, FloatLanes v, int n) { store_16bit(p, narrow_ha
 
 // ---- codes of quantised weights -------------------------------------------------------------------------------------
 
-// Bytes of a lane each; nibbles of half as many bytes, in the lowest bits of their lanes (bits above are not zero).
+// One byte for each lane; one nibble for each lane, from half as many bytes: it fills the lowest four bits, and the
+// bits above are not zero.
 FFN_FN Uint32Lanes byte_lanes(const uint8_t* p) {
   return (Uint32Lanes)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
 }
@@ -107,7 +108,7 @@ FFN_FN Uint32Lanes nibble_lanes(const uint8_t* p) {
   return (Uint32Lanes)_mm256_or_si256(bytes, _mm256_slli_epi64(bytes, 28));
 }
 
-// The entry of a table for the lowest four bits of each lane.
+// Looks up the lowest four bits of each lane in a table of 16.
 struct NibbleTable {
   __m256 low, high;
 };

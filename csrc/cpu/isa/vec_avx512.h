@@ -103,7 +103,8 @@ FFN_FN void store_lanes(Half* p, FloatLanes v, int n) { _mm256_mask_storeu_epi16
 
 // ---- codes of quantised weights -------------------------------------------------------------------------------------
 
-// Bytes of a lane each; nibbles of half as many bytes, in the lowest bits of their lanes (bits above are not zero).
+// One byte for each lane; one nibble for each lane, from half as many bytes: it fills the lowest four bits, and the
+// bits above are not zero.
 FFN_FN Uint32Lanes byte_lanes(const uint8_t* p) {
   return (Uint32Lanes)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
 }
@@ -112,7 +113,7 @@ FFN_FN Uint32Lanes nibble_lanes(const uint8_t* p) {
   return (Uint32Lanes)_mm512_or_si512(bytes, _mm512_slli_epi64(bytes, 28));
 }
 
-// The entry of a table for the lowest four bits of each lane.
+// Looks up the lowest four bits of each lane in a table of 16.
 struct NibbleTable {
   __m512 values;
 };

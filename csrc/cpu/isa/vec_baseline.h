@@ -150,14 +150,15 @@ FFN_FN void transpose_lanes(DoubleLanes (&r)[2]) {
 
 // ---- codes of quantised weights -------------------------------------------------------------------------------------
 
-// Bytes of a lane each; nibbles of half as many bytes, in the lowest bits of their lanes (bits above are not zero).
+// One byte for each lane; one nibble for each lane, from half as many bytes: it fills the lowest four bits, and the
+// bits above are not zero.
 FFN_FN Uint32Lanes byte_lanes(const uint8_t* p) { return Uint32Lanes{p[0], p[1], p[2], p[3]}; }
 FFN_FN Uint32Lanes nibble_lanes(const uint8_t* p) {
   const uint32_t first = p[0], second = p[1];
   return Uint32Lanes{first, first >> 4, second, second >> 4};
 }
 
-// The entry of a table for the lowest four bits of each lane.
+// Looks up the lowest four bits of each lane in a table of 16.
 struct NibbleTable {
   const float* values;
 };

@@ -4,7 +4,7 @@
 
 constexpr int64_t kDecodeAtOnce = 256;  // of a row, where rows are decoded side by side
 
-// Whether scales lie alike, so that a kernel may read both.
+// Whether both have the same layout of scales, so that one call of a kernel may read both.
 FFN_FN bool same_blocks(const Codes& a, const Codes& b) {
   return a.block_rows == b.block_rows && a.block_cols == b.block_cols && a.scale_type == b.scale_type;
 }

@@ -3,7 +3,7 @@
 // codes move into lanes of rows as words of four bytes, which costs a fraction of moving floats, and become float32
 // there.
 
-// n scales from `at` on, the rest of the lanes is of no meaning.
+// n scales from `at` on; the other lanes are undefined.
 FFN_FN FloatLanes scale_lanes_at(const Codes& c, int64_t at, int64_t n) {
   using V = Vec<float>;
   constexpr int64_t W = V::kLanes;
@@ -142,8 +142,8 @@ struct ScaledRows {
   }
 };
 
-// dot_kernel of R times W rows of codes whose scales belong to whole units, or half ones (kHalves). The sums of one
-// vector of rows wait for each other, those of several do not.
+// dot_kernel of R times W rows of codes whose scales belong to whole units, or half ones (kHalves). Each
+// multiply-add into a sum waits for the one before: several vectors of rows overlap, one alone waits.
 template <class V, int H, int R, class Read, bool kHalves, bool kZeros>
 void dot_words_kernel(const CodeLanes* lanes, int64_t K, const float* a) {
   constexpr int64_t W = V::kLanes, kUnit = Read::kUnit;
@@ -255,7 +255,7 @@ struct DotKernels {
 template <int H, class Read, bool kHalves, bool kZeros>
 FFN_FN DotKernels dot_words() {
   DotKernels kernels = {&dot_words_kernel<Vec<float>, H, 1, Read, kHalves, kZeros>, nullptr};
-  // The sums of several tokens overlap by themselves, and bytes take so many instructions that their sums do not wait.
+  // Several tokens have several sums, which overlap; and decoding bytes takes so long that no sum waits.
   if constexpr (H <= 2 && Read::kPerByte == 2)
     kernels.many = &dot_words_kernel<Vec<float>, H, kNRVectors, Read, kHalves, kZeros>;
   return kernels;

@@ -10,9 +10,9 @@ constexpr int64_t kRowsAhead = 16;                   // the same: what is asked 
 constexpr int64_t kStreamBytes = 512;                // in each row while streaming
 constexpr int kAxpyRows = kMR * kNRVectors * 2 / 3;  // accumulators, where the rest is one row and its factor
 
-#include "act.h"
-
 #include "pack.h"
+
+#include "elementwise.h"
 
 #include "epilogue.h"
 
@@ -30,8 +30,6 @@ void base_kernel(Args... args) {
 #else
 #define FFN_OPS_ENTRY(name) name
 constexpr int64_t kBFloat16KR = 1;
-
-#include "elementwise.h"
 
 #include "rows.h"
 

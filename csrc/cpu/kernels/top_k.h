@@ -171,8 +171,8 @@ FFN_FN void score_in_place(int score, typename V::Scalar* z, int64_t n) {
   });
 }
 
-// Of chosen experts' logits in `s`, all that a score of_row sees: the scores, into s, and ds/dz, which for softmax is
-// that without the part through its denominator.
+// `s` holds the logits of the chosen experts, which are all that a score of_row sees. Writes the scores into s, and
+// ds/dz into slope; that of softmax leaves out the part through its denominator.
 template <class V>
 FFN_FN void score_slopes(int score, typename V::Scalar* s, typename V::Scalar* slope, int64_t n) {
   dispatch_score(score, [&](auto tag) {
@@ -216,13 +216,13 @@ struct TopKScratch {
 
 constexpr double kNormEpsilon = 1e-20;  // DeepSeek-V3's; without influence where weights are not all tiny
 
-// Whether experts are chosen by scores. Scores grow with logits, and logits distinguish more: they choose where nothing
-// is added to scores.
+// Whether experts are chosen by scores. Scores grow with logits, and logits tell more experts apart, so logits choose
+// unless something is added to the scores.
 FFN_FN bool chosen_by_score(const TopK& k) { return (k.bias || k.num_groups > 1) && !k.by_logits; }
 // Whether scores are made of the chosen experts' logits alone.
 FFN_FN bool scored_after(const TopK& k) { return k.of_row ? k.by_logits : !chosen_by_score(k); }
 
-// Scores of one row, or where they come later its logits; and what its experts are chosen by.
+// `scores` of one row (its logits, where scores are computed after the choice), and `choice`, by which it is made.
 template <class V>
 FFN_FN void score_row(const TopK& k, int64_t t, typename V::Scalar* scores, typename V::Scalar* choice) {
   using T = typename V::Scalar;
@@ -306,7 +306,7 @@ void top_k_backward_as(const TopK& k, int64_t row_begin, int64_t row_end, void* 
     if (of_all && !k.renormalize) {
       for (int64_t j = 0; j < k.K; ++j) dz[ids[j]] += ds[j];
       for (int64_t e = 0; e < k.E; e += W) store(dz + e, load<V>(z + e) * (load<V>(dz + e) - V(common)));
-    } else {  // of the chosen alone, not 0 * s of the others, which is NaN where another score is
+    } else {  // the chosen only: 0 * s of another one would be NaN where its score is
       for (int64_t j = 0; j < k.K; ++j) dz[ids[j]] += slope[j] * (ds[j] - common);
     }
     dispatch_storage<T>(k.logits.dtype, [&](auto tag) {
