@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.fx import Proxy as Proxy
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 
 
 def is_dtensor(t: Any) -> bool:
@@ -131,6 +132,15 @@ def indices(name: str, value: Any, shape: Sequence[int | str] = ("R",)) -> None:
     _shape(name, value, shape)
 
 
+def integers(name: str, value: Any) -> None:
+    """Of any integer dtype and shape."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if value.dtype not in INTEGERS:
+        raise TypeError(f"{name}: expected an integer dtype, got {value.dtype}")
+    _strided(name, value)
+
+
 def is_routing(value: Any) -> None:
     if getattr(value, "_fields", ())[:5] != ("token", "weight", "offsets", "row", "slot_offsets"):
         raise TypeError(f"routing: expected an ffn_ops.Routing, got {type(value).__name__}")
@@ -146,6 +156,7 @@ def routing(value: Any, like: Tensor | None = None, of: str = "x") -> None:
     if not isinstance(value.weight, Tensor) or value.weight.dtype not in DTYPES:
         got = dtype_name(value.weight.dtype) if isinstance(value.weight, Tensor) else type(value.weight).__name__
         raise TypeError(f"routing.weight: expected a tensor of float32, float64, float16 or bfloat16, got {got}")
+    _strided("routing.weight", value.weight)
     _shape("routing.weight", value.weight, (rows,))
     for name in ("offsets", "slot_offsets"):
         if getattr(value, name).shape[0] < 1:

@@ -29,8 +29,8 @@ class Lora:
             another one. Both, or None.
         scale: a number.
 
-    Tensors are of x's dtype, or float32 beside 16-bit weights. Products with them are summed in float32 (float64 for
-    float64), and nothing between a and b is rounded.
+    Tensors are of x's dtype, or float32 beside 16-bit weights; autocast casts those of 16 bits. Products with them are
+    summed in float32 (float64 for float64), and nothing between a and b is rounded.
 
     Raises:
         TypeError: if a field is neither a tensor nor None, or ``scale`` is no number.

@@ -55,6 +55,7 @@ def shard(local: Tensor, num_experts: int, mesh: DeviceMesh) -> Tensor:
     """
     from torch.distributed.tensor import DTensor, Shard
 
+    check.tensor("local", local)
     local = local.contiguous()
     shape = torch.Size((num_experts, *local.shape[1:]))
     return DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=shape, stride=local.stride())

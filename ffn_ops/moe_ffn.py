@@ -112,16 +112,17 @@ class MoEFFN(nn.Module):
         super().__init__()
         for name, value in (("d_model", d_model), ("d_ff", d_ff), ("num_experts", num_experts), ("top_k", top_k)):
             check.positive(name, value)
-        if router is None and top_k > num_experts:
-            raise ValueError(f"top_k: expected at most num_experts = {num_experts}, got {top_k}")
+        for name, value in (("num_identity", num_identity), ("num_null", num_null), ("num_shared", num_shared)):
+            check.at_least(name, value, 0)
+        choices = num_experts + num_identity + num_null
+        if router is None and top_k > choices:
+            raise ValueError(f"top_k: expected at most num_experts = {choices}, got {top_k}")
         if router is not None and not callable(router):
             raise TypeError(f"router: expected a callable that gives a Routing, got {type(router).__name__}")
         flags = {"gated": gated, "bias": bias, "recompute": recompute, "shared_gate": shared_gate}
         for name, flag in {**flags, "expert_scale": expert_scale}.items():
             check.flag(name, flag)
         gate = as_gate(activation, gated=gated, one_weight=gated)
-        for name, value in (("num_identity", num_identity), ("num_null", num_null)):
-            check.at_least(name, value, 0)
         if d_latent is not None:
             check.positive("d_latent", d_latent)
         if expert_norm is not None and not isinstance(expert_norm, nn.Module):
@@ -131,9 +132,10 @@ class MoEFFN(nn.Module):
         if shared_gate and not num_shared:
             raise ValueError("shared_gate: expected num_shared of 1 or more, got 0")
         check.number("router_jitter", router_jitter)
-        check.at_least("num_shared", num_shared, 0)
+        if not 0 <= router_jitter <= 1:
+            raise ValueError(f"router_jitter: expected 0 to 1, got {router_jitter}")
         self.d_model, self.d_ff, self.num_experts, self.top_k = d_model, d_ff, num_experts, top_k
-        self.num_identity, self.num_choices = num_identity, num_experts + num_identity + num_null
+        self.num_identity, self.num_choices = num_identity, choices
         self.gated, self.activation = gated, activation
         self.router_jitter, self.recompute = router_jitter, recompute
         self.expert_mesh = expert_mesh
@@ -186,6 +188,8 @@ class MoEFFN(nn.Module):
     def reset_parameters(self) -> None:
         """Initialises the router, the experts and the shared experts in the constructor's order; for use after
         ``to_empty``. With ``expert_mesh`` it is a collective."""
+        if not isinstance(self.w_in, Tensor):
+            raise TypeError(f"w_in: expected a parameter to draw again, got {type(self.w_in).__name__}")
         reset(self.router)
         self._draw_experts()
         for child in (self.shared, self.choose, self.shared_gate, self.latent_down, self.latent_up, self.expert_norm):
@@ -307,7 +311,11 @@ class MoEFFN(nn.Module):
             "gated": self.gated, "b_in": self.b_in, "b_down": self.b_down, "activation": self.activation,
             "recompute": self.recompute,
         }  # fmt: skip
-        chosen = routing if self.num_choices == self.num_experts else routing.first(self.num_experts)
+        chosen = routing
+        if self.num_choices != self.num_experts:  # where they are the same, the operator looks
+            check.is_routing(routing)
+            check.indices("routing.offsets", routing.offsets, (self.num_choices + 1,))
+            chosen = routing.first(self.num_experts)
         if self.expert_scale is not None:
             chosen = chosen.scaled(self.expert_scale)
         inner = x if self.latent_down is None else self.latent_down(x)

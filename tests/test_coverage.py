@@ -122,7 +122,7 @@ def test_dense_layers_are_counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     class Learned(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.first, self.act, self.second = nn.Linear(8, 16), nn.PReLU(), nn.Linear(16, 8)
+            self.first, self.act, self.second = nn.Linear(8, 16), nn.PReLU(16), nn.Linear(16, 8)
 
         def forward(self, x: Tensor) -> Tensor:
             return self.second(self.act(self.first(x)))  # type: ignore[no-any-return]

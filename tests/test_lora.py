@@ -265,6 +265,29 @@ WRONG: dict[str, tuple[type[Exception], str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("lora", [None, Lora(torch.zeros(0, 5), torch.zeros(6, 0))], ids=["plain", "adapters"])
+def test_no_experts(lora: Lora | None) -> None:
+    empty = torch.zeros(0, 6, 5), torch.zeros(0, 5, 6)
+    with pytest.raises(ValueError, match=r"w_in: expected at least one expert, got \[0, 6, 5\]"):
+        ffn_ops.moe_experts(torch.zeros(0, 5), torch.zeros(1, dtype=torch.int64), *empty, lora=lora)
+
+
+def test_autocast_casts_adapters_of_16_bits() -> None:
+    """And leaves those of float32 alone: nothing between a and b is rounded."""
+    m = Mixture(T=30, D=20)
+    t = {n: v.float() for n, v in m.tensors.items()}
+    lora = {n: v for n, v in t.items() if "lora" in n}
+
+    def under(adapters: dict[str, Tensor]) -> Tensor:
+        with torch.autocast(t["x"].device.type, torch.bfloat16):
+            return m.ours(**{**t, **adapters})
+
+    half = {n: v.half() for n, v in lora.items()}
+    assert torch.equal(under(half), under({n: v.bfloat16() for n, v in half.items()}))
+    base = {n: v.bfloat16() for n, v in t.items() if n not in lora and n != "logits"}
+    assert torch.equal(under(lora), m.ours(**{**t, **base}))
+
+
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_adapters(case: str) -> None:
     error, message, make = WRONG[case]

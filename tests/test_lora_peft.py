@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from seen import Seen
-from test_transformers import config_of, tokens
+from test_transformers import MODELS, config_of, tokens
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -184,6 +185,56 @@ def test_other_implementations_and_other_adapters_stay_as_they_are() -> None:
         wrapper.lora_dropout["first"] = nn.Dropout(0.0)
     assert operators(ours) == ["moe"] * 2
     torch.testing.assert_close(ours(input_ids=tokens()).logits, expected)
+
+
+def test_adapters_of_another_orientation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT before 0.20 took the rows of a weight for its inputs. Of a square weight both orientations fit."""
+    half = {**MODELS["qwen3_moe"][1], "moe_intermediate_size": config_of("qwen3_moe").hidden_size // 2}
+    monkeypatch.setitem(MODELS, "qwen3_moe", (MODELS["qwen3_moe"][0], half))
+    models = []
+    for implementation in ("ffn_ops", "eager"):
+        only_first = peft.LoraConfig(r=2, target_modules=[], target_parameters=TARGETS[:1])
+        models.append(peft.get_peft_model(base(implementation), only_first))
+        draw(models[-1])
+        for wrapper in wrappers(models[-1]):
+            assert wrapper._did_swap_in_out_features
+            wrapper._did_swap_in_out_features = False
+    assert_alike(*models)
+
+
+def test_adapters_of_a_call_are_those_of_its_thread() -> None:
+    ours = adapted("ffn_ops")
+    entered, leave = threading.Event(), threading.Event()
+
+    def stay() -> None:
+        with wrappers(ours)[0]._activate_lora(["first"]):
+            entered.set()
+            leave.wait(60)
+
+    other = threading.Thread(target=stay)
+    other.start()
+    assert entered.wait(60)
+    try:
+        with ours.disable_adapter():
+            assert operators(ours) == ["moe"] * 2
+    finally:
+        leave.set()
+        other.join()
+
+
+@pytest.mark.parametrize("under", [None, torch.float16], ids=["plain", "float16 autocast"])
+def test_factors_of_other_dtypes(under: torch.dtype | None) -> None:
+    """A pair of two dtypes; and bfloat16 under autocast to float16, which casts the weights: as PEFT's own way."""
+    results = []
+    for implementation in ("ffn_ops", "eager"):
+        model = adapted(implementation, "mixtral", torch.bfloat16)
+        for wrapper in wrappers(model):
+            wrapper.lora_B["first"].bfloat16()
+            if under:
+                wrapper.lora_A["first"].bfloat16()
+        with torch.no_grad(), torch.autocast("cpu", under, enabled=under is not None):
+            results.append(model(input_ids=tokens()).logits)
+    torch.testing.assert_close(*results, rtol=0, atol=0.05 * float(results[1].abs().max()))
 
 
 def test_peft_that_is_imported_after_register(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -288,6 +288,7 @@ def test_errors() -> None:
         ({"router": "switch"}, TypeError, "router: expected a callable"),
         ({"gated": 1}, TypeError, "gated: expected True or False"),
         ({"num_shared": -1}, ValueError, "num_shared: expected at least 0"),
+        ({"router_jitter": 2.0}, ValueError, "router_jitter: expected 0 to 1, got 2.0"),
         ({"activation": "softplus"}, ValueError, "activation: expected one of"),
     ):
         with pytest.raises(error, match=message):
@@ -300,3 +301,8 @@ def test_errors() -> None:
     ):
         with pytest.raises(error, match=message):
             layer(x)
+    x, layer = torch.randn(3, 4), ffn_ops.MoEFFN(4, 6, 2, 4, num_identity=1, num_null=1)
+    assert layer(x, return_routing=True)[1].counts.tolist() == [3] * 4  # the choice has more than num_experts
+    for experts in (2, 5):
+        with pytest.raises(ValueError, match=rf"routing.offsets: expected shape \[5\], got \[{experts + 1}\]"):
+            layer(x, routing=ffn_ops.routing.top_k(torch.randn(3, experts), 1))

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -49,6 +50,8 @@ def test_a_mixture_computes_with_its_quantised_weights(format: str) -> None:
     other.load_state_dict(layer.state_dict())
     assert torch.equal(other(x), y)
     assert ffn_ops.quantize_(layer, format).paths("left") == ["0"]
+    with pytest.raises(TypeError, match="w_in: expected a parameter to draw again, got QuantizedWeight"):
+        layer[0].reset_parameters()  # type: ignore[operator]
 
 
 def test_a_layer_that_cannot_be_quantised_stays_as_it_was() -> None:
@@ -56,6 +59,8 @@ def test_a_layer_that_cannot_be_quantised_stays_as_it_was() -> None:
     with pytest.raises(ValueError, match="group: expected a divisor of K = 33"):
         ffn_ops.quantize_(layer, "int4")
     assert type(layer.w_in) is nn.Parameter and type(layer.w_down) is nn.Parameter
+    with pytest.raises(ValueError, match="format: expected one of mxfp4, fp8, int8, int4, got 'int3'"):
+        ffn_ops.quantize_(nn.Linear(2, 2), "int3")
     with pytest.raises(TypeError, match=r"model: expected an nn\.Module"):
         ffn_ops.quantize_(layer.w_in, "int4")  # type: ignore[arg-type]
 
@@ -105,3 +110,46 @@ def test_experts_of_another_implementation_are_left() -> None:
     model = transformers.AutoModelForCausalLM.from_config(config, experts_implementation="eager")
     (entry,) = ffn_ops.quantize_(model, "int8").entries
     assert (entry.status, entry.why) == ("left", "experts_implementation is 'eager'")
+
+
+def holder(w: QuantizedWeight) -> nn.Module:
+    module = nn.Module()
+    module.w = w
+    return module
+
+
+def in_bytes(format: str, scale: torch.Tensor) -> QuantizedWeight:
+    codes = torch.randint(256, (8, 64), dtype=torch.uint8, generator=generator(2))
+    cols = 64 if format in ("int8", "fp8") else 128
+    return QuantizedWeight(format, codes, scale, block=(1, cols // scale.shape[1]))
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_bytes_that_mean_something_else_are_not_loaded(assign: bool) -> None:
+    """Shapes are alike, and int8 and fp8 have the same dtypes."""
+    e8m0, wide = torch.full((8, 4), 127, dtype=torch.uint8), torch.ones(8, 4)
+    row = torch.ones(8, 1)
+    for ours, theirs, message in (
+        (in_bytes("int8", row), in_bytes("fp8", row), "w: expected a quantised weight in int8:1x64, got one in fp8"),
+        (in_bytes("mxfp4", e8m0), in_bytes("int4", wide), "w.scales: expected dtype uint8 as .* mxfp4.*, got float32"),
+        (in_bytes("int4", wide), in_bytes("mxfp4", e8m0), "w.scales: expected dtype float32 as .* int4.*, got uint8"),
+    ):
+        into, before = holder(ours), [t.clone() for t in ours.parts]
+        states = [holder(theirs).state_dict()]
+        if theirs.format != "fp8":
+            states.append(dict(states[0]))  # as safetensors gives it, without metadata
+        for state in states:
+            with pytest.raises(RuntimeError, match=message):
+                into.load_state_dict(state, assign=assign)
+            assert all(torch.equal(t, was) for t, was in zip(ours.parts, before, strict=True))
+
+
+def test_a_mapped_file_is_not_written_to(tmp_path: Any) -> None:
+    np = pytest.importorskip("numpy")
+    (tmp_path / "weights").write_bytes(bytes(range(68)))
+    data = np.memmap(tmp_path / "weights", mode="r+", dtype="uint8", shape=(2, 34))
+    w = QuantizedWeight.from_gguf(SimpleNamespace(data=data, tensor_type=SimpleNamespace(name="Q8_0")))
+    other = torch.full((2, 34), 1, dtype=torch.uint8)
+    holder(w).load_state_dict({"w.codes": other})
+    assert torch.equal(w.codes, other)
+    assert (tmp_path / "weights").read_bytes() == bytes(range(68))

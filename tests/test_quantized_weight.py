@@ -321,6 +321,7 @@ def test_compiles_and_exports_with_the_same_bits() -> None:
 # ---- bad input ------------------------------------------------------------------------------------------------------
 
 BYTES = torch.zeros(4, 16, dtype=torch.uint8)
+GPTQ = (torch.zeros(8, 16, dtype=torch.int32), torch.zeros(2, 2, dtype=torch.int32), torch.ones(2, 16))
 BAD: list[tuple[Any, type[Exception], str]] = [
     (lambda: QuantizedWeight("q2_k", BYTES), ValueError, "format: expected one of mxfp4, .*, got 'q2_k'"),
     (lambda: QuantizedWeight.from_mxfp4(BYTES, BYTES), ValueError, r"scales: expected shape \[4, 1\]"),
@@ -340,6 +341,15 @@ BAD: list[tuple[Any, type[Exception], str]] = [
     (lambda: ffn_ops.quantize(torch.randn(4, 33), "int4"), ValueError, "group: expected a divisor of K = 33"),
     (lambda: ffn_ops.quantize(torch.full((4, 32), torch.nan), "int8"), ValueError, "w: expected finite .* 128"),
     (lambda: ffn_ops.quantize(torch.randn(4, 32), "q4_k"), ValueError, "one of mxfp4, fp8, int8, int4, got"),
+    (lambda: ffn_ops.quantize(torch.full((4, 32), 1e300, dtype=torch.float64), "mxfp4"), ValueError, "w: .* finite"),
+    (lambda: ffn_ops.quantize(torch.empty(4, 32, device="meta"), "int8"), ValueError, "w: .* on the meta device"),
+    (lambda: QuantizedWeight.from_mxfp4(BYTES[0], BYTES[0, 0]), ValueError, r"scales: expected shape \[..., N, K / 32"),
+    (lambda: QuantizedWeight.from_fp8(BYTES.view(torch.float8_e4m3fn), torch.ones(1), 128), ValueError, "block: .*8"),
+    (lambda: QuantizedWeight("int8", BYTES, torch.ones(4, 1), block=(1, 16, 2)), ValueError, "block: expected a pair"),
+    (lambda: QuantizedWeight.from_nvfp4(BYTES.expand(3, 4, 16), BYTES[:, :2].expand(3, 4, 2), torch.ones(2)),
+     ValueError, r"factor: expected one value or one for each expert, \[3\], got \[2\]"),
+    (lambda: QuantizedWeight.from_gptq(*GPTQ, torch.tensor(0)), ValueError, r"g_idx: .* \[..., K\], got \[\]"),
+    (lambda: QuantizedWeight.from_gptq(*GPTQ, [0] * 64), TypeError, "g_idx: expected a torch.Tensor, got list"),
 ]  # fmt: skip
 
 
@@ -363,6 +373,9 @@ def test_bad_calls_are_refused_by_name() -> None:
          lambda: ffn_ops.ffn(x, w_in, ffn_ops.quantize(torch.randn(5, 7), "int8"))),
         (ValueError, r"w_in: expected a quantised weight of shape \[E, N, K\]",
          lambda: ffn_ops.moe_experts(x, torch.tensor([0, 3]), w_in, w_down)),
+        (TypeError, "b_in: expected a torch.Tensor, got list", lambda: ffn_ops.ffn(x, w_in, w_down, b_in=[1.0])),
+        (TypeError, "routing: expected an ffn_ops.Routing", lambda: ffn_ops.moe(x, None, w_in, w_down)),
+        (TypeError, "local: expected a torch.Tensor", lambda: ffn_ops.expert_parallel.shard(w_in, 8, None)),
         (TypeError, "b_in: expected dtype float32", lambda: ffn_ops.ffn(x, w_in, w_down, b_in=torch.randn(8).double())),
         (ValueError, "lora: expected None with quantised weights",
          lambda: ffn_ops.moe_experts(x, torch.tensor([0, 3]), w_in, w_down, lora=lora)),

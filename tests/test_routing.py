@@ -252,6 +252,38 @@ def test_quantile_bias_at_its_limits() -> None:
     assert torch.equal(router.bias, 0.5 * torch.sign(load.mean() - load))
 
 
+def test_one_step_with_nan_does_not_stay_in_the_bias() -> None:
+    """Tokens whose scores are not finite are left out of the quantiles."""
+    logits = torch.randn(64, 4)
+    bad = torch.tensor([[0.0, math.nan, 0.0, 0.0], [-math.inf, 0.0, 0.0, 0.0]])
+    clean, dirty = (routing.BiasedTopK(4, 2, by_logits=True) for _ in range(2))
+    clean.solve(logits)
+    dirty.solve(torch.cat((bad, logits)), mask=torch.tensor([True] * 66))
+    assert bool(clean.bias.any()) and torch.equal(dirty.bias, clean.bias)
+    dirty.solve(bad)
+    assert torch.equal(dirty.bias, clean.bias)  # nothing to go by
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_bias_made_under_another_default_dtype(dtype: torch.dtype) -> None:
+    """As models are made by from_pretrained: float32, so that a step of 1e-3 stays."""
+    torch.set_default_dtype(dtype)
+    try:
+        router = routing.BiasedTopK(2, 1)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    router.update(router(torch.tensor([[1.0, 0.0]])))
+    assert torch.equal(router.bias, torch.tensor([-1e-3, 1e-3]))
+
+
+@pytest.mark.parametrize("table", [torch.zeros(10, dtype=torch.int64), torch.zeros(10, 3, dtype=torch.int64)])
+@pytest.mark.parametrize("scored", [False, True])
+def test_hash_of_no_tokens(table: Tensor, scored: bool) -> None:
+    none = routing.hash(torch.empty(0, dtype=torch.int64), table, 4, logits=torch.empty(0, 4) if scored else None)
+    none.check()
+    assert torch.equal(none.counts, torch.zeros(4, dtype=torch.int64))
+
+
 def test_rows_of_some_experts() -> None:
     """``first``, ``weight_of`` and ``scaled``, with gradients, against loops over slots."""
     ids = torch.tensor([[0, 3], [4, 1], [2, 4], [3, 5], [6, 7]])  # 6 and 7 are another rank's

@@ -12,7 +12,7 @@ import torch
 from routes import ROUTERS
 from torch import Tensor
 
-from ffn_ops import Routing, routing
+from ffn_ops import Routing, moe_combine, routing
 
 ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "logits a list": (lambda: routing.top_k([[1.0]], 1), TypeError, "logits: expected a torch.Tensor, got list"),
@@ -65,6 +65,33 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "glam with one expert": (lambda: routing.glam_top2(torch.ones(2, 1)), ValueError, "k: expected 1 to 1, got 2"),
     "tile": (lambda: routing.token_rounding(torch.ones(2, 6), 2, tile=0), ValueError, "tile: expected at least 1"),
     "hash ids": (lambda: routing.hash(torch.ones(2), torch.ones(2).int(), 2), TypeError, "token_ids: expected"),
+    "hash options without logits": (
+        lambda: routing.hash(torch.ones(2).int(), torch.ones(2).int(), 2, score="tanh"), ValueError, "score: expected",
+    ),
+    "hash with logits of no number of experts": (
+        lambda: routing.hash(torch.ones(2).int(), torch.ones(2).int(), 4.0, logits=torch.ones(2, 4)),  # type: ignore[arg-type]
+        TypeError, "num_experts: expected an integer, got float",
+    ),
+    "sparse hash ids": (
+        lambda: routing.hash(torch.ones(2).int().to_sparse(), torch.ones(2).int(), 2), ValueError, "token_ids: exp",
+    ),
+    "seed": (lambda: routing.hash_table(4, 2, seed="1"), TypeError, "seed: expected an integer"),  # type: ignore[arg-type]
+    "options of a biased router": (lambda: routing.BiasedTopK(4, 5), ValueError, "k: expected 1 to 4, got 5"),
+    "a score of a biased router": (lambda: routing.BiasedTopK(4, 2, score="tanh"), ValueError, "score: expected"),
+    "another router's counts": (
+        lambda: routing.BiasedTopK(4, 2).update(routing.top_k(torch.ones(2, 6), 1)),
+        ValueError, r"routing.counts: expected shape \[4\], got \[6\]",
+    ),
+    "another router's logits": (
+        lambda: routing.BiasedTopK(4, 2).solve(torch.ones(2, 6)), ValueError, r"logits: expected shape \[T, 4\]",
+    ),
+    "sparse weights of a routing": (
+        lambda: moe_combine(
+            torch.ones(2, 3),
+            (r := routing.top_k(torch.ones(2, 4), 1))._replace(weight=r.weight.to_sparse()),
+        ),
+        ValueError, "routing.weight: expected a strided tensor",
+    ),
     "ids of floats": (
         lambda: Routing.from_topk(torch.ones(2, 3), torch.ones(2, 3), 4), TypeError, "ids: expected an integer dtype",
     ),

@@ -16,6 +16,7 @@ from device import generator
 from seen import Seen
 from test_transformers_report import OWN, made
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from transformers.models.step3p7 import modeling_step3p7
 
 import ffn_ops
@@ -243,3 +244,77 @@ def test_saved_and_loaded(tmp_path: Any) -> None:
     model.save_pretrained(tmp_path)
     again = transformers.NllbMoeForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float64).eval()
     assert_close(step(again), step(model))
+
+
+def test_a_forward_on_the_instance() -> None:
+    """accelerate's hooks, which hold the forward that they found: an exchanged class would not be called."""
+    hooks: Any = pytest.importorskip("accelerate.hooks")
+    model = model_of("Step-3.5")
+    experts = model.get_submodule(report(model).entries[0].path)
+    expected = step(model)
+
+    def assert_runs(ours: bool) -> None:
+        with Seen() as seen, torch.no_grad():
+            actual = model(input_ids=torch.randint(3, 61, (2, 6), generator=generator()))[0]
+        assert ("moe" in seen.names) == ours
+        torch.testing.assert_close(actual, expected["last_hidden_state 0"])
+
+    hooks.add_hook_to_module(experts, hooks.ModelHook())
+    with pytest.warns(UserWarning, match="forward was set on the instance"):
+        register(model)
+    (entry,) = report(model).entries
+    assert entry.status == "left" and "forward was set on the instance" in entry.why
+    assert_runs(ours=False)
+    hooks.remove_hook_from_module(experts)  # which leaves the class's own on the instance
+    assert report(exchanged(model)).paths("ffn_ops")
+    assert_runs(ours=True)
+    hooks.add_hook_to_module(experts, hooks.ModelHook())
+    assert_runs(ours=True)
+    ffn_ops.restore(model)
+    assert_runs(ours=False)
+    assert not report(model).paths("ffn_ops")
+
+
+class Stored(Tensor):
+    """Stands for weights that another library stores in its own way."""
+
+
+@pytest.mark.parametrize("name", ["DBRX", "JetMoE", "Llama 4", "LongCat-Flash", "Step-3.5"])
+def test_stacked_weights_of_a_tensor_subclass(name: str) -> None:
+    """Operators cannot read them: the model's own code runs, and the report says why."""
+    model = exchanged(model_of(name))
+    expected = step(model)
+    for entry in report(model).entries:
+        experts = model.get_submodule(entry.path)
+        for holder in experts.modules():
+            for n, p in holder._parameters.items():
+                if p is not None and (p.dim() > 2 or n == "w1"):
+                    holder._parameters[n] = nn.Parameter(p.detach().as_subclass(Stored))
+    assert {e.status for e in report(model).entries} == {"left"}
+    assert all("(a Stored)" in e.why for e in report(model).entries)
+    with Seen() as seen:
+        assert_close(step(model), expected)
+    assert not {"moe", "moe_linear"} & set(seen.names)
+
+
+def test_parametrised_after_the_exchange() -> None:
+    """As PEFT does it: torch makes a subclass. It is reported, exchanged once and restored."""
+    model = exchanged(model_of("Step-3.5"))
+    experts = model.get_submodule(report(model).entries[0].path)
+
+    class Halved(nn.Module):
+        def forward(self, w: Tensor) -> Tensor:
+            return 0.5 * w
+
+    parametrize.register_parametrization(experts, "down_proj", Halved())
+    assert report(model).paths("ffn_ops")
+    expected = step(ffn_ops.restore(copy.deepcopy(model)))
+    for change, ours_run in ((exchanged, True), (ffn_ops.restore, False), (exchanged, True)):
+        change(model)
+        assert bool(report(model).paths("ffn_ops")) == ours_run
+        with Seen() as seen:
+            assert_close(step(model), expected)
+        assert ("moe" in seen.names) == ours_run
+    parametrize.remove_parametrizations(experts, "down_proj")
+    ffn_ops.restore(model)
+    assert type(experts) is modeling_step3p7.Step3p7Experts

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import _checks as check
 from .._replace import ReplaceEntry, ReplaceReport
 from ..integrations.transformers import NAME, _declared
 from ..moe_ffn import MoEFFN
-from .quantize import quantize
+from .quantize import MADE, quantize
 
 
 @torch.no_grad()
@@ -43,6 +44,7 @@ def quantize_(model: nn.Module, format: str, *, group: int | tuple[int, int] | N
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    check.choice("format", format, MADE)
     entries = []
     for path, module in list(model.named_modules()):
         names = _weights(module)

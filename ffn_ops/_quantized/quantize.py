@@ -12,7 +12,7 @@ from .. import _checks as check
 from .readers import _pairs
 from .weight import QuantizedWeight
 
-_MADE = ("mxfp4", "fp8", "int8", "int4")
+MADE = ("mxfp4", "fp8", "int8", "int4")
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
@@ -41,7 +41,7 @@ def quantize(w: Tensor, format: str, *, group: int | tuple[int, int] | None = No
     """Rounds a weight to the nearest codes of a format, with the scales that its largest magnitudes ask for.
 
     Args:
-        w: ``[N, K]`` or ``[E, N, K]``; float64, float32, float16 or bfloat16, all finite.
+        w: ``[N, K]`` or ``[E, N, K]``; float64, float32, float16 or bfloat16, all finite in float32.
         format: ``mxfp4`` (power-of-two scales, OCP's choice of exponent: the largest values may saturate by up to a
             quarter), ``fp8``, ``int8``, ``int4`` (symmetric).
         group: columns of a scale. None: 32 of mxfp4 (the only choice), blocks of 128 x 128 of fp8, whole rows of int8,
@@ -63,14 +63,16 @@ def quantize(w: Tensor, format: str, *, group: int | tuple[int, int] | None = No
         ('int8', True, 0)
     """
     check.tensor("w", w)
-    check.choice("format", format, _MADE)
+    check.choice("format", format, MADE)
     if w.dim() not in (2, 3):
         raise ValueError(f"w: expected shape [N, K] or [E, N, K], got {list(w.shape)}")
-    if not bool(w.isfinite().all()):
-        raise ValueError(f"w: expected finite values, got {int((~w.isfinite()).sum())} that are not")
+    if w.is_meta:
+        raise ValueError("w: expected a tensor with values, got one on the meta device")
+    x = w.float()
+    if not bool(x.isfinite().all()):  # of float64 also what lies beyond float32
+        raise ValueError(f"w: expected finite values, got {int((~x.isfinite()).sum())} that are not")
     rows, cols = w.shape[-2:]
     block = _block(format, group, rows, cols)
-    x = w.float()
     quantized, saturated = _ROUNDED[format](x, block)
     if not return_error:
         return quantized

@@ -73,6 +73,7 @@ class Readers:
         """
         blocks = _bytes(_of("blocks", blocks, torch.uint8, torch.int8))
         scales = _bytes(_of("scales", scales, torch.uint8, torch.float8_e8m0fnu))
+        _dims("scales", scales, (2, 3), "[..., N, K / 32]")
         if blocks.dim() == scales.dim() + 1:
             if blocks.shape[-1] != 16:
                 raise ValueError(f"blocks: expected shape [..., N, K / 32, 16], got {list(blocks.shape)}")
@@ -98,7 +99,11 @@ class Readers:
         scales = _bytes(_of("scales", scales, torch.uint8, torch.float8_e4m3fn))
         factor = _of("factor", factor, torch.float32)
         lead = packed.shape[:-2]
-        factor = factor.reshape(lead) if factor.numel() == lead.numel() else factor.expand(lead)
+        if factor.numel() not in (1, lead.numel()):
+            raise ValueError(
+                f"factor: expected one value or one for each expert, {list(lead)}, got {list(factor.shape)}"
+            )
+        factor = factor.reshape(lead) if factor.numel() == lead.numel() else factor.reshape(()).expand(lead)
         return cls._make("nvfp4", packed, scales, factor=factor, block=(1, 16))
 
     @classmethod
@@ -163,7 +168,8 @@ class Readers:
             qweight: int32 ``[..., K / 8, N]``.
             qzeros: int32 ``[..., K / group, N / 8]``; in version 1 of the format zeros are stored less one.
             scales: ``[..., K / group, N]``; float32 or 16-bit.
-            g_idx: the group of each k, which must be ``k // group``.
+            g_idx: the group of each k, which must be ``k // group``. Without it groups are taken to be whole: K over
+                their number.
             version: 1, or 2, which stores zeros as they are.
 
         Example:
@@ -180,6 +186,7 @@ class Readers:
         groups = _check_groups(qweight, 8 * words, rows, qzeros, scales)
         group = 8 * words // groups
         if g_idx is not None:
+            _dims("g_idx", _of("g_idx", g_idx, torch.int32, torch.int64), (1, 2), "[..., K]")
             order = torch.arange(8 * words, device=g_idx.device) // group
             if g_idx.shape[-1] != len(order) or not bool((g_idx == order).all()):
                 raise ValueError(

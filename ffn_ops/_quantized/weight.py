@@ -69,6 +69,8 @@ class QuantizedWeight(Readers, nn.Module):
     ) -> None:
         super().__init__()
         check.choice("format", format, tuple(FORMATS))
+        if not isinstance(block, (tuple, list)) or len(block) != 2:
+            raise ValueError(f"block: expected a pair of rows and columns, got {block!r}")
         for each in block:
             check.positive("block", each)
         given = {"codes": codes, "scales": scales, "zeros": zeros, "factor": factor}
@@ -150,6 +152,38 @@ class QuantizedWeight(Readers, nn.Module):
                 if moved.dtype is torch.uint8:
                     self._buffers[name] = moved.view(t.dtype).reshape(t.shape)
         return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata"):
+            destination._metadata[prefix[:-1]]["format"] = self.stacked()[1]
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing: Any,
+        unexpected: Any,
+        errors: Any,
+    ) -> None:
+        """Loads no bytes that mean something else, of which nobody would notice but by the values."""
+        wanted = self.stacked()[1]
+        wrong = []
+        if (saved := local_metadata.get("format", wanted)) != wanted:
+            wrong.append(f"{prefix[:-1]}: expected a quantised weight in {wanted}, got one in {saved}")
+        for name, t in self._buffers.items():
+            new = state_dict.get(prefix + name)
+            if isinstance(new, Tensor) and isinstance(t, Tensor) and new.dtype is not t.dtype:
+                want, got = (str(each.dtype).removeprefix("torch.") for each in (t, new))
+                wrong.append(f"{prefix}{name}: expected dtype {want} as the model's weight in {wanted} has, got {got}")
+        if wrong:
+            errors.extend(wrong)
+            return
+        if not FORMATS[self.format].parts:
+            self._buffers["codes"] = self.codes.clone()  # else it would write to the mapped file
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
 
 def _flatten(w: QuantizedWeight) -> tuple[list[Any], Any]:

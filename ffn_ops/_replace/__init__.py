@@ -152,7 +152,7 @@ def restore(model: Model) -> Model:
     """
     _check(model)
     for module in model.modules():
-        for name in (PLAN, CALLS):
+        for name in (PLAN, CALLS, EXCHANGED):
             vars(module).pop(name, None)
         if ORIGINAL in vars(type(module)):
             if has_own_forward(module):
@@ -203,8 +203,8 @@ def _sites(model: nn.Module) -> Iterator[_Site]:
         if site is None:
             continue
         plan = site.finding.plan
-        if EXCHANGED in vars(type(module)):
-            called = getattr(type(module), EXCHANGED)
+        if EXCHANGED in vars(module):
+            called = vars(module)[EXCHANGED]
             taken.update(id(m) for p, m in module.named_modules() if p and p.partition(".")[0] not in called)
         if plan is not None:
             for name in {linear.split(".")[0] for linear in plan.form.linears}:
@@ -214,7 +214,7 @@ def _sites(model: nn.Module) -> Iterator[_Site]:
 
 def _site(path: str, module: nn.Module, recognise: Recogniser) -> _Site | None:
     known = getattr(module, PLAN, None)
-    if EXCHANGED in vars(type(module)):
+    if EXCHANGED in vars(module):
         return _Site(path, module, "forward", Finding(None, "experts computed after register(model)"), True)
     if isinstance(module, OURS):
         return _Site(path, module, "forward", Finding(None, "one of this package's modules, which fuses itself"), True)

@@ -34,7 +34,7 @@ _MOST_OWN = 1 << 16  # elements up to which the copy has a layer's own tensors, 
 _MANY = 1 << 13
 _OF_STUBS = OF_EVERY_MODULE | {"kind", "path", "probe", "shape", "norm", "learned"}
 ORIGINAL = "_ffn_ops_original"  # attribute of a class that replace() made: the original class
-EXCHANGED = "_ffn_ops_called"  # of one that integrations/transformers.py made: the children that its forward calls
+EXCHANGED = "_ffn_ops_called"  # of an instance that integrations/transformers.py exchanged: children that it calls
 
 
 class ProbeError(Exception):

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from .._gate import Gate
 from .._replace.probe import EXCHANGED, ORIGINAL, original_class
+from ..modules import PLAIN_TENSORS, has_own_forward
 from ._forwards import EXCHANGES, Exchange
 
 TESTED = "5.24"
@@ -27,7 +28,7 @@ def exchange_of(module: nn.Module) -> Exchange | None:
 
 
 def is_exchanged(module: nn.Module) -> bool:
-    return EXCHANGED in vars(type(module))
+    return EXCHANGED in vars(module)
 
 
 def exchange(module: nn.Module) -> str | None:
@@ -36,10 +37,22 @@ def exchange(module: nn.Module) -> str | None:
     kind: Any = original_class(module)
     if is_exchanged(module):
         return None
+    if (why := why_never_called(module)) is not None:
+        return why
     if not agrees(kind):
         return f"its forward is another function than that of transformers {TESTED}"
-    module.__class__ = _exchanged_class(kind)
+    if not isinstance(module, _exchanged_class(kind)):  # parametrised since, and restored
+        module.__class__ = _exchanged_class(kind)
+        vars(module).pop("forward", None)  # the original class's, left there by another library
+    vars(module)[EXCHANGED] = EXCHANGES[f"{kind.__module__}.{kind.__qualname__}"].called
     return None
+
+
+def why_never_called(module: nn.Module) -> str | None:
+    """Why a call of ``module`` would not reach the forward of an exchanged class, or None."""
+    if has_own_forward(module):
+        return None
+    return "forward was set on the instance (as accelerate's hooks and kernel libraries do)"
 
 
 @functools.cache
@@ -79,7 +92,9 @@ def _exchanged_class(original: Any) -> Any:
 
     @functools.wraps(original.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        y = found.forward(self, *args, **kwargs)
+        # Without the mark restore() has run, while another library held this forward or a subclass of this class.
+        runs = getattr(self, EXCHANGED, None) is not None and _wrapped(self, found) is None
+        y = found.forward(self, *args, **kwargs) if runs else None
         return original.forward(self, *args, **kwargs) if y is None else y
 
     def reduce(self: Any, protocol: Any) -> Any:
@@ -89,7 +104,7 @@ def _exchanged_class(original: Any) -> Any:
         return function, arguments, *rest
 
     members = {
-        ORIGINAL: original, EXCHANGED: found.called, "forward": forward, "__reduce_ex__": reduce,
+        ORIGINAL: original, "forward": forward, "__reduce_ex__": reduce,
         "__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__,
         **found.members,
     }  # fmt: skip
@@ -106,7 +121,18 @@ def why_own_code(module: nn.Module) -> str | None:
     """Why the own forward of an exchanged module runs at present, or None."""
     found = exchange_of(module)
     assert found is not None
-    return None if (why := found.why(module)) is None else f"its own forward runs: {why}"
+    why = _wrapped(module, found) or found.why(module)
+    return None if why is None else f"its own forward runs: {why}"
+
+
+def _wrapped(module: nn.Module, found: Exchange) -> str | None:
+    """A weight that is no plain tensor, such as a quantised or sharded one. Weights of linear layers aside, which the
+    forwards look at."""
+    for holder in (module, *(module.get_submodule(name) for name in found.held)):
+        for name, weight in holder._parameters.items():
+            if weight is not None and type(weight) not in PLAIN_TENSORS:
+                return f"{name} is called (a {type(weight).__name__})"
+    return None
 
 
 def gate_in(module: nn.Module) -> Gate | None:

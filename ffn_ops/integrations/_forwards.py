@@ -31,6 +31,7 @@ class Exchange(NamedTuple):
     tiny: tuple[Any, ...]  # arguments that make a tiny instance
     call: Callable[[], tuple[Any, ...]]  # what that instance is called with
     called: tuple[str, ...] = ()  # children that the forward calls; it bypasses the others
+    held: tuple[str, ...] = ()  # children of which it reads stacked weights
     members: dict[str, Any] = {}  # attributes of the class that computes it  # noqa: RUF012
 
 
@@ -288,20 +289,20 @@ EXCHANGES = {
     f"{_MODELS}.dbrx.modeling_dbrx.DbrxExperts": Exchange(
         _dbrx, lambda m: act_gate(m.mlp.activation_fn, gated=True), lambda m: _holds(m, "mlp", "mlp.activation_fn"),
         (_Config(hidden_size=6, ffn_hidden_size=5, moe_num_experts=4, ffn_act_fn={"name": "silu"}),),
-        _routed(4, (3, 3, 6)),
+        _routed(4, (3, 3, 6)), held=("mlp",),
     ),
     f"{_MODELS}.llama4.modeling_llama4.Llama4TextMoe": Exchange(
         _llama4, lambda m: act_gate(m.experts.act_fn, gated=True), lambda m: _holds(m, "experts", "experts.act_fn"),
         (_Config(num_experts_per_tok=2, hidden_size=6, num_local_experts=4, intermediate_size=5,
          hidden_act="silu"),),
-        lambda: (_x(3, 3, 6),), ("router", "shared_expert"),
+        lambda: (_x(3, 3, 6),), ("router", "shared_expert"), ("experts",),
     ),
     f"{_MODELS}.jetmoe.modeling_jetmoe.JetMoeMoE": Exchange(
         _jetmoe, lambda m: act_gate(m.activation, gated=True),
         lambda m: _holds(m, "input_linear", "output_linear", "activation"),
         (_Config(hidden_size=6, intermediate_size=5, activation_function="silu", num_local_experts=4,
          num_experts_per_tok=2),),
-        lambda: (_x(3, 3, 6),), ("router",),
+        lambda: (_x(3, 3, 6),), ("router",), ("input_linear", "output_linear"),
     ),
     f"{_MODELS}.jetmoe.modeling_jetmoe.JetMoeParallelExperts": Exchange(
         _jetmoe_linear, lambda m: None, lambda m: None, (4, 6, 5), lambda: (_x(9, 6), [3, 0, 2, 4]),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,8 +20,15 @@ from torch import Tensor, nn
 from .._checks import DTYPES
 from .._lora import Lora, together
 
-# Of an experts module while its wrappers run: the adapters of each parameter.
-_HELD = "_ffn_ops_lora"
+
+class _Held(threading.local):
+    """Of an experts module while this thread runs its wrappers: the adapters of each parameter."""
+
+    def __init__(self) -> None:
+        self.of: dict[Any, dict[str, list[tuple[Tensor, Tensor, float]]]] = {}
+
+
+_held = _Held()
 
 
 def adopt(runs_ours: Callable[[nn.Module], bool]) -> None:
@@ -35,21 +43,21 @@ def adopt(runs_ours: Callable[[nn.Module], bool]) -> None:
     @contextlib.contextmanager
     def activate(self: Any, active_adapters: Any) -> Iterator[None]:
         experts = self.get_base_layer()
-        before = experts.__dict__.get(_HELD)
+        before = _held.of.get(experts)
         known = before is not None or runs_ours(experts)  # the wrapper around this one has looked
         found = _plain_adapters(self, experts, active_adapters) if known else None
         if found is None:
             with theirs(self, active_adapters):
                 yield
             return
-        experts.__dict__[_HELD] = {**(before or {}), self.parameter_name: found}
+        _held.of[experts] = {**(before or {}), self.parameter_name: found}
         try:
             yield
         finally:
             if before is None:
-                del experts.__dict__[_HELD]
+                del _held.of[experts]
             else:
-                experts.__dict__[_HELD] = before
+                _held.of[experts] = before
 
     activate._ffn_ops = theirs  # type: ignore[attr-defined]
     wrapper._activate_lora = activate
@@ -62,6 +70,9 @@ def _plain_adapters(wrapper: Any, experts: nn.Module, active: Any) -> list[tuple
     w = experts._parameters.get(wrapper.parameter_name)
     if w is None or w.dim() != 3 or w.dtype not in DTYPES or not names:
         return None
+    # Before 0.20 PEFT took the rows of a weight for its inputs, unless they were; then a takes no row of x.
+    if getattr(wrapper, "_did_swap_in_out_features", False) is experts.is_transposed:
+        return None
     found = []
     for name in names:
         a, b = factors_a[name], factors_b[name]
@@ -71,7 +82,8 @@ def _plain_adapters(wrapper: Any, experts: nn.Module, active: Any) -> list[tuple
             or (name in drops and type(drops[name]) is not nn.Identity)
         ):
             return None
-        found.append((_fitting(a.weight, w), _fitting(b.weight, w), float(wrapper.scaling[name])))
+        a_weight = _fitting(a.weight, w)
+        found.append((a_weight, _fitting(b.weight, w).to(a_weight.dtype), float(wrapper.scaling[name])))
     return found
 
 
@@ -83,7 +95,7 @@ def _fitting(factor: Tensor, w: Tensor) -> Tensor:
 
 def adapters_of(experts: Any, first: str) -> Lora | None:
     """What the wrappers of ``experts`` hold for this call; ``first`` names the weight before the activation."""
-    held = experts.__dict__.get(_HELD)
+    held = _held.of.get(experts)
     if held is None:
         return None
     pairs = [("in", *each) for each in held.get(first, ())] + [("down", *each) for each in held.get("down_proj", ())]

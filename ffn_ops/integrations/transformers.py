@@ -167,12 +167,16 @@ def _entries(model: nn.Module) -> Iterator[ReplaceEntry]:
             except (ValueError, KeyError) as error:
                 yield entry("refused", "", str(error.args[0]))
         elif _holds_experts(path, module):
-            yield entry("left", "", CAN_EXCHANGE if _can_exchange(model, path) else OWN_CODE)
+            yield entry("left", "", _why_left(model, path))
 
 
-def _can_exchange(model: nn.Module, path: str) -> bool:
-    """Whether there is a forward for the module or the one around it."""
-    return any(_exchange.exchange_of(model.get_submodule(p)) for p in (path, path.rpartition(".")[0]))
+def _why_left(model: nn.Module, path: str) -> str:
+    """Looks for a forward for the module or the one around it."""
+    for module in (model.get_submodule(p) for p in (path, path.rpartition(".")[0])):
+        if _exchange.exchange_of(module) is not None:
+            why = _exchange.why_never_called(module)
+            return CAN_EXCHANGE if why is None else f"{OWN_CODE}; {why}"
+    return OWN_CODE
 
 
 def _declared(module: nn.Module) -> bool:

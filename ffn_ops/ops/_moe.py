@@ -89,6 +89,7 @@ def moe(
     """
     if isinstance(w_in, QuantizedWeight) or isinstance(w_down, QuantizedWeight):
         check_no_adapters(lora)
+        check.is_routing(routing)
         return quantized_moe(x, routing, None, w_in, w_down, gated, b_in, b_down, activation, recompute)
     check.first("x", x)
     x, w_in, w_down, b_in, b_down = autocast(x, w_in, w_down, b_in, b_down)  # type: ignore[assignment]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import _checks as check
@@ -19,6 +20,7 @@ from ._rows import check_weights, linear_op
 from ._shared import (
     arithmetic,
     as_stored,
+    autocast,
     backward_tangents,
     dense,
     double_backward,
@@ -36,7 +38,10 @@ _TENSORS = 14
 def adapters(lora: Lora, x: Tensor, w_in: Tensor, w_down: Tensor) -> tuple[Any, ...]:
     """The adapters' tensors as the operator takes them, checked."""
     lora = check_lora(lora)
-    return _checked_pairs((lora.a_in, lora.b_in, lora.a_down, lora.b_down), x, w_in, w_down)
+    factors = (lora.a_in, lora.b_in, lora.a_down, lora.b_down)
+    cast = autocast(x, *factors)[1:]  # float32 ones stay: nothing between a and b is rounded
+    cast = tuple(f if f is None or f.dtype is torch.float32 else c for f, c in zip(factors, cast, strict=True))
+    return _checked_pairs(cast, x, w_in, w_down)
 
 
 def no_adapters(lora: Lora | None) -> None:

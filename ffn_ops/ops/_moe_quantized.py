@@ -69,6 +69,9 @@ def quantized_ffn(
     recompute: bool,
 ) -> Tensor:
     """:func:`ffn_ops.ffn`."""
+    for each, b in (("b_in", b_in), ("b_up", b_up), ("b_down", b_down)):
+        if b is not None:
+            check.tensor(each, b)
     x, b_in, b_up, b_down = autocast(x, b_in, b_up, b_down)  # type: ignore[assignment]
     if b_up is not None and w_up is None:
         raise ValueError("b_up: expected None where w_up is None (b_in holds both halves), got a tensor")

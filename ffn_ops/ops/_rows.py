@@ -117,6 +117,8 @@ def check_weights(
     """Returns F and the width of the output."""
     experts = offsets.shape[0] - 1
     check.tensor("w_in", w_in, (experts, "2F" if gated else "F", x.shape[-1]), like=x)
+    if experts < 1:
+        raise ValueError(f"w_in: expected at least one expert, got {list(w_in.shape)}")
     rows = w_in.shape[1]
     if gated and rows % 2:
         raise ValueError(f"w_in: expected an even number of rows, of gate and up, got {list(w_in.shape)}")

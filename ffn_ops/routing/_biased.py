@@ -74,7 +74,8 @@ def solve_bias(
 
     Args:
         bias: ``[E]``, float32 or float64.
-        logits: ``[..., E]`` for T tokens, those that the bias chose for; several micro-batches go in one call.
+        logits: ``[..., E]`` for T tokens, those that the bias chose for; several micro-batches go in one call. Tokens
+            whose scores are not finite are left out, so that one step with NaN does not stay in the bias.
         k: experts per token, below E.
         score, by_logits: as the router has them, see :func:`top_k`; with ``by_logits`` s are the logits.
         mask: bool, one for each token, False for padding.
@@ -103,24 +104,27 @@ def solve_bias(
     z = z.double() if z.device.type == "cpu" else wide(z)
     s = z if by_logits else SCORES[score](z)
     alpha = (s + bias).topk(k + 1, 1).values[:, k:]
-    wanted = alpha - s if mask is None else (alpha - s)[mask]
-    bias.copy_(_quantiles(wanted, k / experts, bias, group))
+    wanted = alpha - s
+    real = wanted.isfinite().all(1) if mask is None else wanted.isfinite().all(1) & mask
+    bias.copy_(_quantiles(wanted, real, k / experts, bias, group))
 
 
 _BINS = 1000
 
 
-def _quantiles(values: Tensor, share: float, otherwise: Tensor, group: Any) -> Tensor:
-    """Of each column of ``values`` [T, E], less their mean; ``otherwise`` where no rank has a row."""
+def _quantiles(values: Tensor, real: Tensor, share: float, otherwise: Tensor, group: Any) -> Tensor:
+    """Of each column of ``values`` [T, E], in the rows that are ``real`` [T], less their mean; ``otherwise`` where no
+    rank has such a row."""
     experts = values.shape[1]
     ends = values.new_full((2,), -torch.inf)
     if values.shape[0]:
-        ends = torch.stack((-values.amin(), values.amax()))
+        row = real.unsqueeze(1)
+        ends = torch.stack([torch.where(row, v, -torch.inf).amax() for v in (-values, values)])
     ends = sum_over(ends, group, "max")
     low, width = (-ends[0]).expand(experts, 1), (ends[0] + ends[1]).clamp(min=1e-30)
-    rows = sum_over(torch.tensor(values.shape[0], device=values.device), group)
+    rows = sum_over(real.sum(), group)
     rank, below = rows * share, torch.zeros_like(low)
-    values, inside = values.t(), torch.ones_like(values.t(), dtype=torch.bool)
+    values, inside = values.t(), real.expand(experts, -1)
     for _ in range(2):
         width = width / _BINS
         place = ((values - low) / width).nan_to_num(0).long().clamp(0, _BINS - 1)
@@ -164,7 +168,8 @@ class BiasedTopK(nn.Module):
         self.options = {"score": "sigmoid", "renormalize": True, **options}
         shared = options.get("shared", 0)
         check.at_least("shared", shared, 0, num_experts - 1)
-        self.register_buffer("bias", torch.zeros(num_experts - shared))
+        top_k(torch.empty(0, num_experts, device="meta"), k, bias=None, **self.options)  # checks them
+        self.register_buffer("bias", torch.zeros(num_experts - shared, dtype=torch.float32))
 
     __prepare_scriptable__ = check.refuse_script
 
@@ -183,6 +188,7 @@ class BiasedTopK(nn.Module):
             tensor([-0.0010,  0.0010])
         """
         check.routing(routing, self.bias, "bias")
+        check.indices("routing.counts", routing.counts, (self._experts(),))
         chosen = routing._replace(counts=routing.counts[: self.bias.shape[0]])  # without the shared experts
         update_bias(self.bias, chosen, rate, group=group)
 
@@ -198,10 +204,14 @@ class BiasedTopK(nn.Module):
         if self.options.get("num_groups", 1) > 1:
             raise ValueError(f"num_groups: expected 1 for quantiles, got {self.options['num_groups']}")
         z, _ = fold_logits(logits)
+        check.tensor("logits", z, ("T", self._experts()))
         if (softcap := self.options.get("softcap")) is not None:
             z = softcap * torch.tanh(wide(z) / softcap)
         options = {name: self.options[name] for name in ("score", "by_logits") if name in self.options}
         solve_bias(self.bias, z[:, : self.bias.shape[0]], self.k, **options, mask=mask, group=group)
+
+    def _experts(self) -> int:
+        return self.bias.shape[0] + int(self.options.get("shared", 0))
 
     def reset_parameters(self) -> None:
         """Sets ``bias`` to 0."""

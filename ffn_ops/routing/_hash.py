@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from ..ops._route import top_k_of
+from ..reference import SCORES
 from ._routing import Routing, check_mask, fold_logits, has_values
 
 
@@ -22,6 +23,7 @@ def hash_table(vocabulary: int, num_experts: int, *, seed: int = 0) -> Tensor:
     """
     check.at_least("vocabulary", vocabulary, 1)
     check.at_least("num_experts", num_experts, 1)
+    check.at_least("seed", seed, -(2**63), 2**64 - 1)
     order = torch.randperm(vocabulary, generator=torch.Generator().manual_seed(seed), device="cpu")
     return order.to(torch.get_default_device()) % num_experts
 
@@ -59,20 +61,22 @@ def hash(
         >>> ffn_ops.routing.hash(torch.tensor([7, 7, 8]), table, num_experts=4).counts.sum()
         tensor(3)
     """
-    for name, value in (("token_ids", token_ids), ("table", table)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
-        if value.is_floating_point() or value.is_complex() or value.dtype is torch.bool:
-            raise TypeError(f"{name}: expected an integer dtype, got {value.dtype}")
+    check.integers("token_ids", token_ids)
+    check.integers("table", table)
     if table.dim() not in (1, 2) or (table.dim() == 2 and table.shape[1] < 1):
         raise ValueError(f"table: expected shape [vocabulary] or [vocabulary, k], got {list(table.shape)}")
     check.device("table", table, token_ids, "token_ids")
+    check.at_least("num_experts", num_experts, 1)
+    check.choice("score", score, tuple(SCORES))
+    check.flag("renormalize", renormalize)
+    check.number("scale", scale)
     tokens = token_ids.reshape(-1).long()
     if mask is not None:
         mask = check_mask(mask, tokens)
         tokens = torch.where(mask, tokens, 0)
     _check_inside(tokens, table.shape[0])
-    ids = table.long().index_select(0, tokens).view(tokens.shape[0], -1)
+    ids = table.long().index_select(0, tokens)
+    ids = ids if ids.dim() == 2 else ids.unsqueeze(1)
     if logits is None:
         return Routing.from_topk(ids, torch.ones_like(ids, dtype=torch.float32), num_experts, mask=mask)
     z = fold_logits(logits, mask)[0]

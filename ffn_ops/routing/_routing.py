@@ -105,10 +105,7 @@ class Routing(NamedTuple):
             >>> ffn_ops.Routing.from_topk(ids, weights, num_experts=4).offsets[-1]  # 5 * 2 rows, none dropped
             tensor(10)
         """
-        if not isinstance(ids, Tensor):
-            raise TypeError(f"ids: expected a torch.Tensor, got {type(ids).__name__}")
-        if ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8):
-            raise TypeError(f"ids: expected an integer dtype, got {ids.dtype}")
+        check.integers("ids", ids)
         if ids.dim() != 2:
             raise ValueError(f"ids: expected shape [T, K], got {list(ids.shape)}")
         check.tensor("weights", weights, tuple(ids.shape))
