@@ -53,6 +53,22 @@ def put(name: str, value: Any) -> Callable[[Any], Any]:
     return lambda layer: setattr(layer, name, value)
 
 
+class Options:
+    def __init__(self, swap: bool = False) -> None:
+        self.swap = swap
+
+
+class Processed(LlamaLike):
+    """Each layer has an object of its own, as attention processors are."""
+
+    def __init__(self, swap: bool = False) -> None:
+        super().__init__()
+        self.processor = Options(swap)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return swapped(self, x) if self.processor.swap else super().forward(x)
+
+
 class Packed(nn.Module):
     """As quantised layers have their weights: the shape of the numbers does not say that of the layer."""
 
@@ -79,6 +95,7 @@ def test_packed_weights() -> None:
 DIFFERENT: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module]]] = {
     "an attribute": (differs(put("swap", True)), Optional),
     "an object": (differs(put("config", types.SimpleNamespace(swap=True))), Optional),
+    "a value of an object": (lambda: Processed(swap=True), Processed),
     "a list": (differs(put("sizes", [2])), Optional),
     "an attribute of a child": (differs(lambda m: setattr(m.act_fn[0], "swap", True)), Optional),
     "an option of the activation": (differs(lambda m: setattr(m.act_fn[1], "approximate", "tanh")), Optional),
@@ -174,7 +191,9 @@ def test_refused_layers_are_gone_through_once(monkeypatch: pytest.MonkeyPatch) -
     assert [sum(tree is layer for tree in trees) for layer in model] == [1] * 5
 
 
-@pytest.mark.parametrize("make", [LlamaLike, PhiLike, BertLike, lambda: Plain(named("gelu")), lambda: Plain(new_gelu)])
+@pytest.mark.parametrize(
+    "make", [LlamaLike, Processed, PhiLike, BertLike, lambda: Plain(named("gelu")), lambda: Plain(new_gelu)]
+)
 def test_alike_once(make: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
     """Sixty layers run as often as one; numbers, options that forward does not read, and hooks do not matter."""
     calls: list[int] = []

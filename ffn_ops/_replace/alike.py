@@ -80,6 +80,10 @@ def structure(layer: nn.Module, class_of: Callable[[nn.Module], type]) -> Hashab
     return of(layer)
 
 
+class _Plain:
+    pass
+
+
 def _equal(a: Any, b: Any) -> bool:
     if a is b:
         return True
@@ -97,6 +101,13 @@ def _equal(a: Any, b: Any) -> bool:
         return same and _equal(a.__defaults__, b.__defaults__) and _equal(a.__kwdefaults__, b.__kwdefaults__) and (
             _equal(*cells)
         )  # fmt: skip
+    if hasattr(a, "__dict__") and type(a).__basicsize__ == _Plain.__basicsize__ and not isinstance(a, nn.Module):
+        # Such as diffusers' attention processors, one for each layer. A class of this size keeps all in __dict__.
+        mine, other = vars(a), vars(b)
+        return mine.keys() == other.keys() and all(
+            value is other[name] or (isinstance(value, _VALUES) and _equal(value, other[name]))
+            for name, value in mine.items()
+        )
     return False
 
 
