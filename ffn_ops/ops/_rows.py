@@ -113,11 +113,13 @@ def check_weights(
     b_in: Tensor | None,
     b_down: Tensor | None,
     gated: bool,
+    *,
+    may_be_none: bool = False,
 ) -> tuple[Any, Any]:
-    """Returns F and the width of the output."""
+    """Returns F and the width of the output. ``may_be_none``: a rank may have no expert."""
     experts = offsets.shape[0] - 1
     check.tensor("w_in", w_in, (experts, "2F" if gated else "F", x.shape[-1]), like=x)
-    if experts < 1:
+    if experts < 1 and not may_be_none:
         raise ValueError(f"w_in: expected at least one expert, got {list(w_in.shape)}")
     rows = w_in.shape[1]
     if gated and rows % 2:
