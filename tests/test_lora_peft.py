@@ -166,6 +166,7 @@ def test_gradient_checkpointing_and_training() -> None:
     assert_alike(ours, theirs)
 
 
+@pytest.mark.skipif(torch.__version__ < "2.12", reason="dynamo of torch 2.11 takes no module for a constant")
 def test_compiled_in_one_graph() -> None:
     experts = adapted("ffn_ops", "mixtral").base_model.model.model.layers[0].mlp.experts
     given = torch.randn(5, 32, dtype=torch.float64), torch.randint(0, 4, (5, 2)), torch.rand(5, 2, dtype=torch.float64)
