@@ -9,9 +9,9 @@ from torch import Tensor
 
 from .. import _checks as check
 from .._gate import Gate, as_gate, check_gate
-from .._library import differentiable, fake, vmap_by_loop
+from .._library import fake
 from .._quantized import QuantizedWeight
-from ._moe_derivatives import PLACES, moe_double_backward, moe_tangent
+from ._moe_derivatives import PLACES, differentiable_experts, moe_along
 from ._moe_lora import adapters as check_adapters
 from ._moe_lora import no_adapters as check_no_adapters
 from ._moe_lora import run as with_lora
@@ -21,12 +21,10 @@ from ._shared import (
     arithmetic,
     as_stored,
     autocast,
-    backward_tangents,
     checked,
     dense,
     fold,
     needs_grad,
-    not_asked_for,
 )
 
 if TYPE_CHECKING:
@@ -252,43 +250,4 @@ def _(
     return tuple(grads)
 
 
-def _moe_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    *tensors, ctx.gated, ctx.interleaved, activation, params, _save = inputs
-    ctx.form = (activation, params)
-    _y, gate, up = output
-    ctx.mark_non_differentiable(gate, up)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, gate, up)
-
-
-def _moe_backward_formula(ctx: Any, d_y: Tensor | None, _gate: Any, _up: Any) -> Any:
-    result: list[Any] = [None] * 15
-    if d_y is None:
-        return tuple(result)
-    needs = [ctx.needs_input_grad[place] for place in PLACES]
-    grads = moe_backward_op(d_y, *ctx.saved_tensors, ctx.gated, ctx.interleaved, *ctx.form, needs)
-    for place, grad, need in zip(PLACES, grads, needs, strict=True):
-        result[place] = grad if need else None
-    return tuple(result)
-
-
-def _moe_backward_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    *tensors, ctx.gated, ctx.interleaved, activation, params, ctx.needs = inputs
-    not_asked_for(ctx, output)
-    ctx.form = (activation, params)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors)
-
-
-def _moe_backward_tangent(ctx: Any, *tangents: Any) -> Any:
-    def again(d: Tensor) -> Any:
-        return moe_backward_op(d, *ctx.saved_tensors[1:], ctx.gated, ctx.interleaved, *ctx.form, ctx.needs)
-
-    return backward_tangents(ctx, tangents, again, moe_double_backward, [1 + place for place in PLACES])
-
-
-moe_backward_op = differentiable("moe_backward", _moe_backward_setup, moe_double_backward, _moe_backward_tangent)
-moe_op = differentiable("moe", _moe_setup, _moe_backward_formula, moe_tangent)
-
-for _name in ("moe", "moe_backward"):
-    vmap_by_loop(_name)
+moe_op, moe_backward_op = differentiable_experts("moe", PLACES, moe_along)

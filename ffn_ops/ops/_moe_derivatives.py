@@ -3,23 +3,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from .._library import differentiable, vmap_by_loop
 from ._gated_act import act_tangent, gated_act_op
 from ._rows import combine_op, dispatch_op, linear_op
-from ._shared import double_backward, given, plus
+from ._shared import backward_tangents, double_backward, given, not_asked_for, plus
 
 
 class Rows:
     """Moves data between tokens, rows and experts of one call, and splits pre-activations into gate and up."""
 
     def __init__(
-        self, ctx: Any, x: Tensor, token: Tensor | None, offsets: Tensor, row: Tensor | None, slots: Tensor | None
+        self,
+        gated: bool,
+        interleaved: bool,
+        x: Tensor,
+        token: Tensor | None,
+        offsets: Tensor,
+        row: Tensor | None,
+        slots: Tensor | None,
     ) -> None:
-        self.gated, self.interleaved = ctx.gated, ctx.interleaved
+        self.gated, self.interleaved = gated, interleaved
         self.token, self.offsets, self.route = token, offsets, (offsets, row, slots)
         self.ones = x.new_ones((x if token is None else token).shape[0], 1)
 
@@ -49,43 +57,86 @@ class Rows:
         return (z[:, ::2], z[:, 1::2]) if self.interleaved else tuple(z.chunk(2, 1))  # type: ignore[return-value]
 
 
-def moe_tangent(ctx: Any, *tangents: Any) -> Any:
-    inputs = [ctx.saved_tensors[place] for place in PLACES]
-    directions = [tangents[place] for place in PLACES]
-    return _along(ctx, ctx.saved_tensors[:6], inputs, directions), None, None
+def differentiable_experts(name: str, places: Sequence[int], along: Callable[..., Any]) -> tuple[Any, Any]:
+    """The operator of a mixture and its backward, differentiable to second order; both can be mapped by vmap.
 
+    ``places`` are those of the differentiable tensors among the arguments, the last tensor last; options and whether to
+    save follow. Backward takes d_y, all tensors, gate and up, the options and which gradients are needed.
+    ``along(options, routed, inputs, directions)`` is the tangent of the output.
+    """
+    tensors, backward_name = places[-1] + 1, f"{name}_backward"
 
-def moe_double_backward(ctx: Any, *grads: Tensor | None) -> Any:
-    d_y, *saved = ctx.saved_tensors
-    directions = [given(grad) for grad in grads]
+    def setup(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.options = inputs[tensors:-1]
+        _y, gate, up = output
+        ctx.mark_non_differentiable(gate, up)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:tensors], gate, up)
 
-    def along(inputs: Sequence[Any]) -> Tensor:
-        return _along(ctx, saved[:6], inputs, directions)  # type: ignore[no-any-return]
+    def backward(ctx: Any, d_y: Tensor | None, _gate: Any, _up: Any) -> Any:
+        result: list[Any] = [None] * tensors
+        if d_y is None:
+            return tuple(result)
+        needs = [ctx.needs_input_grad[place] for place in places]
+        grads = backward_op(d_y, *ctx.saved_tensors, *ctx.options, needs)
+        for place, grad, need in zip(places, grads, needs, strict=True):
+            result[place] = grad if need else None
+        return tuple(result)
 
-    needs = [ctx.needs_input_grad[1 + place] for place in PLACES]
-    by_d_y, by = double_backward(ctx, along, d_y, [saved[place] for place in PLACES], directions, needs)
-    result: list[Tensor | None] = [None] * (1 + PLACES[-1])
-    for place, t in zip(PLACES, by, strict=True):
-        result[place] = t
-    return by_d_y, *result
+    def tangent(ctx: Any, *tangents: Any) -> Any:
+        inputs, directions = ([each[place] for place in places] for each in (ctx.saved_tensors, tangents))
+        return along(ctx.options, ctx.saved_tensors[:6], inputs, directions), None, None
+
+    def backward_setup(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.options, ctx.needs = inputs[tensors + 3 : -1], inputs[-1]
+        not_asked_for(ctx, output)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[: tensors + 3])
+
+    def second(ctx: Any, *grads: Tensor | None) -> Any:
+        d_y, *saved = ctx.saved_tensors
+        directions = [given(grad) for grad in grads]
+
+        def tangent_of(inputs: Sequence[Any]) -> Tensor:
+            return along(ctx.options, saved[:6], inputs, directions)  # type: ignore[no-any-return]
+
+        needs = [ctx.needs_input_grad[1 + place] for place in places]
+        by_d_y, by = double_backward(ctx, tangent_of, d_y, [saved[place] for place in places], directions, needs)
+        result: list[Tensor | None] = [None] * tensors
+        for place, t in zip(places, by, strict=True):
+            result[place] = t
+        return by_d_y, *result
+
+    def backward_tangent(ctx: Any, *tangents: Any) -> Any:
+        def again(d: Tensor) -> Any:
+            return backward_op(d, *ctx.saved_tensors[1:], *ctx.options, ctx.needs)
+
+        return backward_tangents(ctx, tangents, again, second, [1 + place for place in places])
+
+    backward_op = differentiable(backward_name, backward_setup, second, backward_tangent)
+    op = differentiable(name, setup, backward, tangent)
+    for each in (name, backward_name):
+        vmap_by_loop(each)
+    return op, backward_op
 
 
 # Places of x, weight, w_in, w_down, b_in and b_down among the arguments of moe.
 PLACES = (0, 2, 6, 7, 8, 9)
 
 
-def _along(ctx: Any, routed: Sequence[Any], inputs: Sequence[Any], directions: Sequence[Any]) -> Any:
+def moe_along(options: Sequence[Any], routed: Sequence[Any], inputs: Sequence[Any], directions: Sequence[Any]) -> Any:
     """The tangent of the output. Row by row, with z the pre-activations, h = act(z), o = h w_down^T + b_down and y the
     sum of s o: y_t is the sum of s o_t + s_t o. The saved z are constants to autograd, so they are computed again."""
     x, weight, w_in, w_down, b_in, b_down = inputs
     x_t, s_t, w_in_t, w_down_t, b_in_t, b_down_t = directions
     _x, token, _weight, offsets, row, slots = routed
-    rows = Rows(ctx, x, token, offsets, row, slots)
+    gated, interleaved, *form = options
+    rows = Rows(gated, interleaved, x, token, offsets, row, slots)
     x_rows = rows.gather(x)
     gate, up = rows.halves(rows.linear(x_rows, w_in, b_in))
     z_t = rows.linear_tangent(x_rows, w_in, None if x_t is None else rows.gather(x_t), w_in_t, b_in_t)
-    h_t = None if z_t is None else act_tangent(gate, up, ctx.form, *rows.halves(z_t))
-    h = gated_act_op(gate, up, *ctx.form)
+    h_t = None if z_t is None else act_tangent(gate, up, form, *rows.halves(z_t))
+    h = gated_act_op(gate, up, *form)
     o_t = rows.linear_tangent(h, w_down, h_t, w_down_t, b_down_t)
     y_t = None if o_t is None else rows.scatter(o_t, weight)
     if s_t is not None:

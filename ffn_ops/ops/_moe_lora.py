@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -12,21 +11,17 @@ from torch import Tensor
 
 from .. import _checks as check
 from .._gate import check_gate
-from .._library import differentiable, fake, vmap_by_loop
+from .._library import fake
 from .._lora import Lora, check_lora, check_pair
 from ._gated_act import act_tangent, gated_act_op
-from ._moe_derivatives import Rows
+from ._moe_derivatives import Rows, differentiable_experts
 from ._rows import check_weights, linear_op
 from ._shared import (
     arithmetic,
     as_stored,
     autocast,
-    backward_tangents,
     dense,
-    double_backward,
-    given,
     needs_grad,
-    not_asked_for,
     plus,
 )
 
@@ -109,65 +104,6 @@ def _(d_y: Tensor, *args: Any) -> Any:
     return tuple(grads)
 
 
-def _setup(ctx: Any, inputs: Any, output: Any) -> None:
-    *tensors, ctx.gated, ctx.interleaved, activation, params, ctx.scale, _save = inputs
-    ctx.form = (activation, params)
-    _y, gate, up = output
-    ctx.mark_non_differentiable(gate, up)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, gate, up)
-
-
-def _options(ctx: Any) -> tuple[Any, ...]:
-    return ctx.gated, ctx.interleaved, *ctx.form, ctx.scale
-
-
-def _backward_formula(ctx: Any, d_y: Tensor | None, _gate: Any, _up: Any) -> Any:
-    result: list[Any] = [None] * 20
-    if d_y is None:
-        return tuple(result)
-    needs = [ctx.needs_input_grad[place] for place in PLACES]
-    grads = _moe_lora_backward(d_y, *ctx.saved_tensors, *_options(ctx), needs)
-    for place, grad, need in zip(PLACES, grads, needs, strict=True):
-        result[place] = grad if need else None
-    return tuple(result)
-
-
-def _backward_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    *tensors, ctx.gated, ctx.interleaved, activation, params, ctx.scale, ctx.needs = inputs
-    not_asked_for(ctx, output)
-    ctx.form = (activation, params)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors)
-
-
-def _backward_tangent(ctx: Any, *tangents: Any) -> Any:
-    def again(d: Tensor) -> Any:
-        return _moe_lora_backward(d, *ctx.saved_tensors[1:], *_options(ctx), ctx.needs)
-
-    return backward_tangents(ctx, tangents, again, _double_backward, [1 + place for place in PLACES])
-
-
-def _tangent(ctx: Any, *tangents: Any) -> Any:
-    inputs = [ctx.saved_tensors[place] for place in PLACES]
-    return _along(ctx, ctx.saved_tensors[:6], inputs, [tangents[place] for place in PLACES]), None, None
-
-
-def _double_backward(ctx: Any, *grads: Tensor | None) -> Any:
-    d_y, *saved = ctx.saved_tensors
-    directions = [given(grad) for grad in grads]
-
-    def along(inputs: Sequence[Any]) -> Tensor:
-        return _along(ctx, saved[:6], inputs, directions)  # type: ignore[no-any-return]
-
-    needs = [ctx.needs_input_grad[1 + place] for place in PLACES]
-    by_d_y, by = double_backward(ctx, along, d_y, [saved[place] for place in PLACES], directions, needs)
-    result: list[Tensor | None] = [None] * (1 + PLACES[-1])
-    for place, t in zip(PLACES, by, strict=True):
-        result[place] = t
-    return by_d_y, *result
-
-
 class _LowRank:
     """``scale * (rows a^T) b^T`` of each row, and its tangent."""
 
@@ -197,17 +133,18 @@ def _forward_parts(rows: Rows, routed: Sequence[Any], inputs: Sequence[Any], for
     return x_rows, gate, up, h, lambda: plus(rows.linear(h, w_down, b_down), second(h)), first, second
 
 
-def _along(ctx: Any, routed: Sequence[Any], inputs: Sequence[Any], directions: Sequence[Any]) -> Any:
+def _along(options: Sequence[Any], routed: Sequence[Any], inputs: Sequence[Any], directions: Sequence[Any]) -> Any:
     """The tangent of the output, see that of moe."""
     x, weight, w_in, w_down = inputs[:4]
     x_t, s_t, w_in_t, w_down_t, b_in_t, b_down_t, a_in_t, lora_b_in_t, a_down_t, lora_b_down_t = directions
     _x, token, _weight, offsets, row, slots = routed
-    rows = Rows(ctx, x, token, offsets, row, slots)
-    x_rows, gate, up, h, out, first, second = _forward_parts(rows, routed[1:], inputs, ctx.form, ctx.scale)
+    gated, interleaved, *form, scale = options
+    rows = Rows(gated, interleaved, x, token, offsets, row, slots)
+    x_rows, gate, up, h, out, first, second = _forward_parts(rows, routed[1:], inputs, form, scale)
     x_rows_t = None if x_t is None else rows.gather(x_t)
     z_t = rows.linear_tangent(x_rows, w_in, x_rows_t, w_in_t, b_in_t)
     z_t = plus(z_t, first.tangent(x_rows, x_rows_t, a_in_t, lora_b_in_t))
-    h_t = None if z_t is None else act_tangent(gate, up, ctx.form, *rows.halves(z_t))
+    h_t = None if z_t is None else act_tangent(gate, up, form, *rows.halves(z_t))
     o_t = rows.linear_tangent(h, w_down, h_t, w_down_t, b_down_t)
     o_t = plus(o_t, second.tangent(h, h_t, a_down_t, lora_b_down_t))
     y_t = None if o_t is None else rows.scatter(o_t, weight)
@@ -217,13 +154,9 @@ def _along(ctx: Any, routed: Sequence[Any], inputs: Sequence[Any], directions: S
 def _composed(x: Tensor, routed: Sequence[Any], inputs: Sequence[Any], form: Sequence[Any], scale: float) -> Tensor:
     token, weight, offsets, row, slots = routed
     gated, interleaved, activation, params = form
-    rows = Rows(SimpleNamespace(gated=gated, interleaved=interleaved), x, token, offsets, row, slots)
+    rows = Rows(gated, interleaved, x, token, offsets, row, slots)
     parts = _forward_parts(rows, routed, (x, weight, *inputs), (activation, params), scale)
     return rows.scatter(parts[4](), weight)
 
 
-_moe_lora_backward = differentiable("moe_lora_backward", _backward_setup, _double_backward, _backward_tangent)
-_moe_lora = differentiable("moe_lora", _setup, _backward_formula, _tangent)
-
-for _name in ("moe_lora", "moe_lora_backward"):
-    vmap_by_loop(_name)
+_moe_lora, _ = differentiable_experts("moe_lora", PLACES, _along)

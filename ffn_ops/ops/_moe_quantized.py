@@ -344,13 +344,13 @@ def _tangent(ctx: Any, *tangents: Any) -> Any:
 
 
 def _along(ctx: Any, inputs: Sequence[Any], values: Sequence[Any], directions: Sequence[Any]) -> Any:
-    """The tangent of the output, see ``_moe_derivatives._along``; weights are constants."""
+    """The tangent of the output, see ``_moe_derivatives.moe_along``; weights are constants."""
     x, weight, b_in, b_down = values
     x_t, s_t, b_in_t, b_down_t = directions
     _x, token, _weight, offsets, row, slots, w_in, w_up, w_down, formats, _b_in, _b_down = inputs
     names = formats.split(",")
     offsets = _all_rows(x) if offsets is None else offsets
-    rows = Rows(ctx, x, token, offsets, row, slots)
+    rows = Rows(ctx.gated, ctx.interleaved, x, token, offsets, row, slots)
 
     def linear(t: Tensor, w: Any, name: str, b: Tensor | None) -> Tensor:
         z = linear_op(t, w, name, offsets, False)
