@@ -57,19 +57,22 @@ void add_small_product(Steps& steps, Experts& c, const RowsOf& rows, int64_t K, 
   steps.products(products);
 }
 
+SmallRows add_down_projection(Steps& steps, Workspace& workspace, Experts& c, const LowRank& lora, const RowsOf& rows) {
+  if (lora.rank == 0) return {};
+  void* small = take_rows(workspace, c, lora.rank, arithmetic_dtype(c.dtype), "a row times a^T");
+  add_small_product(steps, c, rows, lora.a->size(2), lora.rank, rows_of(stacked(*lora.a, lora.dtype)), lora.scale,
+                    small, lora.rank);
+  return {small, lora.rank, rows_of(stacked(*lora.b, lora.dtype))};
+}
+
 void add_pre_activations(Steps& steps, Workspace& workspace, Experts& c, const Tensor& x, const StackedWeight& w_in,
                          const std::optional<Tensor>& b_in, void* gate, void* up, void* h) {
   const DType arithmetic = arithmetic_dtype(c.dtype);
   const LowRank& lora = c.lora_in;
   void* add = nullptr;  // [kept, hidden], gate's columns first
   if (lora.rank > 0) {
-    const auto take = [&](int64_t width, const char* name) {
-      return workspace.take(static_cast<size_t>(c.routes.kept * width * storage_size(arithmetic)), name);
-    };
-    void* down = take(lora.rank, "x a_in^T");
-    add = take(c.hidden(), "x a_in^T b_in^T");
-    const auto a = [&](int64_t e, int64_t) { return lanes_are_rows(expert_matrix(*lora.a, lora.dtype, e)); };
-    add_small_product(steps, c, token_rows(c, x), c.D, lora.rank, a, lora.scale, down, lora.rank);
+    const SmallRows small = add_down_projection(steps, workspace, c, lora, token_rows(c, x));
+    add = take_rows(workspace, c, c.hidden(), arithmetic, "x a_in^T b_in^T");
     const int64_t parts = c.interleaved ? 2 : 1;
     for (int64_t part = 0; part < parts; ++part) {
       const auto b = [&](int64_t e, int64_t) {
@@ -77,7 +80,7 @@ void add_pre_activations(Steps& steps, Workspace& workspace, Experts& c, const T
         m.row_stride *= parts;
         return lanes_are_rows(m);
       };
-      add_small_product(steps, c, dense_rows(down, lora.rank, arithmetic), lora.rank, c.hidden() / parts, b, 1,
+      add_small_product(steps, c, dense_rows(small.data, lora.rank, arithmetic), lora.rank, c.hidden() / parts, b, 1,
                         advance(add, part * c.F, arithmetic), c.hidden());
     }
   }
@@ -173,6 +176,39 @@ void add_combined_product(Steps& steps, Workspace& workspace, Experts& c, const 
     add_combine(steps, m);
   }
   if (!c.routed) zero_rows(steps, out, c.routes.kept, c.R, N * storage_size(c.dtype));
+}
+
+std::tuple<Tensor, Tensor, Tensor> run_experts(Experts& c, const Tensor& x, const StackedWeight& w_in,
+                                               const StackedWeight& w_down, const std::optional<Tensor>& b_in,
+                                               const std::optional<Tensor>& b_down, bool save) {
+  Tensor y = fresh(x, {c.T, c.O});
+  Tensor gate = save ? fresh(x, {c.R, c.F}) : nothing(x);
+  Tensor up = save && c.gated ? fresh(x, {c.R, c.F}) : nothing(x);
+
+  Workspace workspace;
+  Steps steps(kernels(), workspace, threads());
+  void* h = take_rows(workspace, c, c.F, c.dtype, "h");
+  add_pre_activations(steps, workspace, c, x, w_in, b_in, save ? gate.mutable_data_ptr() : nullptr,
+                      save && c.gated ? up.mutable_data_ptr() : nullptr, h);
+  const RowsOf h_rows = dense_rows(h, c.F, c.dtype);
+  const SmallRows small = add_down_projection(steps, workspace, c, c.lora_down, h_rows);
+  add_combined_product(steps, workspace, c, h_rows, c.F, c.O, rows_of(w_down), dense_data(b_down, c.keep), c.weight,
+                       y.mutable_data_ptr(), small);
+  const int64_t row_bytes = c.F * storage_size(c.dtype);
+  if (save) zero_rows(steps, gate.mutable_data_ptr(), c.routes.kept, c.R, row_bytes);
+  if (save && c.gated) zero_rows(steps, up.mutable_data_ptr(), c.routes.kept, c.R, row_bytes);
+  steps.run();
+  return {y, gate, up};
+}
+
+Tensor run_linear(Experts& c, const Tensor& rows, int64_t N, const WeightsFrom& weights) {
+  Tensor out = fresh(rows, {c.R, N});
+  Workspace workspace;
+  Steps steps(kernels(), workspace, threads());
+  add_combined_product(steps, workspace, c, token_rows(c, rows), rows.size(1), N, weights, nullptr, nullptr,
+                       out.mutable_data_ptr());
+  steps.run();
+  return out;
 }
 
 void add_hidden_gradient(Steps& steps, Experts& c, const Tensor& d_y, const StackedWeight& w_down, const void* gate,

@@ -5,6 +5,7 @@
 #include <array>
 #include <deque>
 #include <functional>
+#include <tuple>
 
 #include "routes.h"
 
@@ -80,8 +81,19 @@ inline StackedWeight stacked(const Tensor& w, DType dtype) {
   return [&w, dtype](int64_t e, int64_t row, int64_t col) { return expert_matrix(w, dtype, e, row, col); };
 }
 
-// The weights of an expert from an output column on.
+// The weights of an expert from an output column on: rows of w in rows[r] w^T, its columns in rows[r] w.
 using WeightsFrom = std::function<Operand(int64_t expert, int64_t column)>;
+
+inline WeightsFrom rows_of(const StackedWeight& w) {
+  return [w](int64_t e, int64_t col) { return lanes_are_rows(w(e, col, 0)); };
+}
+inline WeightsFrom columns_of(const StackedWeight& w) {
+  return [w](int64_t e, int64_t col) { return lanes_are_columns(w(e, 0, col)); };
+}
+
+inline void* take_rows(Workspace& workspace, const Experts& c, int64_t width, DType dtype, const char* name) {
+  return workspace.take(static_cast<size_t>(c.routes.kept * width * storage_size(dtype)), name);
+}
 
 // A product with few columns, of the arithmetic's dtype, as the rows of a second product that joins the first.
 struct SmallRows {
@@ -94,16 +106,27 @@ struct SmallRows {
 void add_small_product(Steps& steps, Experts& c, const RowsOf& rows, int64_t K, int64_t width,
                        const WeightsFrom& weights, double scale, void* out, int64_t out_stride);
 
+// Each row times a^T, in the arithmetic's dtype, and b as the weights of the second product.
+SmallRows add_down_projection(Steps& steps, Workspace& workspace, Experts& c, const LowRank& lora, const RowsOf& rows);
+
 // Gate and up (saved where given) and h (where given) of every row.
 void add_pre_activations(Steps& steps, Workspace& workspace, Experts& c, const Tensor& x, const StackedWeight& w_in,
                          const std::optional<Tensor>& b_in, void* gate, void* up, void* h);
 
 // out[t] = sum over the rows r of token t of weight[r] (null: 1) * (rows[r] weights^T + bias); not routed: out[r], and
-// zeros behind the experts' rows. `small` joins rows[r] weights^T. With
-// `second` the halves of k are of two weights.
+// zeros behind the experts' rows. `small` joins rows[r] weights^T. With `second` the
+// halves of k are of two weights.
 void add_combined_product(Steps& steps, Workspace& workspace, Experts& c, const RowsOf& rows, int64_t K, int64_t N,
                           const WeightsFrom& weights, const void* bias, const void* row_weight, void* out,
                           const SmallRows& small = {}, const WeightsFrom& second = {});
+
+// y, gate and up (where saved) of the experts on x.
+std::tuple<Tensor, Tensor, Tensor> run_experts(Experts& c, const Tensor& x, const StackedWeight& w_in,
+                                               const StackedWeight& w_down, const std::optional<Tensor>& b_in,
+                                               const std::optional<Tensor>& b_down, bool save);
+
+// rows[r] weights^T [R, N]; rows after the experts' are zero.
+Tensor run_linear(Experts& c, const Tensor& rows, int64_t N, const WeightsFrom& weights);
 
 // d_hidden [R, 2F] (d_gate, then d_up, or alternating) and h, times the row's weight where there is one; parts of the
 // gradient of the weight (null: not routed). `add` [kept, F] joins the gradient of h, unweighted.

@@ -24,56 +24,13 @@ Tensor add_expert_weight_gradient(Steps& steps, Experts& c, const Tensor& w, con
   return torch::stable::transpose(d_w, 1, 2);
 }
 
-WeightsFrom rows_of(const Tensor& w, DType dtype) {
-  return [&w, dtype](int64_t e, int64_t col) { return lanes_are_rows(expert_matrix(w, dtype, e, col)); };
-}
-WeightsFrom columns_of(const Tensor& w, DType dtype) {
-  return [&w, dtype](int64_t e, int64_t col) { return lanes_are_columns(expert_matrix(w, dtype, e, 0, col)); };
-}
-
-void* take_rows(Workspace& workspace, const Experts& c, int64_t width, DType dtype, const char* name) {
-  return workspace.take(static_cast<size_t>(c.routes.kept * width * storage_size(dtype)), name);
-}
-
-// Each row times a^T, in the arithmetic's dtype.
-SmallRows add_down_projection(Steps& steps, Workspace& workspace, Experts& c, const LowRank& lora, const RowsOf& rows) {
-  if (lora.rank == 0) return {};
-  void* small = take_rows(workspace, c, lora.rank, arithmetic_dtype(c.dtype), "a row times a^T");
-  add_small_product(steps, c, rows, lora.a->size(2), lora.rank, rows_of(*lora.a, lora.dtype), lora.scale, small,
-                    lora.rank);
-  return {small, lora.rank, rows_of(*lora.b, lora.dtype)};
-}
-
 // In backward: each row of the gradient times b, and a as the second factor, which gives the gradient of the input.
 SmallRows add_up_gradient(Steps& steps, Workspace& workspace, Experts& c, const LowRank& lora, const RowsOf& rows) {
   if (lora.rank == 0) return {};
   void* small = take_rows(workspace, c, lora.rank, arithmetic_dtype(c.dtype), "a gradient times b");
-  add_small_product(steps, c, rows, lora.b->size(1), lora.rank, columns_of(*lora.b, lora.dtype), lora.scale, small,
-                    lora.rank);
-  return {small, lora.rank, columns_of(*lora.a, lora.dtype)};
-}
-
-std::tuple<Tensor, Tensor, Tensor> forward(Experts& c, const Tensor& x, const Tensor& w_in, const Tensor& w_down,
-                                           const std::optional<Tensor>& b_in, const std::optional<Tensor>& b_down,
-                                           bool save) {
-  Tensor y = fresh(x, {c.T, c.O});
-  Tensor gate = save ? fresh(x, {c.R, c.F}) : nothing(x);
-  Tensor up = save && c.gated ? fresh(x, {c.R, c.F}) : nothing(x);
-
-  Workspace workspace;
-  Steps steps(kernels(), workspace, threads());
-  void* h = take_rows(workspace, c, c.F, c.dtype, "h");
-  add_pre_activations(steps, workspace, c, x, stacked(w_in, c.dtype), b_in, save ? gate.mutable_data_ptr() : nullptr,
-                      save && c.gated ? up.mutable_data_ptr() : nullptr, h);
-  const RowsOf h_rows = dense_rows(h, c.F, c.dtype);
-  const SmallRows small = add_down_projection(steps, workspace, c, c.lora_down, h_rows);
-  add_combined_product(steps, workspace, c, h_rows, c.F, c.O, rows_of(w_down, c.dtype), dense_data(b_down, c.keep),
-                       c.weight, y.mutable_data_ptr(), small);
-  const int64_t row_bytes = c.F * storage_size(c.dtype);
-  if (save) zero_rows(steps, gate.mutable_data_ptr(), c.routes.kept, c.R, row_bytes);
-  if (save && c.gated) zero_rows(steps, up.mutable_data_ptr(), c.routes.kept, c.R, row_bytes);
-  steps.run();
-  return {y, gate, up};
+  add_small_product(steps, c, rows, lora.b->size(1), lora.rank, columns_of(stacked(*lora.b, lora.dtype)), lora.scale,
+                    small, lora.rank);
+  return {small, lora.rank, columns_of(stacked(*lora.a, lora.dtype))};
 }
 
 struct Gradients {
@@ -164,8 +121,8 @@ Gradients backward(Experts& c, const Tensor& d_y, const Tensor& x, const std::op
   if (need_x || need_lora_in[0]) d_in = add_up_gradient(steps, workspace, c, c.lora_in, hidden_rows);
   if (need_x) {
     d.x = fresh(x, {c.T, c.D});
-    add_combined_product(steps, workspace, c, hidden_rows, c.hidden(), c.D, columns_of(w_in, c.dtype), nullptr, nullptr,
-                         d.x.mutable_data_ptr(), d_in);
+    add_combined_product(steps, workspace, c, hidden_rows, c.hidden(), c.D, columns_of(stacked(w_in, c.dtype)), nullptr,
+                         nullptr, d.x.mutable_data_ptr(), d_in);
   }
   if (need_in) d.w_in = add_expert_weight_gradient(steps, c, w_in, hidden_rows, x_rows);
   if (need_lora_in[0]) d.lora_a_in = add_expert_weight_gradient(steps, c, *c.lora_in.a, small_rows(d_in), x_rows);
@@ -194,7 +151,7 @@ std::tuple<Tensor, Tensor, Tensor> moe(const Tensor& x, std::optional<Tensor> to
   const MoeShape s = check_moe(x, token, weight, offsets, row, slot_offsets, w_in, w_down, b_in, b_down, gated,
                                interleaved, check_gate(activation, params));
   Experts c = with_routes(s, token, weight, offsets, row, slot_offsets);
-  return forward(c, x, w_in, w_down, b_in, b_down, save);
+  return run_experts(c, x, stacked(w_in, c.dtype), stacked(w_down, c.dtype), b_in, b_down, save);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_backward(
@@ -255,7 +212,7 @@ std::tuple<Tensor, Tensor, Tensor> moe_lora(
   Experts c = with_routes(s, token, weight, offsets, row, slot_offsets);
   c.lora_in = low_rank(lora_a_in, lora_b_in, "in", scale, s, s.hidden(), s.D);
   c.lora_down = low_rank(lora_a_down, lora_b_down, "down", scale, s, s.O, s.F);
-  return forward(c, x, w_in, w_down, b_in, b_down, save);
+  return run_experts(c, x, stacked(w_in, c.dtype), stacked(w_down, c.dtype), b_in, b_down, save);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_lora_backward(
@@ -282,13 +239,7 @@ Tensor moe_linear(const Tensor& rows, const Tensor& w, const Tensor& offsets) {
   check_tensor(rows, "rows", c.dtype, {"R", "K"});
   check_tensor(w, "w", c.dtype, {"E", "N", rows.size(1)});
   c.set_rows(offsets, w.size(0), rows.size(0));
-  Tensor out = fresh(rows, {c.R, w.size(1)});
-  Workspace workspace;
-  Steps steps(kernels(), workspace, threads());
-  add_combined_product(steps, workspace, c, token_rows(c, rows), rows.size(1), w.size(1), rows_of(w, c.dtype), nullptr,
-                       nullptr, out.mutable_data_ptr());
-  steps.run();
-  return out;
+  return run_linear(c, rows, w.size(1), rows_of(stacked(w, c.dtype)));
 }
 
 // out[e] = sum over the rows of e of a[r]^T b[r].

@@ -94,24 +94,7 @@ std::tuple<Tensor, Tensor, Tensor> moe_quantized(
     bool gated, bool interleaved, std::string activation, std::vector<double> params, bool save) {
   Call call = check_call(x, token, weight, offsets, row, slot_offsets, check_weights(w_in, w_up, w_down, formats), b_in,
                          b_down, gated, interleaved, check_gate(activation, params));
-  Experts& c = call.experts;
-  Tensor y = fresh(x, {c.T, c.O});
-  Tensor gate = save ? fresh(x, {c.R, c.F}) : nothing(x);
-  Tensor up = save && c.gated ? fresh(x, {c.R, c.F}) : nothing(x);
-
-  Workspace workspace;
-  Steps steps(kernels(), workspace, threads());
-  const int64_t row_bytes = c.F * storage_size(c.dtype);
-  void* h = workspace.take(static_cast<size_t>(c.routes.kept * row_bytes), "h");
-  add_pre_activations(steps, workspace, c, x, call.w.in_and_up(), b_in, save ? gate.mutable_data_ptr() : nullptr,
-                      save && c.gated ? up.mutable_data_ptr() : nullptr, h);
-  const auto down = [&](int64_t e, int64_t col) { return lanes_are_rows(call.w.down.at(e, col)); };
-  add_combined_product(steps, workspace, c, dense_rows(h, c.F, c.dtype), c.F, c.O, down, dense_data(b_down, c.keep),
-                       c.weight, y.mutable_data_ptr());
-  if (save) zero_rows(steps, gate.mutable_data_ptr(), c.routes.kept, c.R, row_bytes);
-  if (save && c.gated) zero_rows(steps, up.mutable_data_ptr(), c.routes.kept, c.R, row_bytes);
-  steps.run();
-  return {y, gate, up};
+  return run_experts(call.experts, x, call.w.in_and_up(), call.w.down.stacked(), b_in, b_down, save);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> moe_quantized_backward(
@@ -132,14 +115,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_quantized_backward(
 
   Workspace workspace;
   Steps steps(kernels(), workspace, threads());
-  const auto take = [&](int64_t width, DType dtype, const char* what) {
-    return workspace.take(static_cast<size_t>(c.routes.kept * width * storage_size(dtype)), what);
-  };
   const void* gate_data = gate.const_data_ptr();
   const void* up_data = c.gated ? up.const_data_ptr() : nullptr;
   if (recompute && need_hidden) {
-    void* fresh_gate = take(c.F, c.dtype, "gate");
-    void* fresh_up = c.gated ? take(c.F, c.dtype, "up") : nullptr;
+    void* fresh_gate = take_rows(workspace, c, c.F, c.dtype, "gate");
+    void* fresh_up = c.gated ? take_rows(workspace, c, c.F, c.dtype, "up") : nullptr;
     add_pre_activations(steps, workspace, c, x, w.in_and_up(), b_in, fresh_gate, fresh_up, nullptr);
     gate_data = fresh_gate;
     up_data = fresh_up;
@@ -149,8 +129,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_quantized_backward(
   const KernelTable& table = kernels();
   const int64_t num_parts = divide_up(c.F, table.nr_vectors * table.lanes);
   if (need_hidden) {
-    d_hidden = take(c.hidden(), c.dtype, "d_hidden");
-    if (c.routed) parts = take(num_parts, DType::kFloat32, "d_weight");
+    d_hidden = take_rows(workspace, c, c.hidden(), c.dtype, "d_hidden");
+    if (c.routed) parts = take_rows(workspace, c, num_parts, DType::kFloat32, "d_weight");
     add_hidden_gradient(steps, c, d_y, w.down.stacked(), gate_data, up_data, d_hidden, nullptr, c.dtype, parts,
                         num_parts);
   }
@@ -165,10 +145,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_quantized_backward(
   const RowsOf hidden_rows = dense_rows(d_hidden, c.hidden(), c.dtype);
   Tensor d_x = need_x ? fresh(x, {c.T, c.D}) : nothing(x);
   if (need_x) {
-    const auto in = [&](int64_t e, int64_t col) { return lanes_are_columns(w.in.at(e, 0, col)); };
-    const WeightsFrom ups = [&](int64_t e, int64_t col) { return lanes_are_columns(w.up->at(e, 0, col)); };
-    add_combined_product(steps, workspace, c, hidden_rows, c.hidden(), c.D, in, nullptr, nullptr,
-                         d_x.mutable_data_ptr(), {}, w.up ? ups : WeightsFrom{});
+    add_combined_product(steps, workspace, c, hidden_rows, c.hidden(), c.D, columns_of(w.in.stacked()), nullptr,
+                         nullptr, d_x.mutable_data_ptr(), {}, w.up ? columns_of(w.up->stacked()) : WeightsFrom{});
   }
   Tensor d_b_in = need_b_in ? fresh(x, {c.E, c.hidden()}) : nothing(x);
   if (need_b_in) add_bias_gradients(steps, c, c.hidden(), hidden_rows, false, d_b_in.mutable_data_ptr());

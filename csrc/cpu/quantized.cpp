@@ -168,16 +168,7 @@ Tensor quantized_linear(const Tensor& rows, std::vector<Tensor> w, std::string f
                   "rows: expected dtype float32, float16 or bfloat16 where weights are quantised, got float64");
   check_tensor(rows, "rows", c.dtype, {"R", in});
   c.set_rows(offsets, weight.E, rows.size(0));
-  Tensor out = fresh(rows, {c.R, width});
-  Workspace workspace;
-  Steps steps(kernels(), workspace, threads());
-  const auto weights = [&](int64_t e, int64_t col) {
-    return transposed ? lanes_are_columns(weight.at(e, 0, col)) : lanes_are_rows(weight.at(e, col, 0));
-  };
-  add_combined_product(steps, workspace, c, token_rows(c, rows), in, width, weights, nullptr, nullptr,
-                       out.mutable_data_ptr());
-  steps.run();
-  return out;
+  return run_linear(c, rows, width, transposed ? columns_of(weight.stacked()) : rows_of(weight.stacked()));
 }
 
 }  // namespace
