@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-import os
-import threading
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,8 +17,9 @@ from torch import Tensor, nn
 from . import _checks as check
 from . import expert_parallel, ops
 from ._gate import Gate, as_gate
+from ._router_call import called_wide
 from ._stacking import guide_state, stack_experts
-from .modules import PLAIN_TENSORS, FeedForward, PlainFFN, is_plain_linear, reset
+from .modules import FeedForward, PlainFFN, is_plain_linear, reset
 from .ops._rows import check_routing
 from .ops._shared import arithmetic, fold
 from .routing import Routing, base, expert_choice, jitter
@@ -244,7 +242,7 @@ class MoEFFN(nn.Module):
                 w, b = (t if t is None else t.to(arithmetic(x)) for t in (w, b))
             z = ops.route_linear(x, w, b)
         else:
-            z = _called(self.router, x)
+            z = called_wide(self.router, x)
         shape, kind = (*x.shape[:-1], self.num_choices), type(self.router).__name__
         if not isinstance(z, Tensor):
             raise TypeError(f"router: expected logits, a torch.Tensor, from {kind}, got {type(z).__name__}")
@@ -348,42 +346,6 @@ class MoEFFN(nn.Module):
             f" gated={self.gated}, activation={self.activation!r}"
             + (f", expert_mesh={self.expert_mesh}" if self.expert_mesh is not None else "")
         )
-
-
-_SWAPPING = threading.RLock()  # guards the parameters of a module that other threads may be calling
-
-
-def _free_in_child() -> None:
-    """Makes a new lock: the thread that held it does not exist in a forked child."""
-    global _SWAPPING
-    _SWAPPING = threading.RLock()
-
-
-os.register_at_fork(after_in_child=_free_in_child)
-
-
-def _called(router: nn.Module, x: Tensor) -> Any:
-    """Logits of a router that is more than a plain linear layer, hooks included, in float32 even if its parameters are
-    16-bit. With parameters that are not plain tensors (sharded, quantised) x is passed in its own dtype."""
-    wide = x.to(arithmetic(x))
-    meta = x.device.type == "meta"  # meta has no autocast to turn off
-    with nullcontext() if meta else torch.autocast(x.device.type, enabled=False):
-        with nullcontext() if torch.compiler.is_compiling() else _SWAPPING:
-            buffers = dict(router.named_buffers())
-            named = {**dict(router.named_parameters()), **buffers}
-            low = {name: t for name, t in named.items() if t.dtype in (torch.float16, torch.bfloat16)}
-            alone = isinstance(router, torch.jit.ScriptModule) or any(
-                type(t) not in PLAIN_TENSORS for t in low.values()
-            )
-            if low and not alone:
-                state = {name: t.to(wide.dtype) for name, t in low.items()}
-                z = torch.func.functional_call(router, state, (wide,))
-                with torch.no_grad():
-                    for name in low.keys() & buffers.keys():  # such as running means, which the call may have updated
-                        buffers[name].copy_(state[name])
-        if not low or alone:
-            z = router(x if low else wide)
-    return z.to(arithmetic(z)) if isinstance(z, Tensor) else z
 
 
 def _takes(router: Callable[..., Any], name: str) -> bool:

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import torch
+from operator_calls import CALLS
 from routes import ROUTERS
-from test_torch_integration import CALLS
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
