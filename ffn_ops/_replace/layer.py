@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import types
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,8 +19,9 @@ from torch.nn.modules.module import _has_any_global_hook
 from .. import _checks as check
 from .. import ops
 from .._library import CUDA_ABSENT
-from ..modules import PLAIN_TENSORS, is_idle, is_plain_linear, is_unhooked
+from ..modules import PLAIN_TENSORS, is_idle, is_plain_linear, is_unhooked, quantized
 from ..reference import gated_act
+from .children import Held, is_plain, of_dtype, on_quantized, product, weights, why_called
 from .form import BY_TORCH, Form
 from .learned import hidden_of
 from .part import Part
@@ -27,9 +29,6 @@ from .part import Part
 PLAN = "_ffn_ops_plan"  # attribute of an instance; None: restored; False: changed, and no longer recognised
 CALLS = "_ffn_ops_calls"  # attribute of an instance: its Calls since it was replaced
 Path = tuple[str, ...]
-LINEARS: set[Any] = set()  # subclasses of nn.Linear whose forward is that of nn.Linear
-_OF_LINEARS = vars(nn.Linear(1, 1, device="meta")).keys()
-_TRACES_DICTS = torch.__version__ >= "2.15"  # dynamo of 2.11 does not: its graphs call such layers
 _DEVICES = ("cpu", "meta") if CUDA_ABSENT else ("cpu", "meta", "cuda")
 _SCALARS = (bool, int, float, str, type(None), types.FunctionType, types.BuiltinFunctionType)
 
@@ -123,43 +122,6 @@ def child(module: nn.Module, path: Path) -> Any:
     return module
 
 
-def _is_conv1d(layer: Any) -> bool:
-    """transformers' layer of GPT-2: a Linear whose weight is [in, out]. Recognised by name, without importing it."""
-    cls = type(layer)
-    return (
-        cls.__name__ == "Conv1D"
-        and cls.__module__ == "transformers.pytorch_utils"
-        and type(layer._parameters.get("weight")) in PLAIN_TENSORS
-        and is_unhooked(layer)
-    )
-
-
-def is_plain(layer: Any) -> bool:
-    """True if weight and bias define everything that a call does."""
-    return is_plain_linear(layer) or _is_conv1d(layer) or (type(layer) in LINEARS and has_only_weights(layer))
-
-
-def has_only_weights(layer: Any) -> bool:
-    """True if only its class distinguishes it from an nn.Linear."""
-    weight = layer._parameters.get("weight")
-    return (
-        (_TRACES_DICTS or not torch.compiler.is_compiling())
-        and layer.__dict__.keys() == _OF_LINEARS
-        and layer._parameters.keys() == {"weight", "bias"}
-        and not layer._buffers
-        and not layer._modules
-        and type(weight) in PLAIN_TENSORS
-        and weight.layout is torch.strided
-        and is_unhooked(layer)
-    )
-
-
-def _weights(layer: Any) -> tuple[Tensor, Tensor | None]:
-    parameters = layer._parameters
-    weight = parameters["weight"]
-    return (weight if isinstance(layer, nn.Linear) else weight.t()), parameters["bias"]
-
-
 def changed(layer: nn.Module, plan: Plan) -> str | None:
     """The reason why children that would be bypassed must be called, or None."""
     if len(layer._modules) != plan.children:
@@ -195,15 +157,6 @@ def _fits(layer: nn.Module, plan: Plan, x: Any) -> bool:
 def _is_torchs(form: Form) -> bool:
     """True without a gate, if torch has the activation as one operator, which alone is faster than ours."""
     return not form.ups and form.halves is None and form.gate.activation in BY_TORCH
-
-
-def _of_dtype(layers: list[Any], dtype: torch.dtype) -> bool:
-    """True if weights have another dtype: the forward may cast between its children, so it must run itself."""
-    for layer in layers:
-        weight = layer._parameters.get("weight")
-        if weight is not None and weight.dtype is not dtype:
-            return False
-    return True
 
 
 def fused(layer: nn.Module, plan: Plan, x: Tensor) -> Tensor | None:
@@ -261,39 +214,42 @@ def _by_parts(layer: nn.Module, plan: Plan, x: Tensor, cast: bool) -> Tensor | N
     plain = all(is_plain(linear) for linear in linears)
     if plan.form.reads_weights and not plain:
         return None
-    if plain and not cast and not _of_dtype(linears, x.dtype):
+    if plain and not cast and not of_dtype(linears, x.dtype):
         return None
+    held = [weights(linear) for linear in linears] if plain else on_quantized(linears, x, cast)
     dropout = None if plan.dropout is None else child(layer, plan.dropout)
     if dropout is not None and is_idle(dropout):
         dropout = None
-    whole = down is not None and dropout is None and len(gates) == 1 and plain and plan.learned is None
+    whole = down is not None and dropout is None and len(gates) == 1 and held is not None and plan.learned is None
+    if not plain and plan.form.halves == "up first":
+        whole = False  # rows of codes and scales are not cut
     if not whole and (_is_torchs(plan.form) or (dropout is not None and plan.form.early)):
         return None
     value = x
     for step in plan.head:
         value = value.reshape(-1, *step) if type(step[0]) is int else child(layer, step)(value)  # type: ignore[arg-type]
     if whole:
-        value = _whole(plan.form, value, gates[0], ups[0] if ups else None, down)
+        value = _whole(plan.form, value, held)  # type: ignore[arg-type]
     elif plan.learned is not None:
-        hidden = hidden_of(child(layer, plan.learned), plan.form.gate.activation, gates[0], value, cast)
+        first = gates[0] if is_plain(gates[0]) else partial(product, gates[0], cast=cast)
+        hidden = hidden_of(child(layer, plan.learned), plan.form.gate.activation, first, value, cast)
         if hidden is None:
             return None
         value = hidden if dropout is None else dropout(hidden)
-        value = value if down is None else down(value)
+        value = value if down is None else product(down, value, cast)
     else:
-        value = _hidden(plan.form, value, gates, ups)
+        value = _hidden(plan.form, value, gates, ups, cast)
         if dropout is not None:
             value = dropout(value)
         if down is not None:
-            value = down(value)
+            value = product(down, value, cast)
     return value
 
 
-def _whole(form: Form, x: Tensor, gate: Any, up: Any, down: Any) -> Tensor:
-    w_in, b_in = _weights(gate)
-    w_down, b_down = _weights(down)
-    if up is not None:
-        w_up, b_up = _weights(up)
+def _whole(form: Form, x: Tensor, held: list[Held]) -> Tensor:
+    (w_in, b_in), *up, (w_down, b_down) = held
+    if up:
+        w_up, b_up = up[0]
         return ops.ffn(x, w_in, w_down, w_up=w_up, b_in=b_in, b_up=b_up, b_down=b_down, activation=form.gate)
     if form.halves == "up first":
         w_up, w_in = w_in.chunk(2)
@@ -302,25 +258,26 @@ def _whole(form: Form, x: Tensor, gate: Any, up: Any, down: Any) -> Tensor:
     return ops.ffn(x, w_in, w_down, gated=form.halves is not None, b_in=b_in, b_down=b_down, activation=form.gate)
 
 
-def _hidden(form: Form, x: Tensor, gates: list[Any], ups: list[Any]) -> Tensor:
+def _hidden(form: Form, x: Tensor, gates: list[Any], ups: list[Any], cast: bool) -> Tensor:
     """Computes the input of ``down``: by one operator, or by calling the children as forward does and one operator."""
     if form.halves is not None and is_plain(gates[0]):
-        return _halves(form, x, *_weights(gates[0]))
+        return _halves(form, x, *weights(gates[0]))
     if ups and all(is_plain(layer) for layer in (*gates, *ups)):
-        gate_weights, up_weights = [_weights(g) for g in gates], [_weights(u) for u in ups]
+        gate_weights, up_weights = [weights(g) for g in gates], [weights(u) for u in ups]
         b_gate = [b for _, b in gate_weights if b is not None]
         b_up = [b for _, b in up_weights if b is not None]
         if len(b_gate) in (0, len(gates)) and len(b_up) in (0, len(ups)):
             w_gate, w_up = [w for w, _ in gate_weights], [w for w, _ in up_weights]
             return ops.gated_linear(x, w_gate, w_up, b_gate=b_gate, b_up=b_up, activation=form.gate)
     total: Tensor | None = None
+    up: Tensor | None
     for i, gate in enumerate(gates):
         if ups and form.up_called_first:  # adapters with dropout draw random numbers in the order of the calls
-            up = ups[i](x)
-            value = gate(x)
+            up = product(ups[i], x, cast)
+            value = product(gate, x, cast)
         else:
-            value = gate(x)
-            up = ups[i](x) if ups else None
+            value = product(gate, x, cast)
+            up = product(ups[i], x, cast) if ups else None
         if form.halves is not None:
             value, up = value.chunk(2, -1)
             if form.halves == "up first":
@@ -361,10 +318,13 @@ def state(layer: nn.Module, plan: Plan) -> tuple[bool, str]:
     if first is not None and first.device.type not in _DEVICES:
         why = CUDA_ABSENT if first.device.type == "cuda" else "no kernels for it"
         return False, f"its own forward runs on {first.device.type}: {why}"
-    called = [f"{'.'.join(path)} is called ({_why_called(module)})" for path, module in parts if not is_plain(module)]
+    others = [(path, module) for path, module in parts if not is_plain(module)]
+    if others == parts and quantized(*[module for _, module in parts]):
+        others = []
+    called = [f"{'.'.join(path)} is called ({why_called(module)})" for path, module in others]
     if called and plan.form.reads_weights:
         return False, f"its own forward runs, because it reads weights: {'; '.join(called)}"
-    if not called and not _of_dtype([module for _, module in parts], parts[0][1]._parameters["weight"].dtype):
+    if not called and is_plain(parts[0][1]) and not of_dtype([m for _, m in parts], parts[0][1].weight.dtype):
         return False, "its own forward runs outside autocast: weights of several dtypes"
     if plan.dropout and not is_idle(child(layer, plan.dropout)):
         called.append(f"{'.'.join(plan.dropout)} is called (p > 0 in training)")
@@ -376,16 +336,3 @@ def state(layer: nn.Module, plan: Plan) -> tuple[bool, str]:
     if plan.eval_only:
         notes = "; ".join(filter(None, [notes, f"in training its own forward runs: {plan.eval_only}"]))
     return not called, notes
-
-
-def _why_called(module: Any) -> str:
-    if not isinstance(module, nn.Linear) and not _is_conv1d(module):
-        return f"{type(module).__module__.split('.')[0]}'s {type(module).__name__}"
-    if not is_unhooked(module):
-        return "hooks, or a forward set on the instance"
-    weight = module._parameters.get("weight")
-    if type(weight) not in PLAIN_TENSORS:
-        return "its weight is computed" if weight is None else f"its weight is a {type(weight).__name__}"
-    if weight.layout is not torch.strided:
-        return f"its weight is {weight.layout}"
-    return f"a {type(module).__name__}"
