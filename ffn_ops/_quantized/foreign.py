@@ -83,11 +83,14 @@ def _compressed(layer: Any) -> QuantizedWeight:
     format = getattr(scheme.format, "value", scheme.format)
     packed, scale = held.get("weight_packed"), held.get("weight_scale")
     if format == "pack-quantized" and packed is not None:
-        _bits(scheme.weights, "num_bits")
+        bits = scheme.weights.num_bits
         if held.get("weight_g_idx") is not None:
             raise UnfitError("activation ordering")
-        if packed.shape[-1] * 8 != layer.in_features:
+        if packed.shape[-1] * 32 != layer.in_features * bits:
             raise UnfitError("padded words")
+        if bits == 8 and held.get("weight_zero_point") is None:
+            return QuantizedWeight.from_int8((packed.view(torch.uint8) ^ 128).view(torch.int8), scale)
+        _bits(scheme.weights, "num_bits")
         return QuantizedWeight.from_compressed_tensors(packed, scale, held.get("weight_zero_point"))
     if format == "mxfp4-pack-quantized" and packed is not None:
         return QuantizedWeight.from_mxfp4(packed, scale)
