@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import _checks as check
 from .._replace import ReplaceEntry, ReplaceReport, replace_report
@@ -14,6 +14,7 @@ from .._replace.children import is_plain, weights, why_called
 from .._replace.layer import PLAN
 from .._replace.probe import original_class
 from .._replace.recognise import OURS, linear_children
+from ..expert_parallel import shard
 from ..integrations.transformers import NAME, _declared
 from ..moe_ffn import MoEFFN
 from .linear import QuantizedLinear
@@ -24,10 +25,10 @@ from .quantize import MADE, quantize
 def quantize_(model: nn.Module, format: str, *, group: int | tuple[int, int] | None = None) -> ReplaceReport:
     """Replaces the weights of a model's feed-forward layers and experts by :class:`ffn_ops.QuantizedWeight`, in place.
 
-    It takes :class:`ffn_ops.MoEFFN` without an ``expert_mesh``, transformers' experts that run with
-    ``experts_implementation="ffn_ops"``, this package's dense layers, and layers that :func:`ffn_ops.replace` has
-    replaced. Linear layers of dense ones become :class:`ffn_ops.QuantizedLinear`, with the same bias. Routers keep
-    their weights. Values that came from an MXFP4 checkpoint, as transformers dequantises gpt-oss on a CPU, are found
+    It takes :class:`ffn_ops.MoEFFN` (with an ``expert_mesh`` every rank quantises its own experts), transformers'
+    experts that run with ``experts_implementation="ffn_ops"``, this package's dense layers, and layers that
+    :func:`ffn_ops.replace` has replaced. Linear layers of dense ones become :class:`ffn_ops.QuantizedLinear`, with the
+    same bias. Routers keep their weights. Values that came from an MXFP4 checkpoint, as transformers dequantises gpt-oss on a CPU, are found
     again exactly.
 
     Args:
@@ -74,12 +75,14 @@ def quantize_(model: nn.Module, format: str, *, group: int | tuple[int, int] | N
 
 
 def _experts(module: Any, names: tuple[str, ...], format: str, group: Any) -> str:
-    turned = getattr(module, "is_transposed", False)
+    turned, mesh = getattr(module, "is_transposed", False), getattr(module, "expert_mesh", None)
     dense = [getattr(module, name) for name in names]
+    if mesh is not None:
+        dense = [w.to_local() for w in dense]
     made = [quantize(w.transpose(1, 2) if turned else w, format, group=group, return_error=True) for w in dense]
     for name, (w, _error) in zip(names, made, strict=True):
         delattr(module, name)
-        setattr(module, name, w)
+        setattr(module, name, w if mesh is None else shard(w, module.num_experts, mesh))
     return _said(dense, made)
 
 
@@ -111,9 +114,10 @@ def _left(module: Any, names: tuple[str, ...]) -> str:
     implementation = NAME if isinstance(module, MoEFFN) else getattr(module.config, "_experts_implementation", None)
     if implementation != NAME:
         return f"experts_implementation is {implementation!r}"
+    held = [getattr(module, name, None) for name in names]
     if getattr(module, "expert_mesh", None) is not None:
-        return "experts on several ranks"
-    if any(type(getattr(module, name, None)) is not nn.Parameter for name in names):
+        held = [w.to_local() if check.is_dtensor(w) else None for w in held]  # type: ignore[union-attr]
+    if any(type(w) not in (nn.Parameter, Tensor) for w in held):
         return "its weights are not plain parameters"
     return ""
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""One linear layer on a quantised weight, by the operator quantized_linear; its fake and autograd are in
-_moe_quantized.py."""
+"""One linear layer on a quantised weight, by the operator quantized_linear, whose fake and autograd are in
+_moe_quantized.py; and the check of a rank's quantised experts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import _checks as check
-from ._moe_quantized import _all_rows, _check_weights, linear_op
+from ._moe_quantized import _all_rows, _check_shapes, _check_weights, linear_op
 from ._shared import autocast, fold
 
 
@@ -29,3 +29,12 @@ def quantized_linear(x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
     y = linear_op(rows, *weight.stacked(), _all_rows(rows), False)
     y = y if bias is None else y + bias
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], features)  # type: ignore[no-any-return]
+
+
+def check_quantized(
+    x: Tensor, offsets: Tensor, w_in: Any, w_down: Any, b_in: Tensor | None, b_down: Tensor | None, gated: bool
+) -> None:
+    """Of :func:`ffn_ops.expert_parallel.moe`: the rank may have no expert."""
+    _check_weights("x", x, {"w_in": w_in, "w_down": w_down}, experts=True)
+    (first, name), (last, other) = w_in.stacked(), w_down.stacked()
+    _check_shapes(fold(x), offsets, first, [], last, f"{name},{other}", b_in, b_down, gated)
