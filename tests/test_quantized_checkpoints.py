@@ -159,6 +159,150 @@ def test_deepseek_with_partial_blocks(width: int, tmp_path: Path) -> None:
     check_saved(model, tmp_path / "saved")
 
 
+QWEN = dict(
+    vocab_size=50, hidden_size=64, intermediate_size=96, moe_intermediate_size=96, num_hidden_layers=2,
+    num_attention_heads=2, num_key_value_heads=1, head_dim=32, num_experts=4, num_experts_per_tok=2,
+    mlp_only_layers=[0], pad_token_id=0,
+)  # fmt: skip
+
+
+def words(nibbles: Tensor) -> Tensor:
+    """Eight neighbours of the first dimension in an int32, the first in its lowest bits."""
+    shifts = torch.arange(0, 32, 4).view(8, *[1] * (nibbles.dim() - 1))
+    packed = (nibbles.unflatten(0, (-1, 8)).long() << shifts).sum(1)
+    return torch.where(packed < 2**31, packed, packed - 2**32).int()
+
+
+def gptq(name: str, t: Tensor) -> Any:
+    """Groups of 32 along K; zeros are stored less one, by a subtraction of whole words."""
+    if "_proj" not in name:
+        return None
+    (N, K), g = t.shape, generator(len(name) + t.shape[0])
+    codes, zeros = torch.randint(16, (K, N), generator=g), torch.randint(16, (K // 32, N), generator=g)
+    scales = (torch.rand(K // 32, N, generator=g) * 0.02).half()
+    group = torch.arange(K) // 32
+    stem = name.removesuffix("weight")
+    parts = {
+        "qweight": words(codes),
+        "qzeros": (words(zeros.T) - 0x11111111).T.contiguous(),
+        "scales": scales,
+        "g_idx": group.int(),
+    }
+    values = ((codes - zeros[group]) * scales[group].float()).T
+    return {stem + each: part for each, part in parts.items()}, values
+
+
+def awq(name: str, t: Tensor) -> Any:
+    if "_proj" not in name:
+        return None
+    (N, K), g = t.shape, generator(len(name) + t.shape[0])
+    codes, zeros = torch.randint(16, (K, N), generator=g), torch.randint(16, (K // 32, N), generator=g)
+    scales = (torch.rand(K // 32, N, generator=g) * 0.02).half()
+    order = torch.arange(N).view(-1, 8)[:, [0, 2, 4, 6, 1, 3, 5, 7]].flatten()
+    stem = name.removesuffix("weight")
+    parts = {"qweight": words(codes[:, order].T).T, "qzeros": words(zeros[:, order].T).T, "scales": scales}
+    group = torch.arange(K) // 32
+    values = ((codes - zeros[group]) * scales[group].float()).T
+    return {stem + each: part.contiguous() for each, part in parts.items()}, values
+
+
+def compressed(format: str, weights: dict[str, Any]) -> tuple[dict[str, Any], Callable[[str, Tensor], Any]]:
+    """Settings, and what compressed-tensors makes of a weight."""
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationScheme
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    group = {"targets": ["Linear"], "weights": weights, "format": format}
+    scheme = QuantizationScheme(**group)
+    compressor = BaseCompressor.get_value_from_registry(format)
+
+    def change(name: str, t: Tensor) -> Any:
+        if "_proj" not in name:
+            return None
+        columns = weights.get("group_size") or t.shape[1]
+        cells = t.float().unflatten(1, (-1, columns))
+        scale, zero = calculate_qparams(cells.amin(-1), cells.amax(-1), scheme.weights)
+        state = {"weight": t.float(), "weight_scale": scale.to(torch.bfloat16), "weight_zero_point": zero}
+        parts = compressor.compress({**state, "weight_scale": state["weight_scale"].float()}, scheme)
+        values = compressor.decompress(dict(parts), scheme)["weight"]
+        if parts["weight_scale"].dtype is torch.float32:
+            parts["weight_scale"] = state["weight_scale"]
+        stem = name.removesuffix("weight")
+        return {stem + each: part.contiguous() for each, part in parts.items()}, values
+
+    settings = {
+        "quant_method": "compressed-tensors", "format": format, "quantization_status": "compressed",
+        "config_groups": {"group_0": group}, "ignore": ["lm_head"],
+    }  # fmt: skip
+    return settings, change
+
+
+GROUPS = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
+ROWS = {"num_bits": 8, "symmetric": True, "strategy": "channel"}
+METHODS: dict[str, Any] = {
+    "gptq": lambda: ({"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False}, gptq),
+    "awq": lambda: ({"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}, awq),
+    "int4": lambda: compressed("pack-quantized", {**GROUPS, "symmetric": True}),
+    "uint4": lambda: compressed("pack-quantized", {**GROUPS, "symmetric": False}),
+    "mxfp4": lambda: compressed(
+        "mxfp4-pack-quantized", {**GROUPS, "type": "float", "symmetric": True, "scale_dtype": "torch.uint8"}
+    ),
+    "int8": lambda: compressed("int-quantized", {**ROWS, "type": "int"}),
+    "float8": lambda: compressed("float-quantized", {**ROWS, "type": "float"}),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_qwen_in_the_layouts_of_other_libraries(method: str, tmp_path: Path) -> None:
+    settings, change = METHODS[method]()
+    folder = checkpoint(tmp_path, transformers.Qwen3MoeConfig(**QWEN), settings, change)
+    assert held(from_pretrained(Auto, folder)) <= 1.05 * (folder / "model.safetensors").stat().st_size
+    model = from_pretrained(Auto, folder, dtype=torch.float32)
+    dense = Auto.from_pretrained(folder / "dense", dtype=torch.float32)
+    values = dict(dense.named_parameters())
+    paths = report(model).paths("quantised")
+    assert len(paths) == 13 and not report(model).paths("dequantised")
+    for path in paths:
+        torch.testing.assert_close(model.get_submodule(path).dequantize(), values[path], rtol=1e-6, atol=0)
+    check_like(model, dense)
+    check_saved(model, tmp_path / "saved")
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"quant_method": "gptq", "bits": 8}, "bits: expected 4 of a quantised checkpoint, got 8"),
+        ({"quant_method": "gptq", "bits": 4, "desc_act": True}, "desc_act: expected False of a .* got True"),
+        (
+            {"quant_method": "awq", "bits": 4, "version": "gemv"},
+            "version: expected 'gemm' or 'GEMM' of a .* got 'gemv'",
+        ),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "format": "pack-quantized",
+                "config_groups": {"g": {"weights": {"num_bits": 3, "type": "int"}}},
+            },
+            "num_bits: expected 4 of a quantised checkpoint, got 3",
+        ),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "format": "nvfp4-pack-quantized",
+                "config_groups": {"g": {"weights": {"num_bits": 4, "type": "float"}}},
+            },
+            "format: expected 'pack-quantized' or .* got 'nvfp4-pack-quantized'",
+        ),
+    ],
+)
+def test_variants_without_a_format_are_refused(settings: dict[str, Any], match: str, gpt_oss: Path) -> None:
+    config = transformers.AutoConfig.from_pretrained(gpt_oss)
+    config.quantization_config = settings
+    with pytest.raises(ValueError, match=match):
+        from_pretrained(Auto, gpt_oss, config=config)
+
+
 def test_fp4_codes_in_an_fp8_checkpoint(tmp_path: Path) -> None:
     """Experts as DeepSeek-V4 has them: two codes in a byte, e8m0 scales under another name."""
 

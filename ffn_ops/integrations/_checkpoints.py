@@ -50,6 +50,39 @@ def _anything(settings: dict[str, Any]) -> None:
     pass
 
 
+def _has(settings: dict[str, Any], **wanted: tuple[Any, ...]) -> None:
+    """Where settings say something of these, it must be one of the values that can be kept."""
+    for name, values in wanted.items():
+        if settings.get(name) not in (None, *values):
+            known = " or ".join(map(repr, values))
+            raise ValueError(f"{name}: expected {known} of a quantised checkpoint, got {settings[name]!r}")
+
+
+def _check_gptq(settings: dict[str, Any]) -> None:
+    _has(settings, bits=(4,), desc_act=(False,), checkpoint_format=("gptq", "gptq_v2"), pack_dtype=("int32",))
+
+
+def _check_awq(settings: dict[str, Any]) -> None:
+    _has(settings, bits=(4,), w_bit=(4,), version=("gemm", "GEMM"))
+
+
+_BITS = {
+    "pack-quantized": (4, "int"), "mxfp4-pack-quantized": (4, "float"), "int-quantized": (8, "int"),
+    "float-quantized": (8, "float"),
+}  # fmt: skip
+
+
+def _check_compressed_tensors(settings: dict[str, Any]) -> None:
+    _has(settings, quantization_status=("compressed",))
+    for group in settings["config_groups"].values():
+        weights, format = group.get("weights") or {}, group.get("format") or settings.get("format")
+        _has({"format": format}, format=tuple(_BITS))
+        bits, kind = _BITS[format]
+        _has(weights, num_bits=(bits,), type=(kind,), actorder=("weight", "static", False))
+        if bits == 8:
+            _has(weights, symmetric=(True,))
+
+
 def _read_mxfp4(parts: Parts, settings: dict[str, Any]) -> Any:
     (blocks,) = (t for name, t in parts.items() if name.endswith("_blocks"))
     (scales,) = (t for name, t in parts.items() if name.endswith("_scales"))
@@ -65,6 +98,37 @@ def _read_fp8(parts: Parts, settings: dict[str, Any]) -> Any:
     block = settings.get("weight_block_size")
     one = "tensor" if scale.numel() == 1 else "row"
     return QuantizedWeight.from_fp8(weight, scale, one if block is None else (int(block[0]), int(block[1])))
+
+
+def _read_gptq(parts: Parts, settings: dict[str, Any]) -> Any:
+    if "qweight" not in parts:
+        return parts["weight"]
+    version = 2 if settings.get("checkpoint_format") == "gptq_v2" else 1
+    return QuantizedWeight.from_gptq(**parts, version=version)
+
+
+def _read_awq(parts: Parts, settings: dict[str, Any]) -> Any:
+    return QuantizedWeight.from_awq(**parts) if "qweight" in parts else parts["weight"]
+
+
+def _read_compressed_tensors(parts: Parts, settings: dict[str, Any]) -> Any:
+    scale = parts.get("weight_scale")
+    if scale is None:
+        return parts["weight"]
+    if "weight_packed" in parts and parts["weight_packed"].dtype is torch.uint8:
+        return QuantizedWeight.from_mxfp4(parts["weight_packed"], scale)
+    if "weight_packed" in parts:
+        return QuantizedWeight.from_compressed_tensors(parts["weight_packed"], scale, parts.get("weight_zero_point"))
+    weight = parts["weight"]
+    if weight.dtype is torch.int8:
+        return QuantizedWeight.from_int8(weight, scale.expand(weight.shape[0]) if scale.numel() == 1 else scale)
+    if scale.numel() in (1, weight.shape[0]):
+        return QuantizedWeight.from_fp8(weight, scale, "tensor" if scale.numel() == 1 else "row")
+    groups = settings["config_groups"].values()
+    block = next(
+        (each["weights"]["block_structure"] for each in groups if each["weights"].get("block_structure")), None
+    )
+    return QuantizedWeight.from_fp8(weight, scale, tuple(block or (128, 128)))  # type: ignore[arg-type]
 
 
 def _read_own(parts: Parts, settings: dict[str, Any]) -> Any:
@@ -83,6 +147,13 @@ METHODS = {
         _anything,
         # As transformers renames DeepSeek-V4's and Mistral's scales.
         ((r"^(.+)\.scale", r"\1.weight_scale_inv"), (r"\.qscale_weight", ".weight_scale_inv")),
+    ),
+    "gptq": Method({"weight": ("weight", "qweight", "qzeros", "scales", "g_idx")}, _read_gptq, _check_gptq),
+    "awq": Method({"weight": ("weight", "qweight", "qzeros", "scales")}, _read_awq, _check_awq),
+    "compressed-tensors": Method(
+        {"weight": ("weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "input_scale")},
+        _read_compressed_tensors,
+        _check_compressed_tensors,
     ),
     OWN: Method({"": (r"\.codes", r"\.scales", r"\.zeros", r"\.factor")}, _read_own, _anything),
 }
