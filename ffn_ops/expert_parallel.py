@@ -146,7 +146,7 @@ def _moe(
     if isinstance(w_in, QuantizedWeight) or isinstance(w_down, QuantizedWeight):
         check_quantized(x, routing.offsets[begin : end + 1], *here, gated)
     else:
-        check_weights(x, routing.offsets[begin : end + 1], *here, gated, may_be_none=True)
+        check_weights(x, end - begin, *here, gated, may_be_none=True)
     dense = [t for t in here if isinstance(t, Tensor)]
     token, weight, offsets, row, slot_offsets = routing[:5]
     weight = weight.to(arithmetic(x))

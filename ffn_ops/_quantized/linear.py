@@ -52,7 +52,8 @@ class QuantizedLinear(nn.Module):
             raise ValueError(f"weight: expected a quantised weight of shape [N, K], got {list(weight.shape)}")
         if bias is not None:
             check.tensor("bias", bias, (weight.shape[0],))
-            check.device("bias", bias, weight.codes, "weight")
+            if not bias.is_meta:  # as while a checkpoint is being loaded
+                check.device("bias", bias, weight.codes, "weight")
         self.out_features, self.in_features = (int(each) for each in weight.shape)
         self.weight = weight
         self.register_parameter("bias", bias if bias is None or type(bias) is nn.Parameter else nn.Parameter(bias))

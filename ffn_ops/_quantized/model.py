@@ -28,8 +28,8 @@ def quantize_(model: nn.Module, format: str, *, group: int | tuple[int, int] | N
     It takes :class:`ffn_ops.MoEFFN` (with an ``expert_mesh`` every rank quantises its own experts), transformers'
     experts that run with ``experts_implementation="ffn_ops"``, this package's dense layers, and layers that
     :func:`ffn_ops.replace` has replaced. Linear layers of dense ones become :class:`ffn_ops.QuantizedLinear`, with the
-    same bias. Routers keep their weights. Values that came from an MXFP4 checkpoint, as transformers dequantises gpt-oss on a CPU, are found
-    again exactly.
+    same bias. Routers keep their weights. Values that came from an MXFP4 checkpoint, as transformers dequantises
+    gpt-oss on a CPU, are found again exactly.
 
     Args:
         model: a module that is, or holds, such layers.

@@ -9,7 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from .. import _checks as check
-from ._moe_quantized import _all_rows, _check_shapes, _check_weights, linear_op
+from ._moe_derivatives import all_rows
+from ._moe_quantized import _check_shapes, _check_weights
+from ._moe_quantized_derivatives import linear_op
 from ._shared import autocast, fold
 
 
@@ -26,8 +28,11 @@ def quantized_linear(x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
     if bias is not None:
         check.tensor("bias", bias, (features,), like=x)
     rows = fold(x)
-    y = linear_op(rows, *weight.stacked(), _all_rows(rows), False)
-    y = y if bias is None else y + bias
+    held, offsets = weight.stacked(), all_rows(rows)
+    if bias is None:
+        y = linear_op(rows, *held, offsets, False)
+    else:  # rounded once
+        y = (linear_op(rows.float(), *held, offsets, False) + bias.float()).to(x.dtype)
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], features)  # type: ignore[no-any-return]
 
 
