@@ -72,7 +72,9 @@ def _gptq(layer: Any) -> QuantizedWeight:
     _bits(layer, "bits")
     stored = getattr(layer, "qzero_format", None)  # gptqmodel turns zeros of version 1 into those of version 2
     version = stored() if callable(stored) else 1
-    return QuantizedWeight.from_gptq(layer.qweight, layer.qzeros, layer.scales, layer.g_idx, version=version)
+    group = layer.group_size if layer.group_size > 0 else layer.in_features
+    held = layer.qweight, layer.qzeros, layer.scales, layer.g_idx
+    return QuantizedWeight.from_gptq(*held, version=version, group=group)
 
 
 def _compressed(layer: Any) -> QuantizedWeight:
