@@ -156,13 +156,13 @@ def memory(row: Row, provider: str, answer: Any) -> None:
     sample = sampler(row, provided(row.model, build(row.model, row.dtype), provider))
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the peak from here on: building took more
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     for _ in range(2):
         sample()
-    answer.put(_resident("VmHWM") - before)
+    answer.put(resident("VmHWM") - before)
 
 
-def _resident(what: str) -> int:
+def resident(what: str) -> int:
     """Bytes that this process holds now, or held at most."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(what + ":"))

@@ -101,6 +101,37 @@ def test_a_mixture_has_the_bits_of_the_dequantised_one(format: str, isa: str) ->
         assert_same(gradients(partial(call, w=(w_in, w_down), **form), inputs), plain)
 
 
+@pytest.mark.parametrize("format", (*GROUPED, *GGUF))
+def test_long_rows_have_the_bits_of_the_dequantised_ones(format: str, isa: str) -> None:
+    """More groups than a vector of scales, and more of k than a packed block; T takes one sum of each vector of rows,
+    several, and packing; rows that no vector and no pair of panels divides."""
+    g = generator(8)
+    D, N = 1280, 262
+    w = random_weight(format, (N, D), g)
+    parts, name = w.stacked()
+    dense = w.dequantize()[None]
+    offsets = torch.tensor([0, 0])
+    for T in (1, 2, 5, 20):
+        offsets[1] = T
+        x = torch.randn(T, D, generator=g)
+        ours = torch.ops.ffn_ops.quantized_linear(x, parts, name, offsets, False)
+        assert torch.equal(ours, torch.ops.ffn_ops.moe_linear(x, dense, offsets)), f"T {T}"
+
+
+@pytest.mark.parametrize("T", (1, 4, 20))
+def test_a_code_that_is_no_number_stays_in_its_row(T: int, isa: str) -> None:
+    """e4m3's NaN takes a slower kernel: neighbours keep their bits."""
+    g = generator(9)
+    w = random_weight("fp8", (150, 256), g)
+    w.codes[70, 100], w.codes[149, 3] = 0x7F, 0xFF
+    x, offsets = torch.randn(T, 256, generator=g), torch.tensor([0, T])
+    parts, name = w.stacked()
+    ours = torch.ops.ffn_ops.quantized_linear(x, parts, name, offsets, False)
+    expected = torch.ops.ffn_ops.moe_linear(x, w.dequantize()[None], offsets)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=0, equal_nan=True)
+    assert ours.isnan().any(0).nonzero().flatten().tolist() == [70, 149]
+
+
 @pytest.mark.parametrize("format", ("mxfp4", "fp8", "q4_k"))
 def test_a_dense_layer_has_the_bits_of_the_dequantised_one(format: str, isa: str) -> None:
     g = generator(2)

@@ -125,6 +125,25 @@ std::tuple<Tensor, Tensor, Tensor> run_experts(Experts& c, const Tensor& x, cons
                                                const StackedWeight& w_down, const std::optional<Tensor>& b_in,
                                                const std::optional<Tensor>& b_down, bool save);
 
+// The weights of a mixture as its backward reads them.
+struct ExpertWeights {
+  StackedWeight in;                    // gate and up together
+  WeightsFrom in_columns, up_columns;  // for the gradient of x; of `up` where it is a weight of its own, else null
+  StackedWeight down;
+  const Tensor* dense_in = nullptr;  // null: a constant, without a gradient
+  const Tensor* dense_down = nullptr;
+};
+
+struct ExpertGradients {
+  Tensor x, weight, w_in, w_down, b_in, b_down, lora_a_in, lora_b_in, lora_a_down, lora_b_down;
+};
+
+// The gradients of operator `name`; `needs` says which, in their order.
+ExpertGradients run_backward(const char* name, Experts& c, const Tensor& d_y, const Tensor& x,
+                             const std::optional<Tensor>& weight, const ExpertWeights& w,
+                             const std::optional<Tensor>& b_in, const std::optional<Tensor>& b_down, const Tensor& gate,
+                             const Tensor& up, const std::vector<bool>& needs);
+
 // rows[r] weights^T [R, N]; rows after the experts' are zero.
 Tensor run_linear(Experts& c, const Tensor& rows, int64_t N, const WeightsFrom& weights);
 
