@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import functools
+import gc
 import math
 import os
 import statistics
@@ -32,7 +33,7 @@ from ffn_ops._timing import Timed, take_turns, verified
 from . import peak
 from .command import save
 from .harness import threads
-from .models import resident
+from .models import peak_bytes, resident
 from .report import table, time_text
 from .workloads import DTYPES
 
@@ -148,11 +149,11 @@ class Called:
         elif self.row.model == "dense":
             w_in, w_down = (w[0] if isinstance(w, Tensor) else w for w in self.w)
             if isinstance(w_in, Tensor):
-                y = ffn_ops.ffn(self.x, w_in, w_down, gated=True)
+                y = ffn_ops.ffn(self.x, w_in, w_down, gated=True, activation="silu")
             else:
-                y = ffn_ops.ffn(self.x, *self.flat, gated=True)
+                y = ffn_ops.ffn(self.x, *self.flat, gated=True, activation="silu")
         else:
-            y = ffn_ops.moe(self.x, self.routing, *self.w, gated=True)
+            y = ffn_ops.moe(self.x, self.routing, *self.w, gated=True, activation="silu")
         return y
 
     @functools.cached_property
@@ -196,10 +197,7 @@ class Called:
 
 def prepared(row: Row, timed: Timed) -> Called:
     called = Called(row, timed.provider)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak of memory, from here on
-    before = resident("VmRSS")
     results = called.call()
-    timed.peak_bytes = resident("VmHWM") - before
     exact = called.right(torch.float64)
     if timed.provider != TORCHAO:  # which rounds weights in its own way
         limits = [limit(e, x) for e, x in zip(called.right(called.dtype), exact, strict=True)]
@@ -208,7 +206,20 @@ def prepared(row: Row, timed: Timed) -> Called:
     return called
 
 
-def measure(row: Row, providers: list[str], rounds: int) -> tuple[list[Timed], dict[str, int], list[float]]:
+def memory(row: Row, provider: str, answer: Any) -> None:
+    """In a process of its own: the most that the first call holds above the weights, activations among it."""
+    torch.set_num_threads(row.threads)
+    called = Called(row, provider)
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    called.call()
+    answer.put(resident("VmHWM") - before)
+
+
+def measure(
+    row: Row, providers: list[str], rounds: int, with_memory: bool
+) -> tuple[list[Timed], dict[str, int], list[float]]:
     """What was found, the bytes of each provider's weights, and the read bandwidth between the rounds."""
     found, running, sizes, reads = [], [], {}, []
     isa = ffn_ops.info()["isa"]
@@ -224,6 +235,11 @@ def measure(row: Row, providers: list[str], rounds: int) -> tuple[list[Timed], d
         take_turns(
             running, lambda: reads.append(peak.read(isa if isa in peak.isas() else peak.isas()[-1], row.threads))
         )
+    del running
+    if with_memory:
+        for timed in found:
+            if timed.seconds:
+                timed.peak_bytes = peak_bytes(memory, row, timed.provider)
     return found, sizes, reads
 
 
@@ -247,7 +263,7 @@ def row_text(row: Row, found: list[Timed], sizes: dict[str, int], reads: list[fl
             each.provider, time_text(each.median), f"{each.spread:.0%}", *ratios, f"{share:.0%}",
             "–" if each.error is None else f"{each.error:.2f}",
             f"{8 * sizes[each.provider] / (3 * row.E * row.D * row.F):.2f}",
-            f"{(each.peak_bytes or 0) / 2**20:.1f} MiB",
+            "–" if each.peak_bytes is None else f"{each.peak_bytes / 2**20:.1f} MiB",
         ])  # fmt: skip
     heads = [
         "weights",
@@ -269,6 +285,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--formats", nargs="+", default=[*FORMATS, *BLOCKS], choices=[*FORMATS, *BLOCKS])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--no-memory", action="store_true", help="without the processes that measure peak memory")
     parser.add_argument("--out", type=file_name, help="the JSON file")
     options = parser.parse_args(arguments)
     rows = [row for row in all_rows(options.threads) if all(word in row.name for word in options.only)]
@@ -287,7 +304,7 @@ def main(arguments: list[str] | None = None) -> int:
         fits = [f for f in options.formats if f not in BLOCKS or math.gcd(row.D, row.F) % BLOCKS[f][1] == 0]
         providers = [*DENSE, *fits]
         providers += [TORCHAO] if row.model == "dense" and row.mode == "inference" else []
-        found, sizes, reads = measure(row, providers, options.rounds)
+        found, sizes, reads = measure(row, providers, options.rounds, not options.no_memory)
         print(f"\n{row_text(row, found, sizes, reads)}", flush=True)
         records.append({
             **asdict(row), "name": row.name, "read_gbs": reads, "weight_bytes": sizes,
