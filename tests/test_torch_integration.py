@@ -43,7 +43,7 @@ def test_import_brings_torch_alone() -> None:
     names = set(brought.stdout.split())
     assert "ffn_ops.modules" in names and "torch._dynamo" not in names
     others = {name.partition(".")[0] for name in names} - set(sys.stdlib_module_names)
-    assert others <= {"ffn_ops", "torch", "numpy"}
+    assert others <= {"ffn_ops", "torch", "numpy", "triton"}  # torch imports the last two where they are installed
 
 
 @pytest.mark.parametrize("name", CALLS)
