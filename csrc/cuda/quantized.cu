@@ -25,8 +25,10 @@ void launch(Call& call, const CodedGemm& job) {
 }  // namespace
 
 void check_groups(const StackedCodes& w, const char* name) {
-  STD_TORCH_CHECK(has_even_blocks(w), name, ": expected a scale for whole rows or a multiple of ", kCodesAtOnce,
-                  " columns on a GPU, got one for ", w.first.block_cols, " columns");
+  static_assert(kCodesAtOnce == 8);
+  STD_TORCH_CHECK(has_even_blocks(w), name,
+                  ": expected a scale for whole rows or a multiple of 8 columns on a GPU, got one for ",
+                  w.first.block_cols, " columns");
 }
 
 WithWeights with_codes(Call& call, const StackedCodes& w, bool transposed, const std::optional<StackedCodes>& second) {
@@ -62,7 +64,7 @@ Tensor aligned_rows(const Call& call, const Tensor& t, DType dtype) {
 namespace {
 
 Tensor dequantize(std::vector<Tensor> w, std::string format, std::string dtype) {
-  STD_TORCH_CHECK(!w.empty(), "w: expected the tensors of a quantised weight, got none");
+  if (w.empty()) check_codes(w, format, "w");  // refuses it
   Call call(w[0], "w");
   Dequantize job;
   const StackedCodes codes = check_codes(w, format, "w", call.place());

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from .. import _checks as check
 from .._gate import Gate, as_gate, check_gate
-from .._library import CUDA_ABSENT, differentiable, fake, vmap_by_loop
+from .._library import differentiable, fake, vmap_by_loop
 from .._quantized import QuantizedWeight
-from .._quantized.formats import columns
+from .._quantized.formats import check_groups, columns
 from ._gated_act import act_tangent, gated_act_op
 from ._moe_derivatives import Rows
 from ._rows import check_routing
@@ -115,7 +115,7 @@ def quantized_gated_linear(x: Tensor, w_gate: Any, w_up: Any, b_gate: Any, b_up:
 
 
 def _all_rows(rows: Tensor) -> Tensor:
-    return torch.tensor([0, rows.shape[0]], device=rows.device)
+    return torch.arange(2, device=rows.device) * rows.shape[0]  # made where it is used: nothing waits for a GPU
 
 
 def _check_weights(name: str, x: Tensor, weights: dict[str, Any], experts: bool) -> None:
@@ -130,6 +130,7 @@ def _check_weights(name: str, x: Tensor, weights: dict[str, Any], experts: bool)
             shape = "[E, N, K]" if experts else "[N, K]"
             raise ValueError(f"{each}: expected a quantised weight of shape {shape}, got {list(w.shape)}")
         check.device(each, w.codes, x, name)
+        check_groups(each, w.codes, w.format, w.block)
 
 
 def _call(
@@ -381,18 +382,3 @@ moe_op = differentiable("moe_quantized", _setup, _backward, _tangent)
 
 for _name in ("quantized_linear", "moe_quantized", "moe_quantized_backward", "dequantize"):
     vmap_by_loop(_name)
-
-
-def _refuse(name: str) -> None:
-    def refuse(*_: Any) -> Any:
-        raise NotImplementedError(
-            f"{name}: quantised weights have no CUDA kernels; w.dequantize() on the CPU gives a plain weight"
-        )
-
-    _REFUSALS.impl(name, refuse, "CUDA")
-
-
-_REFUSALS = torch.library.Library("ffn_ops", "IMPL")
-if CUDA_ABSENT is None:  # else every operator says why there are no CUDA kernels
-    for _name in ("quantized_linear", "moe_quantized", "moe_quantized_backward", "dequantize"):
-        _refuse(_name)
