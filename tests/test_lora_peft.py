@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from seen import Seen
+from test_quantized_model import dense_again
 from test_transformers import MODELS, config_of, tokens
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -152,6 +153,38 @@ def test_what_peft_does_with_adapters(tmp_path: Path) -> None:
     loaded = peft.PeftModel.from_pretrained(base("ffn_ops"), tmp_path / "first")
     assert operators(loaded) == ["moe_lora"] * 2
     torch.testing.assert_close(loaded(input_ids=tokens()).logits, alone)
+
+
+def with_plain_weights(model: nn.Module) -> nn.Module:
+    model = dense_again(model)
+    for n, p in model.named_parameters():
+        p.requires_grad_(p.requires_grad and "lora_" in n)
+    return model
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_quantised_experts(name: str, tmp_path: Path) -> None:
+    """Quantised with adapters on them, or before: the bits of the same model on the dequantised values."""
+    ours = adapted("ffn_ops", name, torch.float32)
+    assert len(ffn_ops.quantize_(ours, "int8").paths("quantised")) == 2
+    dense = with_plain_weights(ours)
+    assert operators(ours) == ["moe_quantized"] * 2 and operators(dense) == ["moe_lora"] * 2
+    assert_alike(ours, dense, rtol=1e-6)
+    logits = ours(input_ids=tokens()).logits
+    assert not torch.allclose(logits, base("eager", name, torch.float32)(input_ids=tokens()).logits, rtol=0.1)
+    for call in (ours.merge_adapter, ours.merge_and_unload):
+        with pytest.raises(TypeError, match="proj: expected a plain weight to merge adapters into, got a Quantized"):
+            call()
+    ours.save_pretrained(tmp_path)
+    before = base("ffn_ops", name, torch.float32)
+    ffn_ops.quantize_(before, "int8")
+    loaded = peft.PeftModel.from_pretrained(before, tmp_path / "first")
+    assert torch.equal(loaded(input_ids=tokens()).logits, logits)
+    loaded.add_adapter("second", config(r=3))
+    draw(loaded)
+    loaded.base_model.set_adapter(["default", "second"])
+    assert_alike(loaded, with_plain_weights(loaded), rtol=1e-6)
+    assert not any(isinstance(p, nn.Parameter) for n, p in loaded.named_parameters() if n.endswith("up_proj"))
 
 
 def test_gradient_checkpointing_and_training() -> None:

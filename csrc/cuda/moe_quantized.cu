@@ -21,12 +21,21 @@ QuantizedMoeShape check(Place place, const Arguments&... arguments) {
   return s;
 }
 
+// The public functions compose such a layer of other operators.
+void refuse_adapters(std::initializer_list<const MaybeTensor*> factors) {
+  for (const MaybeTensor* each : factors)
+    STD_TORCH_CHECK(!*each, "lora: expected None on a GPU, where the kernels of quantised weights have no adapters");
+}
+
 std::tuple<Tensor, Tensor, Tensor> moe_quantized(const Tensor& x, MaybeTensor token, MaybeTensor weight,
                                                  MaybeTensor offsets, MaybeTensor row, MaybeTensor slot_offsets,
                                                  std::vector<Tensor> w_in, std::vector<Tensor> w_up,
                                                  std::vector<Tensor> w_down, std::string formats, MaybeTensor b_in,
-                                                 MaybeTensor b_down, bool gated, bool interleaved,
-                                                 std::string activation, std::vector<double> params, bool save) {
+                                                 MaybeTensor b_down, MaybeTensor lora_a_in, MaybeTensor lora_b_in,
+                                                 MaybeTensor lora_a_down, MaybeTensor lora_b_down, bool gated,
+                                                 bool interleaved, std::string activation, std::vector<double> params,
+                                                 double, bool save) {
+  refuse_adapters({&lora_a_in, &lora_b_in, &lora_a_down, &lora_b_down});
   Call call(x, "x");
   const QuantizedMoeShape s = check(call.place(), x, token, weight, offsets, row, slot_offsets, w_in, w_up, w_down,
                                     formats, b_in, b_down, gated, interleaved, check_gate(activation, params));
@@ -44,12 +53,14 @@ std::tuple<Tensor, Tensor, Tensor> moe_quantized(const Tensor& x, MaybeTensor to
   return {y, gate, up};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> moe_quantized_backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_quantized_backward(
     const Tensor& d_y, const Tensor& x, MaybeTensor token, MaybeTensor weight, MaybeTensor offsets, MaybeTensor row,
     MaybeTensor slot_offsets, std::vector<Tensor> w_in, std::vector<Tensor> w_up, std::vector<Tensor> w_down,
-    std::string formats, MaybeTensor b_in, MaybeTensor b_down, const Tensor& gate, const Tensor& up, bool gated,
-    bool interleaved, std::string activation, std::vector<double> params, std::vector<bool> needs) {
-  check_needs(needs, 4);
+    std::string formats, MaybeTensor b_in, MaybeTensor b_down, MaybeTensor lora_a_in, MaybeTensor lora_b_in,
+    MaybeTensor lora_a_down, MaybeTensor lora_b_down, const Tensor& gate, const Tensor& up, bool gated,
+    bool interleaved, std::string activation, std::vector<double> params, double, std::vector<bool> needs) {
+  check_needs(needs, 8);
+  refuse_adapters({&lora_a_in, &lora_b_in, &lora_a_down, &lora_b_down});
   Call call(x, "x");
   const QuantizedMoeShape s = check(call.place(), x, token, weight, offsets, row, slot_offsets, w_in, w_up, w_down,
                                     formats, b_in, b_down, gated, interleaved, check_gate(activation, params));
@@ -94,7 +105,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_quantized_backward(
   if (need_b_in) sum_expert_rows(call, c.experts, dense_rows(d_hidden.const_data_ptr(), c.hidden()), nullptr, d_b_in);
   Tensor d_b_down = need_b_down ? call.fresh({c.E, c.O}) : call.nothing();
   if (need_b_down) sum_expert_rows(call, c.experts, token_rows(c.experts, d_y), c.experts.weight, d_b_down);
-  return {d_x, d_weight, d_b_in, d_b_down};
+  const auto none = [&] { return call.nothing(); };
+  return {d_x, d_weight, d_b_in, d_b_down, none(), none(), none(), none()};
 }
 
 }  // namespace
