@@ -75,7 +75,7 @@ _BITS = {
 def _check_compressed_tensors(settings: dict[str, Any]) -> None:
     _has(settings, quantization_status=("compressed",))
     for group in settings["config_groups"].values():
-        weights, format = group.get("weights") or {}, group.get("format") or settings.get("format")
+        weights, format = group.get("weights") or {}, str(group.get("format") or settings.get("format"))
         _has({"format": format}, format=tuple(_BITS))
         bits, kind = _BITS[format]
         _has(weights, num_bits=(bits,), type=(kind,), actorder=("weight", "static", False))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .. import _checks as check
 from .._quantized import QuantizedWeight
-from ..ops._moe_quantized import linear_op
+from ..ops._moe_quantized_derivatives import linear_op
 from ..ops._shared import autocast, fold
 
 
