@@ -32,7 +32,7 @@ void check_groups(const StackedCodes& w, const char* name) {
 }
 
 WithWeights with_codes(Call& call, const StackedCodes& w, bool transposed, const std::optional<StackedCodes>& second) {
-  return [&call, &w, transposed, &second](const GroupedGemm& g, int64_t col) {
+  return [&call, w, transposed, second](const GroupedGemm& g, int64_t col) {
     CodedGemm job = coded(g, w, transposed, second);
     job.first = col;
     launch(call, job);
