@@ -147,8 +147,7 @@ FFN_FN void choose_experts(const TopKRow<S>& row, const Score<T>& score, T* valu
     if (j % kWarpSize == lane) row.id(j) = winner.index;
   };
   if (groups == 1) {
-    choose_best(
-        values, E, count, lane, [](int) { return true; }, take);
+    choose_best(values, E, count, lane, [](int) { return true; }, take);
     return;
   }
   // A group's score is its best, or the sum of its two best. A group is chosen if it ranks no lower than the last of
