@@ -288,7 +288,7 @@ def test_lines_of_the_page(tmp_path: Path) -> None:
         "name": str(tmp_path / "model"), "folder": tmp_path / "adapter", "ids": tokens()[:, :12], "steps": 8,
     }  # fmt: skip
     page = (Path(__file__).parents[1] / "docs" / "fine-tuning.md").read_text(encoding="utf-8")
-    setup, training, generation = re.findall(r"^```py\n(.*?)^```", page, re.S | re.M)
+    setup, training, generation, quantised = re.findall(r"^```py\n(.*?)^```", page, re.S | re.M)
     exec(setup, names)
     before = float(names["model"](input_ids=names["ids"], labels=names["ids"]).loss)
     exec(training, names)
@@ -296,6 +296,11 @@ def test_lines_of_the_page(tmp_path: Path) -> None:
     trained = names["model"].eval().generate(names["ids"], max_new_tokens=4, do_sample=False)
     exec(generation, names)
     assert torch.equal(names["text"], trained)
+
+    names["model"] = names["AutoModelForCausalLM"].from_pretrained(names["name"], experts_implementation="ffn_ops")
+    exec(quantised.replace("mxfp4", "int8"), names)  # the small model's experts are narrower than a group of MXFP4
+    exec(training, names)
+    assert float(names["loss"]) < 0.9 * before and operators(names["model"]) == ["moe_quantized"] * 2
 
 
 class Doubled(nn.Module):
