@@ -216,16 +216,21 @@ def test_second_derivatives_of_a_dense_layer(layer: str) -> None:
 
 
 @pytest.mark.parametrize("torchs", [False, True], ids=["operator", "torch's products"])
-def test_a_bfloat16_layer_with_float32_adapters(torchs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_dense_layers_with_float32_adapters_are_as_accurate_as_eager(
+    dtype: torch.dtype, torchs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(_ffn, "prefers_torch", lambda x: torchs)
     m = Layer(*LAYERS["two weights"], T=60, D=40, F=48, O=40)
-    t = {n: v.float() if "lora" in n else v.bfloat16() for n, v in m.tensors.items()}
+    t = {n: v.float() if "lora" in n else v.to(dtype) for n, v in m.tensors.items()}
     exact = m.results(m.plain, {n: v.double() for n, v in t.items()})
     eager, actual = m.results(m.plain, t), m.results(m.ours, t)
     for n, value in exact.items():
         assert actual[n].dtype is eager[n].dtype
         assert_error_like_eagers(actual[n], eager[n], value)
-    with torch.autocast(t["x"].device.type, torch.bfloat16):
+    if dtype is torch.float32:
+        return
+    with torch.autocast(t["x"].device.type, dtype):
         assert torch.equal(m.ours(**{n: v.float() for n, v in t.items()}), actual["y"])
 
 
