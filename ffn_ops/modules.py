@@ -2,9 +2,9 @@
 """The study guides' layers as modules: parameters and one operator call each; no kernel is chosen here.
 
 Child layers are real ``nn.Linear`` modules, so checkpoints load with ``strict=True`` and a seed gives PyTorch's own
-initialisation. The whole layer is fused only while every child is a plain ``nn.Linear``: adapters, quantisation, hooks
-and parametrisations wrap or replace children, and an operator that read their ``weight`` would ignore them. Then the
-children are called and only the gate is fused.
+initialisation. The whole layer is fused only while every child is a plain ``nn.Linear``, or one in PEFT's plain LoRA:
+other adapters, quantisation, hooks and parametrisations wrap or replace children, and an operator that read their
+``weight`` would ignore them. Then the children are called and only the gate is fused.
 """
 
 from __future__ import annotations
@@ -65,6 +65,15 @@ def called(name: str, child: Any, x: Tensor) -> Tensor:
                 if p is not None and p.is_meta and is_unhooked(part):
                     raise ValueError(f"{path}.{each}: expected device {x.device} as x has, got meta")
     return child(x)  # type: ignore[no-any-return]
+
+
+def with_adapters(
+    x: Tensor, gate: nn.Module, up: nn.Module | None, down: nn.Module, activation: str | Gate, recompute: bool
+) -> Tensor | None:
+    """The layer of these children as one operator where PEFT's plain LoRA is all that is on them, else None."""
+    from ._adapters import adapted_ffn  # which asks this file what is plain
+
+    return adapted_ffn(x, gate, up, down, activation, recompute)
 
 
 def is_idle(dropout: nn.Module) -> bool:
@@ -182,6 +191,8 @@ class FeedForward(_OfLinears):
                 x, p1["weight"], p2["weight"], w_up=p3["weight"], b_in=p1["bias"], b_up=p3["bias"], b_down=p2["bias"],
                 recompute=self.recompute, activation=self.activation,
             )  # fmt: skip
+        elif (fused := with_adapters(x, w1, w3, w2, self.activation, self.recompute)) is not None:
+            y = fused
         else:
             h = ops.gated_act(called("w1", w1, x), called("w3", w3, x), activation=self.activation)
             y = called("w2", w2, h)
@@ -233,6 +244,9 @@ class PlainFFN(_OfLinears):
                 x, p1["weight"], p2["weight"], b_in=p1["bias"], b_down=p2["bias"],
                 recompute=self.recompute, activation=self.activation,
             )  # fmt: skip
+        fused = with_adapters(x, first, None, second, self.activation, self.recompute)
+        if fused is not None:
+            return fused
         h = ops.gated_act(called("linear1", first, x), activation=self.activation)
         return called("linear2", second, h)
 

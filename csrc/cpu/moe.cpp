@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // moe on the CPU: every expert's feed-forward layer over its routed rows, gathered on the fly and combined per token,
 // and its backward, with adapters or without. Without a routing the rows are already in order, and nothing is combined.
-// Their steps: experts.h.
 #include <tuple>
 
 #include <torch/csrc/stable/library.h>
@@ -11,10 +10,144 @@
 namespace ffn_ops {
 namespace {
 
-ExpertWeights dense_weights(const Tensor& w_in, const Tensor& w_down, DType dtype) {
-  const StackedWeight in = stacked(w_in, dtype);
-  return {in, columns_of(in), {}, stacked(w_down, dtype), &w_in, &w_down};
+// d_w [E, N, K] = sum over each expert's rows of d_out^T in, stored as the weight is.
+Tensor add_expert_weight_gradient(Steps& steps, Experts& c, const Tensor& w, const RowsOf& d_out, const RowsOf& in) {
+  const int64_t N = w.size(1), K = w.size(2);
+  const DType dtype = storage_dtype(w, "w");
+  if (!is_transposed(w)) {
+    Tensor d_w = fresh(w, {c.E, N, K});
+    add_outer_products(steps, c, N, K, d_out, in, dtype, d_w.mutable_data_ptr());
+    return d_w;
+  }
+  Tensor d_w = fresh(w, {c.E, K, N});
+  add_outer_products(steps, c, K, N, in, d_out, dtype, d_w.mutable_data_ptr());
+  return torch::stable::transpose(d_w, 1, 2);
 }
+
+// In backward: each row of the gradient times b, and a as the second factor, which gives the gradient of the input.
+SmallRows add_up_gradient(Steps& steps, Workspace& workspace, Experts& c, const LowRank& lora, const RowsOf& rows) {
+  if (lora.rank == 0) return {};
+  void* small = take_rows(workspace, c, lora.rank, arithmetic_dtype(c.dtype), "a gradient times b");
+  add_small_product(steps, c, rows, lora.b->size(1), lora.rank, columns_of(stacked(*lora.b, lora.dtype)), lora.scale,
+                    small, lora.rank);
+  return {small, lora.rank, columns_of(stacked(*lora.a, lora.dtype))};
+}
+
+}  // namespace
+
+std::array<Tensor, kInputs> run_experts_backward(Experts& c, const std::string& op, const Tensor& d_y, const Tensor& x,
+                                                 const std::optional<Tensor>& weight, const StackedWeight& w_in,
+                                                 const StackedWeight& w_down, const PlainWeights& plain,
+                                                 const std::optional<Tensor>& b_in, const std::optional<Tensor>& b_down,
+                                                 const Tensor& gate, const Tensor& up,
+                                                 const std::array<bool, kInputs>& needs) {
+  check_tensor(d_y, "d_y", c.dtype, {c.T, c.O});
+  const bool recompute = !check_saved(op, gate, up, c.dtype, c.R, c.F, c.gated);
+  const bool need_x = needs[kX], need_weight = needs[kWeight] && c.routed;
+  const bool need_in = needs[kIn] && plain.in, need_up = needs[kUp] && plain.up;
+  const bool need_down = needs[kDown] && plain.down;
+  const bool need_lora_in[2] = {needs[kLoraAIn] && c.lora_in.rank > 0, needs[kLoraBIn] && c.lora_in.rank > 0};
+  const bool need_lora_down[2] = {needs[kLoraADown] && c.lora_down.rank > 0, needs[kLoraBDown] && c.lora_down.rank > 0};
+  const bool need_hidden =
+      need_x || need_in || need_up || needs[kBIn] || need_weight || need_lora_in[0] || need_lora_in[1];
+  const bool need_h = need_down || need_lora_down[0] || need_lora_down[1];
+  const DType arithmetic = arithmetic_dtype(c.dtype);
+  // The row's weight times h can be too small for float16, while dY and h themselves are not.
+  const DType h_dtype = c.weight && c.dtype == DType::kFloat16 ? arithmetic : c.dtype;
+
+  Workspace workspace;
+  Steps steps(kernels(), workspace, threads());
+  const void* gate_data = gate.const_data_ptr();
+  const void* up_data = c.gated ? up.const_data_ptr() : nullptr;
+  if (recompute && (need_hidden || need_h)) {
+    void* fresh_gate = take_rows(workspace, c, c.F, c.dtype, "gate");
+    void* fresh_up = c.gated ? take_rows(workspace, c, c.F, c.dtype, "up") : nullptr;
+    add_pre_activations(steps, workspace, c, x, w_in, b_in, fresh_gate, fresh_up, nullptr);
+    gate_data = fresh_gate;
+    up_data = fresh_up;
+  }
+
+  const RowsOf x_rows = token_rows(c, x), d_y_rows = token_rows(c, d_y);
+  SmallRows d_down;  // of a_down's output, not yet times the row's weight
+  if (need_hidden || need_lora_down[0]) d_down = add_up_gradient(steps, workspace, c, c.lora_down, d_y_rows);
+
+  void *d_hidden = nullptr, *h = nullptr, *parts = nullptr, *add = nullptr;
+  const KernelTable& table = kernels();
+  const int64_t num_parts = divide_up(c.F, table.nr_vectors * table.lanes * 4 / storage_size(arithmetic));
+  if (need_h) h = take_rows(workspace, c, c.F, h_dtype, "h");
+  if (need_hidden) {
+    d_hidden = take_rows(workspace, c, c.hidden(), c.dtype, "d_hidden");
+    if (c.routed) parts = take_rows(workspace, c, num_parts, arithmetic, "d_weight");
+    if (d_down.data) {
+      add = take_rows(workspace, c, c.F, arithmetic, "the adapters' part of d_h");
+      add_small_product(steps, c, dense_rows(d_down.data, d_down.rank, arithmetic), d_down.rank, c.F, d_down.weights, 1,
+                        add, c.F);
+    }
+    add_hidden_gradient(steps, c, d_y, w_down, gate_data, up_data, d_hidden, h, h_dtype, parts, num_parts, add);
+  } else if (need_h) {
+    // The same kernel as in the epilogue, so that the bits do not depend on which gradients are asked for.
+    GatedAct a;
+    a.set_form(c.form);
+    a.rows = c.routes.kept;
+    a.cols = a.out_stride = c.F;
+    a.gate = a.d_out = dense(gate_data, c.F, c.dtype);
+    if (c.gated) a.up = dense(up_data, c.F, c.dtype);
+    a.out[2] = h;
+    a.h_unrounded = h_dtype != c.dtype;
+    a.row_weight = c.weight;
+    add_gated_act_backward(steps, a);
+  }
+
+  std::array<Tensor, kInputs> d;
+  for (Tensor& each : d) each = nothing(x);
+  if (need_weight) {
+    d[kWeight] = fresh(*weight, {c.R});
+    add_routing_weight_gradient(steps, c, d_y, dense_data(b_down, c.keep), parts, num_parts,
+                                d[kWeight].mutable_data_ptr());
+    zero_rows(steps, d[kWeight].mutable_data_ptr(), c.routes.kept, c.R, storage_size(arithmetic));
+  }
+  const auto small_rows = [&](const SmallRows& s) { return dense_rows(s.data, s.rank, arithmetic); };
+  const RowsOf h_rows = dense_rows(h, c.F, h_dtype);
+  if (need_down) d[kDown] = add_expert_weight_gradient(steps, c, *plain.down, d_y_rows, h_rows);
+  if (need_lora_down[0])
+    d[kLoraADown] = add_expert_weight_gradient(steps, c, *c.lora_down.a, small_rows(d_down), h_rows);
+  if (need_lora_down[1]) {  // h has the row's weight, and so has its product with a_down
+    const SmallRows again = add_down_projection(steps, workspace, c, c.lora_down, h_rows);
+    d[kLoraBDown] = add_expert_weight_gradient(steps, c, *c.lora_down.b, d_y_rows, small_rows(again));
+  }
+
+  const RowsOf hidden_rows = dense_rows(d_hidden, c.hidden(), c.dtype);
+  SmallRows d_in;
+  if (need_x || need_lora_in[0]) d_in = add_up_gradient(steps, workspace, c, c.lora_in, hidden_rows);
+  if (need_x) {
+    d[kX] = fresh(x, {c.T, c.D});
+    const auto up_columns = [&](int64_t e, int64_t col) { return lanes_are_columns(w_in(e, c.F, col)); };
+    add_combined_product(steps, workspace, c, hidden_rows, c.hidden(), c.D, columns_of(w_in), nullptr, nullptr,
+                         d[kX].mutable_data_ptr(), d_in, c.two_in ? WeightsFrom(up_columns) : WeightsFrom{});
+  }
+  if (need_in) d[kIn] = add_expert_weight_gradient(steps, c, *plain.in, hidden_rows, x_rows);
+  if (need_up) {
+    const RowsOf up_rows = dense_rows(advance(d_hidden, c.F, c.dtype), c.hidden(), c.dtype);
+    d[kUp] = add_expert_weight_gradient(steps, c, *plain.up, up_rows, x_rows);
+  }
+  if (need_lora_in[0]) d[kLoraAIn] = add_expert_weight_gradient(steps, c, *c.lora_in.a, small_rows(d_in), x_rows);
+  if (need_lora_in[1]) {
+    const SmallRows again = add_down_projection(steps, workspace, c, c.lora_in, x_rows);
+    d[kLoraBIn] = add_expert_weight_gradient(steps, c, *c.lora_in.b, hidden_rows, small_rows(again));
+  }
+  if (needs[kBIn]) {
+    d[kBIn] = fresh(x, {c.E, c.hidden()});
+    add_bias_gradients(steps, c, c.hidden(), hidden_rows, false, d[kBIn].mutable_data_ptr());
+  }
+  if (needs[kBDown]) {
+    d[kBDown] = fresh(x, {c.E, c.O});
+    add_bias_gradients(steps, c, c.O, d_y_rows, c.routed, d[kBDown].mutable_data_ptr());
+  }
+  steps.run();
+  return d;
+}
+
+namespace {
 
 std::tuple<Tensor, Tensor, Tensor> moe(const Tensor& x, std::optional<Tensor> token, std::optional<Tensor> weight,
                                        const Tensor& offsets, std::optional<Tensor> row,
@@ -38,74 +171,72 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_backward(
   const MoeShape s = check_moe(x, token, weight, offsets, row, slot_offsets, w_in, w_down, b_in, b_down, gated,
                                interleaved, check_gate(activation, params));
   Experts c = with_routes(s, token, weight, offsets, row, slot_offsets);
-  needs.resize(10);
-  const ExpertGradients d =
-      run_backward("moe", c, d_y, x, weight, dense_weights(w_in, w_down, c.dtype), b_in, b_down, gate, up, needs);
-  return {d.x, d.weight, d.w_in, d.w_down, d.b_in, d.b_down};
+  const std::array<bool, kInputs> asked = {needs[0], needs[1], needs[2], false, needs[3], needs[4], needs[5]};
+  const auto d = run_experts_backward(c, "moe", d_y, x, weight, stacked(w_in, c.dtype), stacked(w_down, c.dtype),
+                                      {&w_in, nullptr, &w_down}, b_in, b_down, gate, up, asked);
+  return {d[kX], d[kWeight], d[kIn], d[kDown], d[kBIn], d[kBDown]};
 }
 
 // ---- with adapters --------------------------------------------------------------------------------------------------
 
-LowRank low_rank(const std::optional<Tensor>& a, const std::optional<Tensor>& b, const std::string& place, double scale,
-                 const MoeShape& s, int64_t N, int64_t K) {
-  LowRank l;
-  STD_TORCH_CHECK(a.has_value() == b.has_value(), "lora: expected a_", place, " and b_", place,
-                  " together, or none of them, got one");
-  if (!a) return l;
-  const std::string a_name = "lora.a_" + place, b_name = "lora.b_" + place;
-  const DType wide = arithmetic_dtype(s.dtype);
-  const auto text = [](DType d) { return std::string(kDTypeNames[static_cast<int>(d)]); };
-  const auto dtype_of = [&](const Tensor& t, const std::string& name) {
-    const DType dtype = storage_dtype(t, name.c_str());
-    check_place(t, name.c_str(), {});
-    const std::string expected = text(s.dtype) + (wide == s.dtype ? "" : " or " + text(wide));
-    STD_TORCH_CHECK(dtype == s.dtype || dtype == wide, name, ": expected dtype ", expected, ", got ", text(dtype));
-    return dtype;
-  };
-  l.dtype = dtype_of(*a, a_name);
-  const DType b_dtype = dtype_of(*b, b_name);
-  STD_TORCH_CHECK(b_dtype == l.dtype, b_name, ": expected dtype ", text(l.dtype), " as a_", place, " has, got ",
-                  text(b_dtype));
-  check_extents(*a, a_name.c_str(), {s.E, "r", K});
-  l.rank = a->size(1);
-  STD_TORCH_CHECK(l.rank > 0, a_name, ": expected a rank of at least 1, got shape ", shape_text(*a));
-  check_extents(*b, b_name.c_str(), {s.E, N, l.rank});
-  l.a = &*a;
-  l.b = &*b;
-  l.scale = scale;
-  return l;
+struct LoraCall {
+  Tensor offsets;
+  Experts experts;
+  StackedWeight w_in;
+};
+
+LoraCall check_lora_call(const Tensor& x, const std::optional<Tensor>& token, const std::optional<Tensor>& weight,
+                         const std::optional<Tensor>& offsets, const std::optional<Tensor>& row,
+                         const std::optional<Tensor>& slot_offsets, const Tensor& w_in,
+                         const std::optional<Tensor>& w_up, const Tensor& w_down, const std::optional<Tensor>& b_in,
+                         const std::optional<Tensor>& b_down, const std::optional<Tensor>& lora_a_in,
+                         const std::optional<Tensor>& lora_b_in, const std::optional<Tensor>& lora_a_down,
+                         const std::optional<Tensor>& lora_b_down, bool gated, bool interleaved, const Gate& form,
+                         double scale) {
+  LoraCall call{all_rows(offsets, x.dim() > 0 ? x.size(0) : 0), {}, {}};
+  const MoeShape s = check_moe(x, token, weight, call.offsets, row, slot_offsets, w_in, w_down, b_in, b_down, gated,
+                               interleaved, form, {}, w_up);
+  Experts& c = call.experts = with_routes(s, token, weight, call.offsets, row, slot_offsets);
+  c.lora_in = low_rank(lora_a_in, lora_b_in, "in", scale, s, s.hidden(), s.D);
+  c.lora_down = low_rank(lora_a_down, lora_b_down, "down", scale, s, s.O, s.F);
+  c.two_in = w_up.has_value();
+  call.w_in = stacked(w_in, s.dtype);
+  if (w_up)
+    call.w_in = [&w_in, &w_up, dtype = s.dtype, F = s.F](int64_t e, int64_t r, int64_t col) {
+      return r < F ? expert_matrix(w_in, dtype, e, r, col) : expert_matrix(*w_up, dtype, e, r - F, col);
+    };
+  return call;
 }
 
 std::tuple<Tensor, Tensor, Tensor> moe_lora(
-    const Tensor& x, std::optional<Tensor> token, std::optional<Tensor> weight, const Tensor& offsets,
-    std::optional<Tensor> row, std::optional<Tensor> slot_offsets, const Tensor& w_in, const Tensor& w_down,
-    std::optional<Tensor> b_in, std::optional<Tensor> b_down, std::optional<Tensor> lora_a_in,
+    const Tensor& x, std::optional<Tensor> token, std::optional<Tensor> weight, std::optional<Tensor> offsets,
+    std::optional<Tensor> row, std::optional<Tensor> slot_offsets, const Tensor& w_in, std::optional<Tensor> w_up,
+    const Tensor& w_down, std::optional<Tensor> b_in, std::optional<Tensor> b_down, std::optional<Tensor> lora_a_in,
     std::optional<Tensor> lora_b_in, std::optional<Tensor> lora_a_down, std::optional<Tensor> lora_b_down, bool gated,
     bool interleaved, std::string activation, std::vector<double> params, double scale, bool save) {
-  const MoeShape s = check_moe(x, token, weight, offsets, row, slot_offsets, w_in, w_down, b_in, b_down, gated,
-                               interleaved, check_gate(activation, params));
-  Experts c = with_routes(s, token, weight, offsets, row, slot_offsets);
-  c.lora_in = low_rank(lora_a_in, lora_b_in, "in", scale, s, s.hidden(), s.D);
-  c.lora_down = low_rank(lora_a_down, lora_b_down, "down", scale, s, s.O, s.F);
-  return run_experts(c, x, stacked(w_in, c.dtype), stacked(w_down, c.dtype), b_in, b_down, save);
+  LoraCall call =
+      check_lora_call(x, token, weight, offsets, row, slot_offsets, w_in, w_up, w_down, b_in, b_down, lora_a_in,
+                      lora_b_in, lora_a_down, lora_b_down, gated, interleaved, check_gate(activation, params), scale);
+  return run_experts(call.experts, x, call.w_in, stacked(w_down, call.experts.dtype), b_in, b_down, save);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_lora_backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_lora_backward(
     const Tensor& d_y, const Tensor& x, std::optional<Tensor> token, std::optional<Tensor> weight,
-    const Tensor& offsets, std::optional<Tensor> row, std::optional<Tensor> slot_offsets, const Tensor& w_in,
-    const Tensor& w_down, std::optional<Tensor> b_in, std::optional<Tensor> b_down, std::optional<Tensor> lora_a_in,
-    std::optional<Tensor> lora_b_in, std::optional<Tensor> lora_a_down, std::optional<Tensor> lora_b_down,
-    const Tensor& gate, const Tensor& up, bool gated, bool interleaved, std::string activation,
-    std::vector<double> params, double scale, std::vector<bool> needs) {
-  check_needs(needs, 10);
-  const MoeShape s = check_moe(x, token, weight, offsets, row, slot_offsets, w_in, w_down, b_in, b_down, gated,
-                               interleaved, check_gate(activation, params));
-  Experts c = with_routes(s, token, weight, offsets, row, slot_offsets);
-  c.lora_in = low_rank(lora_a_in, lora_b_in, "in", scale, s, s.hidden(), s.D);
-  c.lora_down = low_rank(lora_a_down, lora_b_down, "down", scale, s, s.O, s.F);
-  const ExpertGradients d =
-      run_backward("moe", c, d_y, x, weight, dense_weights(w_in, w_down, c.dtype), b_in, b_down, gate, up, needs);
-  return {d.x, d.weight, d.w_in, d.w_down, d.b_in, d.b_down, d.lora_a_in, d.lora_b_in, d.lora_a_down, d.lora_b_down};
+    std::optional<Tensor> offsets, std::optional<Tensor> row, std::optional<Tensor> slot_offsets, const Tensor& w_in,
+    std::optional<Tensor> w_up, const Tensor& w_down, std::optional<Tensor> b_in, std::optional<Tensor> b_down,
+    std::optional<Tensor> lora_a_in, std::optional<Tensor> lora_b_in, std::optional<Tensor> lora_a_down,
+    std::optional<Tensor> lora_b_down, const Tensor& gate, const Tensor& up, bool gated, bool interleaved,
+    std::string activation, std::vector<double> params, double scale, std::vector<bool> needs) {
+  check_needs(needs, kInputs);
+  LoraCall call =
+      check_lora_call(x, token, weight, offsets, row, slot_offsets, w_in, w_up, w_down, b_in, b_down, lora_a_in,
+                      lora_b_in, lora_a_down, lora_b_down, gated, interleaved, check_gate(activation, params), scale);
+  std::array<bool, kInputs> asked;
+  std::copy(needs.begin(), needs.end(), asked.begin());
+  const auto d =
+      run_experts_backward(call.experts, "moe_lora", d_y, x, weight, call.w_in, stacked(w_down, call.experts.dtype),
+                           {&w_in, w_up ? &*w_up : nullptr, &w_down}, b_in, b_down, gate, up, asked);
+  return std::tuple_cat(d);
 }
 
 // rows[r] w[e]^T, rows after the experts' are zero.

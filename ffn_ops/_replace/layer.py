@@ -17,12 +17,14 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from .. import _checks as check
 from .. import ops
+from .._adapters import is_adapted, pairs_of, read_all
 from .._library import CUDA_ABSENT
 from ..modules import PLAIN_TENSORS, is_idle, is_plain_linear, is_unhooked
 from ..reference import gated_act
 from .form import BY_TORCH, Form
 from .learned import hidden_of
 from .part import Part
+from .whole import weights, whole_ffn
 
 PLAN = "_ffn_ops_plan"  # attribute of an instance; None: restored; False: changed, and no longer recognised
 CALLS = "_ffn_ops_calls"  # attribute of an instance: its Calls since it was replaced
@@ -154,12 +156,6 @@ def has_only_weights(layer: Any) -> bool:
     )
 
 
-def _weights(layer: Any) -> tuple[Tensor, Tensor | None]:
-    parameters = layer._parameters
-    weight = parameters["weight"]
-    return (weight if isinstance(layer, nn.Linear) else weight.t()), parameters["bias"]
-
-
 def changed(layer: nn.Module, plan: Plan) -> str | None:
     """The reason why children that would be bypassed must be called, or None."""
     if len(layer._modules) != plan.children:
@@ -261,19 +257,26 @@ def _by_parts(layer: nn.Module, plan: Plan, x: Tensor, cast: bool) -> Tensor | N
     plain = all(is_plain(linear) for linear in linears)
     if plan.form.reads_weights and not plain:
         return None
-    if plain and not cast and not _of_dtype(linears, x.dtype):
-        return None
     dropout = None if plan.dropout is None else child(layer, plan.dropout)
     if dropout is not None and is_idle(dropout):
         dropout = None
-    whole = down is not None and dropout is None and len(gates) == 1 and plain and plan.learned is None
+    one = down is not None and dropout is None and len(gates) == 1 and plan.learned is None
+    lora = None
+    if one and not plain:
+        read = read_all(x.dtype, linears, is_plain)
+        if read is not None:
+            linears, lora = read
+            plain, gates, ups, down = True, linears[:1], linears[1:-1], linears[-1]
+    if plain and not cast and not _of_dtype(linears, x.dtype):
+        return None
+    whole = one and plain
     if not whole and (_is_torchs(plan.form) or (dropout is not None and plan.form.early)):
         return None
     value = x
     for step in plan.head:
         value = value.reshape(-1, *step) if type(step[0]) is int else child(layer, step)(value)  # type: ignore[arg-type]
     if whole:
-        value = _whole(plan.form, value, gates[0], ups[0] if ups else None, down)
+        value = whole_ffn(plan.form, value, gates[0], ups[0] if ups else None, down, lora)
     elif plan.learned is not None:
         hidden = hidden_of(child(layer, plan.learned), plan.form.gate.activation, gates[0], value, cast)
         if hidden is None:
@@ -289,25 +292,12 @@ def _by_parts(layer: nn.Module, plan: Plan, x: Tensor, cast: bool) -> Tensor | N
     return value
 
 
-def _whole(form: Form, x: Tensor, gate: Any, up: Any, down: Any) -> Tensor:
-    w_in, b_in = _weights(gate)
-    w_down, b_down = _weights(down)
-    if up is not None:
-        w_up, b_up = _weights(up)
-        return ops.ffn(x, w_in, w_down, w_up=w_up, b_in=b_in, b_up=b_up, b_down=b_down, activation=form.gate)
-    if form.halves == "up first":
-        w_up, w_in = w_in.chunk(2)
-        b_up, b_in = (None, None) if b_in is None else b_in.chunk(2)
-        return ops.ffn(x, w_in, w_down, w_up=w_up, b_in=b_in, b_up=b_up, b_down=b_down, activation=form.gate)
-    return ops.ffn(x, w_in, w_down, gated=form.halves is not None, b_in=b_in, b_down=b_down, activation=form.gate)
-
-
 def _hidden(form: Form, x: Tensor, gates: list[Any], ups: list[Any]) -> Tensor:
     """Computes the input of ``down``: by one operator, or by calling the children as forward does and one operator."""
     if form.halves is not None and is_plain(gates[0]):
-        return _halves(form, x, *_weights(gates[0]))
+        return _halves(form, x, *weights(gates[0]))
     if ups and all(is_plain(layer) for layer in (*gates, *ups)):
-        gate_weights, up_weights = [_weights(g) for g in gates], [_weights(u) for u in ups]
+        gate_weights, up_weights = [weights(g) for g in gates], [weights(u) for u in ups]
         b_gate = [b for _, b in gate_weights if b is not None]
         b_up = [b for _, b in up_weights if b is not None]
         if len(b_gate) in (0, len(gates)) and len(b_up) in (0, len(ups)):
@@ -361,6 +351,12 @@ def state(layer: nn.Module, plan: Plan) -> tuple[bool, str]:
     if first is not None and first.device.type not in _DEVICES:
         why = CUDA_ABSENT if first.device.type == "cuda" else "no kernels for it"
         return False, f"its own forward runs on {first.device.type}: {why}"
+    inside = len(plan.gates) == 1 and plan.down is not None and plan.learned is None and not plan.form.reads_weights
+    inside = inside and not (plan.dropout and not is_idle(child(layer, plan.dropout)))
+    read = read_all(first.dtype, [module for _, module in parts], is_plain) if inside and first is not None else None
+    adapted = [".".join(path) for path, module in parts if is_adapted(module) and pairs_of(module)]
+    if read is not None:
+        parts = [(path, base) for (path, _), base in zip(parts, read[0], strict=True)]
     called = [f"{'.'.join(path)} is called ({_why_called(module)})" for path, module in parts if not is_plain(module)]
     if called and plan.form.reads_weights:
         return False, f"its own forward runs, because it reads weights: {'; '.join(called)}"
@@ -373,12 +369,16 @@ def state(layer: nn.Module, plan: Plan) -> tuple[bool, str]:
         return False, f"its own forward runs: {notes}, before the activation"
     if called and _is_torchs(plan.form):
         return False, f"its own forward runs, with torch's {plan.form.gate.activation}: {notes}"
+    if adapted and not called:
+        notes = f"with peft's LoRA on {', '.join(adapted)}"
     if plan.eval_only:
         notes = "; ".join(filter(None, [notes, f"in training its own forward runs: {plan.eval_only}"]))
     return not called, notes
 
 
 def _why_called(module: Any) -> str:
+    if is_adapted(module) and pairs_of(module) is None:
+        return "peft's Linear, and not plain LoRA"
     if not isinstance(module, nn.Linear) and not _is_conv1d(module):
         return f"{type(module).__module__.split('.')[0]}'s {type(module).__name__}"
     if not is_unhooked(module):

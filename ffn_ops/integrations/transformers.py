@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Hugging Face transformers: ``experts_implementation="ffn_ops"``, and ``register(model)`` for experts that ask for no
-implementation. Only ``register`` imports transformers."""
+"""Hugging Face transformers: ``experts_implementation="ffn_ops"``, ``register(model)`` for experts that ask for no
+implementation, ``from_pretrained`` for quantised checkpoints. Only calls of these import transformers."""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import importlib
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -76,8 +78,84 @@ def register(model: nn.Module | None = None) -> None:
     ):
         _warn_after(transformers.PreTrainedModel, method, chosen)
     adopt(_runs_ours)
+    importlib.import_module("ffn_ops.integrations._keep").register_kept()
     if model is not None:
         _exchange_in(model)
+
+
+_HUB = (
+    "cache_dir", "code_revision", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token",
+    "trust_remote_code",
+)  # fmt: skip
+_ASIDE = ("attn_implementation", "dtype", "experts_implementation", "torch_dtype")  # of the model, not of its config
+_REFUSED = ("distributed_config", "gguf_file", "quantization_config", "tp_plan", "tp_size")
+
+
+def from_pretrained(model_class: Any, name: Any, *args: Any, **options: Any) -> Any:
+    """``model_class.from_pretrained(name, ...)`` that keeps a quantised checkpoint quantised, on a CPU.
+
+    The experts, and the linear layers, that the checkpoint has quantised become :class:`ffn_ops.QuantizedWeight` and
+    run as this package's operators, forward and backward to their input. Everything else is loaded as ever.
+    :func:`report` lists what stayed quantised and what did not. ``save_pretrained`` writes the same bytes in this
+    package's layout, which this function reads, and after :func:`register` transformers' own ``from_pretrained``.
+
+    Args:
+        model_class: ``AutoModelForCausalLM`` or another class of transformers.
+        name: as transformers takes it. The config's ``quant_method`` is one of ``mxfp4`` (gpt-oss), ``fp8`` (DeepSeek),
+            ``gptq`` and ``awq`` (4 bits), ``compressed-tensors`` (``pack-quantized`` of 4 bits,
+            ``mxfp4-pack-quantized``, ``int-quantized``, ``float-quantized``), ``ffn_ops``. No other library is needed.
+        options: as transformers takes them. ``experts_implementation`` is "ffn_ops".
+
+    Returns:
+        The model.
+
+    Raises:
+        ImportError: as :func:`register`.
+        ValueError: if the checkpoint is not quantised or by another method, if it is to be loaded on a GPU, or for an
+            option that has no meaning here.
+        RuntimeError: from transformers, if a weight does not fit; its report above has our message.
+    Warns:
+        UserWarning: if weights had to be dequantised.
+
+    ::
+
+        model = from_pretrained(AutoModelForCausalLM, "openai/gpt-oss-20b")
+        print(report(model))
+    """
+    register()
+    for option in _REFUSED:
+        if options.get(option) is not None:
+            raise ValueError(f"{option}: expected None where a quantised checkpoint is kept, got {options[option]!r}")
+    if options.setdefault("experts_implementation", NAME) != NAME:
+        raise ValueError(f"experts_implementation: expected {NAME!r}, got {options['experts_implementation']!r}")
+    _on_cpu(options.get("device_map"))
+    hub = {key: options.pop(key) for key in _HUB if key in options}
+    config = options.pop("config", None)
+    if config is None:
+        aside = {key: options.pop(key) for key in _ASIDE if key in options}
+        auto = importlib.import_module("transformers").AutoConfig
+        config, options = auto.from_pretrained(name, return_unused_kwargs=True, **hub, **options)
+        options |= aside
+    keep = importlib.import_module("ffn_ops.integrations._keep")
+    config = keep.kept_config(copy.deepcopy(config))
+    model = model_class.from_pretrained(name, *args, config=config, **hub, **options)
+    found = model[0] if isinstance(model, tuple) else model  # with output_loading_info
+    if lost := [entry for entry in _weights(found) if entry.status == "dequantised"]:
+        what = f"{len(lost)} quantised weights were dequantised, because {lost[0].why}"
+        warnings.warn(f"{what}. ffn_ops.integrations.transformers.report(model) lists them", stacklevel=2)
+    return model
+
+
+def _on_cpu(device_map: Any) -> None:
+    places = device_map.values() if isinstance(device_map, dict) else () if device_map is None else (device_map,)
+    places = (*places, torch.get_default_device())
+    if any(str(place) not in ("cpu", "cpu:0") for place in places):
+        raise ValueError(f"device_map: expected the CPU, the only device for quantised weights, got {device_map!r}")
+
+
+def _weights(model: nn.Module) -> list[ReplaceEntry]:
+    """What :func:`from_pretrained` did with the quantised weights of its checkpoint."""
+    return getattr(getattr(model, "hf_quantizer", None), "entries", [])
 
 
 def _exchange_in(model: nn.Module) -> None:
@@ -122,6 +200,9 @@ def report(model: nn.Module) -> ExpertsReport:
         model = AutoModelForCausalLM.from_pretrained(name, experts_implementation="ffn_ops")
         print(report(model))
 
+    Of a model that :func:`from_pretrained` made it also lists each weight that the checkpoint has quantised, which is
+    "quantised" or "dequantised", with the reason.
+
     It finds modules that transformers declares as experts, modules whose weights have one slice for each of their
     experts, and lists named ``experts``.
 
@@ -134,7 +215,7 @@ def report(model: nn.Module) -> ExpertsReport:
         no mixture of experts found
     """
     _check(model)
-    return ExpertsReport(tuple(_entries(model)))
+    return ExpertsReport((*_entries(model), *_weights(model)))
 
 
 def _entries(model: nn.Module) -> Iterator[ReplaceEntry]:

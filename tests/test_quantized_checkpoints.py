@@ -1,0 +1,383 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""``from_pretrained`` of the transformers integration: tiny checkpoints in the layouts that people publish, made here,
+against the same models dequantised by transformers or by the formula."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from device import generator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import ffn_ops
+from ffn_ops import QuantizedWeight
+from ffn_ops.integrations.transformers import from_pretrained, report
+
+transformers = pytest.importorskip("transformers")
+safetensors = pytest.importorskip("safetensors.torch")
+
+pytestmark = pytest.mark.cpu_only("checkpoints stay quantised on the CPU")
+IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2]])
+Auto: Any = transformers.AutoModelForCausalLM
+
+GPT_OSS = dict(
+    vocab_size=50, hidden_size=64, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+    num_key_value_heads=1, head_dim=32, num_local_experts=4, num_experts_per_tok=2, pad_token_id=0,
+)  # fmt: skip
+
+
+def deepseek(width: int) -> dict[str, Any]:
+    return dict(
+        vocab_size=50, hidden_size=256, intermediate_size=width, moe_intermediate_size=width, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, n_routed_experts=4, num_experts_per_tok=2, n_group=1,
+        topk_group=1, first_k_dense_replace=1, q_lora_rank=160, kv_lora_rank=96, qk_rope_head_dim=32,
+        qk_nope_head_dim=32, v_head_dim=48, n_shared_experts=1, pad_token_id=0,
+    )  # fmt: skip
+
+
+def checkpoint(folder: Path, config: Any, settings: dict[str, Any], change: Callable[[str, Tensor], Any]) -> Path:
+    """A checkpoint of a model with random weights. ``change`` returns for some tensors the quantised ones, by what is
+    added to the name, and the values that they stand for, which a dense checkpoint beside it holds in float32."""
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder)
+    state, dense = {}, {}
+    for name, t in safetensors.load_file(folder / "model.safetensors").items():
+        changed = change(name, t)
+        parts, values = changed if changed else ({name: t}, t)
+        state |= parts
+        dense[name] = values.float().contiguous()
+    safetensors.save_file(state, folder / "model.safetensors", {"format": "pt"})
+    (folder / "dense").mkdir()
+    safetensors.save_file(dense, folder / "dense" / "model.safetensors", {"format": "pt"})
+    text = json.loads((folder / "config.json").read_text())
+    (folder / "dense" / "config.json").write_text(json.dumps(text))
+    (folder / "config.json").write_text(json.dumps({**text, "quantization_config": settings}))
+    return folder
+
+
+def mxfp4(name: str, t: Tensor) -> Any:
+    if not name.endswith(("gate_up_proj", "down_proj")):
+        return None
+    E, K, N = t.shape
+    blocks = torch.randint(256, (E, N, K // 32, 16), dtype=torch.uint8, generator=generator(N))
+    scales = torch.randint(118, 122, (E, N, K // 32), dtype=torch.uint8, generator=generator(K))
+    return {f"{name}_blocks": blocks, f"{name}_scales": scales}, t
+
+
+def fp8(name: str, t: Tensor) -> Any:
+    if "_proj" not in name:
+        return None
+    block = [torch.arange(n) // 128 for n in t.shape]
+    scale = torch.rand([-(-n // 128) for n in t.shape], generator=generator(len(name))) * 1e-3 + 1e-4
+    codes = (30 * torch.randn(t.shape, generator=generator(t.shape[0]))).to(torch.float8_e4m3fn)
+    return {name: codes, f"{name}_scale_inv": scale}, codes.float() * scale[block[0]][:, block[1]]
+
+
+FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128], "fmt": "e4m3"}
+
+
+@pytest.fixture(scope="module")
+def gpt_oss(tmp_path_factory: Any) -> Path:
+    config = transformers.GptOssConfig(**GPT_OSS)
+    return checkpoint(tmp_path_factory.mktemp("gpt_oss"), config, {"quant_method": "mxfp4"}, mxfp4)
+
+
+def held(model: nn.Module) -> int:
+    return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+
+
+def logits_and_gradient(model: Any) -> tuple[Tensor, Tensor]:
+    x = model.get_input_embeddings()(IDS).detach().requires_grad_()
+    logits = model(inputs_embeds=x).logits
+    (grad,) = torch.autograd.grad(logits.square().sum(), x)
+    return logits.detach(), grad
+
+
+def check_like(model: Any, dense: Any) -> None:
+    """Values and gradients within the rounding of float32, and the same text."""
+    for actual, expected in zip(logits_and_gradient(model), logits_and_gradient(dense), strict=True):
+        assert expected.norm() > 0
+        assert (actual - expected).norm() < 1e-5 * expected.norm()
+    options: Any = {"max_new_tokens": 4, "do_sample": False}
+    assert torch.equal(model.generate(IDS, **options), dense.generate(IDS, **options))
+
+
+def check_saved(model: Any, folder: Path) -> None:
+    model.save_pretrained(folder)
+    expected = logits_and_gradient(model)
+    for again in (
+        from_pretrained(Auto, folder, dtype=torch.float32),
+        Auto.from_pretrained(folder, dtype=torch.float32, experts_implementation="ffn_ops"),
+    ):
+        assert held(again) == held(model)
+        assert all(map(torch.equal, logits_and_gradient(again), expected))
+
+
+def is_mapped(t: Tensor, path: Path) -> bool:
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        start, end = (int(each, 16) for each in line.split()[0].split("-"))
+        if start <= t.data_ptr() < end:
+            return line.endswith(str(path))
+    return False
+
+
+def test_gpt_oss_stays_in_the_bytes_of_its_file(gpt_oss: Path, tmp_path: Path) -> None:
+    file = gpt_oss / "model.safetensors"
+    model = from_pretrained(Auto, gpt_oss)
+    assert model.dtype is torch.bfloat16 and held(model) <= 1.05 * file.stat().st_size
+    weights = [w for w in model.modules() if isinstance(w, QuantizedWeight)]
+    assert len(weights) == 4 and all(w.format == "mxfp4" for w in weights)
+    if Path("/proc/self/maps").exists():
+        assert all(is_mapped(t, file) for w in weights for t in w.parts)
+        assert not is_mapped(weights[0].codes.clone(), file)
+    model = from_pretrained(Auto, gpt_oss, dtype=torch.float32)
+    check_like(model, Auto.from_pretrained(gpt_oss, dtype=torch.float32))
+    check_saved(model, tmp_path)
+
+
+@pytest.mark.parametrize("width", [448, 576, 300])
+def test_deepseek_with_partial_blocks(width: int, tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path, transformers.DeepseekV3Config(**deepseek(width)), FP8, fp8)
+    model = from_pretrained(Auto, folder)
+    assert held(model) <= 1.05 * (folder / "model.safetensors").stat().st_size
+    model, dense = (
+        from_pretrained(Auto, folder, dtype=torch.float32),
+        Auto.from_pretrained(folder / "dense", dtype=torch.float32),
+    )
+    values = dict(dense.named_parameters())
+    paths = report(model).paths("quantised")
+    assert len(paths) == 18 and not report(model).paths("dequantised")
+    for path in paths:
+        assert torch.equal(model.get_submodule(path).dequantize(), values[path])
+    check_like(model, dense)
+    check_saved(model, tmp_path / "saved")
+
+
+QWEN = dict(
+    vocab_size=50, hidden_size=64, intermediate_size=96, moe_intermediate_size=96, num_hidden_layers=2,
+    num_attention_heads=2, num_key_value_heads=1, head_dim=32, num_experts=4, num_experts_per_tok=2,
+    mlp_only_layers=[0], pad_token_id=0,
+)  # fmt: skip
+
+
+def words(nibbles: Tensor) -> Tensor:
+    """Eight neighbours of the first dimension in an int32, the first in its lowest bits."""
+    shifts = torch.arange(0, 32, 4).view(8, *[1] * (nibbles.dim() - 1))
+    packed = (nibbles.unflatten(0, (-1, 8)).long() << shifts).sum(1)
+    return torch.where(packed < 2**31, packed, packed - 2**32).int()
+
+
+def gptq(name: str, t: Tensor) -> Any:
+    """Groups of 32 along K; zeros are stored less one, by a subtraction of whole words."""
+    if "_proj" not in name:
+        return None
+    (N, K), g = t.shape, generator(len(name) + t.shape[0])
+    codes, zeros = torch.randint(16, (K, N), generator=g), torch.randint(16, (K // 32, N), generator=g)
+    scales = (torch.rand(K // 32, N, generator=g) * 0.02).half()
+    group = torch.arange(K) // 32
+    stem = name.removesuffix("weight")
+    parts = {
+        "qweight": words(codes),
+        "qzeros": (words(zeros.T) - 0x11111111).T.contiguous(),
+        "scales": scales,
+        "g_idx": group.int(),
+    }
+    values = ((codes - zeros[group]) * scales[group].float()).T
+    return {stem + each: part for each, part in parts.items()}, values
+
+
+def awq(name: str, t: Tensor) -> Any:
+    if "_proj" not in name:
+        return None
+    (N, K), g = t.shape, generator(len(name) + t.shape[0])
+    codes, zeros = torch.randint(16, (K, N), generator=g), torch.randint(16, (K // 32, N), generator=g)
+    scales = (torch.rand(K // 32, N, generator=g) * 0.02).half()
+    order = torch.arange(N).view(-1, 8)[:, [0, 2, 4, 6, 1, 3, 5, 7]].flatten()
+    stem = name.removesuffix("weight")
+    parts = {"qweight": words(codes[:, order].T).T, "qzeros": words(zeros[:, order].T).T, "scales": scales}
+    group = torch.arange(K) // 32
+    values = ((codes - zeros[group]) * scales[group].float()).T
+    return {stem + each: part.contiguous() for each, part in parts.items()}, values
+
+
+def compressed(format: str, weights: dict[str, Any]) -> tuple[dict[str, Any], Callable[[str, Tensor], Any]]:
+    """Settings, and what compressed-tensors makes of a weight."""
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationScheme
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    group = {"targets": ["Linear"], "weights": weights, "format": format}
+    scheme = QuantizationScheme(**group)
+    compressor = BaseCompressor.get_value_from_registry(format)
+
+    def change(name: str, t: Tensor) -> Any:
+        if "_proj" not in name:
+            return None
+        columns = weights.get("group_size") or t.shape[1]
+        cells = t.float().unflatten(1, (-1, columns))
+        scale, zero = calculate_qparams(cells.amin(-1), cells.amax(-1), scheme.weights)
+        state = {"weight": t.float(), "weight_scale": scale.to(torch.bfloat16), "weight_zero_point": zero}
+        parts = compressor.compress({**state, "weight_scale": state["weight_scale"].float()}, scheme)
+        values = compressor.decompress(dict(parts), scheme)["weight"]
+        if parts["weight_scale"].dtype is torch.float32:
+            parts["weight_scale"] = state["weight_scale"]
+        stem = name.removesuffix("weight")
+        return {stem + each: part.contiguous() for each, part in parts.items()}, values
+
+    settings = {
+        "quant_method": "compressed-tensors", "format": format, "quantization_status": "compressed",
+        "config_groups": {"group_0": group}, "ignore": ["lm_head"],
+    }  # fmt: skip
+    return settings, change
+
+
+GROUPS = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
+ROWS = {"num_bits": 8, "symmetric": True, "strategy": "channel"}
+METHODS: dict[str, Any] = {
+    "gptq": lambda: ({"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False}, gptq),
+    "awq": lambda: ({"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}, awq),
+    "int4": lambda: compressed("pack-quantized", {**GROUPS, "symmetric": True}),
+    "uint4": lambda: compressed("pack-quantized", {**GROUPS, "symmetric": False}),
+    "mxfp4": lambda: compressed(
+        "mxfp4-pack-quantized", {**GROUPS, "type": "float", "symmetric": True, "scale_dtype": "torch.uint8"}
+    ),
+    "int8": lambda: compressed("int-quantized", {**ROWS, "type": "int"}),
+    "float8": lambda: compressed("float-quantized", {**ROWS, "type": "float"}),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_qwen_in_the_layouts_of_other_libraries(method: str, tmp_path: Path) -> None:
+    settings, change = METHODS[method]()
+    folder = checkpoint(tmp_path, transformers.Qwen3MoeConfig(**QWEN), settings, change)
+    assert held(from_pretrained(Auto, folder)) <= 1.05 * (folder / "model.safetensors").stat().st_size
+    model = from_pretrained(Auto, folder, dtype=torch.float32)
+    dense = Auto.from_pretrained(folder / "dense", dtype=torch.float32)
+    values = dict(dense.named_parameters())
+    paths = report(model).paths("quantised")
+    assert len(paths) == 13 and not report(model).paths("dequantised")
+    for path in paths:
+        torch.testing.assert_close(model.get_submodule(path).dequantize(), values[path], rtol=1e-6, atol=0)
+    check_like(model, dense)
+    check_saved(model, tmp_path / "saved")
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"quant_method": "gptq", "bits": 8}, "bits: expected 4 of a quantised checkpoint, got 8"),
+        ({"quant_method": "gptq", "bits": 4, "desc_act": True}, "desc_act: expected False of a .* got True"),
+        (
+            {"quant_method": "awq", "bits": 4, "version": "gemv"},
+            "version: expected 'gemm' or 'GEMM' of a .* got 'gemv'",
+        ),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "format": "pack-quantized",
+                "config_groups": {"g": {"weights": {"num_bits": 3, "type": "int"}}},
+            },
+            "num_bits: expected 4 of a quantised checkpoint, got 3",
+        ),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "format": "nvfp4-pack-quantized",
+                "config_groups": {"g": {"weights": {"num_bits": 4, "type": "float"}}},
+            },
+            "format: expected 'pack-quantized' or .* got 'nvfp4-pack-quantized'",
+        ),
+    ],
+)
+def test_variants_without_a_format_are_refused(settings: dict[str, Any], match: str, gpt_oss: Path) -> None:
+    config = transformers.AutoConfig.from_pretrained(gpt_oss)
+    config.quantization_config = settings
+    with pytest.raises(ValueError, match=match):
+        from_pretrained(Auto, gpt_oss, config=config)
+
+
+def test_fp4_codes_in_an_fp8_checkpoint(tmp_path: Path) -> None:
+    """Experts as DeepSeek-V4 has them: two codes in a byte, e8m0 scales under another name."""
+
+    def change(name: str, t: Tensor) -> Any:
+        if ".experts." not in name:
+            return fp8(name, t)
+        codes = torch.randint(256, (t.shape[0], t.shape[1] // 2), dtype=torch.uint8, generator=generator(1))
+        scale = torch.randint(118, 122, (t.shape[0], t.shape[1] // 32), dtype=torch.uint8, generator=generator(2))
+        values = QuantizedWeight.from_mxfp4(codes, scale).dequantize()
+        renamed = name.replace(".weight", ".scale")
+        return {name: codes.view(torch.int8), renamed: scale.view(torch.float8_e8m0fnu)}, values
+
+    folder = checkpoint(tmp_path, transformers.DeepseekV3Config(**deepseek(64)), FP8, change)
+    model = from_pretrained(Auto, folder, dtype=torch.float32)
+    assert model.model.layers[1].mlp.experts.down_proj.format == "mxfp4"
+    check_like(model, Auto.from_pretrained(folder / "dense", dtype=torch.float32))
+
+
+def test_what_cannot_be_kept_is_dequantised_and_said(tmp_path: Path) -> None:
+    """Experts whose up projections the checkpoint has left dense."""
+
+    def change(name: str, t: Tensor) -> Any:
+        return None if ".experts." in name and "up_proj" in name else fp8(name, t)
+
+    folder = checkpoint(tmp_path, transformers.DeepseekV3Config(**deepseek(300)), FP8, change)
+    with pytest.warns(UserWarning, match="1 quantised weights were dequantised, because some of its experts are not"):
+        model = from_pretrained(Auto, folder, dtype=torch.float32)
+    name = "model.layers.1.mlp.experts.gate_up_proj"
+    (entry,) = (entry for entry in report(model).entries if entry.path == name)
+    assert (entry.status, entry.computes) == ("dequantised", "float32")
+    dense = Auto.from_pretrained(folder / "dense", dtype=torch.float32)
+    assert torch.equal(model.get_parameter(name), dense.get_parameter(name))
+    assert isinstance(model.model.layers[1].mlp.experts.down_proj, QuantizedWeight)
+
+
+def test_refusals_before_any_work(gpt_oss: Path, tmp_path: Path) -> None:
+    def refused(match: str, folder: Path = gpt_oss, **options: Any) -> None:
+        with pytest.raises(ValueError, match=match):
+            from_pretrained(Auto, folder, **options)
+
+    refused("quantization_config: expected a quant_method, one of mxfp4, fp8, .* got None", gpt_oss / "dense")
+    config = transformers.AutoConfig.from_pretrained(gpt_oss)
+    config.quantization_config = {"quant_method": "bitsandbytes"}
+    refused("quant_method: expected one of mxfp4, fp8, .*, got 'bitsandbytes'", config=config)
+    refused("device_map: expected the CPU, .* got 'cuda'", device_map="cuda")
+    refused(r"device_map: expected the CPU, .* got {'lm_head': 'cpu', '': 1}", device_map={"lm_head": "cpu", "": 1})
+    refused("quantization_config: expected None", quantization_config=transformers.Mxfp4Config())
+    refused("experts_implementation: expected 'ffn_ops', got 'eager'", experts_implementation="eager")
+    state = safetensors.load_file(gpt_oss / "model.safetensors")
+    name = "model.layers.0.mlp.experts.down_proj_scales"
+    state[name] = state[name][:, :-1].contiguous()
+    safetensors.save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "config.json").write_text((gpt_oss / "config.json").read_text())
+    with pytest.raises(RuntimeError, match="issues during automatic conversion"):
+        from_pretrained(Auto, tmp_path)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_linear_layers(bias: bool) -> None:
+    from ffn_ops.integrations._quantized_linear import QuantizedLinear
+
+    g = generator(3)
+    w = ffn_ops.quantize(torch.randn(24, 64, generator=g), "mxfp4")
+    b = nn.Parameter(torch.randn(24, generator=g)) if bias else None
+    layer, dense = QuantizedLinear(w, b), w.dequantize()
+    x = torch.randn(2, 3, 64, generator=g, requires_grad=True)
+    inputs = (x, b) if bias else (x,)
+    y, expected = layer(x), F.linear(x, dense, b)
+    d = torch.randn(y.shape, generator=g)
+    torch.testing.assert_close(y, expected)
+    for actual, wanted in zip(torch.autograd.grad(y, inputs, d), torch.autograd.grad(expected, inputs, d), strict=True):
+        torch.testing.assert_close(actual, wanted)
+    half = layer.to(torch.bfloat16)(x.bfloat16())
+    assert torch.equal(half, F.linear(x.bfloat16().float(), dense, b.float() if bias else None).bfloat16())
+    with pytest.raises(ValueError, match=r"x: expected shape \[..., 64\], got \[2, 3\]"):
+        layer(x[..., 0])
+    with pytest.raises(TypeError, match="x: expected dtype float32, float16 or bfloat16 where weights are"):
+        layer(x.double())
