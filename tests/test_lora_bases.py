@@ -16,8 +16,9 @@ from torch import Tensor
 import ffn_ops
 from ffn_ops import Gate, Lora, QuantizedWeight, reference, routing
 from ffn_ops.ops import _ffn
+from ffn_ops.ops._moe_quantized_derivatives import composed
 
-quantised = pytest.mark.cpu_only("quantised weights have no CUDA kernels")
+quantised = pytest.mark.cpu_only("on a GPU such layers run operator after operator")
 SIZES = {"T": 20, "D": 64, "F": 32, "O": 48, "rank": (4, 8)}
 
 
@@ -51,6 +52,26 @@ def test_quantised_bases_give_the_bits_of_dequantised_ones(format: str, tokens: 
         assert_same_bits(m.results(on_codes(m, held), plain, recompute=True), expected)
         for needed in ("lora_a_in", "lora_b_down"):
             assert_same_bits(m.results(on_codes(m, held), plain, [needed]), {n: expected[n] for n in ("y", needed)})
+
+
+@every_form
+def test_operator_after_operator_over_a_quantised_base(form: str) -> None:
+    """What a GPU runs gives the same values and gradients."""
+    m = Mixture(form, **SIZES)
+    t, held = over(m, "int8")
+    plain = {n: v for n, v in t.items() if n not in held}
+    (w_in, in_format), (w_down, down_format) = (held[n].stacked() for n in ("w_in", "w_down"))
+
+    def by_parts(**t: Tensor) -> Tensor:
+        factors = [t[f"lora_{n}"] for n in NAMES]
+        experts = (w_in, [], w_down, f"{in_format},{down_format}", t["b_in"], t["b_down"], *factors)
+        gate = ffn_ops._gate.as_gate(m.options["activation"], gated=m.options["gated"], one_weight=True)
+        form = (m.options["gated"], gate.interleaved, gate.activation, gate.params)
+        return composed(t["x"], routing.top_k(t["logits"], 2)[:5], experts, form, SCALE)
+
+    for name, value in m.results(m.ours, t, plain).items():
+        actual = m.results(by_parts, plain)[name]
+        torch.testing.assert_close(actual, value, rtol=1e-4, atol=1e-5 * float(value.abs().max()))
 
 
 @quantised

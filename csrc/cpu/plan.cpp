@@ -75,6 +75,7 @@ void fill_schedule(ScheduledGemm& g, const KernelTable& table, int64_t workers, 
   const int64_t lanes = table.lanes * 4 / g.element();
   const int64_t width = table.nr_vectors * lanes;
   g.kernel = choose_kernel(g, table);
+  g.at_once = workers;
   const int64_t rows = g.kernel == Schedule::Kernel::kAxpy  ? table.axpy_rows
                        : g.kernel == Schedule::Kernel::kDot ? g.M
                                                             : table.mr;

@@ -122,8 +122,9 @@ void pack_copied(const Matrix& m, int64_t lane0, int64_t valid, int64_t k0, int6
   const int64_t whole = divide_up(panel_lanes, W) * W;  // lanes that whole vectors of a panel touch
   const bool dense = m.col_stride == 1;
   const int64_t steps = divide_up(kc, V::kKR);
-  for (int64_t kb = 0; kb < kc; kb += kRowsAtOnce) {
-    const int64_t n = kc - kb < kRowsAtOnce ? kc - kb : kRowsAtOnce;
+  const int64_t at_once = panel_lanes <= kMR ? kNarrowRows : kRowsAtOnce;
+  for (int64_t kb = 0; kb < kc; kb += at_once) {
+    const int64_t n = kc - kb < at_once ? kc - kb : at_once;
     const S* from[kRowsAtOnce];
     for (int64_t i = 0; i < n; ++i) {
       from[i] = row_pointer<S>(m, k0 + kb + i) + lane0 * m.col_stride;
@@ -148,7 +149,16 @@ void pack_copied(const Matrix& m, int64_t lane0, int64_t valid, int64_t k0, int6
         const bool may_run_over =
             whole == panel_lanes || (panel_lanes == stride && step * stride + whole <= steps * stride);
         if (full && may_run_over) {
-          for (int64_t j = 0; j < whole; j += W) store(to + j, load_step<V>(from + i, n - i, 1, lane + j, W));
+          int64_t j = 0;
+          if constexpr (V::kKR > 1) {
+            for (; n - i > 1 && j + 2 * W <= whole; j += 2 * W) {
+              V pairs[2];
+              load_two_steps(from[i] + lane + j, from[i + 1] + lane + j, pairs);
+              store(to + j, pairs[0]);
+              store(to + j + W, pairs[1]);
+            }
+          }
+          for (; j < whole; j += W) store(to + j, load_step<V>(from + i, n - i, 1, lane + j, W));
           continue;
         }
         for (int64_t j = 0; j < panel_lanes; j += W) {
