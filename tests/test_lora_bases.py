@@ -261,3 +261,11 @@ def test_wrong_adapters_of_a_dense_layer(case: str) -> None:
     m = Layer("gated", False, ())
     with pytest.raises(error, match=message):
         ffn_ops.ffn(**m.tensors, **m.options, lora=Lora(**{n: torch.zeros(s, dtype=WIDE) for n, s in shapes.items()}))
+
+
+def test_rows_of_gate_and_up_do_not_make_up_for_each_other() -> None:
+    m = Layer("gated", True, ())
+    shapes = {"a_in": (2, 5), "b_in": (7, 2), "a_up": (1, 5), "b_up": (5, 1)}  # 12 rows in all, as there are
+    lora = Lora(**{n: torch.zeros(s, dtype=WIDE) for n, s in shapes.items()})
+    with pytest.raises(ValueError, match=r"lora.b_in: expected shape \[6, 2\], got \[7, 2\]"):
+        ffn_ops.ffn(**m.tensors, **m.options, lora=lora)
