@@ -102,7 +102,7 @@ products:
 OPERATOR_SOURCES := $(filter-out csrc/cuda/assignment.cu,$(wildcard csrc/cuda/*.cu)) csrc/registration.cpp \
   csrc/cpu/assignment.cpp csrc/cpu/gates.cpp csrc/cpu/parallel.cpp csrc/cpu/memory.cpp csrc/cpu/plan.cpp \
   tests/simt/operators/operators.cpp
-OPERATOR_TESTS := moe routing top_k gradients router learned_act
+OPERATOR_TESTS := moe routing top_k gradients router learned_act quantized quantized_weight
 simt-operators:
 	rm -rf build/operators
 	mkdir -p build/operators/objects

@@ -156,19 +156,19 @@ def memory(row: Row, provider: str, answer: Any) -> None:
     sample = sampler(row, provided(row.model, build(row.model, row.dtype), provider))
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the peak from here on: building took more
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     for _ in range(2):
         sample()
-    answer.put(_resident("VmHWM") - before)
+    answer.put(resident("VmHWM") - before)
 
 
-def _resident(what: str) -> int:
+def resident(what: str) -> int:
     """Bytes that this process holds now, or held at most."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(what + ":"))
 
 
-def peak_bytes(row: Row, provider: str) -> int | None:
+def peak_bytes(memory: Callable[[Any, str, Any], None], row: Any, provider: str) -> int | None:
     spawn = multiprocessing.get_context("spawn")
     answer = spawn.Queue()
     process = spawn.Process(target=memory, args=(row, provider, answer))
@@ -221,7 +221,7 @@ def measure(row: Row, providers: list[str], rounds: int, with_memory: bool) -> l
     if with_memory:
         for timed in found:
             if timed.seconds and not timed.provider.endswith(COMPILED):
-                timed.peak_bytes = peak_bytes(row, timed.provider)
+                timed.peak_bytes = peak_bytes(memory, row, timed.provider)
     return found
 
 

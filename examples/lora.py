@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> tuple[float, float]:
     before = loss_on(model, code)
     print(f"trained on help topics: {time.perf_counter() - began:.1f} s, {before:.3f} nats/byte on source code")
 
-    # The replaced layers notice the adapters: they call a child with an adapter, and fuse the rest.
+    # The replaced layers notice the adapters, and compute them in the same operator.
     lora = LoraConfig(r=8, lora_alpha=16, target_modules=["gate_proj", "up_proj", "down_proj"])
     adapted = get_peft_model(model, lora)
     print(ffn_ops.replace_report(adapted))

@@ -157,6 +157,13 @@ def check_pair(
     return (a.unsqueeze(0), b.unsqueeze(0)) if experts is None else (a, b)
 
 
+def pair(a: Any, b: Any, experts: int | None) -> Any:
+    """What ``check_pair`` returns, without its checks: the operator checks."""
+    if a is None or b is None:
+        return a, b
+    return (a.unsqueeze(0), b.unsqueeze(0)) if experts is None else stack(a, b, experts)
+
+
 def check_lora(value: Any) -> Lora:
     if not isinstance(value, Lora):
         raise TypeError(f"lora: expected an ffn_ops.Lora or None, got {type(value).__name__}")

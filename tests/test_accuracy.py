@@ -311,3 +311,11 @@ def test_the_rule_rejects_a_wrong_gradient(dtype: torch.dtype) -> None:
 
     with pytest.raises(AssertionError, match="d_w_up: error"):
         assert_accurate(problem, dtype, ours=no_gradient_for_up)
+
+
+def test_denormal_results(isa: str) -> None:
+    """An instruction that rounds to bfloat16 takes denormals as zero, so the kernels must not leave them to it."""
+    x = torch.ones(40, 64, dtype=torch.bfloat16)
+    weight = torch.full((48, 64), 2.0**-70, dtype=torch.bfloat16)
+    y = ffn_ops.gated_linear(x, weight, weight, activation="identity")
+    assert torch.equal(y, torch.full((40, 48), 2.0**-128, dtype=torch.bfloat16))

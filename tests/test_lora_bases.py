@@ -16,8 +16,9 @@ from torch import Tensor
 import ffn_ops
 from ffn_ops import Gate, Lora, QuantizedWeight, reference, routing
 from ffn_ops.ops import _ffn
+from ffn_ops.ops._moe_quantized_derivatives import composed
 
-quantised = pytest.mark.cpu_only("quantised weights have no CUDA kernels")
+quantised = pytest.mark.cpu_only("on a GPU such layers run operator after operator")
 SIZES = {"T": 20, "D": 64, "F": 32, "O": 48, "rank": (4, 8)}
 
 
@@ -51,6 +52,26 @@ def test_quantised_bases_give_the_bits_of_dequantised_ones(format: str, tokens: 
         assert_same_bits(m.results(on_codes(m, held), plain, recompute=True), expected)
         for needed in ("lora_a_in", "lora_b_down"):
             assert_same_bits(m.results(on_codes(m, held), plain, [needed]), {n: expected[n] for n in ("y", needed)})
+
+
+@every_form
+def test_operator_after_operator_over_a_quantised_base(form: str) -> None:
+    """What a GPU runs gives the same values and gradients."""
+    m = Mixture(form, **SIZES)
+    t, held = over(m, "int8")
+    plain = {n: v for n, v in t.items() if n not in held}
+    (w_in, in_format), (w_down, down_format) = (held[n].stacked() for n in ("w_in", "w_down"))
+
+    def by_parts(**t: Tensor) -> Tensor:
+        factors = [t[f"lora_{n}"] for n in NAMES]
+        experts = (w_in, [], w_down, f"{in_format},{down_format}", t["b_in"], t["b_down"], *factors)
+        gate = ffn_ops._gate.as_gate(m.options["activation"], gated=m.options["gated"], one_weight=True)
+        form = (m.options["gated"], gate.interleaved, gate.activation, gate.params)
+        return composed(t["x"], routing.top_k(t["logits"], 2)[:5], experts, form, SCALE)
+
+    for name, value in m.results(m.ours, t, plain).items():
+        actual = m.results(by_parts, plain)[name]
+        torch.testing.assert_close(actual, value, rtol=1e-4, atol=1e-5 * float(value.abs().max()))
 
 
 @quantised
@@ -195,16 +216,21 @@ def test_second_derivatives_of_a_dense_layer(layer: str) -> None:
 
 
 @pytest.mark.parametrize("torchs", [False, True], ids=["operator", "torch's products"])
-def test_a_bfloat16_layer_with_float32_adapters(torchs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_dense_layers_with_float32_adapters_are_as_accurate_as_eager(
+    dtype: torch.dtype, torchs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(_ffn, "prefers_torch", lambda x: torchs)
     m = Layer(*LAYERS["two weights"], T=60, D=40, F=48, O=40)
-    t = {n: v.float() if "lora" in n else v.bfloat16() for n, v in m.tensors.items()}
+    t = {n: v.float() if "lora" in n else v.to(dtype) for n, v in m.tensors.items()}
     exact = m.results(m.plain, {n: v.double() for n, v in t.items()})
     eager, actual = m.results(m.plain, t), m.results(m.ours, t)
     for n, value in exact.items():
         assert actual[n].dtype is eager[n].dtype
         assert_error_like_eagers(actual[n], eager[n], value)
-    with torch.autocast(t["x"].device.type, torch.bfloat16):
+    if dtype is torch.float32:
+        return
+    with torch.autocast(t["x"].device.type, dtype):
         assert torch.equal(m.ours(**{n: v.float() for n, v in t.items()}), actual["y"])
 
 
@@ -235,3 +261,11 @@ def test_wrong_adapters_of_a_dense_layer(case: str) -> None:
     m = Layer("gated", False, ())
     with pytest.raises(error, match=message):
         ffn_ops.ffn(**m.tensors, **m.options, lora=Lora(**{n: torch.zeros(s, dtype=WIDE) for n, s in shapes.items()}))
+
+
+def test_rows_of_gate_and_up_do_not_make_up_for_each_other() -> None:
+    m = Layer("gated", True, ())
+    shapes = {"a_in": (2, 5), "b_in": (7, 2), "a_up": (1, 5), "b_up": (5, 1)}  # 12 rows in all, as there are
+    lora = Lora(**{n: torch.zeros(s, dtype=WIDE) for n, s in shapes.items()})
+    with pytest.raises(ValueError, match=r"lora.b_in: expected shape \[6, 2\], got \[7, 2\]"):
+        ffn_ops.ffn(**m.tensors, **m.options, lora=lora)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Operators on quantised weights: the bits of the same operator on what ``dequantize`` gives, in every kernel."""
+"""Operators on quantised weights: the bits of the same operator on what ``dequantize`` gives, in every kernel. On a GPU
+dense layers are torch's products, so those of quantised weights have the bits of a mixture of one expert."""
 
 from __future__ import annotations
 
@@ -10,14 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from device import generator
+from device import DEVICE, generator
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import ffn_ops
 from ffn_ops import QuantizedWeight
 
-pytestmark = pytest.mark.cpu_only("quantised weights have no CUDA kernels")
+# Whether the CUDA operators run: on a GPU, or in the place of the CPU's (make simt-operators).
+CUDA_OPERATORS = DEVICE == "cuda" or torch.ops.ffn_ops._isas() == "simt"
 
 # Bytes of a row of K elements, and elements in a byte or block, of each format that holds random bytes.
 GGUF = {"q8_0": (34, 32), "q4_0": (18, 32), "q4_k": (144, 256), "q5_k": (176, 256), "q6_k": (210, 256),
@@ -102,6 +104,51 @@ def test_a_mixture_has_the_bits_of_the_dequantised_one(format: str, isa: str) ->
         assert_same(gradients(partial(call, w=(w_in, w_down), **form), inputs), plain)
 
 
+@pytest.mark.cpu_only("layouts that the CPU's kernels tell apart")
+@pytest.mark.parametrize("format", (*GROUPED, *GGUF))
+def test_long_rows_have_the_bits_of_the_dequantised_ones(format: str, isa: str) -> None:
+    """More groups than a vector of scales, and more of k than a packed block; T takes one sum of each vector of rows,
+    several, and packing; rows that no vector and no pair of panels divides."""
+    g = generator(8)
+    D, N = 1280, 262
+    w = random_weight(format, (N, D), g)
+    parts, name = w.stacked()
+    dense = w.dequantize()[None]
+    offsets = torch.tensor([0, 0])
+    for T in (1, 2, 5, 20):
+        offsets[1] = T
+        x = torch.randn(T, D, generator=g)
+        ours = torch.ops.ffn_ops.quantized_linear(x, parts, name, offsets, False)
+        assert torch.equal(ours, torch.ops.ffn_ops.moe_linear(x, dense, offsets)), f"T {T}"
+
+
+@pytest.mark.cpu_only("layouts that the CPU's kernels tell apart")
+@pytest.mark.parametrize("T", (1, 4, 20))
+def test_a_code_that_is_no_number_stays_in_its_row(T: int, isa: str) -> None:
+    """e4m3's NaN takes a slower kernel: neighbours keep their bits."""
+    g = generator(9)
+    w = random_weight("fp8", (150, 256), g)
+    w.codes[70, 100], w.codes[149, 3] = 0x7F, 0xFF
+    x, offsets = torch.randn(T, 256, generator=g), torch.tensor([0, T])
+    parts, name = w.stacked()
+    ours = torch.ops.ffn_ops.quantized_linear(x, parts, name, offsets, False)
+    expected = torch.ops.ffn_ops.moe_linear(x, w.dequantize()[None], offsets)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=0, equal_nan=True)
+    assert ours.isnan().any(0).nonzero().flatten().tolist() == [70, 149]
+
+
+def layer(x: Tensor, b: Tensor, c: Tensor, *, w: Any, form: str, recompute: bool) -> Tensor:
+    """A dense layer; on plain weights a mixture of one expert where that has the bits."""
+    options: dict[str, Any] = {"gated": form != "plain", "activation": "gelu", "recompute": recompute}
+    two = form == "two weights"
+    if isinstance(w[0], QuantizedWeight) or not CUDA_OPERATORS:
+        return ffn_ops.ffn(x, w[0], w[1], w_up=w[2] if two else None, b_in=b, b_down=c, **options)
+    w_in = torch.cat((w[0], w[2])) if two else w[0]
+    b = torch.cat((b, torch.zeros_like(b))) if two else b
+    offsets = torch.tensor([0, x.shape[0]])
+    return ffn_ops.moe_experts(x, offsets, w_in[None], w[1][None], b_in=b[None], b_down=c[None], **options)
+
+
 @pytest.mark.parametrize("format", ("mxfp4", "fp8", "q4_k"))
 def test_a_dense_layer_has_the_bits_of_the_dequantised_one(format: str, isa: str) -> None:
     g = generator(2)
@@ -112,14 +159,29 @@ def test_a_dense_layer_has_the_bits_of_the_dequantised_one(format: str, isa: str
             weights = [random_weight(format, shape, g) for shape in ((rows, D), (O, F), (F, D))]
             b_in, b_down = torch.randn(rows, generator=g), torch.randn(O, generator=g)
             inputs = [torch.randn(T, D, generator=g), b_in, b_down]
+            call = partial(layer, form=form, recompute=T == 9)
+            plain = gradients(partial(call, w=[w.dequantize() for w in weights]), inputs)
+            assert_same(gradients(partial(call, w=weights), inputs), plain)
 
-            options: dict[str, Any] = {"gated": form != "plain" or None, "recompute": T == 9}
 
-            def call(x: Any, b: Any, c: Any, *, w: Any, two: bool = form == "two weights", **options: Any) -> Any:
-                return ffn_ops.ffn(x, w[0], w[1], w_up=w[2] if two else None, b_in=b, b_down=c, **options)
+@pytest.mark.parametrize("format", (*GROUPED, "q8_0"))
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_sixteen_bit_activations_err_no_more_than_with_weights_of_their_dtype(format: str, dtype: torch.dtype) -> None:
+    """A GPU rounds the values to that dtype for its tensor cores; a CPU does not, and is nearer."""
+    g = generator(11)
+    w_in, w_down = random_weight(format, (2, 192, 256), g), random_weight(format, (2, 40, 96), g)
+    routing = ffn_ops.routing.top_k(torch.randn(50, 2, generator=g), k=2)
+    x = torch.randn(50, 256, generator=g).to(dtype) * 0.05
 
-            plain = gradients(partial(call, w=[w.dequantize() for w in weights], **options), inputs)
-            assert_same(gradients(partial(call, w=weights, **options), inputs), plain)
+    def call(x: Any, weight: Any, *, w: Any) -> Any:
+        return ffn_ops.moe(x, routing._replace(weight=weight), *w, gated=True)
+
+    inputs = [x, routing.weight]
+    ours = gradients(partial(call, w=(w_in, w_down)), inputs)
+    plain = gradients(partial(call, w=(w_in.dequantize(dtype), w_down.dequantize(dtype))), inputs)
+    exact = gradients(partial(call, w=(w_in.dequantize(), w_down.dequantize())), [x.float(), routing.weight])
+    for a, b, e in zip(ours, plain, exact, strict=True):
+        assert (a.float() - e).norm() <= 1.25 * (b.float() - e).norm()
 
 
 @pytest.mark.parametrize("format", (*GROUPED, *GGUF))
@@ -152,7 +214,7 @@ def test_gated_linear_has_the_bits_of_the_dequantised_one(isa: str) -> None:
     inputs = [torch.randn(2, 5, 64, generator=g), *biases]
     plain = gradients(call(*([w.dequantize() for w in ws] for ws in (gates, ups))), inputs)
     ours = gradients(call(gates, ups), inputs)
-    assert torch.equal(ours[0], plain[0])
+    assert CUDA_OPERATORS or torch.equal(ours[0], plain[0])
     torch.testing.assert_close(ours, plain)
 
 
@@ -201,6 +263,19 @@ def test_second_derivatives_and_tangents_are_those_of_constants() -> None:
         torch.testing.assert_close(ours, plain)
 
 
+def test_groups_that_kernels_of_a_gpu_cannot_read_are_refused_there() -> None:
+    g = generator(12)
+    w = QuantizedWeight.from_int8(torch.randint(-128, 128, (4, 60), generator=g).to(torch.int8), torch.rand(4, 3))
+    for call in (w.dequantize, lambda: ffn_ops.ffn(torch.zeros(2, 60), w, random_weight("int8", (3, 4), g))):
+        if not CUDA_OPERATORS:
+            assert call().isfinite().all()
+            continue
+        with pytest.raises(
+            (ValueError, RuntimeError), match=r"w.*: expected a scale for whole .* 8 columns .* got one for 20"
+        ):
+            call()
+
+
 def test_flops_are_those_of_the_dense_operator() -> None:
     g = generator(8)
     w_in, w_down = random_weight("mxfp4", (2, 64, 32), g), random_weight("q8_0", (2, 12, 32), g)
@@ -216,6 +291,7 @@ def test_flops_are_those_of_the_dense_operator() -> None:
     assert counts[0] == 2 * 12 * 2 * (64 * 32 + 12 * 32)
 
 
+@pytest.mark.cpu_only("it measures the workspace that the CPU keeps")
 def test_nothing_of_the_size_of_a_weight_is_allocated() -> None:
     g = generator(7)
     w_in, w_down = random_weight("mxfp4", (2, 2048, 1024), g), random_weight("mxfp4", (2, 1024, 1024), g)

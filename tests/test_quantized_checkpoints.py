@@ -22,7 +22,7 @@ from ffn_ops.integrations.transformers import from_pretrained, report
 transformers = pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors.torch")
 
-pytestmark = pytest.mark.cpu_only("quantised weights have no CUDA kernels")
+pytestmark = pytest.mark.cpu_only("checkpoints stay quantised on the CPU")
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2]])
 Auto: Any = transformers.AutoModelForCausalLM
 

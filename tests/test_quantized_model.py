@@ -15,7 +15,7 @@ from torch import nn
 import ffn_ops
 from ffn_ops import QuantizedWeight
 
-pytestmark = pytest.mark.cpu_only("quantised weights have no CUDA kernels")
+pytestmark = pytest.mark.cpu_only("models are quantised on the CPU")
 
 
 def dense_again(model: nn.Module) -> nn.Module:

@@ -19,8 +19,6 @@ from torch import Tensor, nn
 import ffn_ops
 from ffn_ops import QuantizedWeight
 
-pytestmark = pytest.mark.cpu_only("quantised weights have no CUDA kernels")
-
 FP4 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0]
 
 
@@ -91,9 +89,9 @@ def test_fp8_by_row_by_tensor_and_with_powers_of_two(isa: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_int8_is_its_formula(dtype: torch.dtype, isa: str) -> None:
-    weight = codes(7, 60).view(torch.int8)
+    weight = codes(7, 72).view(torch.int8)
     for scale in (torch.rand(7).to(dtype), torch.rand(7, 3).to(dtype)):
-        wide = scale.float().reshape(7, -1).repeat_interleave(60 // (scale.numel() // 7), -1)
+        wide = scale.float().reshape(7, -1).repeat_interleave(72 // (scale.numel() // 7), -1)
         assert torch.equal(QuantizedWeight.from_int8(weight, scale).dequantize(), weight.float() * wide)
 
 
@@ -189,6 +187,7 @@ def test_gguf_blocks_are_those_of_ggml(format: str, isa: str) -> None:
     assert torch.equal(w.dequantize(), torch.tensor(expected))
 
 
+@pytest.mark.cpu_only("files of GGUF are read on the CPU")
 @pytest.mark.parametrize("format", GGUF)
 def test_gguf_blocks_are_those_of_the_gguf_library(format: str) -> None:
     gguf = pytest.importorskip("gguf")
@@ -353,6 +352,7 @@ BAD: list[tuple[Any, type[Exception], str]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.cpu_only("scales are looked at on the CPU alone")
 @pytest.mark.parametrize("case", range(len(BAD)))
 def test_bad_weights_are_refused_by_name(case: int) -> None:
     call, kind, message = BAD[case]

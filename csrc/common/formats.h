@@ -73,4 +73,12 @@ struct Codes {
   float factor = 1;  // of the scales
 };
 
+// A stacked weight [E, N, K]: the codes of its first expert, and how many bytes each expert has.
+struct StackedCodes {
+  Codes first;  // but for its factor
+  int64_t E = 0, N = 0, K = 0;
+  int64_t data_bytes = 0, scale_bytes = 0, zero_bytes = 0;
+  const float* factors = nullptr;  // [E] or null
+};
+
 }  // namespace ffn_ops

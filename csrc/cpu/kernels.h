@@ -22,6 +22,8 @@ constexpr int64_t kSumBlock = 64;
 // kc of the packed product: a B panel of that length stays in the caches near the core. A multiple of
 // kSumBlock, else without influence on results.
 constexpr int64_t kKC = 512;
+// A panels that stay in L2 while B panels pass.
+constexpr int64_t kL2Panels = 16;
 // Below, a product is bound by its stores: tiles go straight from registers to their place, or, where they are rounded
 // or get a bias, are stored together along rows, at most kRowBytes of them.
 constexpr int64_t kShortK = 64;
@@ -127,6 +129,7 @@ struct Schedule {
   int64_t panels_n = 0;      // B panels
   int64_t mc_panels = 0;     // A panels of one task
   int64_t nc_panels = 0;     // B panels of one task; of a few tokens see `guided`
+  int64_t at_once = 1;       // tasks that run side by side: a thread's next one is about so many later
   int64_t guided = 0;        // kDot, kBroadcast: a task takes one of so many parts of the B panels that are left
   void* packed_a = nullptr;  // [k block][panel][step of k][mr]
 
@@ -152,22 +155,23 @@ struct Schedule {
 
 struct ScheduledGemm : Gemm, Schedule {
   int64_t packed_length() const { return K == 0 ? 0 : K / b_length() * steps(b_length()); }
-  // A short sum without bias, in the arithmetic's dtype: kPacked stores whole tiles from registers to their place.
+  bool few_panels() const { return K >= kShortK && mc_panels <= kL2Panels; }
+  // A sum without bias, in the arithmetic's dtype: kPacked adds up whole tiles in their place.
   bool stores_directly() const {
     const Epilogue& e = epilogue;
-    return short_sum() && !(e.bias && e.bias[0]) && e.out_dtype() == e.arithmetic();
+    return plain_sum() && !(e.bias && e.bias[0]) && e.out_dtype() == e.arithmetic();
   }
   // Tiles of kPacked, of so many bytes each, that are stored together, row by row.
   int64_t tiles_in_row(int64_t bytes) const {
-    if (!short_sum() || stores_directly() || bytes > kRowBytes) return 1;
+    if (K >= kShortK || !plain_sum() || stores_directly() || bytes > kRowBytes) return 1;
     return kRowBytes / bytes < nc_panels ? kRowBytes / bytes : nc_panels;
   }
 
  private:
-  bool short_sum() const {
+  bool plain_sum() const {
     const Epilogue& e = epilogue;
     const bool plain = e.kind == Epilogue::Kind::kStore && !e.add && e.scale == 1;
-    return K < kShortK && k_blocks() == 1 && plain && !transposed;
+    return k_blocks() == 1 && plain && !transposed;
   }
 };
 
@@ -261,6 +265,13 @@ inline int64_t top_k_scratch_bytes(const TopK& k) {
   return 2 * 64 * (k.E + 16) + 2 * 64 * k.K + (k.K + k.num_groups + 32) * 8 + (k.K + k.num_groups) * 16;
 }
 
+// Tiles of sums that a task of kPacked keeps: all where they wait for their next block of k, those of one B panel where
+// it has few A panels, else the `in_row` that are stored together.
+inline int64_t tiles_of_task(const ScheduledGemm& g, int64_t in_row) {
+  if (g.k_blocks() > 1) return g.mc_panels * g.nc_panels;
+  return g.few_panels() ? g.mc_panels : in_row;
+}
+
 // Bytes of thread-private memory that `gemm` needs: the packed B group and sums of tiles.
 inline int64_t gemm_scratch_bytes(const ScheduledGemm& g, const KernelTable& table) {
   const int64_t width = table.nr_vectors * table.lanes * 4 / g.element();
@@ -273,7 +284,7 @@ inline int64_t gemm_scratch_bytes(const ScheduledGemm& g, const KernelTable& tab
     return (2 * tile + width * kSumBlock / g.kr + (g.branches() > 1 ? tile / 2 : 0)) * g.element();
   const int64_t b = g.kernel == Schedule::Kernel::kDot ? 0 : g.nc_panels * width * g.steps(g.kc());
   const int64_t slots = g.mc_panels * g.nc_panels;
-  const int64_t tiles = g.k_blocks() > 1 ? slots * tile : g.tiles_in_row(tile * g.element()) * tile;
+  const int64_t tiles = tiles_of_task(g, g.tiles_in_row(tile * g.element())) * tile;
   const int64_t sums = g.branches() > 1 ? slots * tile / 2 : 0;
   return (b + tiles + sums) * g.element();
 }

@@ -66,6 +66,7 @@ Schedule::Kernel choose_kernel(const ScheduledGemm& g, const KernelTable& table)
   if (g.b[0].k_along_rows) return g.gated ? Schedule::Kernel::kPacked : Schedule::Kernel::kAxpy;
   if (!g.gated && g.num_b > 1) return Schedule::Kernel::kPacked;
   if (g.M <= table.mr) return Schedule::Kernel::kDot;
+  if (g.quantised()) return Schedule::Kernel::kPacked;  // a code becomes a float once for all rows
   return g.M <= kBroadcastVectors * table.lanes * 4 / g.element() ? Schedule::Kernel::kBroadcast
                                                                   : Schedule::Kernel::kPacked;
 }
@@ -75,6 +76,7 @@ void fill_schedule(ScheduledGemm& g, const KernelTable& table, int64_t workers, 
   const int64_t lanes = table.lanes * 4 / g.element();
   const int64_t width = table.nr_vectors * lanes;
   g.kernel = choose_kernel(g, table);
+  g.at_once = workers;
   const int64_t rows = g.kernel == Schedule::Kernel::kAxpy  ? table.axpy_rows
                        : g.kernel == Schedule::Kernel::kDot ? g.M
                                                             : table.mr;

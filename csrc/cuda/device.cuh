@@ -15,6 +15,8 @@
 #undef FFN_FN
 #define FFN_FN __device__ __forceinline__
 #define FFN_KERNEL_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
+// A const parameter of a kernel that is read where it is, by an address: else the compiler would copy it.
+#define FFN_IN_PLACE __grid_constant__
 
 namespace ffn_ops::cuda {
 

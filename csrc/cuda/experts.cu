@@ -47,7 +47,7 @@ Operand expert_weights(const Tensor& w, DType dtype, bool transposed, int64_t co
   return o;
 }
 
-GroupedGemm rows_product(const Experts& c, const Operand& rows, int64_t K, const Operand& weights, int64_t N) {
+GroupedGemm rows_product(const Experts& c, const Operand& rows, int64_t K, int64_t N) {
   GroupedGemm g;
   g.E = c.E;
   g.R = c.R;
@@ -56,7 +56,6 @@ GroupedGemm rows_product(const Experts& c, const Operand& rows, int64_t K, const
   g.K = K;
   g.dtype = c.dtype;
   g.a = rows;
-  g.b = weights;
   return g;
 }
 
@@ -66,7 +65,14 @@ void launch_product(Call& call, const GroupedGemm& job) {
   check_cuda(launch_grouped_gemm(job, plan, workspace, call.stream()), "grouped_gemm_kernel");
 }
 
-void combined_product(Call& call, const Experts& c, const Operand& rows, int64_t K, const Tensor& w, bool transposed,
+WithWeights with_weights(Call& call, const Tensor& w, bool transposed) {
+  return [&call, &w, transposed](GroupedGemm g, int64_t col) {
+    g.b = expert_weights(w, g.dtype, transposed, col);
+    launch_product(call, g);
+  };
+}
+
+void combined_product(Call& call, const Experts& c, const Operand& rows, int64_t K, const WithWeights& product,
                       int64_t N, const void* bias, const void* row_weight, Tensor& out) {
   constexpr int64_t kColumns = 256;  // a multiple of every tile's width
   int64_t cols = N;
@@ -77,12 +83,12 @@ void combined_product(Call& call, const Experts& c, const Operand& rows, int64_t
   Tensor slab = c.routed ? call.fresh({c.R, cols}) : out;
   for (int64_t col = 0; col < N; col += cols) {
     const int64_t width = std::min(cols, N - col);
-    GroupedGemm g = rows_product(c, rows, K, expert_weights(w, c.dtype, transposed, col), width);
+    GroupedGemm g = rows_product(c, rows, K, width);
     g.epilogue.out = slab.mutable_data_ptr();
     g.epilogue.out_stride = width;
     g.epilogue.bias = advance(bias, col, c.dtype);
     g.epilogue.bias_stride = N;
-    launch_product(call, g);
+    product(g, col);
     if (!c.routed) continue;
     MoveRows m;
     m.routes = c.routes;
@@ -103,8 +109,9 @@ void outer_products(Call& call, const Experts& c, const Operand& a, int64_t M, c
     std::swap(o.lane_stride, o.k_stride);
     return o;
   };
-  GroupedGemm g = rows_product(c, turned(a), 0, turned(b), N);
+  GroupedGemm g = rows_product(c, turned(a), 0, N);
   g.kind = GroupedGemm::Kind::kOuter;
+  g.b = turned(b);
   g.M = M;
   g.epilogue.out = out.mutable_data_ptr();
   g.epilogue.out_stride = N;

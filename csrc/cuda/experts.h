@@ -2,6 +2,8 @@
 // The products and sums of a mixture of experts, all experts in one launch. The operators are in moe.cu.
 #pragma once
 
+#include <functional>
+
 #include "launch.h"
 
 namespace ffn_ops::cuda {
@@ -25,12 +27,16 @@ Operand dense_rows(const void* data, int64_t width);
 Operand expert_weights(const Tensor& w, DType dtype, bool transposed, int64_t col);
 
 // One product, or a row's activation or gradient in its epilogue; see GroupedGemm.
-GroupedGemm rows_product(const Experts& c, const Operand& rows, int64_t K, const Operand& weights, int64_t N);
+GroupedGemm rows_product(const Experts& c, const Operand& rows, int64_t K, int64_t N);
 void launch_product(Call& call, const GroupedGemm& job);
+
+// Does a product, which has everything but its weights, with those from output column `col` on.
+using WithWeights = std::function<void(const GroupedGemm& job, int64_t col)>;
+WithWeights with_weights(Call& call, const Tensor& w, bool transposed);
 
 // out[t] = sum over the rows r of token t of weight[r] (null: 1) * (rows[r] w^T + bias); not routed: out[r], and zeros
 // behind the experts' rows.
-void combined_product(Call& call, const Experts& c, const Operand& rows, int64_t K, const Tensor& w, bool transposed,
+void combined_product(Call& call, const Experts& c, const Operand& rows, int64_t K, const WithWeights& product,
                       int64_t N, const void* bias, const void* row_weight, Tensor& out);
 
 // Of each expert: out[M, N] = sum over its rows of a(row)^T b(row).

@@ -177,4 +177,43 @@ constexpr int64_t grouped_gemm_workspace_bytes(const GroupedGemm& g, const GemmP
   return p.table_entries ? row_table_offset(g.E) + p.table_entries * int64_t{sizeof(RowTile)} : 0;
 }
 
+// ---- quantised weights ----------------------------------------------------------------------------------------------
+
+constexpr int kCodesAtOnce = 8;  // at most, of a thread; they have one scale
+
+// Whether the kernels can read it.
+constexpr bool has_even_blocks(const StackedCodes& w) {
+  return w.first.block_cols >= w.K || w.first.block_cols % kCodesAtOnce == 0 || !w.first.scales;
+}
+
+inline CodedWeight coded_weight(const StackedCodes& w) {
+  CodedWeight c{w};
+  // One block for all elements counts as a power of two that no index reaches.
+  const auto shift_of = [](int64_t block, int64_t elements) {
+    if (block >= elements) return 63;
+    int shift = 0;
+    while (int64_t{1} << shift < block) ++shift;
+    return int64_t{1} << shift == block ? shift : -1;
+  };
+  c.row_shift = shift_of(w.first.block_rows, w.N);
+  c.col_shift = shift_of(w.first.block_cols, w.K);
+  c.whole_words =
+      reinterpret_cast<uintptr_t>(w.first.data) % 4 == 0 && w.first.row_bytes % 4 == 0 && w.data_bytes % 4 == 0;
+  return c;
+}
+
+// Short tiles, multiplied as Ampere does it; `a` takes 16-byte copies.
+inline GemmPlan plan_coded_gemm(const CodedGemm& g) {
+  constexpr GemmShape kShape = GemmShape::kShort;
+  GemmPlan p = plan_gemm(g, false, &kShape);
+  p.vector = true;
+  p.b_along_k = !g.transposed;
+  return p;
+}
+
+constexpr int kDequantizeThreads = 256;
+constexpr int64_t dequantize_blocks(const StackedCodes& w) {
+  return divide_up(w.E * w.N * divide_up(w.K, kCodesAtOnce), kDequantizeThreads);
+}
+
 }  // namespace ffn_ops::cuda

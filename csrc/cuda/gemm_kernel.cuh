@@ -16,6 +16,7 @@ namespace ffn_ops::cuda {
 template <class S, GemmShape kShape, bool kHopper_, bool kOuter_, bool kBAlongK, bool kVector>
 struct GemmInstance {
   using Storage = S;
+  using Job = GroupedGemm;
   static constexpr bool kHopper = kHopper_, kOuter = kOuter_;
   static constexpr GemmTile kTile = gemm_tile(Codec<S>::kDType, kShape, kHopper);
   static constexpr int BLOCK_M = kTile.rows, BLOCK_N = kTile.cols, BLOCK_K = kTile.depth;
@@ -61,7 +62,7 @@ FFN_FN OperandPart part_b(const GroupedGemm& job, const TileCoord& coord) {
 // core += the product over all of k. While one stage is multiplied, the next kAhead are loading, and products may still
 // read the last kRunning before it.
 template <class I>
-FFN_FN void run_stages(const GroupedGemm& job, const TileCoord& coord, typename I::Core& core) {
+FFN_FN void run_stages(const typename I::Job& job, const TileCoord& coord, typename I::Core& core) {
   char* const shared = dynamic_shared();
   constexpr int kStages = I::kTile.stages, kAhead = kStages - 1 - I::kRunning;
   typename I::LoaderA loader_a(part_a<I>(job, coord));
@@ -113,7 +114,7 @@ FFN_FN void run_stages(const GroupedGemm& job, const TileCoord& coord, typename 
 // The block's tile, from its coordinates to its epilogue. Dynamic shared memory: the stages; after them, in the same
 // place, the finished tile.
 template <class I>
-FFN_FN void make_tile(const GroupedGemm& job, const GemmPlan& plan, const RowTile* table) {
+FFN_FN void make_tile(const typename I::Job& job, const GemmPlan& plan, const RowTile* table) {
   using S = typename I::Storage;
   using T = ComputeOf<S>;
   const int cols = job.gated ? I::BLOCK_N / 2 : I::BLOCK_N;

@@ -24,9 +24,22 @@ extern template cudaError_t launch_gemm_instance<BFloat16>(const GroupedGemm&, c
 cudaError_t launch_expert_tiles(const GroupedGemm& job, const GemmPlan& plan, int64_t* scratch, RowTile* table,
                                 cudaStream_t stream);
 
-// One or two kernels on `stream`; nothing waits. `workspace` has grouped_gemm_workspace_bytes(), aligned to 8.
-inline cudaError_t launch_grouped_gemm(const GroupedGemm& job, const GemmPlan& plan, void* workspace,
-                                       cudaStream_t stream) {
+// Of a weight in codes.
+template <class S>
+cudaError_t launch_coded_gemm_instance(const CodedGemm& job, const GemmPlan& plan, const RowTile* table,
+                                       cudaStream_t stream);
+extern template cudaError_t launch_coded_gemm_instance<float>(const CodedGemm&, const GemmPlan&, const RowTile*,
+                                                              cudaStream_t);
+extern template cudaError_t launch_coded_gemm_instance<Half>(const CodedGemm&, const GemmPlan&, const RowTile*,
+                                                             cudaStream_t);
+extern template cudaError_t launch_coded_gemm_instance<BFloat16>(const CodedGemm&, const GemmPlan&, const RowTile*,
+                                                                 cudaStream_t);
+
+// One or two kernels on `stream`; nothing waits. `workspace` has grouped_gemm_workspace_bytes(), aligned to 8. `launch`
+// is called with the storage dtype and the table.
+template <class Launch>
+cudaError_t launch_with_table(const GroupedGemm& job, const GemmPlan& plan, void* workspace, cudaStream_t stream,
+                              const Launch& launch) {
   if (plan.blocks == 0) return cudaSuccess;
   if (plan.blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
   RowTile* table = nullptr;
@@ -36,10 +49,24 @@ inline cudaError_t launch_grouped_gemm(const GroupedGemm& job, const GemmPlan& p
     if (error != cudaSuccess) return error;
   }
   cudaError_t error = cudaErrorInvalidValue;
-  dispatch_dtype(job.dtype, [&](auto tag) {
-    error = launch_gemm_instance<typename decltype(tag)::Type>(job, plan, table, stream);
-  });
+  dispatch_dtype(job.dtype, [&](auto tag) { error = launch(tag, table); });
   return error;
+}
+
+inline cudaError_t launch_grouped_gemm(const GroupedGemm& job, const GemmPlan& plan, void* workspace,
+                                       cudaStream_t stream) {
+  return launch_with_table(job, plan, workspace, stream, [&](auto tag, const RowTile* table) {
+    return launch_gemm_instance<typename decltype(tag)::Type>(job, plan, table, stream);
+  });
+}
+
+// Not of float64.
+inline cudaError_t launch_coded_gemm(const CodedGemm& job, const GemmPlan& plan, void* workspace, cudaStream_t stream) {
+  return launch_with_table(job, plan, workspace, stream, [&](auto tag, const RowTile* table) {
+    using S = typename decltype(tag)::Type;
+    if constexpr (sizeof(S) == 8) return cudaErrorInvalidValue;
+    else return launch_coded_gemm_instance<S>(job, plan, table, stream);
+  });
 }
 
 }  // namespace ffn_ops::cuda

@@ -8,6 +8,7 @@
 
 #include "../common/descriptors.h"
 #include "../common/dtypes.h"
+#include "../common/formats.h"
 #include "../common/gate.h"
 
 namespace ffn_ops::cuda {
@@ -171,6 +172,30 @@ struct GroupedGemm {
   DType dtype = DType::kFloat32;
   Operand a, b, b_up;
   Epilogue epilogue;
+};
+
+// ---- quantised weights ----------------------------------------------------------------------------------------------
+
+// As kernels read it. Blocks of 2^shift rows or columns; shift < 0: of another number.
+struct CodedWeight : StackedCodes {
+  int row_shift = -1, col_shift = -1;
+  bool whole_words = false;  // the codes of eight elements begin at a multiple of 4 bytes
+};
+
+// kRows, of a weight in codes instead of b and b_up. Its rows are lanes, and its columns k, or the other way round.
+struct CodedGemm : GroupedGemm {
+  CodedWeight weights[2];  // one below the other
+  int64_t split = 0;       // rows of the first
+  bool transposed = false;
+  int64_t first = 0;               // row or column that is lane 0
+  int64_t step = 1, up_first = 0;  // gated: gate of lane n is row n * step, up is row up_first + n * step
+};
+
+// out [E, N, K] = the weight's values.
+struct Dequantize {
+  CodedWeight w;
+  DType dtype = DType::kFloat32;
+  void* out = nullptr;
 };
 
 }  // namespace ffn_ops::cuda

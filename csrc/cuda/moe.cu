@@ -5,51 +5,21 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "experts.h"
 #include "gemm_grid.h"
+#include "moe_steps.h"
 #include "passes.h"
-#include "rows.h"
 
 namespace ffn_ops::cuda {
 namespace {
 
-struct Moe : MoeShape {
-  Experts experts;
-};
-
-Moe describe(Call& call, const MoeShape& s, const MaybeTensor& token, const MaybeTensor& weight, const Tensor& offsets,
-             const MaybeTensor& row, const MaybeTensor& slot_offsets) {
-  Moe c{s, {s.dtype, s.E, s.R, call.indices(offsets)}};
-  Experts& e = c.experts;
-  e.routed = s.routed;
-  e.routes.kept = e.offsets + s.E;
-  e.routes.tokens = s.T;
-  e.routes.rows = s.R;
-  e.routes.token = call.indices(token);
-  e.routes.row = call.indices(row);
-  e.routes.slot_offsets = call.indices(slot_offsets);
-  e.weight = call.dense(weight);
-  return c;
-}
-
-// Gate and up [R, F] and h [R, F], each where given.
-void pre_activations(Call& call, const Moe& c, const Tensor& x, const Tensor& w_in, const MaybeTensor& b_in, void* gate,
-                     void* up, void* h) {
-  GroupedGemm g = rows_product(c.experts, token_rows(c.experts, x), c.D, expert_weights(w_in, c.dtype, false, 0), c.F);
-  g.gated = c.gated;
-  if (c.gated) g.b_up = expert_weights(w_in, c.dtype, false, c.interleaved ? 1 : c.F);
-  if (c.interleaved) g.b.lane_stride = g.b_up.lane_stride = 2 * g.b.lane_stride;
-  Epilogue& e = g.epilogue;
-  e.kind = Epilogue::Kind::kActivate;
-  e.out = h;
-  e.out_stride = e.pre_stride = c.F;
-  e.gate = gate;
-  e.up = up;
-  e.bias = call.dense(b_in && c.interleaved ? MaybeTensor(gate_then_up(*b_in)) : b_in);
-  e.bias_up = c.gated ? advance(e.bias, c.F, c.dtype) : nullptr;
-  e.bias_stride = c.hidden();
-  e.set_form(c.form);
-  launch_product(call, g);
+// The rows of gate and, where gated, up.
+WithWeights gate_and_up(Call& call, const Moe& c, const Tensor& w_in) {
+  return [&](GroupedGemm g, int64_t) {
+    g.b = expert_weights(w_in, c.dtype, false, 0);
+    if (c.gated) g.b_up = expert_weights(w_in, c.dtype, false, c.interleaved ? 1 : c.F);
+    if (c.interleaved) g.b.lane_stride = g.b_up.lane_stride = 2 * g.b.lane_stride;
+    launch_product(call, g);
+  };
 }
 
 std::tuple<Tensor, Tensor, Tensor> moe(const Tensor& x, MaybeTensor token, MaybeTensor weight, const Tensor& offsets,
@@ -65,42 +35,11 @@ std::tuple<Tensor, Tensor, Tensor> moe(const Tensor& x, MaybeTensor token, Maybe
   Tensor gate = save ? call.fresh({c.R, c.F}) : call.nothing();
   Tensor up = save && c.gated ? call.fresh({c.R, c.F}) : call.nothing();
   Tensor h = call.fresh({c.R, c.F});
-  pre_activations(call, c, x, w_in, b_in, save ? gate.mutable_data_ptr() : nullptr,
+  pre_activations(call, c, x, gate_and_up(call, c, w_in), b_in, save ? gate.mutable_data_ptr() : nullptr,
                   save && c.gated ? up.mutable_data_ptr() : nullptr, h.mutable_data_ptr());
-  combined_product(call, c.experts, dense_rows(h.const_data_ptr(), c.F), c.F, w_down, false, c.O, call.dense(b_down),
-                   c.experts.weight, y);
+  combined_product(call, c.experts, dense_rows(h.const_data_ptr(), c.F), c.F, with_weights(call, w_down, false), c.O,
+                   call.dense(b_down), c.experts.weight, y);
   return {y, gate, up};
-}
-
-// The results of backward's pass over the hidden width, each only if it has memory.
-struct HiddenGradient {
-  void* d_hidden = nullptr;  // [R, 2F]: d_gate, then d_up
-  void* h = nullptr;         // [R, F], times the row's weight where `weigh_h` says so
-  bool weigh_h = true;
-  void* parts = nullptr;  // [R, num_parts]: of the gradient of the row's weight
-  int64_t num_parts = 0;
-};
-
-void hidden_gradient(Call& call, const Moe& c, const Tensor& d_y, const Tensor& w_down, const void* gate,
-                     const void* up, const HiddenGradient& out) {
-  GroupedGemm g =
-      rows_product(c.experts, token_rows(c.experts, d_y), c.O, expert_weights(w_down, c.dtype, true, 0), c.F);
-  Epilogue& e = g.epilogue;
-  e.kind = Epilogue::Kind::kActivateGrad;
-  e.out = out.d_hidden;
-  e.out_up = c.gated && !c.interleaved ? advance(out.d_hidden, c.F, c.dtype) : nullptr;
-  e.interleaved = c.interleaved;
-  e.out_stride = c.hidden();
-  e.h = out.h;
-  e.gate = const_cast<void*>(gate);
-  e.up = const_cast<void*>(up);
-  e.pre_stride = c.F;
-  e.set_form(c.form);
-  e.row_weight = c.experts.weight;
-  e.weigh_h = out.weigh_h;
-  e.row_dots = out.parts;
-  e.row_dots_stride = out.num_parts;
-  launch_product(call, g);
 }
 
 // Only h, if nothing else is needed.
@@ -116,24 +55,6 @@ void hidden(const Call& call, const Moe& c, const void* gate, const void* up, co
   a.out[2] = out.h;
   a.row_weight = out.weigh_h ? c.experts.weight : nullptr;
   launch_gated_act_backward(call, a);
-}
-
-void weight_gradient(Call& call, const Moe& c, const Tensor& d_y, const MaybeTensor& b_down, const HiddenGradient& of,
-                     Tensor& d_weight) {
-  RowDots job;
-  job.routes = c.experts.routes;
-  job.dtype = c.dtype;
-  if (b_down) {
-    job.cols = c.O;
-    job.a = matrix(d_y);
-    job.b = dense_matrix(call.dense(b_down), c.O);
-    job.offsets = c.experts.offsets;
-    job.experts = c.E;
-  }
-  job.parts = of.parts;
-  job.num_parts = of.num_parts;
-  job.out = d_weight.mutable_data_ptr();
-  launch_row_dots(call, job);
 }
 
 // d_w [E, N, K] = sum over each expert's rows of d_out^T in, stored as the weight is.
@@ -171,7 +92,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_backward(
   if (!saved && (need_hidden || need_down)) {
     for (int i = 0; i < (c.gated ? 2 : 1); ++i) again[i] = call.fresh({c.R, c.F});
     void* up_again = c.gated ? again[1].mutable_data_ptr() : nullptr;
-    pre_activations(call, c, x, w_in, b_in, again[0].mutable_data_ptr(), up_again, nullptr);
+    pre_activations(call, c, x, gate_and_up(call, c, w_in), b_in, again[0].mutable_data_ptr(), up_again, nullptr);
     gate_data = again[0].const_data_ptr();
     up_data = up_again;
   }
@@ -188,7 +109,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_backward(
   }
   if (need_hidden) {
     of.d_hidden = d_hidden.mutable_data_ptr();
-    hidden_gradient(call, c, d_y, w_down, gate_data, up_data, of);
+    hidden_gradient(c, d_y, with_weights(call, w_down, true), gate_data, up_data, of);
   } else if (need_down) {
     hidden(call, c, gate_data, up_data, of);
   }
@@ -214,7 +135,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_backward(
     d_w_down = weights_gradient(call, c, w_down, token_rows(c.experts, d_y), dense_rows(of.h, c.F));
   }
   Tensor d_x = need_x ? call.fresh({c.T, c.D}) : call.nothing();
-  if (need_x) combined_product(call, c.experts, hidden_rows, c.hidden(), w_in, true, c.D, nullptr, nullptr, d_x);
+  if (need_x)
+    combined_product(call, c.experts, hidden_rows, c.hidden(), with_weights(call, w_in, true), c.D, nullptr, nullptr,
+                     d_x);
   Tensor d_w_in = call.nothing();
   if (need_in) d_w_in = weights_gradient(call, c, w_in, hidden_rows, token_rows(c.experts, x));
   Tensor d_b_in = need_b_in ? call.fresh({c.E, c.hidden()}) : call.nothing();
@@ -233,7 +156,8 @@ Tensor moe_linear(const Tensor& rows, const Tensor& w, const Tensor& offsets) {
   check_indices_shape(offsets, "offsets", {w.size(0) + 1}, call.place());
   const Experts c{dtype, w.size(0), rows.size(0), call.indices(offsets)};
   Tensor out = call.fresh({c.R, w.size(1)});
-  combined_product(call, c, token_rows(c, rows), rows.size(1), w, false, w.size(1), nullptr, nullptr, out);
+  combined_product(call, c, token_rows(c, rows), rows.size(1), with_weights(call, w, false), w.size(1), nullptr,
+                   nullptr, out);
   return out;
 }
 

@@ -46,7 +46,8 @@ Tensor route_linear(const Tensor& x, const Tensor& weight, MaybeTensor bias) {
   const RouteLinearShape s = check_route_linear(x, weight, bias, call.place());
   const Tensor rows = widened(x), experts = widened(weight);
   Tensor logits = call.fresh(s.arithmetic(), {s.T, s.E});
-  GroupedGemm g = rows_product(one_expert(s), rows_of_matrix(rows), s.D, rows_of_matrix(experts), s.E);
+  GroupedGemm g = rows_product(one_expert(s), rows_of_matrix(rows), s.D, s.E);
+  g.b = rows_of_matrix(experts);
   g.epilogue.out = logits.mutable_data_ptr();
   g.epilogue.out_stride = s.E;
   g.epilogue.bias = bias ? call.dense(widened(*bias)) : nullptr;
@@ -64,7 +65,8 @@ std::tuple<Tensor, Tensor, Tensor> route_linear_backward(const Tensor& d_logits,
   if (needs[0]) {
     const Tensor experts = widened(weight);
     Tensor wide = call.fresh(s.arithmetic(), {s.T, s.D});
-    GroupedGemm g = rows_product(all, rows_of_matrix(d_logits), s.E, columns_of_matrix(experts), s.D);
+    GroupedGemm g = rows_product(all, rows_of_matrix(d_logits), s.E, s.D);
+    g.b = columns_of_matrix(experts);
     g.epilogue.out = wide.mutable_data_ptr();
     g.epilogue.out_stride = s.D;
     launch_product(call, g);

@@ -80,6 +80,16 @@ def check_parts(format: str, block: tuple[int, int], parts: dict[str, Tensor]) -
             raise ValueError(f"{name}: expected finite scales, got {bad} that are not")
 
 
+def check_groups(name: str, codes: Tensor, format: str, block: tuple[int, int]) -> None:
+    """Refuses scales that the kernels of a GPU do not read."""
+    cols = columns(format, codes)
+    if codes.device.type == "cuda" and FORMATS[format].parts and block[1] < cols and block[1] % 8:
+        raise ValueError(
+            f"{name}: expected a scale for whole rows or a multiple of 8 columns on a GPU, got one for {block[1]}"
+            " columns"
+        )
+
+
 def _not_finite(format: str, name: str, t: Tensor) -> int:
     if t.device.type != "cpu" or type(t) is not Tensor or t.numel() == 0:  # meta and fake tensors have no values
         return 0

@@ -15,7 +15,6 @@ from .._replace.layer import PLAN
 from .._replace.probe import original_class
 from .._replace.recognise import OURS, linear_children
 from ..expert_parallel import shard
-from ..integrations.transformers import NAME, _declared
 from ..moe_ffn import MoEFFN
 from .linear import QuantizedLinear
 from .quantize import MADE, quantize
@@ -105,12 +104,16 @@ def _said(dense: list[Any], made: list[Any]) -> str:
 def _weights(module: nn.Module) -> tuple[str, ...]:
     if isinstance(module, MoEFFN):
         return ("w_in", "w_down")
+    from ..integrations.transformers import _declared  # imports torch._dynamo, which takes a second
+
     if _declared(module):
         return ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
     return ()
 
 
 def _left(module: Any, names: tuple[str, ...]) -> str:
+    from ..integrations.transformers import NAME
+
     implementation = NAME if isinstance(module, MoEFFN) else getattr(module.config, "_experts_implementation", None)
     if implementation != NAME:
         return f"experts_implementation is {implementation!r}"

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from .. import _checks as check
 from .._library import overload
-from .formats import FORMATS, check_parts, columns
+from .formats import FORMATS, check_groups, check_parts, columns
 from .readers import Readers
 
 _dequantize = overload("dequantize")
@@ -114,6 +114,7 @@ class QuantizedWeight(Readers, nn.Module):
         if dtype not in check.DTYPES:
             name = str(dtype).removeprefix("torch.")
             raise TypeError(f"dtype: expected float64, float32, float16 or bfloat16, got {name}")
+        check_groups("w", self.codes, self.format, self.block)
         parts, name = self.stacked()
         inner = torch.float32 if dtype is torch.float64 else dtype
         values: Tensor = _dequantize(parts, name, str(inner).removeprefix("torch."))

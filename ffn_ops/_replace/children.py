@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._adapters import is_adapted, pairs_of
 from .._quantized.foreign import read
 from ..modules import PLAIN_TENSORS, is_plain_linear, is_unhooked, quantized
 from ..ops._quantized_linear import quantized_linear
@@ -86,6 +87,8 @@ def of_dtype(layers: list[Any], dtype: torch.dtype) -> bool:
 
 
 def why_called(module: Any) -> str:
+    if is_adapted(module) and pairs_of(module) is None:
+        return "peft's Linear, and not plain LoRA"
     found = read(module)
     if isinstance(found, str):
         return f"quantised otherwise than the operators take it: {found}"

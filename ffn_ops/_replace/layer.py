@@ -18,13 +18,15 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from .. import _checks as check
 from .. import ops
+from .._adapters import is_adapted, pairs_of, read_all
 from .._library import CUDA_ABSENT
 from ..modules import PLAIN_TENSORS, is_idle, is_plain_linear, is_unhooked, quantized
 from ..reference import gated_act
-from .children import Held, is_plain, of_dtype, on_quantized, product, weights, why_called
+from .children import is_plain, of_dtype, on_quantized, product, weights, why_called
 from .form import BY_TORCH, Form
 from .learned import hidden_of
 from .part import Part
+from .whole import whole_ffn
 
 PLAN = "_ffn_ops_plan"  # attribute of an instance; None: restored; False: changed, and no longer recognised
 CALLS = "_ffn_ops_calls"  # attribute of an instance: its Calls since it was replaced
@@ -214,22 +216,28 @@ def _by_parts(layer: nn.Module, plan: Plan, x: Tensor, cast: bool) -> Tensor | N
     plain = all(is_plain(linear) for linear in linears)
     if plan.form.reads_weights and not plain:
         return None
-    if plain and not cast and not of_dtype(linears, x.dtype):
-        return None
-    held = [weights(linear) for linear in linears] if plain else on_quantized(linears, x, cast)
     dropout = None if plan.dropout is None else child(layer, plan.dropout)
     if dropout is not None and is_idle(dropout):
         dropout = None
-    whole = down is not None and dropout is None and len(gates) == 1 and held is not None and plan.learned is None
-    if not plain and plan.form.halves == "up first":
-        whole = False  # rows of codes and scales are not cut
+    one = down is not None and dropout is None and len(gates) == 1 and plan.learned is None
+    lora = None
+    if one and not plain:
+        read = read_all(x.dtype, linears, is_plain)
+        if read is not None:
+            linears, lora = read
+            plain, gates, ups, down = True, linears[:1], linears[1:-1], linears[-1]
+    if plain and not cast and not of_dtype(linears, x.dtype):
+        return None
+    held = [weights(linear) for linear in linears] if plain else on_quantized(linears, x, cast)
+    # rows of codes and scales are not cut into halves
+    whole = one and held is not None and (plain or plan.form.halves != "up first")
     if not whole and (_is_torchs(plan.form) or (dropout is not None and plan.form.early)):
         return None
     value = x
     for step in plan.head:
         value = value.reshape(-1, *step) if type(step[0]) is int else child(layer, step)(value)  # type: ignore[arg-type]
     if whole:
-        value = _whole(plan.form, value, held)  # type: ignore[arg-type]
+        value = whole_ffn(plan.form, value, held, lora)  # type: ignore[arg-type]
     elif plan.learned is not None:
         first = gates[0] if is_plain(gates[0]) else partial(product, gates[0], cast=cast)
         hidden = hidden_of(child(layer, plan.learned), plan.form.gate.activation, first, value, cast)
@@ -244,18 +252,6 @@ def _by_parts(layer: nn.Module, plan: Plan, x: Tensor, cast: bool) -> Tensor | N
         if down is not None:
             value = product(down, value, cast)
     return value
-
-
-def _whole(form: Form, x: Tensor, held: list[Held]) -> Tensor:
-    (w_in, b_in), *up, (w_down, b_down) = held
-    if up:
-        w_up, b_up = up[0]
-        return ops.ffn(x, w_in, w_down, w_up=w_up, b_in=b_in, b_up=b_up, b_down=b_down, activation=form.gate)
-    if form.halves == "up first":
-        w_up, w_in = w_in.chunk(2)
-        b_up, b_in = (None, None) if b_in is None else b_in.chunk(2)
-        return ops.ffn(x, w_in, w_down, w_up=w_up, b_in=b_in, b_up=b_up, b_down=b_down, activation=form.gate)
-    return ops.ffn(x, w_in, w_down, gated=form.halves is not None, b_in=b_in, b_down=b_down, activation=form.gate)
 
 
 def _hidden(form: Form, x: Tensor, gates: list[Any], ups: list[Any], cast: bool) -> Tensor:
@@ -318,6 +314,12 @@ def state(layer: nn.Module, plan: Plan) -> tuple[bool, str]:
     if first is not None and first.device.type not in _DEVICES:
         why = CUDA_ABSENT if first.device.type == "cuda" else "no kernels for it"
         return False, f"its own forward runs on {first.device.type}: {why}"
+    inside = len(plan.gates) == 1 and plan.down is not None and plan.learned is None and not plan.form.reads_weights
+    inside = inside and not (plan.dropout and not is_idle(child(layer, plan.dropout)))
+    read = read_all(first.dtype, [module for _, module in parts], is_plain) if inside and first is not None else None
+    adapted = [".".join(path) for path, module in parts if is_adapted(module) and pairs_of(module)]
+    if read is not None:
+        parts = [(path, base) for (path, _), base in zip(parts, read[0], strict=True)]
     others = [(path, module) for path, module in parts if not is_plain(module)]
     if others == parts and quantized(*[module for _, module in parts]):
         others = []
@@ -333,6 +335,8 @@ def state(layer: nn.Module, plan: Plan) -> tuple[bool, str]:
         return False, f"its own forward runs: {notes}, before the activation"
     if called and _is_torchs(plan.form):
         return False, f"its own forward runs, with torch's {plan.form.gate.activation}: {notes}"
+    if adapted and not called:
+        notes = f"with peft's LoRA on {', '.join(adapted)}"
     if plan.eval_only:
         notes = "; ".join(filter(None, [notes, f"in training its own forward runs: {plan.eval_only}"]))
     return not called, notes

@@ -15,7 +15,7 @@ from .._gate import Gate, as_gate, check_gate
 from .._library import differentiable, fake, vmap_by_loop
 from .._quantized import QuantizedWeight
 from ._gated_act import act_tangent, gated_act, gated_act_op
-from ._moe_lora import adapters
+from ._moe_lora import adapters, unchecked
 from ._moe_lora import operator as with_pairs
 from ._moe_quantized import quantized_ffn
 from ._shared import (
@@ -115,16 +115,25 @@ def _with_adapters(
     b_down: Tensor | None, gated: bool, gate: Gate, recompute: bool, lora: Lora,
 ) -> Tensor:  # fmt: skip
     """A mixture of one expert, which takes every row."""
-    features, out = _check_ffn(x, w_in, w_up, w_down, b_in, b_up, b_down, gated)
-    hidden = 2 * features if gated else features
-    pairs = adapters(lora, x, None, hidden, features, out, two=w_up is not None)
+    two = w_up is not None
+
+    def check_arguments() -> Any:
+        features, out = _check_ffn(x, w_in, w_up, w_down, b_in, b_up, b_down, gated)
+        return adapters(lora, x, None, 2 * features if gated else features, features, out, two=two)
+
     if prefers_torch(x) or x.device.type == "cuda":
+        pairs = check_arguments()
         return _ffn_by_torch(x, w_in, w_up, w_down, b_in, b_up, b_down, gated, gate, (*pairs, lora.scale))
-    b_in = both_biases(x, b_in, b_up, features) if w_up is not None else b_in
-    tensors = [None if t is None else t.unsqueeze(0) for t in (w_in, w_up, w_down, b_in, b_down)]
-    form = (gated, gate.interleaved, gate.activation, gate.params)
-    y = with_pairs(fold(x), (None,) * 5, (*tensors, *pairs), form, lora.scale, recompute)
-    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], out)
+
+    def operator() -> Tensor:
+        bias = both_biases(x, b_in, b_up, w_in.shape[0]) if two else b_in
+        tensors = [None if t is None else t.unsqueeze(0) for t in (w_in, w_up, w_down, bias, b_down)]
+        form = (gated, gate.interleaved, gate.activation, gate.params)
+        pairs = unchecked(lora, x, None, two=two)
+        return with_pairs(fold(x), (None,) * 5, (*tensors, *pairs), form, lora.scale, recompute)
+
+    y = checked(operator, check_arguments)
+    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], w_down.shape[0])  # type: ignore[no-any-return]
 
 
 def _ffn_by_torch(

@@ -73,8 +73,8 @@ class Rows:
 
 
 def all_rows(rows: Tensor) -> Tensor:
-    """The offsets of one expert, which takes every row."""
-    return torch.tensor([0, rows.shape[0]], device=rows.device)
+    """The offsets of one expert, which takes every row; made where they are used, so that nothing waits for a GPU."""
+    return torch.arange(2, device=rows.device) * rows.shape[0]
 
 
 def differentiable_experts(name: str, places: Sequence[int], along: Callable[..., Any]) -> tuple[Any, Any]:

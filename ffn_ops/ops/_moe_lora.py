@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from .. import _checks as check
 from .._gate import check_gate
 from .._library import fake
-from .._lora import Lora, check_lora, check_pair
+from .._lora import Lora, check_lora, check_pair, pair
 from ._gated_act import act_tangent, gated_act_op
 from ._moe_derivatives import Rows, differentiable_experts
 from ._rows import check_weights, linear_op
@@ -37,16 +37,33 @@ def adapters(
     """Those of w_in and of w_down as the operators take them, checked. ``two``: gate and up are two weights, with a
     pair each; ``experts``: None in a dense layer."""
     lora = check_lora(lora)
-    factors = (lora.a_in, lora.b_in, lora.a_up, lora.b_up, lora.a_down, lora.b_down)
-    cast = autocast(x, *factors)[1:]  # float32 ones stay: nothing between a and b is rounded
-    pairs = [f if f is None or f.dtype is torch.float32 else c for f, c in zip(factors, cast, strict=True)]
     if lora.a_up is not None and not two:
         raise ValueError("lora: expected a_up and b_up None without a w_up, got tensors; b_in has the rows of w_in")
-    width = x.shape[-1]
+    pairs, width = _cast_factors(lora, x), x.shape[-1]
     first = check_pair("in", pairs[0], pairs[1], features if two else hidden, width, x, experts)
     up = check_pair("up", pairs[2], pairs[3], features, width, x, experts)
     down = check_pair("down", pairs[4], pairs[5], out, features, x, experts)
     return *(_both(*first, *up) if two else first), *down
+
+
+def unchecked(lora: Lora, x: Tensor, experts: int | None, *, two: bool = False) -> tuple[Any, ...]:
+    """The same without checks, for a call under ``checked``, which asks ``adapters`` where the operator refuses."""
+    a_in, b_in, a_up, b_up, a_down, b_down = _cast_factors(lora, x)
+    first = pair(a_in, b_in, experts)
+    if two:
+        second = pair(a_up, b_up, experts)
+        if b_in is not None and b_up is not None and len(b_in) != len(b_up):
+            raise ValueError("b_in")  # side by side, the operator could not tell
+        first = _both(*first, *second)
+    elif a_up is not None:
+        raise ValueError("a_up")  # `adapters` says it in full
+    return *first, *pair(a_down, b_down, experts)
+
+
+def _cast_factors(lora: Lora, x: Tensor) -> list[Any]:
+    factors = (lora.a_in, lora.b_in, lora.a_up, lora.b_up, lora.a_down, lora.b_down)
+    cast = autocast(x, *factors)[1:]  # float32 ones stay: nothing between a and b is rounded
+    return [f if f is None or f.dtype is torch.float32 else c for f, c in zip(factors, cast, strict=True)]
 
 
 def _both(a_in: Tensor | None, b_in: Tensor | None, a_up: Tensor | None, b_up: Tensor | None) -> Any:
@@ -66,9 +83,10 @@ def run(
 ) -> Tensor:
     """``routed``: token, weight, offsets, row and slot_offsets. ``experts``: w_in, w_down, b_in and b_down."""
     w_in, w_down, *biases = experts
-    pairs = adapters(lora, x, w_in.shape[0], w_in.shape[1], w_down.shape[2], w_down.shape[1])
     if x.device.type == "cuda":  # no kernel of its own: the operators below, one after the other
+        pairs = adapters(lora, x, w_in.shape[0], w_in.shape[1], w_down.shape[2], w_down.shape[1])
         return _composed(x, routed, (w_in, None, w_down, *biases, *pairs), form, lora.scale)
+    pairs = unchecked(lora, x, w_in.shape[0])
     return operator(x, routed, (w_in, None, w_down, *biases, *pairs), form, lora.scale, recompute)
 
 

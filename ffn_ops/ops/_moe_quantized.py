@@ -14,13 +14,13 @@ from torch import Tensor
 
 from .. import _checks as check
 from .._gate import Gate, as_gate, check_gate
-from .._library import CUDA_ABSENT, fake
+from .._library import fake
 from .._quantized import QuantizedWeight
-from .._quantized.formats import columns
+from .._quantized.formats import check_groups, columns
 from ._gated_act import gated_act_op
 from ._moe_derivatives import all_rows
 from ._moe_lora import adapters, check_pairs
-from ._moe_quantized_derivatives import linear_op, moe_op
+from ._moe_quantized_derivatives import composed, linear_op, moe_op
 from ._rows import check_routing
 from ._shared import as_stored, autocast, both_biases, dense, fold, needs_grad, plus
 
@@ -132,6 +132,7 @@ def _check_weights(name: str, x: Tensor, weights: dict[str, Any], experts: bool)
             raise ValueError(f"{each}: expected a quantised weight of shape {shape}, got {list(w.shape)}")
         check._strided(each, w.codes)
         check.device(each, w.codes, x, name)
+        check_groups(each, w.codes, w.format, w.block)
 
 
 def _call(
@@ -150,9 +151,13 @@ def _call(
     if lora is not None:
         hidden = 2 * features if gated else features
         pairs = adapters(lora, x, count if experts else None, hidden, features, out, two=w_up is not None)
-    grad = needs_grad(x, routed[1], b_in, b_down, *pairs)
-    form = (gated, gate.interleaved, gate.activation, gate.params, 1.0 if lora is None else lora.scale)
-    y = moe_op(rows, *routed, *parts, formats, b_in, b_down, *pairs, *form, grad and not recompute, grad=grad)[0]
+    tensors = (*parts, formats, b_in, b_down, *pairs)
+    form, scale = (gated, gate.interleaved, gate.activation, gate.params), 1.0 if lora is None else lora.scale
+    if lora is not None and x.device.type == "cuda":  # its kernels have no adapters
+        y = composed(rows, routed, tensors, form, scale)
+    else:
+        grad = needs_grad(x, routed[1], b_in, b_down, *pairs)
+        y = moe_op(rows, *routed, *tensors, *form, scale, grad and not recompute, grad=grad)[0]
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], w_down.shape[-2])  # type: ignore[no-any-return]
 
 
@@ -247,18 +252,3 @@ def _(
     pairs = zip((a_in, lora_b_in, a_down, lora_b_down), need_pairs, strict=True)
     d_pairs = [as_stored(t) if need and t is not None else dense(x, 0) for t, need in pairs]
     return dense(x, *x.shape) if need_x else dense(x, 0), d_weight, d_b_in, d_b_down, *d_pairs
-
-
-def _refuse(name: str) -> None:
-    def refuse(*_: Any) -> Any:
-        raise NotImplementedError(
-            f"{name}: quantised weights have no CUDA kernels; w.dequantize() on the CPU gives a plain weight"
-        )
-
-    _REFUSALS.impl(name, refuse, "CUDA")
-
-
-_REFUSALS = torch.library.Library("ffn_ops", "IMPL")
-if CUDA_ABSENT is None:  # else every operator says why there are no CUDA kernels
-    for _name in ("quantized_linear", "moe_quantized", "moe_quantized_backward", "dequantize"):
-        _refuse(_name)

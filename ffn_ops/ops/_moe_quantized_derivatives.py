@@ -121,42 +121,65 @@ def _tangent(ctx: Any, *tangents: Any) -> Any:
     return _along(ctx, inputs, values, directions), None, None
 
 
-def _along(ctx: Any, inputs: Sequence[Any], values: Sequence[Any], directions: Sequence[Any]) -> Any:
-    """The tangent of the output, see ``_moe_derivatives.moe_along``; weights are constants."""
-    x, weight, b_in, b_down, *pairs = values
-    x_t, s_t, b_in_t, b_down_t, a_in_t, lora_b_in_t, a_down_t, lora_b_down_t = directions
-    _x, token, _weight, offsets, row, slots, *weights, formats = inputs[:_B_IN]
-    in_and_up, w_down, names = [w for w in weights[:2] if w], weights[2], formats.split(",")
-    rows = Rows(ctx.gated, ctx.interleaved, x, token, offsets, row, slots)
-    a_in, lora_b_in, a_down, lora_b_down = pairs
-    first, second = (LowRank(rows.offsets, *pair, ctx.scale) for pair in ((a_in, lora_b_in), (a_down, lora_b_down)))
+class _Layer:
+    """The steps of the operator, one after the other; ``inputs`` are those that have gradients."""
 
-    def biased(z: Tensor, b: Tensor | None) -> Tensor:
-        return z if b is None else z + rows.spread(b)  # type: ignore[no-any-return]
+    def __init__(
+        self, rows: Rows, weights: Sequence[Any], formats: str, inputs: Sequence[Any], form: Any, scale: float
+    ) -> None:
+        x, _weight, b_in, self.b_down, a_in, lora_b_in, a_down, lora_b_down = inputs
+        self.rows, self.in_and_up, self.down = rows, [w for w in weights[:2] if w], weights[2]
+        self.names = formats.split(",")
+        pairs = ((a_in, lora_b_in), (a_down, lora_b_down))
+        self.first, self.second = (LowRank(rows.offsets, *pair, scale) for pair in pairs)
+        self.x_rows = rows.gather(x)
+        z = plus(self._biased(self.into(self.x_rows), b_in), self.first(self.x_rows))
+        self.gate, self.up = rows.halves(z)  # type: ignore[arg-type]
+        self.h = gated_act_op(self.gate, self.up, *form)
 
-    def product(t: Tensor, w: Any, name: str) -> Tensor:
-        return linear_op(t, w, name, rows.offsets, False)  # type: ignore[no-any-return]
+    def _biased(self, z: Tensor, b: Tensor | None) -> Tensor:
+        return z if b is None else z + self.rows.spread(b)  # type: ignore[no-any-return]
 
-    def pre(t: Tensor) -> Tensor:
-        parts = [product(t, w, name) for w, name in zip(in_and_up, names[:-1], strict=True)]
+    def _product(self, t: Tensor, w: Any, name: str) -> Tensor:
+        return linear_op(t, w, name, self.rows.offsets, False)  # type: ignore[no-any-return]
+
+    def into(self, t: Tensor) -> Tensor:
+        parts = [self._product(t, w, name) for w, name in zip(self.in_and_up, self.names[:-1], strict=True)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
-    x_rows = rows.gather(x)
+    def out_of(self, t: Tensor) -> Tensor:
+        return self._product(t, self.down, self.names[-1])
+
+    def out(self) -> Tensor:
+        return plus(self._biased(self.out_of(self.h), self.b_down), self.second(self.h))  # type: ignore[return-value]
+
+
+def composed(x: Tensor, routed: Sequence[Any], experts: Sequence[Any], form: Sequence[Any], scale: float) -> Tensor:
+    """The value of the operator from others. ``experts``: w_in, w_up, w_down, formats, biases and pairs."""
+    token, weight, *rest = routed
+    gated, interleaved, *act = form
+    rows = Rows(gated, interleaved, x, token, *rest)
+    layer = _Layer(rows, experts[:3], experts[3], (x, weight, *experts[4:]), act, scale)
+    return rows.scatter(layer.out(), weight)
+
+
+def _along(ctx: Any, inputs: Sequence[Any], values: Sequence[Any], directions: Sequence[Any]) -> Any:
+    """The tangent of the output, see ``_moe_derivatives.moe_along``; weights are constants."""
+    x, weight, *_biases_and_pairs = values
+    x_t, s_t, b_in_t, b_down_t, a_in_t, lora_b_in_t, a_down_t, lora_b_down_t = directions
+    _x, token, _weight, offsets, row, slots, *weights, formats = inputs[:_B_IN]
+    rows = Rows(ctx.gated, ctx.interleaved, x, token, offsets, row, slots)
+    layer = _Layer(rows, weights, formats, values, ctx.form, ctx.scale)
     x_rows_t = None if x_t is None else rows.gather(x_t)
-    gate, up = rows.halves(plus(biased(pre(x_rows), b_in), first(x_rows)))  # type: ignore[arg-type]
-    z_t = None if x_rows_t is None else pre(x_rows_t)
+    z_t = None if x_rows_t is None else layer.into(x_rows_t)
     z_t = plus(z_t, None if b_in_t is None else rows.spread(b_in_t))
-    z_t = plus(z_t, first.tangent(x_rows, x_rows_t, a_in_t, lora_b_in_t))
-    h_t = None if z_t is None else act_tangent(gate, up, ctx.form, *rows.halves(z_t))
-    h = gated_act_op(gate, up, *ctx.form)
-    o_t = None if h_t is None else product(h_t, w_down, names[-1])
+    z_t = plus(z_t, layer.first.tangent(layer.x_rows, x_rows_t, a_in_t, lora_b_in_t))
+    h_t = None if z_t is None else act_tangent(layer.gate, layer.up, ctx.form, *rows.halves(z_t))
+    o_t = None if h_t is None else layer.out_of(h_t)
     o_t = plus(o_t, None if b_down_t is None else rows.spread(b_down_t))
-    o_t = plus(o_t, second.tangent(h, h_t, a_down_t, lora_b_down_t))
+    o_t = plus(o_t, layer.second.tangent(layer.h, h_t, a_down_t, lora_b_down_t))
     y_t = None if o_t is None else rows.scatter(o_t, weight)
-    if s_t is not None:
-        out = plus(biased(product(h, w_down, names[-1]), b_down), second(h))
-        y_t = plus(y_t, rows.scatter(out, s_t))  # type: ignore[arg-type]
-    return y_t
+    return y_t if s_t is None else plus(y_t, rows.scatter(layer.out(), s_t))
 
 
 moe_backward_op = differentiable("moe_quantized_backward", _backward_setup, _double_backward, _backward_tangent)

@@ -12,6 +12,7 @@
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 #define FFN_KERNEL_BOUNDS(threads, blocks)
+#define FFN_IN_PLACE
 
 // ---- barriers and warp-wide functions -------------------------------------------------------------------------------
 

@@ -104,6 +104,13 @@ FFN_FN void store(S* p, V v, int n) {
   store_lanes(p, v.reg, n);
 }
 
+// Two vectors, one behind the other.
+template <class S, class V>
+FFN_FN void store_two(S* p, V first, V second) {
+  store(p, first);
+  store(p + V::kLanes, second);
+}
+
 // rows[i] lane j <-> rows[j] lane i.
 template <class V>
 FFN_FN void transpose(V (&rows)[V::kLanes]) {
@@ -114,4 +121,5 @@ FFN_FN void transpose(V (&rows)[V::kLanes]) {
 }
 
 FFN_FN void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+FFN_FN void prefetch_to_write(const void* p) { __builtin_prefetch(p, 1, 3); }
 FFN_FN void prefetch_l2(const void* p) { __builtin_prefetch(p, 0, 2); }

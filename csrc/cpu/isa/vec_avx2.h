@@ -135,21 +135,24 @@ FFN_FN void transpose_words(const uint8_t* const* rows, int64_t at, Uint32Lanes 
   out[3] = (Uint32Lanes)_mm256_unpackhi_epi64(b, d);
 }
 
-// The values of a word's eight nibbles, the lowest first: bytes by table, which are integers.
+// A word's eight nibbles, the lowest first, and their values: bytes by table, which are integers.
 struct WordTable {
   __m256i values;
 };
 FFN_FN WordTable word_table(const int8_t* values) {
   return {_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)values))};
 }
-FFN_FN void word_nibbles(const WordTable& t, Uint32Lanes words, FloatLanes (&out)[8]) {
+struct NibbleWord {
+  __m256i halves[2];  // even ones, odd ones
+};
+FFN_FN NibbleWord nibble_word(const WordTable& t, Uint32Lanes words) {
   const __m256i mask = _mm256_set1_epi8(15);
-  const __m256i even = _mm256_shuffle_epi8(t.values, _mm256_and_si256((__m256i)words, mask));
-  const __m256i odd = _mm256_shuffle_epi8(t.values, _mm256_and_si256(_mm256_srli_epi32((__m256i)words, 4), mask));
-  for (int e = 0; e < 4; ++e) {
-    out[2 * e] = _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(even, 24 - 8 * e), 24));
-    out[2 * e + 1] = _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(odd, 24 - 8 * e), 24));
-  }
+  return {{_mm256_shuffle_epi8(t.values, _mm256_and_si256((__m256i)words, mask)),
+           _mm256_shuffle_epi8(t.values, _mm256_and_si256(_mm256_srli_epi32((__m256i)words, 4), mask))}};
+}
+FFN_FN FloatLanes nibble_value(const WordTable&, const NibbleWord& word, int e) {
+  const Int32Lanes top = (Int32Lanes)((Uint32Lanes)word.halves[e % 2] << (24 - e / 2 * 8));
+  return __builtin_convertvector(top >> 24, FloatLanes);
 }
 
 // Bits of e4m3 as halves: exact, but 256 times smaller.

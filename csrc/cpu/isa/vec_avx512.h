@@ -140,15 +140,17 @@ FFN_FN void transpose_words(const uint8_t* const* rows, int64_t at, Uint32Lanes 
   out[3] = (Uint32Lanes)_mm512_unpackhi_epi64(b, d);
 }
 
-// The values of a word's eight nibbles, the lowest first.
+// A word's eight nibbles, the lowest first, and their values.
 struct WordTable {
   __m512 values;
 };
 FFN_FN WordTable word_table(const int8_t* values) {
   return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)values)))};
 }
-FFN_FN void word_nibbles(const WordTable& t, Uint32Lanes words, FloatLanes (&out)[8]) {
-  for (int e = 0; e < 8; ++e) out[e] = _mm512_permutexvar_ps((__m512i)(words >> (4 * e)), t.values);
+using NibbleWord = Uint32Lanes;
+FFN_FN NibbleWord nibble_word(const WordTable&, Uint32Lanes words) { return words; }
+FFN_FN FloatLanes nibble_value(const WordTable& t, const NibbleWord& words, int e) {
+  return _mm512_permutexvar_ps((__m512i)(words >> (4 * e)), t.values);
 }
 
 // Bits of e4m3 as halves: exact, but 256 times smaller.

@@ -176,7 +176,7 @@ FFN_FN void transpose_words(const uint8_t* const* rows, int64_t at, Uint32Lanes 
   for (int d = 0; d < 4; ++d) out[d] = (Uint32Lanes)four[d];
 }
 
-// The values of a word's eight nibbles, the lowest first.
+// A word's eight nibbles, the lowest first, and their values.
 struct WordTable {
   float values[16];
 };
@@ -185,8 +185,10 @@ FFN_FN WordTable word_table(const int8_t* values) {
   for (int i = 0; i < 16; ++i) t.values[i] = values[i];
   return t;
 }
-FFN_FN void word_nibbles(const WordTable& t, Uint32Lanes words, FloatLanes (&out)[8]) {
-  for (int e = 0; e < 8; ++e) out[e] = lookup_lanes({t.values}, words >> (4 * e));
+using NibbleWord = Uint32Lanes;
+FFN_FN NibbleWord nibble_word(const WordTable&, Uint32Lanes words) { return words; }
+FFN_FN FloatLanes nibble_value(const WordTable& t, const NibbleWord& words, int e) {
+  return lookup_lanes({t.values}, words >> (4 * e));
 }
 
 // Bits of e4m3 as halves: exact, but 256 times smaller.

@@ -56,3 +56,28 @@ template <>
 FFN_FN BFloat16Pairs load<BFloat16Pairs, BFloat16>(const BFloat16* p, int n) {
   return BFloat16Pairs((FloatLanes)_mm512_maskz_loadu_epi16((__mmask32(1) << n) - 1u, p));
 }
+
+// Two rows along the columns become pairs: lanes 0 .. kLanes, kLanes .. 2 kLanes of them.
+FFN_FN void load_two_steps(const BFloat16* first, const BFloat16* second, BFloat16Pairs (&pairs)[2]) {
+  const __m512i a = _mm512_loadu_si512(first), b = _mm512_loadu_si512(second);
+  const __m512i low = _mm512_unpacklo_epi16(a, b), high = _mm512_unpackhi_epi16(a, b);  // within quarters
+  const __m512i from = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11),
+                later = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+  pairs[0] = BFloat16Pairs((FloatLanes)_mm512_permutex2var_epi64(low, from, high));
+  pairs[1] = BFloat16Pairs((FloatLanes)_mm512_permutex2var_epi64(low, later, high));
+}
+
+#ifndef FFN_OPS_EMULATE_BFLOAT16_PAIRS
+// The instruction rounds as Codec<BFloat16>::encode, but for denormals, which it takes as zero.
+FFN_FN void store_two(BFloat16* p, Vec<float> first, Vec<float> second) {
+  constexpr int kDenormal = 0x20;
+  const __mmask16 denormal =
+      _mm512_fpclass_ps_mask(first.reg, kDenormal) | _mm512_fpclass_ps_mask(second.reg, kDenormal);
+  if (__builtin_expect(denormal != 0, 0)) {
+    store(p, first);
+    store(p + Vec<float>::kLanes, second);
+  } else {
+    _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(second.reg, first.reg));
+  }
+}
+#endif

@@ -89,6 +89,11 @@ FFN_FN FloatLanes e4m3_lanes(const uint8_t* p) {
   return ((Uint32Lanes)v & 0x7fffffffu) == 0x43f00000u ? (FloatLanes)not_a_number : v;  // 480 has the bits of NaN
 }
 
+FFN_FN FloatLanes e8m0_lanes(Uint32Lanes bits) {
+  const Uint32Lanes lowest = Uint32Lanes{} + 0x00400000u, nan = Uint32Lanes{} + 0x7fc00000u;
+  return (FloatLanes)(bits == 0u ? lowest : bits == 255u ? nan : bits << 23);
+}
+
 // n elements from k on that have one scale.
 FFN_FN void decode_run(const Codes& c, const uint8_t* row, int64_t n_row, int64_t k, int64_t n, float scale,
                        float* out) {

@@ -13,10 +13,18 @@ void tile_to_storage(const TilePart& t, DType dtype, const typename V::Scalar* t
   constexpr int64_t W = V::kLanes;
   dispatch_storage<typename V::Scalar>(dtype, [&](auto tag) {
     using S = typename decltype(tag)::Type;
-    for (int64_t j = 0; j < t.cols; j += W) {
+    S* const first = static_cast<S*>(base) + t.row0 * row_stride + t.col;
+    int64_t j = 0;
+    for (; t.cols - j >= 2 * W; j += 2 * W) {
+      for (int64_t i = 0; i < t.rows; ++i) {
+        const typename V::Scalar* from = tile + i * kNRVectors * W + j;
+        store_two(first + i * row_stride + j, load<V>(from), load<V>(from + W));
+      }
+    }
+    for (; j < t.cols; j += W) {
       const int64_t n = t.cols - j < W ? t.cols - j : W;
-      S* to = static_cast<S*>(base) + t.row0 * row_stride + t.col + j;
-      for (int64_t i = 0; i < t.rows; ++i) store_part(to + i * row_stride, load<V>(tile + i * kNRVectors * W + j), n);
+      for (int64_t i = 0; i < t.rows; ++i)
+        store_part(first + i * row_stride + j, load<V>(tile + i * kNRVectors * W + j), n);
     }
   });
 }
@@ -33,7 +41,7 @@ void row_to_storage(const TilePart& t, const Epilogue& e, const typename V::Scal
       int64_t j = 0;
       for (; t.cols - j >= kWidth; j += kWidth, tile += stride) {
         FFN_UNROLL
-        for (int64_t l = 0; l < kWidth; l += W) store(to + j + l, load<V>(tile + l));
+        for (int64_t l = 0; l < kWidth; l += 2 * W) store_two(to + j + l, load<V>(tile + l), load<V>(tile + l + W));
       }
       for (; j < t.cols; j += W, tile += W) store_part(to + j, load<V>(tile), t.cols - j < W ? t.cols - j : W);
     }
@@ -254,16 +262,23 @@ void finish_activate_grad(const Epilogue& e, typename V::Scalar* tile, const Til
   if (e.h) tile_to_storage<V>(t, e.h_dtype(), d, e.h, e.pre_stride);
 }
 
-// What finish_tile will read.
-FFN_FN void prefetch_tile(const Epilogue& e, const TilePart& t) {
-  if (e.kind != Epilogue::Kind::kActivateGrad) return;
-  const int64_t size = storage_size(e.dtype);
-  for (const void* saved : {e.gate, e.up}) {
-    if (!saved) continue;
+// Asks for what finish_tile will read and write.
+FFN_FN void prefetch_tile(const ScheduledGemm& g, const TilePart& t) {
+  const Epilogue& e = g.epilogue;
+  const auto ask = [&](const void* base, int64_t stride, int64_t size, auto of) __attribute__((always_inline)) {
+    if (!base) return;
     for (int64_t i = 0; i < t.rows; ++i) {
-      const char* row = static_cast<const char*>(saved) + ((t.row0 + i) * e.pre_stride + t.col) * size;
-      for (int64_t byte = 0; byte < t.cols * size; byte += 64) prefetch(row + byte);
+      const char* row = static_cast<const char*>(base) + ((t.row0 + i) * stride + t.col) * size;
+      for (int64_t byte = 0; byte < t.cols * size; byte += 64) of(row + byte);
     }
+  };
+  const int64_t size = storage_size(e.dtype);
+  if (e.kind == Epilogue::Kind::kActivateGrad) {
+    for (const void* saved : {e.gate, e.up})
+      ask(saved, e.pre_stride, size, [](const char* p) __attribute__((always_inline)) { prefetch(p); });
+  } else if (!g.transposed) {
+    ask(e.out, e.out_stride, storage_size(e.out_dtype()),
+        [](const char* p) __attribute__((always_inline)) { prefetch_to_write(p); });
   }
 }
 

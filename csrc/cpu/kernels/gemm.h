@@ -28,10 +28,11 @@ FFN_FN void add_partial_sums(const V (&partial)[H][N], typename V::Scalar* sums,
   }
 }
 
-// tile[H][vectors] (+)= sum over `steps` of k of a[k][H] * b[k][vectors]; rows of the tile lie `stride` apart.
+// tile[H][vectors] (+)= sum over `steps` of k of a[k][H] * b[k][vectors]; steps of a lie `a_stride` apart, rows of the
+// tile `stride`.
 template <class V, int H>
-void micro_kernel(int64_t steps, const typename V::Scalar* a, const typename V::Scalar* b, typename V::Scalar* tile,
-                  int64_t stride, bool add) {
+void micro_kernel(int64_t steps, const typename V::Scalar* a, int64_t a_stride, const typename V::Scalar* b,
+                  typename V::Scalar* tile, int64_t stride, bool add) {
   constexpr int W = V::kLanes;
   constexpr int N = kNRVectors;
   constexpr int64_t kSumSteps = kSumBlock / V::kKR;
@@ -50,7 +51,7 @@ void micro_kernel(int64_t steps, const typename V::Scalar* a, const typename V::
       for (int j = 0; j < N; ++j) bk[j] = load<V>(b + (k * N + j) * W);
       FFN_UNROLL
       for (int i = 0; i < H; ++i) {
-        const V ai(a[k * H + i]);
+        const V ai(a[k * a_stride + i]);
         FFN_UNROLL
         for (int j = 0; j < N; ++j) acc[i][j] = fma(ai, bk[j], acc[i][j]);
       }
@@ -99,6 +100,63 @@ void pack_a_as(const ScheduledGemm& g, int64_t k_block, int64_t panel_begin, int
                  g.mr, out, g.mr, c.steps * g.mr, panel_end - panel_begin);
 }
 
+// What the next B panels of a few rows are packed from. It is asked for while the present ones are multiplied, a few
+// lines for each micro-tile: the micro-kernel leaves memory idle, and packing would wait for it.
+struct NextSource {
+  struct Rows {
+    const char* data;
+    int64_t stride, rows, bytes;
+  };
+  Rows parts[2] = {};
+  int64_t count = 0, part = 0, byte = 0, lines = 0;
+
+  // Rows along k come from so far apart that the hardware does not look ahead.
+  FFN_FN void add(const Operand& operand, int64_t lane, int64_t lanes, int64_t k, int64_t length) {
+    const Matrix& m = operand.matrix;
+    if (!operand.k_along_rows || m.codes || m.rows || m.col_stride != 1 || lanes <= 0 || length <= 0) return;
+    const int64_t size = storage_size(m.dtype);
+    const Rows rows = {static_cast<const char*>(m.data) + (k * m.row_stride + lane) * size, m.row_stride * size, length,
+                       lanes * size};
+    lines += rows.rows * divide_up(rows.bytes, 64);
+    parts[count++] = rows;
+  }
+  FFN_FN void ask(int64_t n) {
+    for (; n > 0 && part < count; --n) {
+      Rows& r = parts[part];
+      prefetch_l2(r.data + byte);
+      byte += 64;
+      if (byte < r.bytes) continue;
+      byte = 0;
+      r.data += r.stride;
+      if (--r.rows == 0) ++part;
+    }
+  }
+};
+
+// Of block i + 1 of k, or of the task that follows on this thread.
+template <class V>
+FFN_FN NextSource next_source(const ScheduledGemm& g, int64_t task, int64_t i, int64_t blocks, int64_t width) {
+  NextSource next;
+  if (i + 1 == blocks) task += g.at_once;
+  if (task >= g.tasks_m() * g.tasks_n()) return next;
+  const KBlock c = k_block_at(g, (i + 1) % blocks);
+  const int64_t q = task % g.tasks_n() * g.nc_panels;
+  for_each_part(g, c, width, [&](const Operand& operand, int64_t k, int64_t part, int64_t) {
+    const int64_t left = g.N - q * part;
+    next.add(operand, q * part, left < g.nc_panels * part ? left : g.nc_panels * part, k, c.length);
+  });
+  return next;
+}
+
+// Steps of k for which a piece of a B panel stays in L1 while A panels pass: whole sum blocks, so that cutting there
+// changes no bit.
+template <class V>
+FFN_FN constexpr int64_t l1_steps() {
+  constexpr int64_t kSumSteps = kSumBlock / V::kKR;
+  constexpr int64_t kBytes = kSumSteps * kNRVectors * V::kLanes * sizeof(typename V::Scalar);
+  return (kL1Bytes < kBytes ? 1 : kL1Bytes / kBytes) * kSumSteps;
+}
+
 template <class V>
 void packed_task(const ScheduledGemm& g, int64_t task, void* scratch) {
   using T = typename V::Scalar;
@@ -114,8 +172,11 @@ void packed_task(const ScheduledGemm& g, int64_t task, void* scratch) {
   T* packed_b = static_cast<T*>(scratch);
   T* tiles = packed_b + g.nc_panels * kWidth * g.steps(g.kc());
   const int64_t in_row = g.tiles_in_row(H * kWidth * g.element());
-  T* sums = tiles + (g.k_blocks() > 1 ? g.mc_panels * g.nc_panels : in_row) * H * kWidth;  // branches: act(gate) * up
-  const auto micro = choose<kMR>(H, [](auto rows) { return &micro_kernel<V, decltype(rows)::value>; });
+  T* sums = tiles + tiles_of_task(g, in_row) * H * kWidth;  // branches: act(gate) * up
+  const auto micro = [](int64_t rows) {
+    return choose<kMR>(rows, [](auto r) { return &micro_kernel<V, decltype(r)::value>; });
+  };
+  const auto whole = micro(H), rest = micro(g.M % H ? g.M % H : H);  // the last panel may have fewer rows
 
   const Epilogue& e = g.epilogue;
   const bool direct = g.stores_directly();
@@ -129,36 +190,49 @@ void packed_task(const ScheduledGemm& g, int64_t task, void* scratch) {
     const T* packed_a = static_cast<const T*>(g.packed_a) + c.step * g.panels_m * H;
     const bool first = i % g.k_blocks() == 0;
     const bool last = (i + 1) % g.k_blocks() == 0;
-    // Short sums are bound by their stores: whole rows of the output are finished one after the other.
+    // While memory is asked for the next panels, a piece of a B panel stays in L1 and all A panels pass it; else each
+    // streams the whole B panel from L2. Short sums are bound by their stores: whole rows of the output are finished
+    // one after the other.
+    NextSource next = g.few_panels() ? next_source<V>(g, task, i, blocks, kWidth) : NextSource{};
+    const bool pieces = next.count > 0;
     const int64_t block = g.K < kShortK ? 1 : kL2Panels;
+    const int64_t piece = pieces && l1_steps<V>() < c.steps ? l1_steps<V>() : c.steps;
+    const int64_t lines = pieces ? divide_up(next.lines, groups * (p1 - p0) * divide_up(c.steps, piece)) : 0;
     for (int64_t pb = p0; pb < p1; pb += block) {
       const int64_t pe = pb + block < p1 ? pb + block : p1;
       for (int64_t q = 0; q < groups; ++q) {
-        for (int64_t p = pb; p < pe; ++p) {
-          const int64_t slot = (p - p0) * groups + q;
-          T* tile = tiles + (g.k_blocks() == 1 ? q % in_row : slot) * H * kWidth;
-          const int64_t col = (q0 + q) * columns;
-          const TilePart part = {p * H, g.M - p * H < H ? g.M - p * H : H, col,
-                                 g.N - col < columns ? g.N - col : columns};
-          const T* const a = packed_a + p * c.steps * H;
-          const T* const b = packed_b + q * panel_step;
-          if (direct && part.rows == H && part.cols == kWidth) {
-            micro(c.steps, a, b, static_cast<T*>(e.out) + part.row0 * e.out_stride + col, e.out_stride, false);
-            continue;
-          }
-          if (last) prefetch_tile(e, part);
-          micro(c.steps, a, b, tile, kWidth, !first);
-          if (in_row > 1) {
-            if (e.bias) add_bias<typename V::Sum>(part, e.dtype, e.bias[0], tile);
-            if ((q + 1) % in_row == 0 || q + 1 == groups) {
-              const int64_t begin = (q0 + q / in_row * in_row) * columns;
-              row_to_storage<typename V::Sum>({part.row0, part.rows, begin, col + part.cols - begin}, e, tiles,
-                                              H * kWidth);
+        const T* const b = packed_b + q * panel_step;
+        const int64_t col = (q0 + q) * columns, cols = g.N - col < columns ? g.N - col : columns;
+        int64_t k = 0;
+        do {
+          const int64_t steps = c.steps - k < piece ? c.steps - k : piece;
+          const bool begins = first && k == 0, ends = last && k + steps == c.steps;
+          for (int64_t p = pb; p < pe; ++p) {
+            const int64_t slot = (p - p0) * groups + q;
+            T* tile = tiles + (g.k_blocks() > 1 ? slot : in_row > 1 ? q % in_row : pieces ? p - pb : 0) * H * kWidth;
+            const TilePart part = {p * H, g.M - p * H < H ? g.M - p * H : H, col, cols};
+            const T* const a = packed_a + (p * c.steps + k) * H;
+            next.ask(lines);
+            if (ends && in_row == 1) prefetch_tile(g, part);
+            if (direct && part.rows == H && part.cols == kWidth) {
+              T* const out = static_cast<T*>(e.out) + part.row0 * e.out_stride + col;
+              whole(steps, a, H, b + k * kWidth, out, e.out_stride, !begins);
+              continue;
             }
-          } else if (last) {
-            finish_tile<typename V::Sum>(g, c.branch, tile, part, sums + slot * H * columns);
+            (part.rows == H ? whole : rest)(steps, a, H, b + k * kWidth, tile, kWidth, !begins);
+            if (in_row > 1) {
+              if (e.bias) add_bias<typename V::Sum>(part, e.dtype, e.bias[0], tile);
+              if ((q + 1) % in_row == 0 || q + 1 == groups) {
+                const int64_t begin = (q0 + q / in_row * in_row) * columns;
+                row_to_storage<typename V::Sum>({part.row0, part.rows, begin, col + part.cols - begin}, e, tiles,
+                                                H * kWidth);
+              }
+            } else if (ends) {
+              finish_tile<typename V::Sum>(g, c.branch, tile, part, sums + slot * H * columns);
+            }
           }
-        }
+          k += steps;
+        } while (k < c.steps);
       }
     }
   }

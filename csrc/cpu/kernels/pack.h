@@ -40,6 +40,8 @@ FFN_FN void store_part(S* to, V v, int64_t n) {
 
 #include "codes.h"
 
+#include "lanes_of_codes.h"
+
 // n elements of one row from column c on, the rest of a vector zero.
 template <class V, class S>
 FFN_FN V load_columns(const S* row, int64_t col_stride, int64_t c, int64_t n) {
@@ -122,8 +124,9 @@ void pack_copied(const Matrix& m, int64_t lane0, int64_t valid, int64_t k0, int6
   const int64_t whole = divide_up(panel_lanes, W) * W;  // lanes that whole vectors of a panel touch
   const bool dense = m.col_stride == 1;
   const int64_t steps = divide_up(kc, V::kKR);
-  for (int64_t kb = 0; kb < kc; kb += kRowsAtOnce) {
-    const int64_t n = kc - kb < kRowsAtOnce ? kc - kb : kRowsAtOnce;
+  const int64_t at_once = panel_lanes <= kMR ? kNarrowRows : kRowsAtOnce;
+  for (int64_t kb = 0; kb < kc; kb += at_once) {
+    const int64_t n = kc - kb < at_once ? kc - kb : at_once;
     const S* from[kRowsAtOnce];
     for (int64_t i = 0; i < n; ++i) {
       from[i] = row_pointer<S>(m, k0 + kb + i) + lane0 * m.col_stride;
@@ -148,7 +151,16 @@ void pack_copied(const Matrix& m, int64_t lane0, int64_t valid, int64_t k0, int6
         const bool may_run_over =
             whole == panel_lanes || (panel_lanes == stride && step * stride + whole <= steps * stride);
         if (full && may_run_over) {
-          for (int64_t j = 0; j < whole; j += W) store(to + j, load_step<V>(from + i, n - i, 1, lane + j, W));
+          int64_t j = 0;
+          if constexpr (V::kKR > 1) {
+            for (; n - i > 1 && j + 2 * W <= whole; j += 2 * W) {
+              V pairs[2];
+              load_two_steps(from[i] + lane + j, from[i + 1] + lane + j, pairs);
+              store(to + j, pairs[0]);
+              store(to + j + W, pairs[1]);
+            }
+          }
+          for (; j < whole; j += W) store(to + j, load_step<V>(from + i, n - i, 1, lane + j, W));
           continue;
         }
         for (int64_t j = 0; j < panel_lanes; j += W) {
@@ -170,6 +182,26 @@ FFN_FN Matrix decoded(const Matrix& m, int64_t r0, int64_t rows, int64_t c, int6
   d.data = buffer;
   d.row_stride = stride;
   return d;
+}
+
+// W whole rows of a quantised matrix from `lane0` on, of which `lanes` are stored; false where no reader is for them.
+template <class V>
+bool pack_code_lanes(const Matrix& m, int64_t lane0, int64_t lanes, int64_t k0, int64_t kc, float* out,
+                     int64_t stride) {
+  const FormatInfo& info = info_of(m.codes->format);
+  const int64_t K = m.codes->row_bytes / info.block_bytes * info.block;
+  const CodeLanes rows = {&m, lane0, lanes, nullptr, lanes};
+  bool ok = m.first_col == 0;
+  return ok &&
+         with_layout(*m.codes, K,
+                     [&](auto layout) {
+                       ok = for_each_code<decltype(layout), 1>(
+                           &rows, K, k0, k0 + kc,
+                           [&](int64_t k, const V(&b)[1])
+                               __attribute__((always_inline)) { store_part(out + (k - k0) * stride, b[0], lanes); },
+                           [](int64_t) {});
+                     }) &&
+         ok;
 }
 
 // pack_panels of a quantised operand, in pieces that are decoded in L1.
@@ -197,6 +229,8 @@ void pack_codes(const Operand& op, int64_t lane0, int64_t lane_end, int64_t k0, 
     for (int64_t i = 0; i < panel_lanes; i += W) {
       const int64_t lane = lane0 + p * panel_lanes + i, room = panel_lanes - i < W ? panel_lanes - i : W;
       const int64_t left = lane_end - lane > 0 ? lane_end - lane : 0, valid = left < room ? left : room;
+      if (valid == room && pack_code_lanes<V>(op.matrix, lane, room, k0, kc, out + p * panel_step + i, stride))
+        continue;
       for (int64_t k = 0; k < kc; k += kDecodeAtOnce) {
         const int64_t n = kc - k < kDecodeAtOnce ? kc - k : kDecodeAtOnce;
         const Matrix piece = decoded(op.matrix, lane, valid, k0 + k, n, buffer, kStride);

@@ -7,12 +7,6 @@
 template <class V, class S>
 constexpr bool kDecodes = __is_same(V, Vec<float>) && __is_same(S, float);
 
-// A row of a matrix that is not quantised; those are not streams of S.
-template <class S>
-FFN_FN const S* stream_pointer(const Matrix& m, int64_t r) {
-  return m.codes ? nullptr : row_pointer<S>(m, r);
-}
-
 // acc[t] += sum over n steps of k of a[k][t] * block[k].
 template <int H, class V>
 FFN_FN void multiply_block(const typename V::Scalar* a, const V* block, int64_t n, typename V::Sum (&acc)[H]) {
@@ -177,7 +171,7 @@ void broadcast_panel(const Matrix& m, int64_t first, int64_t count, int64_t K, c
 template <class V>
 void dot_task(const ScheduledGemm& g, int64_t task, void* scratch) {
   if constexpr (__is_same(V, Vec<float>)) {
-    if (g.quantised()) return dot_codes_task(g, task, scratch);
+    if (g.quantised()) return dot_codes_task(g, task);
   }
   using T = typename V::Scalar;
   constexpr int64_t W = V::kLanes;
@@ -224,20 +218,15 @@ void broadcast_task(const ScheduledGemm& g, int64_t task, void* scratch) {
   const Schedule::Panels panels = g.guided_panels(task);
   dispatch_operand<V>(g.b[0].matrix.dtype, [&](auto tag) {
     using S = typename decltype(tag)::Type;
-    auto kernel =
+    const auto kernel =
         choose<kBroadcastVectors>(tokens / W, [](auto n) { return &broadcast_panel<V, S, decltype(n)::value>; });
-    if constexpr (kDecodes<V, S>) {
-      if (g.quantised())
-        kernel =
-            choose<kBroadcastVectors>(tokens / W, [](auto n) { return &broadcast_codes_panel<V, decltype(n)::value>; });
-    }
     for (int64_t q = panels.begin; q < panels.end; ++q) {
       const int64_t col = q * g.nr;
       const int64_t cols = g.N - col < g.nr ? g.N - col : g.nr;
       for (int64_t i = 0; i < g.branches() * operands; ++i) {
         const bool more = i + 1 < g.branches() * operands;
         kernel(g.b[i].matrix, col, cols, g.K, x, dots, copied,
-               stream_pointer<S>(g.b[more ? i + 1 : 0].matrix, more ? col : col + cols));
+               row_pointer<S>(g.b[more ? i + 1 : 0].matrix, more ? col : col + cols));
         T* half_tile = tile + i % operands * half;
         for (int64_t j = 0; j < cols; j += W) {
           for (int64_t t = 0; t < tokens; t += W) {

@@ -4,8 +4,9 @@
 // those of another instruction set, it sets that as FFN_OPS_BASE, which computes all else, and BFloat16Operands, the
 // vectors that hold their operands.
 
-constexpr int64_t kL2Panels = 16;                    // A panels that stay in L2 while a B panel is used
+constexpr int64_t kL1Bytes = int64_t{32} << 10;      // of a B panel that stay in L1 while a few A panels pass
 constexpr int64_t kRowsAtOnce = 16;                  // where rows are copied
+constexpr int64_t kNarrowRows = 8;                   // the same, into narrow panels: fewer than L1 has ways
 constexpr int64_t kRowsAhead = 16;                   // the same: what is asked for
 constexpr int64_t kStreamBytes = 512;                // in each row while streaming
 constexpr int kAxpyRows = kMR * kNRVectors * 2 / 3;  // accumulators, where the rest is one row and its factor
