@@ -13,6 +13,7 @@ from ._info import info
 from ._lora import Lora
 from ._memory import empty_cache, set_cache_limit
 from ._quantized import QuantizationError, QuantizedWeight, quantize
+from ._quantized.linear import QuantizedLinear
 from ._quantized.model import quantize_
 from ._replace import ReplaceEntry, ReplaceReport, replace, replace_report, restore
 from ._upcycle import upcycle
@@ -43,6 +44,7 @@ __all__ = [
     "MoEFFN",
     "PlainFFN",
     "QuantizationError",
+    "QuantizedLinear",
     "QuantizedWeight",
     "ReLUFFN",
     "ReplaceEntry",

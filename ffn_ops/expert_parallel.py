@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map
 
 from . import _checks as check
 from . import ops
 from ._gate import Gate
+from ._quantized import QuantizedWeight
 from .ops._moe import expert_form
+from .ops._quantized_linear import check_quantized
 from .ops._rows import check_routing, check_weights, combine_op, dispatch_op
 from .ops._shared import arithmetic, autocast, fold
 from .routing import Routing
@@ -45,8 +48,9 @@ def experts_of(num_experts: int, ranks: int, rank: int) -> tuple[int, int]:
     return min(rank * each, num_experts), min((rank + 1) * each, num_experts)
 
 
-def shard(local: Tensor, num_experts: int, mesh: DeviceMesh) -> Tensor:
-    """Makes a ``Shard(0)`` DTensor ``[E, ...]`` from this rank's experts ``[E_local, ...]``. It sends nothing.
+def shard(local: Any, num_experts: int, mesh: DeviceMesh) -> Any:
+    """Makes a ``Shard(0)`` DTensor ``[E, ...]`` from this rank's experts ``[E_local, ...]``. It sends nothing. Of a
+    :class:`ffn_ops.QuantizedWeight` it makes one whose tensors are such DTensors.
 
     Example::
 
@@ -55,7 +59,11 @@ def shard(local: Tensor, num_experts: int, mesh: DeviceMesh) -> Tensor:
     """
     from torch.distributed.tensor import DTensor, Shard
 
-    check.tensor("local", local)
+    check_mesh(mesh)
+    if isinstance(local, QuantizedWeight):
+        return tree_map(lambda t: shard(t, num_experts, mesh), local)
+    if not isinstance(local, Tensor) or local.dtype is not torch.uint8:  # bytes of a quantised weight
+        check.tensor("local", local)
     local = local.contiguous()
     shape = torch.Size((num_experts, *local.shape[1:]))
     return DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=shape, stride=local.stride())
@@ -64,8 +72,8 @@ def shard(local: Tensor, num_experts: int, mesh: DeviceMesh) -> Tensor:
 def moe(
     x: Tensor,
     routing: Routing,
-    w_in: Tensor,
-    w_down: Tensor,
+    w_in: Tensor | QuantizedWeight,
+    w_down: Tensor | QuantizedWeight,
     *,
     mesh: DeviceMesh,
     gated: bool = False,
@@ -84,7 +92,7 @@ def moe(
         x: ``[..., D]``, this rank's tokens, any number of them.
         routing: of these tokens, over all E experts.
         w_in, w_down, b_in, b_down: as :func:`ffn_ops.moe` takes them, each a ``Shard(0)`` DTensor ``[E, ...]`` on
-            ``mesh`` or this rank's shard of it.
+            ``mesh`` or this rank's shard of it. Quantised weights likewise, see :func:`shard`.
         mesh: one-dimensional; rank r has the experts of :func:`experts_of`.
         gated, activation, recompute: see :func:`ffn_ops.moe`.
 
@@ -110,7 +118,8 @@ def moe(
     """
     check_mesh(mesh)
     check.tensor("x", x)
-    weights = [_local(*each, mesh) for each in (("w_in", w_in), ("w_down", w_down), ("b_in", b_in), ("b_down", b_down))]
+    given = {"w_in": w_in, "w_down": w_down, "b_in": b_in, "b_down": b_down}
+    weights = [_local(name, t, mesh) for name, t in given.items()]
     call = _moe
     if torch.compiler.is_compiling():  # message sizes are numbers on the host, so a compiled graph breaks here
         call = torch.compiler.disable(_moe)
@@ -121,7 +130,7 @@ def _moe(
     x: Tensor,
     routing: Routing,
     mesh: DeviceMesh,
-    weights: list[Tensor | None],
+    weights: list[Any],
     gated: bool,
     activation: str | Gate,
     recompute: bool,
@@ -134,10 +143,14 @@ def _moe(
     begin, end = experts_of(experts, ranks, mesh.get_local_rank())
     here = (w_in, w_down, b_in, b_down)
     expert_form(activation, gated, recompute)
-    check_weights(x, end - begin, *here, gated, may_be_none=True)
+    if isinstance(w_in, QuantizedWeight) or isinstance(w_down, QuantizedWeight):
+        check_quantized(x, routing.offsets[begin : end + 1], *here, gated)
+    else:
+        check_weights(x, end - begin, *here, gated, may_be_none=True)
+    dense = [t for t in here if isinstance(t, Tensor)]
     token, weight, offsets, row, slot_offsets = routing[:5]
     weight = weight.to(arithmetic(x))
-    needs = [x.requires_grad, weight.requires_grad, any(t is not None and t.requires_grad for t in here)]
+    needs = [x.requires_grad, weight.requires_grad, any(t.requires_grad for t in dense)]
     facts = [experts, x.shape[-1], w_down.shape[1], check.DTYPES.index(x.dtype), int(torch.is_grad_enabled())]
 
     total = token.shape[0]
@@ -156,7 +169,7 @@ def _moe(
         rows = ops.moe(rows, local, w_in, w_down, b_in=b_in, b_down=b_down, **options)
     else:  # nothing to compute, but the gradients need the same history as on the other ranks
         rows = rows @ rows.new_zeros(rows.shape[1], w_down.shape[1]) * weight.unsqueeze(1).to(rows.dtype)
-        rows = rows + sum((t * 0).sum() for t in here if t is not None)
+        rows = rows + sum((t * 0).sum() for t in dense)
 
     (rows,) = AllToAll.apply(group, receive, send, _joining(rows, any(needs)))
     if drops:
@@ -272,7 +285,9 @@ def equalize(mesh: DeviceMesh, tensors: Sequence[Tensor]) -> None:
             t.copy_(there)
 
 
-def _local(name: str, t: Tensor | None, mesh: DeviceMesh) -> Tensor | None:
+def _local(name: str, t: Any, mesh: DeviceMesh) -> Any:
+    if isinstance(t, QuantizedWeight) and check.is_dtensor(t.codes):
+        return tree_map(lambda part: _local(name, part, mesh), t)
     if t is None or not check.is_dtensor(t):
         return t
     from torch.distributed.tensor import Shard
@@ -282,4 +297,4 @@ def _local(name: str, t: Tensor | None, mesh: DeviceMesh) -> Tensor | None:
         raise ValueError(
             f"{name}: expected a DTensor of placement Shard(0) on {mesh}, got {d.placements} on {d.device_mesh}"
         )
-    return d.to_local()  # type: ignore[no-any-return]
+    return d.to_local()

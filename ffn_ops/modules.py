@@ -2,9 +2,10 @@
 """The study guides' layers as modules: parameters and one operator call each; no kernel is chosen here.
 
 Child layers are real ``nn.Linear`` modules, so checkpoints load with ``strict=True`` and a seed gives PyTorch's own
-initialisation. The whole layer is fused only while every child is a plain ``nn.Linear``, or one in PEFT's plain LoRA:
-other adapters, quantisation, hooks and parametrisations wrap or replace children, and an operator that read their
-``weight`` would ignore them. Then the children are called and only the gate is fused.
+initialisation. The whole layer is fused only while every child is a plain ``nn.Linear``, or one in PEFT's plain LoRA,
+or while every child is a linear layer on a quantised weight: other adapters, hooks and parametrisations wrap or
+replace children, and an operator that read their ``weight`` would ignore them. Then the children are called and only the
+gate is fused.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from . import _checks as check
 from . import ops
 from ._gate import Gate, as_gate
+from ._quantized import QuantizedWeight
+from ._quantized.foreign import sets_forward
+from ._quantized.linear import weight_of
 
 # A small layer feels every look-up by nn.Module.__getattr__, so forward reads _modules and _parameters directly.
 # FakeTensor: torch.export. DTensors and other subclasses have behaviour of their own
@@ -53,6 +57,24 @@ def is_plain_linear(layer: nn.Module) -> bool:
         and weight.layout is torch.strided
         and is_unhooked(layer)
     )
+
+
+def quantized(*layers: Any) -> list[tuple[QuantizedWeight, Tensor | None]] | None:
+    """Weights and biases of linear layers on quantised weights; None if a call of one of ``layers`` computes more or
+    something else."""
+    found = []
+    for layer in layers:
+        held = weight_of(layer) if is_unhooked(layer) or _is_compressed(layer) else None
+        if held is None:
+            return None
+        found.append(held)
+    return found
+
+
+def _is_compressed(layer: Any) -> bool:
+    """As ``is_unhooked``, of a layer on which compressed-tensors has set its forward."""
+    hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    return not hooked and sets_forward(layer)
 
 
 def called(name: str, child: Any, x: Tensor) -> Tensor:
@@ -193,6 +215,12 @@ class FeedForward(_OfLinears):
             )  # fmt: skip
         elif (fused := with_adapters(x, w1, w3, w2, self.activation, self.recompute)) is not None:
             y = fused
+        elif held := quantized(w1, w3, w2):
+            (w_in, b_in), (w_up, b_up), (w_down, b_down) = held
+            y = ops.ffn(
+                x, w_in, w_down, w_up=w_up, b_in=b_in, b_up=b_up, b_down=b_down,
+                recompute=self.recompute, activation=self.activation,
+            )  # fmt: skip
         else:
             h = ops.gated_act(called("w1", w1, x), called("w3", w3, x), activation=self.activation)
             y = called("w2", w2, h)
@@ -247,6 +275,11 @@ class PlainFFN(_OfLinears):
         fused = with_adapters(x, first, None, second, self.activation, self.recompute)
         if fused is not None:
             return fused
+        if held := quantized(first, second):
+            (w_in, b_in), (w_down, b_down) = held
+            return ops.ffn(
+                x, w_in, w_down, b_in=b_in, b_down=b_down, recompute=self.recompute, activation=self.activation
+            )
         h = ops.gated_act(called("linear1", first, x), activation=self.activation)
         return called("linear2", second, h)
 

@@ -39,6 +39,7 @@ def main() -> None:
                         assert torch.isfinite(result).all(), f"{name} {dtype} {problem}: uninitialised memory"
         for format in (*GROUPED, *GGUF):
             quantised(format)
+    misfits(4)
     print(ctypes.CDLL(None).guarded_blocks())
 
 
@@ -56,6 +57,48 @@ def quantised(format: str) -> None:
         ffn_ops.moe(x, routing, w_in, w_down, gated=True).sum().backward()
         assert torch.isfinite(x.grad).all(), f"{format} {T}: uninitialised memory"
     w_in.dequantize()
+
+
+def misfits(rounds: int) -> tuple[int, int]:
+    """Raw operators on parts of wrong sizes, types and names: an error before any work, or a result. How many."""
+    g = torch.Generator().manual_seed(1)
+    library, counts = torch.ops.ffn_ops, [0, 0]
+    draw = lambda most: int(torch.randint(most, (), generator=g))  # noqa: E731
+    for format in (*GROUPED, *GGUF):
+        for _ in range(rounds):
+            w = random_weight(format, (2, 8, 256), g)
+            parts, name = w.stacked()
+            at, how = draw(len(parts)), draw(8)
+            if how < 3:
+                shape = list(parts[at].shape)
+                shape[draw(len(shape)) if shape else 0] = draw(300) if how else 0
+                parts[at] = parts[at].new_zeros(shape)
+            elif how == 3:
+                parts = parts[:-1] if draw(2) else [*parts, parts[0]]
+            elif how == 4:
+                parts[at] = parts[at].to((torch.float64, torch.int32, torch.int8)[draw(3)])
+            elif how == 5:
+                name = f"{format}:" + ("0x1", "1x0", "-1x4", "x", "1x", "9999999999999999999x1", "3x5", "")[draw(8)]
+            elif how == 6:
+                parts[at] = parts[at].transpose(0, -1)
+            parts = [at_the_edge(t) if t.is_contiguous() else t for t in parts]
+            x, offsets = torch.randn(5, 256, generator=g), torch.tensor([0, 2, 5])
+            routed = (None, None, offsets, None, None)
+            down = at_the_edge(torch.zeros(2, 3, 8, dtype=torch.uint8)), at_the_edge(torch.ones(2, 3, 1))
+            form = (False, False, "silu", [], 1.0, False)
+            for call in (
+                lambda p=parts, n=name: library.dequantize(p, n, "float32"),
+                lambda p=parts, n=name, t=x, o=offsets: library.quantized_linear(t, p, n, o, False),
+                lambda p=parts, n=name, t=x, r=routed, d=down, f=form: library.moe_quantized(
+                    t, *r, p, [], list(d), f"{n},int8:1x8", None, None, *([None] * 4), *f
+                ),
+            ):
+                try:
+                    call()
+                    counts[1] += 1
+                except (RuntimeError, TypeError, ValueError):
+                    counts[0] += 1
+    return counts[0], counts[1]
 
 
 def misbehave(how: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import expert_checks
 import pytest
+import quantized_checks
 import ranks
 
 pytestmark = pytest.mark.cpu_only("of gloo between processes; a GPU would need one device for each")
@@ -33,3 +34,11 @@ def test_checkpoint_of_two_ranks_loads_on_others(tmp_path: Path) -> None:
     ranks.run(expert_checks.save, 2, str(tmp_path))
     for count in (1, 4):
         ranks.run(expert_checks.load, count, count, str(tmp_path))
+
+
+def test_quantised_experts_of_each_rank() -> None:
+    ranks.run(quantized_checks.everything, 2, 2)
+
+
+def test_quantised_experts_within_fsdp() -> None:
+    ranks.run(quantized_checks.sharded, 2)

@@ -4,6 +4,7 @@ dense layers are torch's products, so those of quantised weights have the bits o
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -181,6 +182,24 @@ def test_sixteen_bit_activations_err_no_more_than_with_weights_of_their_dtype(fo
     exact = gradients(partial(call, w=(w_in.dequantize(), w_down.dequantize())), [x.float(), routing.weight])
     for a, b, e in zip(ours, plain, exact, strict=True):
         assert (a.float() - e).norm() <= 1.25 * (b.float() - e).norm()
+
+
+@pytest.mark.parametrize("format", (*GROUPED, *GGUF))
+def test_every_number_of_tokens_and_form_has_the_bits_of_the_dequantised_layer(format: str) -> None:
+    """Each kernel and the borders between them, with and without gate and biases; odd numbers of rows."""
+    g = generator(9)
+    D, O = 256, 33
+    F = 256 if format in GGUF else 37 if format in ("fp8", "int8") else 64
+    w_in, w_up, w_down = (random_weight(format, shape, g) for shape in ((F, D), (F, D), (O, F)))
+    for T in (0, 1, 3, 16, 33, 512):
+        x, bs = torch.randn(T, D, generator=g), [torch.randn(n, generator=g) for n in (F, F, O)]
+        for gated, bias in itertools.product((False, True), (False, True)):
+            b_in, b_up, b_down = bs if bias else (None, None, None)
+            options: dict[str, Any] = {"b_in": b_in, "b_up": b_up if gated else None, "b_down": b_down}
+            ours = ffn_ops.ffn(x, w_in, w_down, w_up=w_up if gated else None, **options)
+            dense = w_up.dequantize() if gated else None
+            plain = ffn_ops.ffn(x, w_in.dequantize(), w_down.dequantize(), w_up=dense, **options)
+            assert ours.shape == (T, O) and torch.equal(ours, plain), f"{T} tokens, gated {gated}, bias {bias}"
 
 
 def test_gated_linear_has_the_bits_of_the_dequantised_one(isa: str) -> None:

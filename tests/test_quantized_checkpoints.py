@@ -362,12 +362,10 @@ def test_refusals_before_any_work(gpt_oss: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_linear_layers(bias: bool) -> None:
-    from ffn_ops.integrations._quantized_linear import QuantizedLinear
-
     g = generator(3)
     w = ffn_ops.quantize(torch.randn(24, 64, generator=g), "mxfp4")
     b = nn.Parameter(torch.randn(24, generator=g)) if bias else None
-    layer, dense = QuantizedLinear(w, b), w.dequantize()
+    layer, dense = ffn_ops.QuantizedLinear(w, b), w.dequantize()
     x = torch.randn(2, 3, 64, generator=g, requires_grad=True)
     inputs = (x, b) if bias else (x,)
     y, expected = layer(x), F.linear(x, dense, b)

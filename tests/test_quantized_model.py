@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import copy
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from device import generator
+from test_quantized_dense import dense_again as dense_linears
 from torch import nn
 
 import ffn_ops
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.cpu_only("models are quantised on the CPU")
 
 def dense_again(model: nn.Module) -> nn.Module:
     """A copy with plain parameters of the dequantised values."""
-    model = copy.deepcopy(model)
+    model = dense_linears(model)
     for module in list(model.modules()):
         for name, w in list(module.named_children()):
             if isinstance(w, QuantizedWeight):
@@ -38,7 +38,7 @@ def test_a_mixture_computes_with_its_quantised_weights(format: str) -> None:
     x = torch.randn(2, 5, 64, requires_grad=True)
     before = layer(x).detach()
     report = ffn_ops.quantize_(layer, format)
-    assert report.paths("quantised") == ["0"]
+    assert report.paths("quantised") == ["0", "0.shared"]
     dense = dense_again(layer)
     y, expected = layer(x), dense(x)
     assert torch.equal(y, expected)
@@ -49,7 +49,7 @@ def test_a_mixture_computes_with_its_quantised_weights(format: str) -> None:
     ffn_ops.quantize_(other, format)
     other.load_state_dict(layer.state_dict())
     assert torch.equal(other(x), y)
-    assert ffn_ops.quantize_(layer, format).paths("left") == ["0"]
+    assert ffn_ops.quantize_(layer, format).paths("left") == ["0", "0.shared"]
     with pytest.raises(TypeError, match="w_in: expected a parameter to draw again, got QuantizedWeight"):
         layer[0].reset_parameters()  # type: ignore[operator]
 

@@ -226,18 +226,19 @@ def quantised(model: nn.Module, which: Callable[[nn.Module, str], bool] | None =
 @pytest.mark.cpu_only("torchao's int8 products are those of the device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_int8_weights(dtype: torch.dtype) -> None:
-    """torchao's int8 weights, set before and after: their products, with the gate fused between them."""
+    """torchao's int8 weights, set before and after: one operator on their bytes; called beside dense weights."""
     plain = quantised(made("Llama", dtype).eval())
     for model in (
         quantised(ffn_ops.replace(made("Llama", dtype).eval())),
         ffn_ops.replace(quantised(made("Llama", dtype).eval())),
     ):
-        assert operators(model) == ["gated_act"] * 2
+        assert operators(model) == ["moe_quantized"] * 2
         tolerance = {"rtol": 0.05, "atol": 0.02} if dtype is torch.bfloat16 else {}
         torch.testing.assert_close(logits(model), logits(plain), **tolerance)
-        assert "down_proj is called (its weight is a " in str(ffn_ops.replace_report(model))
+        assert len(ffn_ops.replace_report(model).paths("replaced")) == 2
     only_down = quantised(ffn_ops.replace(made("Llama")), lambda m, name: name.endswith("down_proj"))
-    assert operators(only_down) == ["gated_linear"] * 2
+    assert operators(only_down) == ["gated_linear", "quantized_linear"] * 2
+    assert "down_proj is called (its weight is a " in str(ffn_ops.replace_report(only_down))
 
 
 class Half(Tensor):

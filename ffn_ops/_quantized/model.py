@@ -1,33 +1,41 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""quantize_: the experts of a model, in place."""
+"""quantize_: the feed-forward layers and experts of a model, in place."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import _checks as check
-from .._replace import ReplaceEntry, ReplaceReport
+from .._replace import ReplaceEntry, ReplaceReport, replace_report
+from .._replace.children import is_plain, weights, why_called
+from .._replace.layer import PLAN
+from .._replace.probe import original_class
+from .._replace.recognise import OURS, linear_children
+from ..expert_parallel import shard
 from ..moe_ffn import MoEFFN
+from .linear import QuantizedLinear
 from .quantize import MADE, quantize
 
 
 @torch.no_grad()
 def quantize_(model: nn.Module, format: str, *, group: int | tuple[int, int] | None = None) -> ReplaceReport:
-    """Replaces the weights of a model's experts by :class:`ffn_ops.QuantizedWeight`, in place, layer by layer.
+    """Replaces the weights of a model's feed-forward layers and experts by :class:`ffn_ops.QuantizedWeight`, in place.
 
-    It takes :class:`ffn_ops.MoEFFN` without an ``expert_mesh``, and transformers' experts that run with
-    ``experts_implementation="ffn_ops"``. Dense layers, routers and shared experts keep their weights. Values that came
-    from an MXFP4 checkpoint, as transformers dequantises gpt-oss on a CPU, are found again exactly.
+    It takes :class:`ffn_ops.MoEFFN` (with an ``expert_mesh`` every rank quantises its own experts), transformers'
+    experts that run with ``experts_implementation="ffn_ops"``, this package's dense layers, and layers that
+    :func:`ffn_ops.replace` has replaced. Linear layers of dense ones become :class:`ffn_ops.QuantizedLinear`, with the
+    same bias. Routers keep their weights. Values that came from an MXFP4 checkpoint, as transformers dequantises
+    gpt-oss on a CPU, are found again exactly.
 
     Args:
-        model: a module that is, or holds, such experts.
+        model: a module that is, or holds, such layers.
         format, group: see :func:`ffn_ops.quantize`.
 
     Returns:
-        A :class:`ffn_ops.ReplaceReport` with a line for each module of experts: "quantised", with the bytes before and
+        A :class:`ffn_ops.ReplaceReport` with a line for each such layer: "quantised", with the bytes before and
         after and the relative error, or "left" for the reason in ``why``.
 
     Raises:
@@ -44,29 +52,53 @@ def quantize_(model: nn.Module, format: str, *, group: int | tuple[int, int] | N
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     check.choice("format", format, MADE)
+    replaceable = replace_report(model).paths("replaceable")
     entries = []
     for path, module in list(model.named_modules()):
-        names = _weights(module)
-        if not names:
+        names, linears = _weights(module), _linears(module)
+        if path in replaceable:
+            why: str | None = "it does not run on an operator: replace(model) first"
+        elif names:
+            why = _left(module, names)
+        elif linears:
+            why = _dense_left(module, linears)
+        else:
             continue
-        layer, why = type(module).__name__, _left(module, names)
+        layer = original_class(module).__name__
         if why:
             entries.append(ReplaceEntry(path, layer, "left", "", why))
-            continue
-        made, before, errors = {}, 0, []
-        for name in names:
-            w = getattr(module, name)
-            turned = getattr(module, "is_transposed", False)
-            made[name], error = quantize(w.transpose(1, 2) if turned else w, format, group=group, return_error=True)
-            before += w.nbytes
-            errors.append(error.relative)
-        for name, quantized in made.items():
-            delattr(module, name)
-            setattr(module, name, quantized)
-        after = sum(w.nbytes for w in made.values())
-        text = f"{format}, {after * 1e-6:.1f} of {before * 1e-6:.1f} MB, relative error {max(errors):.2g}"
-        entries.append(ReplaceEntry(path, layer, "quantised", text))
+        else:
+            made = _experts(module, names, format, group) if names else _dense(module, linears, format, group)
+            entries.append(ReplaceEntry(path, layer, "quantised", f"{format}, {made}"))
     return ReplaceReport(tuple(entries))
+
+
+def _experts(module: Any, names: tuple[str, ...], format: str, group: Any) -> str:
+    turned, mesh = getattr(module, "is_transposed", False), getattr(module, "expert_mesh", None)
+    dense = [getattr(module, name) for name in names]
+    if mesh is not None:
+        dense = [w.to_local() for w in dense]
+    made = [quantize(w.transpose(1, 2) if turned else w, format, group=group, return_error=True) for w in dense]
+    for name, (w, _error) in zip(names, made, strict=True):
+        delattr(module, name)
+        setattr(module, name, w if mesh is None else shard(w, module.num_experts, mesh))
+    return _said(dense, made)
+
+
+def _dense(module: nn.Module, paths: list[str], format: str, group: Any) -> str:
+    held = [weights(module.get_submodule(path)) for path in paths]
+    made = [quantize(w, format, group=group, return_error=True) for w, _bias in held]
+    for path, (w, _error), (_w, bias) in zip(paths, made, held, strict=True):
+        parent, _, name = path.rpartition(".")
+        layer = QuantizedLinear(w, bias).train(module.training)
+        module.get_submodule(parent)._modules[name] = layer  # a replaced layer would look at itself again
+    return _said([w for w, _bias in held], made)
+
+
+def _said(dense: list[Any], made: list[Any]) -> str:
+    before, after = (sum(w.nbytes for w in ws) * 1e-6 for ws in (dense, [w for w, _error in made]))
+    error = max(error.relative for _w, error in made)
+    return f"{after:.1f} of {before:.1f} MB, relative error {error:.2g}"
 
 
 def _weights(module: nn.Module) -> tuple[str, ...]:
@@ -85,8 +117,28 @@ def _left(module: Any, names: tuple[str, ...]) -> str:
     implementation = NAME if isinstance(module, MoEFFN) else getattr(module.config, "_experts_implementation", None)
     if implementation != NAME:
         return f"experts_implementation is {implementation!r}"
+    held = [getattr(module, name, None) for name in names]
     if getattr(module, "expert_mesh", None) is not None:
-        return "experts on several ranks"
-    if any(type(getattr(module, name, None)) is not nn.Parameter for name in names):
+        held = [w.to_local() if check.is_dtensor(w) else None for w in held]  # type: ignore[union-attr]
+    if any(type(w) not in (nn.Parameter, Tensor) for w in held):
         return "its weights are not plain parameters"
+    return ""
+
+
+def _linears(module: nn.Module) -> list[str]:
+    """Paths of the linear layers of a dense layer that runs on an operator."""
+    plan = getattr(module, PLAN, None)
+    if plan:
+        return list(dict.fromkeys(plan.form.linears))
+    return list(linear_children(module, 1 << 16)) if isinstance(module, OURS) else []
+
+
+def _dense_left(module: nn.Module, paths: list[str]) -> str:
+    plan = getattr(module, PLAN, None)
+    if plan and plan.form.reads_weights:
+        return "its own forward reads weights"
+    for path in paths:
+        linear = module.get_submodule(path)
+        if not is_plain(linear) or type(linear._parameters["weight"]) is not nn.Parameter:
+            return f"{path} is called ({why_called(linear)})"
     return ""

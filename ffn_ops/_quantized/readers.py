@@ -160,7 +160,14 @@ class Readers:
 
     @classmethod
     def from_gptq(
-        cls, qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None = None, *, version: int = 1
+        cls,
+        qweight: Tensor,
+        qzeros: Tensor,
+        scales: Tensor,
+        g_idx: Tensor | None = None,
+        *,
+        version: int = 1,
+        group: int | None = None,
     ) -> Any:
         """GPTQ's 4-bit words, which run along K, turned once into as many bytes that run along rows.
 
@@ -168,9 +175,10 @@ class Readers:
             qweight: int32 ``[..., K / 8, N]``.
             qzeros: int32 ``[..., K / group, N / 8]``; in version 1 of the format zeros are stored less one.
             scales: ``[..., K / group, N]``; float32 or 16-bit.
-            g_idx: the group of each k, which must be ``k // group``. Without it groups are taken to be whole: K over
-                their number.
+            g_idx: the group of each k, which must be ``k // group``.
             version: 1, or 2, which stores zeros as they are.
+            group: columns of a group, of which the last may be partial. None: what ``g_idx`` says; without it one group
+                is all of K, and several are whole ones of a power of two.
 
         Example:
             >>> words = torch.randint(2**31, (8, 16), dtype=torch.int32)
@@ -183,12 +191,16 @@ class Readers:
         if version not in (1, 2):
             raise ValueError(f"version: expected 1 or 2, got {version!r}")
         words, rows = qweight.shape[-2:]
-        groups = _check_groups(qweight, 8 * words, rows, qzeros, scales)
-        group = 8 * words // groups
+        cols = 8 * words
         if g_idx is not None:
             _dims("g_idx", _of("g_idx", g_idx, torch.int32, torch.int64), (1, 2), "[..., K]")
-            order = torch.arange(8 * words, device=g_idx.device) // group
-            if g_idx.shape[-1] != len(order) or not bool((g_idx == order).all()):
+            if g_idx.shape[-1] != cols:
+                raise ValueError(f"g_idx: expected shape [..., {cols}], got {list(g_idx.shape)}")
+            group = group or int((g_idx.flatten()[:cols] == 0).sum()) or None
+        group = _check_groups(qweight, cols, rows, qzeros, scales, group)
+        if g_idx is not None:
+            order = torch.arange(cols, device=g_idx.device) // group
+            if not bool((g_idx == order).all()):
                 raise ValueError(
                     f"g_idx: expected k // {group}, got another order (desc_act), which needs permuted inputs"
                 )
@@ -216,12 +228,13 @@ class Readers:
         scales = _of("scales", scales, torch.float32, torch.float16, torch.bfloat16)
         _dims("qweight", qweight, (2, 3), "[..., K, N / 8]")
         cols, words = qweight.shape[-2:]
-        groups = _check_groups(qweight, cols, 8 * words, qzeros, scales)
+        groups = scales.shape[-2] if scales.dim() > 1 else 0
+        if groups == 0 or cols % groups:
+            raise ValueError(f"scales: expected shape [..., K / group, N] for K = {cols}, got {list(scales.shape)}")
+        group = _check_groups(qweight, cols, 8 * words, qzeros, scales, cols // groups)
         place = torch.tensor(_AWQ_ORDER, device=qweight.device).argsort()
         codes, zeros = (_nibbles(t)[..., place].flatten(-2).transpose(-1, -2) for t in (qweight, qzeros))
-        return cls._make(
-            "uint4", _pairs(codes), scales.transpose(-1, -2), zeros=_pairs(zeros), block=(1, cols // groups)
-        )
+        return cls._make("uint4", _pairs(codes), scales.transpose(-1, -2), zeros=_pairs(zeros), block=(1, group))
 
     @classmethod
     def from_compressed_tensors(
@@ -276,12 +289,24 @@ def _group(name: str, cols: int, scale: Tensor) -> int:
     return cols // groups
 
 
-def _check_groups(like: Tensor, cols: int, rows: int, qzeros: Tensor, scales: Tensor) -> int:
+def _check_groups(like: Tensor, cols: int, rows: int, qzeros: Tensor, scales: Tensor, group: int | None) -> int:
+    """Columns of a group."""
     lead, groups = like.shape[:-2], scales.shape[-2] if scales.dim() > 1 else 0
-    if groups == 0 or cols % groups:
-        raise ValueError(f"scales: expected shape [..., K / group, N] for K = {cols}, got {list(scales.shape)}")
+    if group is None:
+        whole = cols // groups if groups and cols % groups == 0 else 0
+        if groups != 1 and (whole == 0 or whole & (whole - 1)):
+            raise ValueError(
+                f"group: expected the columns of a group where K = {cols} are not whole groups of a power of two, got"
+                f" None and scales of shape {list(scales.shape)}"
+            )
+        group = whole
+    check.positive("group", group)
+    if groups != -(-cols // group):
+        raise ValueError(
+            f"scales: expected shape [..., {-(-cols // group)}, N] for K = {cols}, got {list(scales.shape)}"
+        )
     if rows % 8:
         raise ValueError(f"qweight: expected N, a multiple of 8, got {rows}")
     _shaped("scales", scales, (*lead, groups, rows))
     _shaped("qzeros", qzeros, (*lead, groups, rows // 8))
-    return groups
+    return group

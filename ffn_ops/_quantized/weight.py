@@ -149,9 +149,10 @@ class QuantizedWeight(Readers, nn.Module):
         """Moves bytes, so that a change of the model's dtype leaves scales as they are."""
         for name, t in self._buffers.items():
             if t is not None:
-                moved = fn(t.reshape(-1).view(torch.uint8))
+                local: Any = t.to_local() if check.is_dtensor(t) else t  # type: ignore[attr-defined]
+                moved = fn(local.reshape(-1).view(torch.uint8))
                 if moved.dtype is torch.uint8:
-                    self._buffers[name] = moved.view(t.dtype).reshape(t.shape)
+                    self._buffers[name] = _as(t, moved.view(t.dtype).reshape(local.shape))
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -185,6 +186,15 @@ class QuantizedWeight(Readers, nn.Module):
         if not FORMATS[self.format].parts:
             self._buffers["codes"] = self.codes.clone()  # else it would write to the mapped file
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+
+
+def _as(t: Any, local: Tensor) -> Tensor:
+    """``local`` in the place of a tensor, or of a DTensor's shard."""
+    if not check.is_dtensor(t):
+        return local
+    return t.from_local(  # type: ignore[no-any-return]
+        local, t.device_mesh, t.placements, run_check=False, shape=t.shape, stride=t.stride()
+    )
 
 
 def _flatten(w: QuantizedWeight) -> tuple[list[Any], Any]:

@@ -103,8 +103,9 @@ def replace(model: Model) -> Model:
 
     Parameters, their names, the state dict, hooks, dtypes, devices and ``requires_grad`` stay as they are. The instance
     gets a subclass of its class, whose forward calls an operator on the same parameters. Every call checks what may
-    have changed. If adapters (LoRA), hooks, quantised weights, parametrisations or dropout act on a child, that child
-    is called, and only the part between is fused. If the activation has hooks or was exchanged, the layer's own forward
+    have changed. If adapters (LoRA), hooks, parametrisations or dropout act on a child, that child is called, and only
+    the part between is fused; children that are all quantised in a format of :class:`ffn_ops.QuantizedWeight` are part
+    of the operator. If the activation has hooks or was exchanged, the layer's own forward
     runs. :func:`replace_report` says what is fused at present.
 
     deepcopy, pickle (in an environment that has this package) and ``torch.compile(fullgraph=True)`` work as before.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import types
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,19 +20,17 @@ from .. import _checks as check
 from .. import ops
 from .._adapters import is_adapted, pairs_of, read_all
 from .._library import CUDA_ABSENT
-from ..modules import PLAIN_TENSORS, is_idle, is_plain_linear, is_unhooked
+from ..modules import PLAIN_TENSORS, is_idle, is_plain_linear, is_unhooked, quantized
 from ..reference import gated_act
+from .children import is_plain, of_dtype, on_quantized, product, weights, why_called
 from .form import BY_TORCH, Form
 from .learned import hidden_of
 from .part import Part
-from .whole import weights, whole_ffn
+from .whole import whole_ffn
 
 PLAN = "_ffn_ops_plan"  # attribute of an instance; None: restored; False: changed, and no longer recognised
 CALLS = "_ffn_ops_calls"  # attribute of an instance: its Calls since it was replaced
 Path = tuple[str, ...]
-LINEARS: set[Any] = set()  # subclasses of nn.Linear whose forward is that of nn.Linear
-_OF_LINEARS = vars(nn.Linear(1, 1, device="meta")).keys()
-_TRACES_DICTS = torch.__version__ >= "2.15"  # dynamo of 2.11 does not: its graphs call such layers
 _DEVICES = ("cpu", "meta") if CUDA_ABSENT else ("cpu", "meta", "cuda")
 _SCALARS = (bool, int, float, str, type(None), types.FunctionType, types.BuiltinFunctionType)
 
@@ -125,37 +124,6 @@ def child(module: nn.Module, path: Path) -> Any:
     return module
 
 
-def _is_conv1d(layer: Any) -> bool:
-    """transformers' layer of GPT-2: a Linear whose weight is [in, out]. Recognised by name, without importing it."""
-    cls = type(layer)
-    return (
-        cls.__name__ == "Conv1D"
-        and cls.__module__ == "transformers.pytorch_utils"
-        and type(layer._parameters.get("weight")) in PLAIN_TENSORS
-        and is_unhooked(layer)
-    )
-
-
-def is_plain(layer: Any) -> bool:
-    """True if weight and bias define everything that a call does."""
-    return is_plain_linear(layer) or _is_conv1d(layer) or (type(layer) in LINEARS and has_only_weights(layer))
-
-
-def has_only_weights(layer: Any) -> bool:
-    """True if only its class distinguishes it from an nn.Linear."""
-    weight = layer._parameters.get("weight")
-    return (
-        (_TRACES_DICTS or not torch.compiler.is_compiling())
-        and layer.__dict__.keys() == _OF_LINEARS
-        and layer._parameters.keys() == {"weight", "bias"}
-        and not layer._buffers
-        and not layer._modules
-        and type(weight) in PLAIN_TENSORS
-        and weight.layout is torch.strided
-        and is_unhooked(layer)
-    )
-
-
 def changed(layer: nn.Module, plan: Plan) -> str | None:
     """The reason why children that would be bypassed must be called, or None."""
     if len(layer._modules) != plan.children:
@@ -191,15 +159,6 @@ def _fits(layer: nn.Module, plan: Plan, x: Any) -> bool:
 def _is_torchs(form: Form) -> bool:
     """True without a gate, if torch has the activation as one operator, which alone is faster than ours."""
     return not form.ups and form.halves is None and form.gate.activation in BY_TORCH
-
-
-def _of_dtype(layers: list[Any], dtype: torch.dtype) -> bool:
-    """True if weights have another dtype: the forward may cast between its children, so it must run itself."""
-    for layer in layers:
-        weight = layer._parameters.get("weight")
-        if weight is not None and weight.dtype is not dtype:
-            return False
-    return True
 
 
 def fused(layer: nn.Module, plan: Plan, x: Tensor) -> Tensor | None:
@@ -262,37 +221,39 @@ def _by_parts(layer: nn.Module, plan: Plan, x: Tensor, cast: bool) -> Tensor | N
         dropout = None
     one = down is not None and dropout is None and len(gates) == 1 and plan.learned is None
     lora = None
-    if one and not plain:
-        read = read_all(x.dtype, linears, is_plain)
-        if read is not None:
-            linears, lora = read
-            plain, gates, ups, down = True, linears[:1], linears[1:-1], linears[-1]
-    if plain and not cast and not _of_dtype(linears, x.dtype):
+    if one and not plain and (read := read_all(x.dtype, linears, is_plain)) is not None:
+        linears, lora = read
+        plain, gates, ups, down = True, linears[:1], linears[1:-1], linears[-1]
+    if plain and not cast and not of_dtype(linears, x.dtype):
         return None
-    whole = one and plain
+    held = [weights(linear) for linear in linears] if plain else on_quantized(linears, x, cast)
+    whole = one and held is not None
+    if not plain and plan.form.halves == "up first":
+        whole = False  # rows of codes and scales are not cut
     if not whole and (_is_torchs(plan.form) or (dropout is not None and plan.form.early)):
         return None
     value = x
     for step in plan.head:
         value = value.reshape(-1, *step) if type(step[0]) is int else child(layer, step)(value)  # type: ignore[arg-type]
     if whole:
-        value = whole_ffn(plan.form, value, gates[0], ups[0] if ups else None, down, lora)
+        value = whole_ffn(plan.form, value, held, lora)  # type: ignore[arg-type]
     elif plan.learned is not None:
-        hidden = hidden_of(child(layer, plan.learned), plan.form.gate.activation, gates[0], value, cast)
+        first = gates[0] if is_plain(gates[0]) else partial(product, gates[0], cast=cast)
+        hidden = hidden_of(child(layer, plan.learned), plan.form.gate.activation, first, value, cast)
         if hidden is None:
             return None
         value = hidden if dropout is None else dropout(hidden)
-        value = value if down is None else down(value)
+        value = value if down is None else product(down, value, cast)
     else:
-        value = _hidden(plan.form, value, gates, ups)
+        value = _hidden(plan.form, value, gates, ups, cast)
         if dropout is not None:
             value = dropout(value)
         if down is not None:
-            value = down(value)
+            value = product(down, value, cast)
     return value
 
 
-def _hidden(form: Form, x: Tensor, gates: list[Any], ups: list[Any]) -> Tensor:
+def _hidden(form: Form, x: Tensor, gates: list[Any], ups: list[Any], cast: bool) -> Tensor:
     """Computes the input of ``down``: by one operator, or by calling the children as forward does and one operator."""
     if form.halves is not None and is_plain(gates[0]):
         return _halves(form, x, *weights(gates[0]))
@@ -304,13 +265,14 @@ def _hidden(form: Form, x: Tensor, gates: list[Any], ups: list[Any]) -> Tensor:
             w_gate, w_up = [w for w, _ in gate_weights], [w for w, _ in up_weights]
             return ops.gated_linear(x, w_gate, w_up, b_gate=b_gate, b_up=b_up, activation=form.gate)
     total: Tensor | None = None
+    up: Tensor | None
     for i, gate in enumerate(gates):
         if ups and form.up_called_first:  # adapters with dropout draw random numbers in the order of the calls
-            up = ups[i](x)
-            value = gate(x)
+            up = product(ups[i], x, cast)
+            value = product(gate, x, cast)
         else:
-            value = gate(x)
-            up = ups[i](x) if ups else None
+            value = product(gate, x, cast)
+            up = product(ups[i], x, cast) if ups else None
         if form.halves is not None:
             value, up = value.chunk(2, -1)
             if form.halves == "up first":
@@ -357,10 +319,13 @@ def state(layer: nn.Module, plan: Plan) -> tuple[bool, str]:
     adapted = [".".join(path) for path, module in parts if is_adapted(module) and pairs_of(module)]
     if read is not None:
         parts = [(path, base) for (path, _), base in zip(parts, read[0], strict=True)]
-    called = [f"{'.'.join(path)} is called ({_why_called(module)})" for path, module in parts if not is_plain(module)]
+    others = [(path, module) for path, module in parts if not is_plain(module)]
+    if others == parts and quantized(*[module for _, module in parts]):
+        others = []
+    called = [f"{'.'.join(path)} is called ({why_called(module)})" for path, module in others]
     if called and plan.form.reads_weights:
         return False, f"its own forward runs, because it reads weights: {'; '.join(called)}"
-    if not called and not _of_dtype([module for _, module in parts], parts[0][1]._parameters["weight"].dtype):
+    if not called and is_plain(parts[0][1]) and not of_dtype([m for _, m in parts], parts[0][1].weight.dtype):
         return False, "its own forward runs outside autocast: weights of several dtypes"
     if plan.dropout and not is_idle(child(layer, plan.dropout)):
         called.append(f"{'.'.join(plan.dropout)} is called (p > 0 in training)")
@@ -374,18 +339,3 @@ def state(layer: nn.Module, plan: Plan) -> tuple[bool, str]:
     if plan.eval_only:
         notes = "; ".join(filter(None, [notes, f"in training its own forward runs: {plan.eval_only}"]))
     return not called, notes
-
-
-def _why_called(module: Any) -> str:
-    if is_adapted(module) and pairs_of(module) is None:
-        return "peft's Linear, and not plain LoRA"
-    if not isinstance(module, nn.Linear) and not _is_conv1d(module):
-        return f"{type(module).__module__.split('.')[0]}'s {type(module).__name__}"
-    if not is_unhooked(module):
-        return "hooks, or a forward set on the instance"
-    weight = module._parameters.get("weight")
-    if type(weight) not in PLAIN_TENSORS:
-        return "its weight is computed" if weight is None else f"its weight is a {type(weight).__name__}"
-    if weight.layout is not torch.strided:
-        return f"its weight is {weight.layout}"
-    return f"a {type(module).__name__}"

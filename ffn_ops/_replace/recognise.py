@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from .. import _checks as check
 from ..modules import GLU, FeedForward, GatedFFN, PlainFFN, has_own_forward
 from .alike import Found, Known, Reads, structure
+from .children import LINEARS, has_only_weights
 from .form import Form, explain
-from .layer import LINEARS, Plan, child, has_only_weights, plan
+from .layer import Plan, child, plan
 from .part import Part, candidates, cut, methods_with
 from .probe import ProbeError, Run, aside, enough_rows, linear_shape, norm_width, original_class, trace, why_eval_only
 from .segment import FromOutsideError, Names, named

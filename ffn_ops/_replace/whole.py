@@ -1,30 +1,24 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""A whole layer as one call of ``ffn``, from its linear layers. Which layers these are is not decided here."""
+"""A whole layer as one call of ``ffn``, from its weights and biases. Which these are is not decided here."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import ops
 from .._lora import Lora
+from .children import Held
 from .form import Form
 
 
-def weights(layer: Any) -> tuple[Tensor, Tensor | None]:
-    parameters = layer._parameters
-    weight = parameters["weight"]
-    return (weight if isinstance(layer, nn.Linear) else weight.t()), parameters["bias"]
-
-
-def whole_ffn(form: Form, x: Tensor, gate: Any, up: Any, down: Any, lora: Lora | None) -> Tensor:
-    w_in, b_in = weights(gate)
-    w_down, b_down = weights(down)
+def whole_ffn(form: Form, x: Tensor, held: list[Held], lora: Lora | None) -> Tensor:
+    (w_in, b_in), *up, (w_down, b_down) = held
     rest: dict[str, Any] = {"b_down": b_down, "activation": form.gate, "lora": lora}
-    if up is not None:
-        w_up, b_up = weights(up)
+    if up:
+        w_up, b_up = up[0]
         return ops.ffn(x, w_in, w_down, w_up=w_up, b_in=b_in, b_up=b_up, **rest)
     if form.halves == "up first":
         w_up, w_in = w_in.chunk(2)

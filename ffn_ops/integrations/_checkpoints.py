@@ -104,7 +104,10 @@ def _read_gptq(parts: Parts, settings: dict[str, Any]) -> Any:
     if "qweight" not in parts:
         return parts["weight"]
     version = 2 if settings.get("checkpoint_format") == "gptq_v2" else 1
-    return QuantizedWeight.from_gptq(**parts, version=version)
+    size = settings.get("group_size")
+    group = size if isinstance(size, int) and size > 0 else None
+    held = parts["qweight"], parts["qzeros"], parts["scales"], parts.get("g_idx")
+    return QuantizedWeight.from_gptq(*held, version=version, group=group)
 
 
 def _read_awq(parts: Parts, settings: dict[str, Any]) -> Any:

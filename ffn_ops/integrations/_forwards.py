@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .._gate import Gate
-from .._replace.layer import is_plain
+from .._replace.children import is_plain
 from ..modules import PLAIN_TENSORS, is_unhooked
 from ..ops import ffn, gated_act, moe, moe_combine, moe_dispatch, moe_experts
 from ..ops._rows import linear_op

@@ -26,9 +26,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .._quantized import QuantizedWeight
+from .._quantized.linear import QuantizedLinear
 from .._replace import ReplaceEntry
 from ._checkpoints import METHODS, OWN, settings_of, stacked
-from ._quantized_linear import QuantizedLinear
 from .transformers import _runs_ours
 
 

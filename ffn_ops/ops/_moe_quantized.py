@@ -130,6 +130,7 @@ def _check_weights(name: str, x: Tensor, weights: dict[str, Any], experts: bool)
         if w.dim() != (3 if experts else 2):
             shape = "[E, N, K]" if experts else "[N, K]"
             raise ValueError(f"{each}: expected a quantised weight of shape {shape}, got {list(w.shape)}")
+        check._strided(each, w.codes)
         check.device(each, w.codes, x, name)
         check_groups(each, w.codes, w.format, w.block)
 
