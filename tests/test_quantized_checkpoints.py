@@ -4,13 +4,13 @@ against the same models dequantised by transformers or by the formula."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from checkpoints import Auto, check_like, check_saved, checkpoint, held, safetensors, transformers
 from device import generator
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -19,12 +19,7 @@ import ffn_ops
 from ffn_ops import QuantizedWeight
 from ffn_ops.integrations.transformers import from_pretrained, report
 
-transformers = pytest.importorskip("transformers")
-safetensors = pytest.importorskip("safetensors.torch")
-
 pytestmark = pytest.mark.cpu_only("quantised weights have no CUDA kernels")
-IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2]])
-Auto: Any = transformers.AutoModelForCausalLM
 
 GPT_OSS = dict(
     vocab_size=50, hidden_size=64, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
@@ -39,26 +34,6 @@ def deepseek(width: int) -> dict[str, Any]:
         topk_group=1, first_k_dense_replace=1, q_lora_rank=160, kv_lora_rank=96, qk_rope_head_dim=32,
         qk_nope_head_dim=32, v_head_dim=48, n_shared_experts=1, pad_token_id=0,
     )  # fmt: skip
-
-
-def checkpoint(folder: Path, config: Any, settings: dict[str, Any], change: Callable[[str, Tensor], Any]) -> Path:
-    """A checkpoint of a model with random weights. ``change`` returns for some tensors the quantised ones, by what is
-    added to the name, and the values that they stand for, which a dense checkpoint beside it holds in float32."""
-    torch.manual_seed(0)
-    transformers.AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder)
-    state, dense = {}, {}
-    for name, t in safetensors.load_file(folder / "model.safetensors").items():
-        changed = change(name, t)
-        parts, values = changed if changed else ({name: t}, t)
-        state |= parts
-        dense[name] = values.float().contiguous()
-    safetensors.save_file(state, folder / "model.safetensors", {"format": "pt"})
-    (folder / "dense").mkdir()
-    safetensors.save_file(dense, folder / "dense" / "model.safetensors", {"format": "pt"})
-    text = json.loads((folder / "config.json").read_text())
-    (folder / "dense" / "config.json").write_text(json.dumps(text))
-    (folder / "config.json").write_text(json.dumps({**text, "quantization_config": settings}))
-    return folder
 
 
 def mxfp4(name: str, t: Tensor) -> Any:
@@ -86,37 +61,6 @@ FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size
 def gpt_oss(tmp_path_factory: Any) -> Path:
     config = transformers.GptOssConfig(**GPT_OSS)
     return checkpoint(tmp_path_factory.mktemp("gpt_oss"), config, {"quant_method": "mxfp4"}, mxfp4)
-
-
-def held(model: nn.Module) -> int:
-    return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
-
-
-def logits_and_gradient(model: Any) -> tuple[Tensor, Tensor]:
-    x = model.get_input_embeddings()(IDS).detach().requires_grad_()
-    logits = model(inputs_embeds=x).logits
-    (grad,) = torch.autograd.grad(logits.square().sum(), x)
-    return logits.detach(), grad
-
-
-def check_like(model: Any, dense: Any) -> None:
-    """Values and gradients within the rounding of float32, and the same text."""
-    for actual, expected in zip(logits_and_gradient(model), logits_and_gradient(dense), strict=True):
-        assert expected.norm() > 0
-        assert (actual - expected).norm() < 1e-5 * expected.norm()
-    options: Any = {"max_new_tokens": 4, "do_sample": False}
-    assert torch.equal(model.generate(IDS, **options), dense.generate(IDS, **options))
-
-
-def check_saved(model: Any, folder: Path) -> None:
-    model.save_pretrained(folder)
-    expected = logits_and_gradient(model)
-    for again in (
-        from_pretrained(Auto, folder, dtype=torch.float32),
-        Auto.from_pretrained(folder, dtype=torch.float32, experts_implementation="ffn_ops"),
-    ):
-        assert held(again) == held(model)
-        assert all(map(torch.equal, logits_and_gradient(again), expected))
 
 
 def is_mapped(t: Tensor, path: Path) -> bool:

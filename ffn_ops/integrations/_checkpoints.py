@@ -24,6 +24,8 @@ class Method(NamedTuple):
     read: Callable[[Parts, dict[str, Any]], Any]  # one weight from these; a Tensor where it is not quantised
     check: Callable[[dict[str, Any]], None]  # of the settings, before any work
     renames: tuple[tuple[str, str], ...] = ()
+    joined: tuple[str, ...] = ()  # parameters whose tensors are gate and up
+    own_names: bool = False  # tensors have the names of the model's parameters
 
 
 def settings_of(config: Any) -> dict[str, Any]:
@@ -75,7 +77,7 @@ _BITS = {
 def _check_compressed_tensors(settings: dict[str, Any]) -> None:
     _has(settings, quantization_status=("compressed",))
     for group in settings["config_groups"].values():
-        weights, format = group.get("weights") or {}, group.get("format") or settings.get("format")
+        weights, format = group.get("weights") or {}, str(group.get("format") or settings.get("format"))
         _has({"format": format}, format=tuple(_BITS))
         bits, kind = _BITS[format]
         _has(weights, num_bits=(bits,), type=(kind,), actorder=("weight", "static", False))
@@ -155,7 +157,15 @@ METHODS = {
         _read_compressed_tensors,
         _check_compressed_tensors,
     ),
-    OWN: Method({"": (r"\.codes", r"\.scales", r"\.zeros", r"\.factor")}, _read_own, _anything),
+    "gguf": Method(
+        {"gate_up_proj": ("gate_up_proj.0.weight", "gate_up_proj.1.weight"), "down_proj": ("down_proj",)}
+        | {"weight": ("weight",)},
+        lambda parts, settings: next(iter(parts.values())),
+        _anything,
+        joined=("gate_up_proj",),
+        own_names=True,
+    ),
+    OWN: Method({"": (r"\.codes", r"\.scales", r"\.zeros", r"\.factor")}, _read_own, _anything, own_names=True),
 }
 
 
@@ -165,6 +175,7 @@ def stacked(branches: Sequence[Sequence[QuantizedWeight]]) -> QuantizedWeight:
     Blocks of scales may end inside of N where a branch ends: 448 rows in blocks of 128. Then blocks are cut into pieces
     of as many rows as divide all of it, 64 here, and the scales are written once for each piece.
     """
+    branches = [[each for w in branch for each in _experts(w)] for branch in branches]
     first = branches[0][0]
     for each in (w for branch in branches for w in branch):
         if (each.format, each.block, each.shape[-1]) != (first.format, first.block, first.shape[-1]):
@@ -185,6 +196,16 @@ def stacked(branches: Sequence[Sequence[QuantizedWeight]]) -> QuantizedWeight:
                 part = getattr(w, name)
                 place.copy_(part if finer == 1 else part.repeat_interleave(finer, 0)[: len(place)])
     return QuantizedWeight(first.format, block=(cut, first.block[1]), **made)
+
+
+def _experts(w: QuantizedWeight) -> Sequence[QuantizedWeight]:
+    if w.dim() == 2:
+        return (w,)
+    parts = {name: t.unbind() for name, t in w.named_buffers()}
+    return [
+        QuantizedWeight(w.format, block=w.block, **{name: each[e] for name, each in parts.items()})
+        for e in range(w.shape[0])
+    ]
 
 
 def _height(t: Tensor, finer: int, rows: int, cut: int) -> int:

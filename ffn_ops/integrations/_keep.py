@@ -28,7 +28,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .._quantized import QuantizedWeight
 from .._replace import ReplaceEntry
 from ._checkpoints import METHODS, OWN, settings_of, stacked
-from ._quantized_linear import QuantizedLinear
+from ._quantized_linear import QuantizedEmbedding, QuantizedLinear
 from .transformers import _runs_ours
 
 
@@ -67,8 +67,11 @@ class KeepingQuantizer(HfQuantizer):  # type: ignore[misc]
     def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
         """Makes the model's converters collect all tensors of a weight, and those of weights that have none."""
         self.plan = model._get_dtype_plan(self.dtype)
-        general = [WeightConverter(list(names), target, [Keep(self)]) for target, names in self.method.names.items()]
-        if self.method is METHODS[OWN]:
+        general = [
+            WeightConverter(list(names), target, [Keep(self, [Concatenate(1)] if target in self.method.joined else ())])
+            for target, names in self.method.names.items()
+        ]
+        if self.method.own_names:
             return general
         renames = [WeightRenaming(source, target) for source, target in self.method.renames]
         return [*renames, *(self._collecting(each) for each in weight_conversions), *general]
@@ -172,12 +175,15 @@ class Keep(ConversionOps):  # type: ignore[misc]
 
     def _why_not(self, model: Any, name: str) -> str | None:
         owner, attribute = _owner(model, name)
-        if attribute == "weight" and type(owner) is nn.Linear and not self.then:
+        tied = model.all_tied_weights_keys
+        if name in tied or name in tied.values():
+            return "it is tied to another weight"
+        if attribute == "weight" and type(owner) in (nn.Linear, nn.Embedding) and not self.then:
             return None
         if not _runs_ours(owner):
             return "its class runs code of its own"
         kinds = [type(op) for op in self.then]
-        if kinds not in ([], [MergeModulelist], [MergeModulelist, Concatenate]) or any(
+        if kinds not in ([], [MergeModulelist], [Concatenate], [MergeModulelist, Concatenate]) or any(
             op.dim != (0 if isinstance(op, MergeModulelist) else 1) for op in self.then
         ):
             return f"its experts are put together by {', '.join(map(repr, self.then))}"
@@ -194,9 +200,13 @@ class Keep(ConversionOps):  # type: ignore[misc]
         quantizer = self.hf_quantizer
         quantizer.formats[name] = w.stacked()[1]
         quantizer.entries.append(ReplaceEntry(name, type(owner).__name__, "quantised", w.extra_repr()))
-        if isinstance(owner, nn.Linear):
+        if isinstance(owner, (nn.Linear, nn.Embedding)):
+            if isinstance(owner, nn.Embedding):
+                layer: nn.Module = QuantizedEmbedding(w, quantizer.dtype_of(name))
+            else:
+                layer = QuantizedLinear(w, owner.bias)
             parent, child = _owner(model, name.rpartition(".")[0])
-            parent._modules[child] = QuantizedLinear(w, owner.bias)
+            parent._modules[child] = layer
         else:
             delattr(owner, attribute)
             setattr(owner, attribute, w)

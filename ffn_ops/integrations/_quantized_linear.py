@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""QuantizedLinear: what stands in the place of a linear layer whose weight stays quantised."""
+"""QuantizedLinear and QuantizedEmbedding: what stands in the place of a layer whose weight stays quantised."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .. import _checks as check
 from .._quantized import QuantizedWeight
@@ -38,3 +41,25 @@ class QuantizedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class QuantizedEmbedding(nn.Module):
+    """Rows of a constant table, which are dequantised as they are looked up."""
+
+    def __init__(self, weight: QuantizedWeight, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = weight
+        self.dtype = dtype
+        self.num_embeddings, self.embedding_dim = weight.shape
+
+    def forward(self, ids: Tensor) -> Tensor:
+        w, rows = self.weight, ids.flatten()
+        parts: dict[str, Any] = {"factor": w.factor} if "factor" in w._buffers else {}
+        for name in ("codes", "scales", "zeros"):
+            if (table := w._buffers.get(name)) is not None:
+                parts[name] = F.embedding(rows if name == "codes" else rows // w.block[0], table)
+        picked = QuantizedWeight(w.format, block=(1, w.block[1]), **parts)
+        return picked.dequantize(self.dtype).reshape(*ids.shape, self.embedding_dim)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}"

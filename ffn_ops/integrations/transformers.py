@@ -8,6 +8,7 @@ import contextlib
 import copy
 import functools
 import importlib
+import importlib.util
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -88,14 +89,15 @@ _HUB = (
     "trust_remote_code",
 )  # fmt: skip
 _ASIDE = ("attn_implementation", "dtype", "experts_implementation", "torch_dtype")  # of the model, not of its config
-_REFUSED = ("distributed_config", "gguf_file", "quantization_config", "tp_plan", "tp_size")
+_REFUSED = ("distributed_config", "quantization_config", "tp_plan", "tp_size")
 
 
 def from_pretrained(model_class: Any, name: Any, *args: Any, **options: Any) -> Any:
     """``model_class.from_pretrained(name, ...)`` that keeps a quantised checkpoint quantised, on a CPU.
 
-    The experts, and the linear layers, that the checkpoint has quantised become :class:`ffn_ops.QuantizedWeight` and
-    run as this package's operators, forward and backward to their input. Everything else is loaded as ever.
+    The experts, linear layers and embeddings that the checkpoint has quantised become :class:`ffn_ops.QuantizedWeight`.
+    Experts and linear layers run as this package's operators, forward and backward to their input; activations are not
+    quantised. Everything else is loaded as ever.
     :func:`report` lists what stayed quantised and what did not. ``save_pretrained`` writes the same bytes in this
     package's layout, which this function reads, and after :func:`register` transformers' own ``from_pretrained``.
 
@@ -104,13 +106,14 @@ def from_pretrained(model_class: Any, name: Any, *args: Any, **options: Any) -> 
         name: as transformers takes it. The config's ``quant_method`` is one of ``mxfp4`` (gpt-oss), ``fp8`` (DeepSeek),
             ``gptq`` and ``awq`` (4 bits), ``compressed-tensors`` (``pack-quantized`` of 4 bits,
             ``mxfp4-pack-quantized``, ``int-quantized``, ``float-quantized``), ``ffn_ops``. No other library is needed.
-        options: as transformers takes them. ``experts_implementation`` is "ffn_ops".
+        options: as transformers takes them. ``experts_implementation`` is "ffn_ops". ``gguf_file`` needs gguf-py and
+            takes Qwen2-MoE and Qwen3-MoE.
 
     Returns:
         The model.
 
     Raises:
-        ImportError: as :func:`register`.
+        ImportError: as :func:`register`; with ``gguf_file``, if gguf is missing.
         ValueError: if the checkpoint is not quantised or by another method, if it is to be loaded on a GPU, or for an
             option that has no meaning here.
         RuntimeError: from transformers, if a weight does not fit; its report above has our message.
@@ -130,19 +133,30 @@ def from_pretrained(model_class: Any, name: Any, *args: Any, **options: Any) -> 
         raise ValueError(f"experts_implementation: expected {NAME!r}, got {options['experts_implementation']!r}")
     _on_cpu(options.get("device_map"))
     hub = {key: options.pop(key) for key in _HUB if key in options}
+    keep = importlib.import_module("ffn_ops.integrations._keep")
+    if (file := options.pop("gguf_file", None)) is not None:
+        if importlib.util.find_spec("gguf") is None:
+            raise ImportError("ffn_ops: gguf is not installed, run pip install gguf")
+        gguf = importlib.import_module("ffn_ops.integrations._gguf")
+        model_class, config, options["state_dict"] = gguf.opened(model_class, name, file, hub)
+        config.quantization_config = keep.KeptConfig(checkpoint={"quant_method": "gguf"})
+        options.setdefault("dtype", torch.float32)  # as transformers loads such files
+        return _loaded(model_class, None, args, config, hub, options)
     config = options.pop("config", None)
     if config is None:
         aside = {key: options.pop(key) for key in _ASIDE if key in options}
         auto = importlib.import_module("transformers").AutoConfig
         config, options = auto.from_pretrained(name, return_unused_kwargs=True, **hub, **options)
         options |= aside
-    keep = importlib.import_module("ffn_ops.integrations._keep")
-    config = keep.kept_config(copy.deepcopy(config))
+    return _loaded(model_class, name, args, keep.kept_config(copy.deepcopy(config)), hub, options)
+
+
+def _loaded(model_class: Any, name: Any, args: Any, config: Any, hub: dict[str, Any], options: dict[str, Any]) -> Any:
     model = model_class.from_pretrained(name, *args, config=config, **hub, **options)
     found = model[0] if isinstance(model, tuple) else model  # with output_loading_info
     if lost := [entry for entry in _weights(found) if entry.status == "dequantised"]:
         what = f"{len(lost)} quantised weights were dequantised, because {lost[0].why}"
-        warnings.warn(f"{what}. ffn_ops.integrations.transformers.report(model) lists them", stacklevel=2)
+        warnings.warn(f"{what}. ffn_ops.integrations.transformers.report(model) lists them", stacklevel=3)
     return model
 
 
