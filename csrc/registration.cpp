@@ -56,19 +56,19 @@ STABLE_TORCH_LIBRARY(ffn_ops, m) {
       " bool gated, bool interleaved, str activation, float[] params, bool[6] needs)"
       " -> (Tensor d_x, Tensor d_weight, Tensor d_w_in, Tensor d_w_down, Tensor d_b_in, Tensor d_b_down)");
   // With adapters: w_in + scale * lora_b_in lora_a_in, and the same of w_down. lora_a [E, rank, in], lora_b [E, out,
-  // rank], of x's dtype or of the arithmetic's.
+  // rank], of x's dtype or of the arithmetic's. With w_up, w_in has gate's rows alone; lora_b_in has those of both.
+  // Without offsets: one expert, which takes every row.
   m.def(
-      "moe_lora(Tensor x, Tensor? token, Tensor? weight, Tensor offsets, Tensor? row, Tensor? slot_offsets, Tensor "
-      "w_in,"
-      " Tensor w_down, Tensor? b_in, Tensor? b_down, Tensor? lora_a_in, Tensor? lora_b_in, Tensor? lora_a_down,"
-      " Tensor? lora_b_down, bool gated, bool interleaved, str activation, float[] params, float scale, bool save)"
-      " -> (Tensor y, Tensor gate, Tensor up)");
+      "moe_lora(Tensor x, Tensor? token, Tensor? weight, Tensor? offsets, Tensor? row, Tensor? slot_offsets,"
+      " Tensor w_in, Tensor? w_up, Tensor w_down, Tensor? b_in, Tensor? b_down, Tensor? lora_a_in, Tensor? lora_b_in,"
+      " Tensor? lora_a_down, Tensor? lora_b_down, bool gated, bool interleaved, str activation, float[] params,"
+      " float scale, bool save) -> (Tensor y, Tensor gate, Tensor up)");
   m.def(
-      "moe_lora_backward(Tensor d_y, Tensor x, Tensor? token, Tensor? weight, Tensor offsets, Tensor? row,"
-      " Tensor? slot_offsets, Tensor w_in, Tensor w_down, Tensor? b_in, Tensor? b_down, Tensor? lora_a_in,"
-      " Tensor? lora_b_in, Tensor? lora_a_down, Tensor? lora_b_down, Tensor gate, Tensor up, bool gated,"
-      " bool interleaved, str activation, float[] params, float scale, bool[10] needs)"
-      " -> (Tensor d_x, Tensor d_weight, Tensor d_w_in, Tensor d_w_down, Tensor d_b_in, Tensor d_b_down,"
+      "moe_lora_backward(Tensor d_y, Tensor x, Tensor? token, Tensor? weight, Tensor? offsets, Tensor? row,"
+      " Tensor? slot_offsets, Tensor w_in, Tensor? w_up, Tensor w_down, Tensor? b_in, Tensor? b_down,"
+      " Tensor? lora_a_in, Tensor? lora_b_in, Tensor? lora_a_down, Tensor? lora_b_down, Tensor gate, Tensor up,"
+      " bool gated, bool interleaved, str activation, float[] params, float scale, bool[11] needs)"
+      " -> (Tensor d_x, Tensor d_weight, Tensor d_w_in, Tensor d_w_up, Tensor d_w_down, Tensor d_b_in, Tensor d_b_down,"
       " Tensor d_a_in, Tensor d_lora_b_in, Tensor d_a_down, Tensor d_lora_b_down)");
   m.def(
       "moe_dispatch(Tensor x, Tensor token, Tensor? weight, Tensor offsets, Tensor row, Tensor slot_offsets)"
@@ -86,13 +86,16 @@ STABLE_TORCH_LIBRARY(ffn_ops, m) {
   m.def("quantized_linear(Tensor rows, Tensor[] w, str format, Tensor offsets, bool transposed) -> Tensor");
   m.def(
       "moe_quantized(Tensor x, Tensor? token, Tensor? weight, Tensor? offsets, Tensor? row, Tensor? slot_offsets,"
-      " Tensor[] w_in, Tensor[] w_up, Tensor[] w_down, str formats, Tensor? b_in, Tensor? b_down, bool gated,"
-      " bool interleaved, str activation, float[] params, bool save) -> (Tensor y, Tensor gate, Tensor up)");
+      " Tensor[] w_in, Tensor[] w_up, Tensor[] w_down, str formats, Tensor? b_in, Tensor? b_down, Tensor? lora_a_in,"
+      " Tensor? lora_b_in, Tensor? lora_a_down, Tensor? lora_b_down, bool gated, bool interleaved, str activation,"
+      " float[] params, float scale, bool save) -> (Tensor y, Tensor gate, Tensor up)");
   m.def(
       "moe_quantized_backward(Tensor d_y, Tensor x, Tensor? token, Tensor? weight, Tensor? offsets, Tensor? row,"
       " Tensor? slot_offsets, Tensor[] w_in, Tensor[] w_up, Tensor[] w_down, str formats, Tensor? b_in, Tensor? b_down,"
-      " Tensor gate, Tensor up, bool gated, bool interleaved, str activation, float[] params, bool[4] needs)"
-      " -> (Tensor d_x, Tensor d_weight, Tensor d_b_in, Tensor d_b_down)");
+      " Tensor? lora_a_in, Tensor? lora_b_in, Tensor? lora_a_down, Tensor? lora_b_down, Tensor gate, Tensor up,"
+      " bool gated, bool interleaved, str activation, float[] params, float scale, bool[8] needs)"
+      " -> (Tensor d_x, Tensor d_weight, Tensor d_b_in, Tensor d_b_down, Tensor d_a_in, Tensor d_lora_b_in,"
+      " Tensor d_a_down, Tensor d_lora_b_down)");
 
   // Logits [T, E] of the arithmetic's dtype; weight and bias of x's dtype, or of the arithmetic's.
   m.def("route_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");

@@ -96,28 +96,34 @@ def _pair(R: int, a: Any, b: Any) -> int:
     return 0 if a is None else 2 * R * a[1] * (a[2] + b[1])
 
 
+def _in_and_up(w_in: Any, w_up: Any) -> Any:
+    return w_in if w_up is None else (w_in[0], w_in[1] + w_up[1], w_in[2])
+
+
 @register_flop_formula(_OPS.moe_lora)  # type: ignore[untyped-decorator]
 def moe_lora_flops(
-    x: Any, token: Any, weight: Any, offsets: Any, row: Any, slot_offsets: Any, w_in: Any, w_down: Any, b_in: Any,
-    b_down: Any, a_in: Any, lora_b_in: Any, a_down: Any, lora_b_down: Any, *_: Any, out_shape: Any = None, **__: Any
+    x: Any, token: Any, weight: Any, offsets: Any, row: Any, slot_offsets: Any, w_in: Any, w_up: Any, w_down: Any,
+    b_in: Any, b_down: Any, a_in: Any, lora_b_in: Any, a_down: Any, lora_b_down: Any, *_: Any, out_shape: Any = None,
+    **__: Any
 ) -> int:  # fmt: skip
     R = x[0] if token is None else token[0]
-    base: int = moe_flops(x, token, weight, offsets, row, slot_offsets, w_in, w_down)
+    base: int = moe_flops(x, token, weight, offsets, row, slot_offsets, _in_and_up(w_in, w_up), w_down)
     return base + _pair(R, a_in, lora_b_in) + _pair(R, a_down, lora_b_down)
 
 
 @register_flop_formula(_OPS.moe_lora_backward)  # type: ignore[untyped-decorator]
 def moe_lora_backward_flops(
-    d_y: Any, x: Any, token: Any, weight: Any, offsets: Any, row: Any, slot_offsets: Any, w_in: Any, w_down: Any,
-    b_in: Any, b_down: Any, a_in: Any, lora_b_in: Any, a_down: Any, lora_b_down: Any, gate: Any, *rest: Any,
-    out_shape: Any = None, **_: Any
+    d_y: Any, x: Any, token: Any, weight: Any, offsets: Any, row: Any, slot_offsets: Any, w_in: Any, w_up: Any,
+    w_down: Any, b_in: Any, b_down: Any, a_in: Any, lora_b_in: Any, a_down: Any, lora_b_down: Any, gate: Any,
+    *rest: Any, out_shape: Any = None, **_: Any
 ) -> int:  # fmt: skip
     """Counts a pair twice where anything is asked for: the way back, and the gradients of its two factors."""
     R = x[0] if token is None else token[0]
-    needs = [*rest[-1][:6]]
-    needs[0] = needs[0] or any(rest[-1][6:8])  # what reaches x reaches a_in and b_in
+    need_x, need_weight, need_in, need_up, *needs = rest[-1]
+    # What reaches x reaches a_in and b_in.
+    needs = [need_x or any(needs[3:5]), need_weight, need_in or need_up, *needs[:3]]
     base: int = moe_backward_flops(
-        d_y, x, token, weight, offsets, row, slot_offsets, w_in, w_down, b_in, b_down, gate, needs
+        d_y, x, token, weight, offsets, row, slot_offsets, _in_and_up(w_in, w_up), w_down, b_in, b_down, gate, needs
     )
     return base + 2 * (_pair(R, a_in, lora_b_in) + _pair(R, a_down, lora_b_down))
 
@@ -143,22 +149,27 @@ def _quantized_widths(w_in: Any, w_up: Any, w_down: Any, formats: str) -> tuple[
 @register_flop_formula(_OPS.moe_quantized)  # type: ignore[untyped-decorator]
 def moe_quantized_flops(
     x: Any, token: Any, weight: Any, offsets: Any, row: Any, slot_offsets: Any, w_in: Any, w_up: Any, w_down: Any,
-    formats: str, *_: Any, out_shape: Any = None, **__: Any
+    formats: str, b_in: Any, b_down: Any, a_in: Any, lora_b_in: Any, a_down: Any, lora_b_down: Any, *_: Any,
+    out_shape: Any = None, **__: Any
 ) -> int:  # fmt: skip
     R = x[0] if token is None else token[0]
-    return 2 * R * sum(_quantized_widths(w_in, w_up, w_down, formats))  # type: ignore[no-any-return]
+    base = 2 * R * sum(_quantized_widths(w_in, w_up, w_down, formats))
+    return base + _pair(R, a_in, lora_b_in) + _pair(R, a_down, lora_b_down)  # type: ignore[no-any-return]
 
 
 @register_flop_formula(_OPS.moe_quantized_backward)  # type: ignore[untyped-decorator]
 def moe_quantized_backward_flops(
     d_y: Any, x: Any, token: Any, weight: Any, offsets: Any, row: Any, slot_offsets: Any, w_in: Any, w_up: Any,
-    w_down: Any, formats: str, b_in: Any, b_down: Any, gate: Any, *rest: Any, out_shape: Any = None, **_: Any
+    w_down: Any, formats: str, b_in: Any, b_down: Any, a_in: Any, lora_b_in: Any, a_down: Any, lora_b_down: Any,
+    gate: Any, *rest: Any, out_shape: Any = None, **_: Any
 ) -> int:  # fmt: skip
     R = x[0] if token is None else token[0]
-    need_x, need_weight, need_b_in, _need_b_down = rest[-1]
+    need_x, need_weight, need_b_in, _need_b_down, *need_pairs = rest[-1]
     up, down = _quantized_widths(w_in, w_up, w_down, formats)
-    hidden = need_x or need_weight or need_b_in
-    return 2 * R * (up * (bool(need_x) + (len(gate) == 1 and bool(hidden))) + down * bool(hidden))  # type: ignore[no-any-return]
+    hidden = need_x or need_weight or need_b_in or any(need_pairs[:2])
+    again = len(gate) == 1 and bool(hidden or any(need_pairs))  # the pre-activations were not saved
+    base = 2 * R * (up * (bool(need_x) + again) + down * bool(hidden))
+    return base + 2 * (_pair(R, a_in, lora_b_in) + _pair(R, a_down, lora_b_down))  # type: ignore[no-any-return]
 
 
 @register_flop_formula(_OPS.quantized_linear)  # type: ignore[untyped-decorator]

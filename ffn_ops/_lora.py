@@ -19,15 +19,17 @@ class Lora:
     """``w_in + scale * b_in a_in`` and ``w_down + scale * b_down a_down`` in the place of an operator's weights.
 
     No such weight is formed: ``scale * (x a_in^T) b_in^T`` is added to ``x w_in^T`` before bias and activation, and
-    likewise after the activation. A ``Lora`` is frozen, and is a pytree of its tensors.
+    likewise after the activation. A ``Lora`` is frozen, and is a pytree of the tensors it has.
 
     Args:
         a_in, b_in: ``[E, r, D]`` and ``[E, F, r]`` (gated ``[E, 2F, r]``, rows in the order of ``w_in``'s), or as PEFT
             stores them, ``[r * E, D]`` with the expert as the slower index and ``[F, r * E]`` with the expert as the
-            faster one. Both, or None.
-        a_down, b_down: ``[E, r, F]`` and ``[E, D_out, r]``, or ``[r * E, F]`` and ``[D_out, r * E]``. Their rank may be
-            another one. Both, or None.
+            faster one. In :func:`ffn_ops.ffn` ``[r, D]`` and ``[F, r]`` (gated with one weight ``[2F, r]``). Both, or
+            None.
+        a_down, b_down: ``[E, r, F]`` and ``[E, D_out, r]``, or ``[r * E, F]`` and ``[D_out, r * E]``, or ``[r, F]`` and
+            ``[D_out, r]``. Each pair may have a rank of its own. Both, or None.
         scale: a number.
+        a_up, b_up: ``[r, D]`` and ``[F, r]`` for the ``w_up`` of :func:`ffn_ops.ffn`. Both, or None.
 
     Tensors have x's dtype, or float32 with 16-bit weights; autocast casts those of 16 bits. Products with them are
     summed in float32 (float64 for float64), and nothing between a and b is rounded.
@@ -52,37 +54,50 @@ class Lora:
     a_down: Tensor | None = None
     b_down: Tensor | None = None
     scale: float = 1.0
+    a_up: Tensor | None = None
+    b_up: Tensor | None = None
 
     def __post_init__(self) -> None:
         for name in _TENSORS:
             value = getattr(self, name)
             if value is not None and not isinstance(value, Tensor):
                 raise TypeError(f"{name}: expected a torch.Tensor or None, got {type(value).__name__}")
-        for place in ("in", "down"):
+        for place in _PLACES:
             a, b = getattr(self, f"a_{place}"), getattr(self, f"b_{place}")
             if (a is None) != (b is None):
                 raise ValueError(f"a_{place}, b_{place}: expected both or neither, got one")
         check.number("scale", self.scale)
 
 
-_TENSORS = ("a_in", "b_in", "a_down", "b_down")
+_PLACES = ("in", "up", "down")
+_TENSORS = ("a_in", "b_in", "a_down", "b_down", "a_up", "b_up")
 
 
-def _unflatten(tensors: Any, scale: float) -> Lora:
+def _given(lora: Lora) -> list[str]:
+    return [name for name in _TENSORS if getattr(lora, name) is not None]
+
+
+def _context(lora: Lora) -> tuple[tuple[str, ...], float]:
+    return tuple(_given(lora)), lora.scale
+
+
+def _unflatten(tensors: Any, context: Any) -> Lora:
+    names, scale = context
     lora = object.__new__(Lora)  # without checks: torch puts its own objects in the leaves' places
-    for name, value in zip((*_TENSORS, "scale"), (*tensors, scale), strict=True):
+    fields = dict.fromkeys(_TENSORS) | dict(zip(names, tensors, strict=True)) | {"scale": scale}
+    for name, value in fields.items():
         object.__setattr__(lora, name, value)
     return lora
 
 
 pytree.register_pytree_node(
     Lora,
-    lambda lora: ([getattr(lora, name) for name in _TENSORS], lora.scale),
+    lambda lora: ([getattr(lora, name) for name in _given(lora)], _context(lora)),
     _unflatten,
     serialized_type_name="ffn_ops.Lora",
     flatten_with_keys_fn=lambda lora: (
-        [(pytree.GetAttrKey(name), getattr(lora, name)) for name in _TENSORS],
-        lora.scale,
+        [(pytree.GetAttrKey(name), getattr(lora, name)) for name in _given(lora)],
+        _context(lora),
     ),
 )
 
@@ -114,8 +129,10 @@ def stack(a: Tensor, b: Tensor, experts: int) -> tuple[Tensor, Tensor]:
     return a, b
 
 
-def check_pair(place: str, a: Tensor | None, b: Tensor | None, out: Any, width: Any, x: Tensor, experts: int) -> Any:
-    """Returns both as ``[E, r, width]`` and ``[E, out, r]``."""
+def check_pair(
+    place: str, a: Tensor | None, b: Tensor | None, out: Any, width: Any, x: Tensor, experts: int | None
+) -> Any:
+    """Returns both as ``[E, r, width]`` and ``[E, out, r]``; E is 1 in a dense layer, where ``experts`` is None."""
     if a is None or b is None:
         if (a is None) != (b is None):
             raise ValueError(f"lora: expected a_{place} and b_{place} together, or none of them, got one")
@@ -130,12 +147,14 @@ def check_pair(place: str, a: Tensor | None, b: Tensor | None, out: Any, width: 
     if b.dtype is not a.dtype:
         wanted, got = check.dtype_name(a.dtype), check.dtype_name(b.dtype)
         raise TypeError(f"lora.b_{place}: expected dtype {wanted} as a_{place} has, got {got}")
-    a, b = stack(a, b, experts)
-    check.tensor(f"lora.a_{place}", a, (experts, "r", width))
-    if a.shape[1] < 1:
+    leading = () if experts is None else (experts,)
+    if experts is not None:
+        a, b = stack(a, b, experts)
+    check.tensor(f"lora.a_{place}", a, (*leading, "r", width))
+    if a.shape[-2] < 1:
         raise ValueError(f"lora.a_{place}: expected a rank of at least 1, got shape {list(a.shape)}")
-    check.tensor(f"lora.b_{place}", b, (experts, out, a.shape[1]))
-    return a, b
+    check.tensor(f"lora.b_{place}", b, (*leading, out, a.shape[-2]))
+    return (a.unsqueeze(0), b.unsqueeze(0)) if experts is None else (a, b)
 
 
 def check_lora(value: Any) -> Lora:

@@ -134,7 +134,7 @@ def _moe(
     begin, end = experts_of(experts, ranks, mesh.get_local_rank())
     here = (w_in, w_down, b_in, b_down)
     expert_form(activation, gated, recompute)
-    check_weights(x, routing.offsets[begin : end + 1], *here, gated, may_be_none=True)
+    check_weights(x, end - begin, *here, gated, may_be_none=True)
     token, weight, offsets, row, slot_offsets = routing[:5]
     weight = weight.to(arithmetic(x))
     needs = [x.requires_grad, weight.requires_grad, any(t is not None and t.requires_grad for t in here)]

@@ -44,6 +44,7 @@ STEPS = (
         steps.tests_of(
             "test_moe.py", "test_top_k.py", "test_routing.py", "test_assignment.py", "test_moe_ffn.py",
             "test_routing_errors.py", "test_router.py", "test_mask.py", "test_lora.py",
+            "test_lora_bases.py",
         ),
     ),
     Step("cuda", "graphs, streams, no waiting, TF32, the CPU's results", 3.0, steps.tests_of("test_cuda.py")),

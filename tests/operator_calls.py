@@ -101,9 +101,9 @@ def operator_calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         # both, or those of w_in alone; no kernels on a GPU, where the public functions compose other operators
         for at in (slice(0, 4), slice(0, 2)) if DEVICE == "cpu" else ():
             given_pairs = (*pairs[at], *(None,) * (4 - len(pairs[at])))
-            whole, scaled = (*route, *experts, *given_pairs), (*options, 1.5)
+            whole, scaled = (*route, experts[0], None, *experts[1:], *given_pairs), (*options, 1.5)
             calls[f"moe_lora {interleaved=} {gated=} {at}"] = (OPS.moe_lora, (t(T, D), *whole, *scaled, True))
-            needs = [True] * 6 + [given is not None for given in given_pairs]
+            needs = [True, True, True, False, True, True, True, *(given is not None for given in given_pairs)]
             all_of_them = (t(T, O), t(T, D), *whole, *none, *scaled, needs)
             calls[f"moe_lora_backward {interleaved=} {gated=} {at}"] = (OPS.moe_lora_backward, all_of_them)
     for w in (None, weight):
@@ -151,16 +151,17 @@ def quantized_calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "quantized_linear": (OPS.quantized_linear, (t(T, D), w(E, F, D), name, offsets, False)),
         "quantized_linear transposed": (OPS.quantized_linear, (t(T, F), w(E, F, D), name, offsets, True)),
     }
-    options = (True, False, "silu", [0.0, 0.0])
+    options = (True, False, "silu", [0.0, 0.0], 1.5)
     rows = (None, None, offsets, None, None)
     for up in (False, True):
         parts = (w(E, F if up else 2 * F, D), w(E, F, D) if up else [], w(E, O, F))
         names = f"{name},{name},int8:1x4" if up else f"{name},int8:1x4"
-        experts = (*parts, names, t(E, 2 * F), t(E, O))
+        pairs = (t(E, 2, D), t(E, 2 * F, 2), t(E, 1, F), t(E, O, 1)) if up else (None,) * 4
+        experts = (*parts, names, t(E, 2 * F), t(E, O), *pairs)
         for save in (True, False):
             calls[f"moe_quantized {up=} {save=}"] = (OPS.moe_quantized, (t(T, D), *rows, *experts, *options, save))
             pre = [torch.randn(T, F, generator=g) if save else torch.empty(0) for _ in range(2)]
-            args = (t(T, O), t(T, D), *rows, *experts, *pre, *options, [True, False, True, True])
+            args = (t(T, O), t(T, D), *rows, *experts, *pre, *options, [True, False, True, True, *[up] * 4])
             calls[f"moe_quantized_backward {up=} {save=}"] = (OPS.moe_quantized_backward, args)
     return calls
 

@@ -29,7 +29,8 @@ def leaves(problem: Problem) -> tuple[list[str], list[Tensor]]:
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("form", FORMS)
-def test_gradcheck(form: str, activation: str, isa: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float64], ids=dtype_name)
+def test_gradcheck(form: str, activation: str, dtype: torch.dtype, isa: str) -> None:
     """Against finite differences in float64, exactly reproducible. Random inputs lie off the kinks of relu."""
     problem = Problem(form, **SMALL, activation=activation)
     names, inputs = leaves(problem)

@@ -118,7 +118,7 @@ def test_operator_after_operator() -> None:
     def composed(**t: Tensor) -> Tensor:
         chosen = routing.top_k(t["logits"], 2)
         factors = [t[f"lora_{n}"] for n in NAMES]
-        experts = (t["w_in"], t["w_down"], t["b_in"], t["b_down"], *factors)
+        experts = (t["w_in"], None, t["w_down"], t["b_in"], t["b_down"], *factors)
         gate = m.options["activation"]
         form = (True, True, gate.activation, gate.params)
         return _composed(t["x"], chosen[:5], experts, form, SCALE)
@@ -231,6 +231,8 @@ def test_compiled_and_a_pytree() -> None:
     leaves, spec = pytree.tree_flatten(lora)
     assert len(leaves) == 4 and torch.equal(call(t["x"], pytree.tree_unflatten(leaves, spec)), expected)
     grads = torch.func.grad(lambda given: call(t["x"], given).sum())(lora)
+    first = Lora(lora.a_in, lora.b_in)  # what is None is no leaf, which torch.func would refuse
+    assert torch.func.grad(lambda given: call(t["x"], given).sum())(first).a_down is None
     assert isinstance(grads, Lora) and grads.b_down is not None and grads.b_down.shape == t["lora_b_down"].shape
 
 

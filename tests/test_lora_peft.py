@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from seen import Seen
+from test_quantized_model import dense_again
 from test_transformers import MODELS, config_of, tokens
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -154,6 +155,38 @@ def test_what_peft_does_with_adapters(tmp_path: Path) -> None:
     torch.testing.assert_close(loaded(input_ids=tokens()).logits, alone)
 
 
+def with_plain_weights(model: nn.Module) -> nn.Module:
+    model = dense_again(model)
+    for n, p in model.named_parameters():
+        p.requires_grad_(p.requires_grad and "lora_" in n)
+    return model
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_quantised_experts(name: str, tmp_path: Path) -> None:
+    """Quantised with adapters on them, or before: the bits of the same model on the dequantised values."""
+    ours = adapted("ffn_ops", name, torch.float32)
+    assert len(ffn_ops.quantize_(ours, "int8").paths("quantised")) == 2
+    dense = with_plain_weights(ours)
+    assert operators(ours) == ["moe_quantized"] * 2 and operators(dense) == ["moe_lora"] * 2
+    assert_alike(ours, dense, rtol=1e-6)
+    logits = ours(input_ids=tokens()).logits
+    assert not torch.allclose(logits, base("eager", name, torch.float32)(input_ids=tokens()).logits, rtol=0.1)
+    for call in (ours.merge_adapter, ours.merge_and_unload):
+        with pytest.raises(TypeError, match="proj: expected a plain weight to merge adapters into, got a Quantized"):
+            call()
+    ours.save_pretrained(tmp_path)
+    before = base("ffn_ops", name, torch.float32)
+    ffn_ops.quantize_(before, "int8")
+    loaded = peft.PeftModel.from_pretrained(before, tmp_path / "first")
+    assert torch.equal(loaded(input_ids=tokens()).logits, logits)
+    loaded.add_adapter("second", config(r=3))
+    draw(loaded)
+    loaded.base_model.set_adapter(["default", "second"])
+    assert_alike(loaded, with_plain_weights(loaded), rtol=1e-6)
+    assert not any(isinstance(p, nn.Parameter) for n, p in loaded.named_parameters() if n.endswith("up_proj"))
+
+
 def test_gradient_checkpointing_and_training() -> None:
     ours, theirs = (adapted(i) for i in ("ffn_ops", "eager"))
     ours.base_model.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -255,7 +288,7 @@ def test_lines_of_the_page(tmp_path: Path) -> None:
         "name": str(tmp_path / "model"), "folder": tmp_path / "adapter", "ids": tokens()[:, :12], "steps": 8,
     }  # fmt: skip
     page = (Path(__file__).parents[1] / "docs" / "fine-tuning.md").read_text(encoding="utf-8")
-    setup, training, generation = re.findall(r"^```py\n(.*?)^```", page, re.S | re.M)
+    setup, training, generation, quantised = re.findall(r"^```py\n(.*?)^```", page, re.S | re.M)
     exec(setup, names)
     before = float(names["model"](input_ids=names["ids"], labels=names["ids"]).loss)
     exec(training, names)
@@ -263,6 +296,11 @@ def test_lines_of_the_page(tmp_path: Path) -> None:
     trained = names["model"].eval().generate(names["ids"], max_new_tokens=4, do_sample=False)
     exec(generation, names)
     assert torch.equal(names["text"], trained)
+
+    names["model"] = names["AutoModelForCausalLM"].from_pretrained(names["name"], experts_implementation="ffn_ops")
+    exec(quantised.replace("mxfp4", "int8"), names)  # the small model's experts are narrower than a group of MXFP4
+    exec(training, names)
+    assert float(names["loss"]) < 0.9 * before and operators(names["model"]) == ["moe_quantized"] * 2
 
 
 class Doubled(nn.Module):

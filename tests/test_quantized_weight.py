@@ -363,7 +363,7 @@ def test_bad_weights_are_refused_by_name(case: int) -> None:
 def test_bad_calls_are_refused_by_name() -> None:
     w_in, w_down = (ffn_ops.quantize(torch.randn(*shape), "int8") for shape in ((8, 6), (5, 8)))
     x = torch.randn(3, 6)
-    lora = ffn_ops.Lora(torch.randn(1, 2, 6), torch.randn(1, 8, 2), None, None, 1.0)
+    lora = ffn_ops.Lora(torch.randn(1, 2, 5), torch.randn(1, 8, 2))
     assert ffn_ops.ffn(x, w_in, w_down).shape == (3, 5)
     for error, message, call in (
         (TypeError, "x: expected dtype .* got float64", lambda: ffn_ops.ffn(x.double(), w_in, w_down)),
@@ -377,8 +377,8 @@ def test_bad_calls_are_refused_by_name() -> None:
         (TypeError, "routing: expected an ffn_ops.Routing", lambda: ffn_ops.moe(x, None, w_in, w_down)),
         (TypeError, "local: expected a torch.Tensor", lambda: ffn_ops.expert_parallel.shard(w_in, 8, None)),
         (TypeError, "b_in: expected dtype float32", lambda: ffn_ops.ffn(x, w_in, w_down, b_in=torch.randn(8).double())),
-        (ValueError, "lora: expected None with quantised weights",
-         lambda: ffn_ops.moe_experts(x, torch.tensor([0, 3]), w_in, w_down, lora=lora)),
+        (ValueError, r"lora.a_in: expected shape \[r, 6\], got \[1, 2, 5\]",
+         lambda: ffn_ops.ffn(x, w_in, w_down, lora=lora)),
     ):  # fmt: skip
         with pytest.raises(error, match=message):
             call()

@@ -41,7 +41,7 @@ def raw_calls() -> dict[str, Callable[[], Any]]:
 
     def lora(**changes: Any) -> Callable[[], Any]:
         given = {"a_in": torch.ones(2, 3, 4), "b_in": torch.ones(2, 6, 3), "a_down": None, "b_down": None, **changes}
-        weights = (experts, torch.ones(2, 5, 6), None, None)
+        weights = (experts, None, torch.ones(2, 5, 6), None, None)
         offsets = torch.tensor([0, 1, 3])
         form = (False, False, *act, 1.0, True)
         return lambda: OPS.moe_lora(x, None, None, offsets, None, None, *weights, *given.values(), *form)

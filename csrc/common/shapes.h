@@ -138,8 +138,8 @@ inline FfnShape check_ffn(const Tensor& x, const Tensor& w_in, const MaybeTensor
 }
 
 // Whether the pre-activations [rows, F] were saved by `op`; an empty vector stands for "not saved".
-inline bool check_saved(const char* op, const Tensor& gate, const Tensor& up, DType dtype, int64_t rows, int64_t F,
-                        bool gated, Place place = {}) {
+inline bool check_saved(const std::string& op, const Tensor& gate, const Tensor& up, DType dtype, int64_t rows,
+                        int64_t F, bool gated, Place place = {}) {
   if (gate.dim() == 1) return false;
   check_tensor(gate, "gate", dtype, {rows, F}, place);
   if (gated) check_tensor(up, "up", dtype, {rows, F}, place);
@@ -182,7 +182,7 @@ struct MoeShape {
 inline MoeShape check_moe(const Tensor& x, const MaybeTensor& token, const MaybeTensor& weight, const Tensor& offsets,
                           const MaybeTensor& row, const MaybeTensor& slot_offsets, const Tensor& w_in,
                           const Tensor& w_down, const MaybeTensor& b_in, const MaybeTensor& b_down, bool gated,
-                          bool interleaved, const Gate& form, Place place = {}) {
+                          bool interleaved, const Gate& form, Place place = {}, const MaybeTensor& w_up = {}) {
   MoeShape s;
   s.dtype = storage_dtype(x, "x");
   check_tensor(x, "x", s.dtype, {"T", "D"}, place);
@@ -191,16 +191,19 @@ inline MoeShape check_moe(const Tensor& x, const MaybeTensor& token, const Maybe
   s.gated = gated;
   s.interleaved = interleaved;
   check_gated_form(form, gated);
-  check_interleaved(interleaved, gated, gated);
+  STD_TORCH_CHECK(gated || !w_up, "gated: expected True where w_up is given, got False");
+  const bool one_weight = gated && !w_up;
+  check_interleaved(interleaved, gated, one_weight);
   s.E = count_of(offsets, "offsets", place);
-  check_tensor(w_in, "w_in", s.dtype, {s.E, gated ? "2F" : "F", s.D}, place);
+  check_tensor(w_in, "w_in", s.dtype, {s.E, one_weight ? "2F" : "F", s.D}, place);
   STD_TORCH_CHECK(s.E > 0, "w_in: expected at least one expert, got ", shape_text(w_in));
-  STD_TORCH_CHECK(!gated || w_in.size(1) % 2 == 0, "w_in: expected an even number of rows, of gate and up, got ",
+  STD_TORCH_CHECK(!one_weight || w_in.size(1) % 2 == 0, "w_in: expected an even number of rows, of gate and up, got ",
                   shape_text(w_in));
-  s.F = gated ? w_in.size(1) / 2 : w_in.size(1);
+  s.F = one_weight ? w_in.size(1) / 2 : w_in.size(1);
+  if (w_up) check_tensor(*w_up, "w_up", s.dtype, {s.E, s.F, s.D}, place);
   check_tensor(w_down, "w_down", s.dtype, {s.E, "D_out", s.F}, place);
   s.O = w_down.size(1);
-  if (b_in) check_tensor(*b_in, "b_in", s.dtype, {s.E, w_in.size(1)}, place);
+  if (b_in) check_tensor(*b_in, "b_in", s.dtype, {s.E, s.hidden()}, place);
   if (b_down) check_tensor(*b_down, "b_down", s.dtype, {s.E, s.O}, place);
   s.form = form;
   s.routed = token.has_value();

@@ -21,11 +21,16 @@ struct LowRank {
   double scale = 1;
 };
 
+// Checked.
+LowRank low_rank(const std::optional<Tensor>& a, const std::optional<Tensor>& b, const std::string& place, double scale,
+                 const MoeShape& s, int64_t N, int64_t K);
+
 // Rows sorted by expert, and where they come from: gathered from tokens, or in order already (not routed).
 struct Experts {
   DType dtype;
   int64_t T = 0, D = 0, F = 0, O = 0, E = 0, R = 0;
   bool gated = false, interleaved = false, routed = false;
+  bool two_in = false;  // w_in is of two weights, gate's rows and up's
   Gate form;
   LowRank lora_in, lora_down;
   Routes routes;
@@ -52,6 +57,16 @@ struct Experts {
   }
   const void* row_weight(const Segment& s) const { return advance(weight, s.begin, arithmetic_dtype(dtype)); }
 };
+
+// Without offsets: one expert, which takes every row.
+inline Tensor all_rows(const std::optional<Tensor>& offsets, int64_t rows) {
+  if (offsets) return *offsets;
+  Tensor all = fresh_indices({2});
+  auto* data = static_cast<int64_t*>(all.mutable_data_ptr());
+  data[0] = 0;
+  data[1] = rows;
+  return all;
+}
 
 // The experts of a call, with their routes where it is routed.
 Experts with_routes(const MoeShape& s, const std::optional<Tensor>& token, const std::optional<Tensor>& weight,
@@ -124,6 +139,22 @@ void add_combined_product(Steps& steps, Workspace& workspace, Experts& c, const 
 std::tuple<Tensor, Tensor, Tensor> run_experts(Experts& c, const Tensor& x, const StackedWeight& w_in,
                                                const StackedWeight& w_down, const std::optional<Tensor>& b_in,
                                                const std::optional<Tensor>& b_down, bool save);
+
+// Plain weights, which may have gradients; `up` with gate's rows in `in`, or null. Constants: all null.
+struct PlainWeights {
+  const Tensor *in = nullptr, *up = nullptr, *down = nullptr;
+};
+
+// In the order of the operators' `needs`.
+enum Input : size_t { kX, kWeight, kIn, kUp, kDown, kBIn, kBDown, kLoraAIn, kLoraBIn, kLoraADown, kLoraBDown, kInputs };
+
+// The gradients that are asked for, of each Input; else empty.
+std::array<Tensor, kInputs> run_experts_backward(Experts& c, const std::string& op, const Tensor& d_y, const Tensor& x,
+                                                 const std::optional<Tensor>& weight, const StackedWeight& w_in,
+                                                 const StackedWeight& w_down, const PlainWeights& plain,
+                                                 const std::optional<Tensor>& b_in, const std::optional<Tensor>& b_down,
+                                                 const Tensor& gate, const Tensor& up,
+                                                 const std::array<bool, kInputs>& needs);
 
 // rows[r] weights^T [R, N]; rows after the experts' are zero.
 Tensor run_linear(Experts& c, const Tensor& rows, int64_t N, const WeightsFrom& weights);

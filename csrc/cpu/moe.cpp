@@ -33,22 +33,23 @@ SmallRows add_up_gradient(Steps& steps, Workspace& workspace, Experts& c, const 
   return {small, lora.rank, columns_of(stacked(*lora.a, lora.dtype))};
 }
 
-struct Gradients {
-  Tensor x, weight, w_in, w_down, b_in, b_down, lora_a_in, lora_b_in, lora_a_down, lora_b_down;
-};
+}  // namespace
 
-// `needs` in the order of Gradients.
-Gradients backward(Experts& c, const Tensor& d_y, const Tensor& x, const std::optional<Tensor>& weight,
-                   const Tensor& w_in, const Tensor& w_down, const std::optional<Tensor>& b_in,
-                   const std::optional<Tensor>& b_down, const Tensor& gate, const Tensor& up,
-                   const std::vector<bool>& needs) {
+std::array<Tensor, kInputs> run_experts_backward(Experts& c, const std::string& op, const Tensor& d_y, const Tensor& x,
+                                                 const std::optional<Tensor>& weight, const StackedWeight& w_in,
+                                                 const StackedWeight& w_down, const PlainWeights& plain,
+                                                 const std::optional<Tensor>& b_in, const std::optional<Tensor>& b_down,
+                                                 const Tensor& gate, const Tensor& up,
+                                                 const std::array<bool, kInputs>& needs) {
   check_tensor(d_y, "d_y", c.dtype, {c.T, c.O});
-  const bool recompute = !check_saved("moe", gate, up, c.dtype, c.R, c.F, c.gated);
-  const bool need_x = needs.at(0), need_weight = needs.at(1) && c.routed, need_in = needs.at(2);
-  const bool need_down = needs.at(3), need_b_in = needs.at(4), need_b_down = needs.at(5);
-  const bool need_lora_in[2] = {needs.at(6) && c.lora_in.rank > 0, needs.at(7) && c.lora_in.rank > 0};
-  const bool need_lora_down[2] = {needs.at(8) && c.lora_down.rank > 0, needs.at(9) && c.lora_down.rank > 0};
-  const bool need_hidden = need_x || need_in || need_b_in || need_weight || need_lora_in[0] || need_lora_in[1];
+  const bool recompute = !check_saved(op, gate, up, c.dtype, c.R, c.F, c.gated);
+  const bool need_x = needs[kX], need_weight = needs[kWeight] && c.routed;
+  const bool need_in = needs[kIn] && plain.in, need_up = needs[kUp] && plain.up;
+  const bool need_down = needs[kDown] && plain.down;
+  const bool need_lora_in[2] = {needs[kLoraAIn] && c.lora_in.rank > 0, needs[kLoraBIn] && c.lora_in.rank > 0};
+  const bool need_lora_down[2] = {needs[kLoraADown] && c.lora_down.rank > 0, needs[kLoraBDown] && c.lora_down.rank > 0};
+  const bool need_hidden =
+      need_x || need_in || need_up || needs[kBIn] || need_weight || need_lora_in[0] || need_lora_in[1];
   const bool need_h = need_down || need_lora_down[0] || need_lora_down[1];
   const DType arithmetic = arithmetic_dtype(c.dtype);
   // The row's weight times h can be too small for float16, while dY and h themselves are not.
@@ -61,7 +62,7 @@ Gradients backward(Experts& c, const Tensor& d_y, const Tensor& x, const std::op
   if (recompute && (need_hidden || need_h)) {
     void* fresh_gate = take_rows(workspace, c, c.F, c.dtype, "gate");
     void* fresh_up = c.gated ? take_rows(workspace, c, c.F, c.dtype, "up") : nullptr;
-    add_pre_activations(steps, workspace, c, x, stacked(w_in, c.dtype), b_in, fresh_gate, fresh_up, nullptr);
+    add_pre_activations(steps, workspace, c, x, w_in, b_in, fresh_gate, fresh_up, nullptr);
     gate_data = fresh_gate;
     up_data = fresh_up;
   }
@@ -82,8 +83,7 @@ Gradients backward(Experts& c, const Tensor& d_y, const Tensor& x, const std::op
       add_small_product(steps, c, dense_rows(d_down.data, d_down.rank, arithmetic), d_down.rank, c.F, d_down.weights, 1,
                         add, c.F);
     }
-    add_hidden_gradient(steps, c, d_y, stacked(w_down, c.dtype), gate_data, up_data, d_hidden, h, h_dtype, parts,
-                        num_parts, add);
+    add_hidden_gradient(steps, c, d_y, w_down, gate_data, up_data, d_hidden, h, h_dtype, parts, num_parts, add);
   } else if (need_h) {
     // The same kernel as in the epilogue, so that the bits do not depend on which gradients are asked for.
     GatedAct a;
@@ -98,49 +98,56 @@ Gradients backward(Experts& c, const Tensor& d_y, const Tensor& x, const std::op
     add_gated_act_backward(steps, a);
   }
 
-  const auto none = [&] { return nothing(x); };
-  Gradients d{none(), none(), none(), none(), none(), none(), none(), none(), none(), none()};
+  std::array<Tensor, kInputs> d;
+  for (Tensor& each : d) each = nothing(x);
   if (need_weight) {
-    d.weight = fresh(*weight, {c.R});
+    d[kWeight] = fresh(*weight, {c.R});
     add_routing_weight_gradient(steps, c, d_y, dense_data(b_down, c.keep), parts, num_parts,
-                                d.weight.mutable_data_ptr());
-    zero_rows(steps, d.weight.mutable_data_ptr(), c.routes.kept, c.R, storage_size(arithmetic));
+                                d[kWeight].mutable_data_ptr());
+    zero_rows(steps, d[kWeight].mutable_data_ptr(), c.routes.kept, c.R, storage_size(arithmetic));
   }
   const auto small_rows = [&](const SmallRows& s) { return dense_rows(s.data, s.rank, arithmetic); };
   const RowsOf h_rows = dense_rows(h, c.F, h_dtype);
-  if (need_down) d.w_down = add_expert_weight_gradient(steps, c, w_down, d_y_rows, h_rows);
+  if (need_down) d[kDown] = add_expert_weight_gradient(steps, c, *plain.down, d_y_rows, h_rows);
   if (need_lora_down[0])
-    d.lora_a_down = add_expert_weight_gradient(steps, c, *c.lora_down.a, small_rows(d_down), h_rows);
+    d[kLoraADown] = add_expert_weight_gradient(steps, c, *c.lora_down.a, small_rows(d_down), h_rows);
   if (need_lora_down[1]) {  // h has the row's weight, and so has its product with a_down
     const SmallRows again = add_down_projection(steps, workspace, c, c.lora_down, h_rows);
-    d.lora_b_down = add_expert_weight_gradient(steps, c, *c.lora_down.b, d_y_rows, small_rows(again));
+    d[kLoraBDown] = add_expert_weight_gradient(steps, c, *c.lora_down.b, d_y_rows, small_rows(again));
   }
 
   const RowsOf hidden_rows = dense_rows(d_hidden, c.hidden(), c.dtype);
   SmallRows d_in;
   if (need_x || need_lora_in[0]) d_in = add_up_gradient(steps, workspace, c, c.lora_in, hidden_rows);
   if (need_x) {
-    d.x = fresh(x, {c.T, c.D});
-    add_combined_product(steps, workspace, c, hidden_rows, c.hidden(), c.D, columns_of(stacked(w_in, c.dtype)), nullptr,
-                         nullptr, d.x.mutable_data_ptr(), d_in);
+    d[kX] = fresh(x, {c.T, c.D});
+    const auto up_columns = [&](int64_t e, int64_t col) { return lanes_are_columns(w_in(e, c.F, col)); };
+    add_combined_product(steps, workspace, c, hidden_rows, c.hidden(), c.D, columns_of(w_in), nullptr, nullptr,
+                         d[kX].mutable_data_ptr(), d_in, c.two_in ? WeightsFrom(up_columns) : WeightsFrom{});
   }
-  if (need_in) d.w_in = add_expert_weight_gradient(steps, c, w_in, hidden_rows, x_rows);
-  if (need_lora_in[0]) d.lora_a_in = add_expert_weight_gradient(steps, c, *c.lora_in.a, small_rows(d_in), x_rows);
+  if (need_in) d[kIn] = add_expert_weight_gradient(steps, c, *plain.in, hidden_rows, x_rows);
+  if (need_up) {
+    const RowsOf up_rows = dense_rows(advance(d_hidden, c.F, c.dtype), c.hidden(), c.dtype);
+    d[kUp] = add_expert_weight_gradient(steps, c, *plain.up, up_rows, x_rows);
+  }
+  if (need_lora_in[0]) d[kLoraAIn] = add_expert_weight_gradient(steps, c, *c.lora_in.a, small_rows(d_in), x_rows);
   if (need_lora_in[1]) {
     const SmallRows again = add_down_projection(steps, workspace, c, c.lora_in, x_rows);
-    d.lora_b_in = add_expert_weight_gradient(steps, c, *c.lora_in.b, hidden_rows, small_rows(again));
+    d[kLoraBIn] = add_expert_weight_gradient(steps, c, *c.lora_in.b, hidden_rows, small_rows(again));
   }
-  if (need_b_in) {
-    d.b_in = fresh(x, {c.E, c.hidden()});
-    add_bias_gradients(steps, c, c.hidden(), hidden_rows, false, d.b_in.mutable_data_ptr());
+  if (needs[kBIn]) {
+    d[kBIn] = fresh(x, {c.E, c.hidden()});
+    add_bias_gradients(steps, c, c.hidden(), hidden_rows, false, d[kBIn].mutable_data_ptr());
   }
-  if (need_b_down) {
-    d.b_down = fresh(x, {c.E, c.O});
-    add_bias_gradients(steps, c, c.O, d_y_rows, c.routed, d.b_down.mutable_data_ptr());
+  if (needs[kBDown]) {
+    d[kBDown] = fresh(x, {c.E, c.O});
+    add_bias_gradients(steps, c, c.O, d_y_rows, c.routed, d[kBDown].mutable_data_ptr());
   }
   steps.run();
   return d;
 }
+
+namespace {
 
 std::tuple<Tensor, Tensor, Tensor> moe(const Tensor& x, std::optional<Tensor> token, std::optional<Tensor> weight,
                                        const Tensor& offsets, std::optional<Tensor> row,
@@ -164,72 +171,72 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_backward(
   const MoeShape s = check_moe(x, token, weight, offsets, row, slot_offsets, w_in, w_down, b_in, b_down, gated,
                                interleaved, check_gate(activation, params));
   Experts c = with_routes(s, token, weight, offsets, row, slot_offsets);
-  needs.resize(10);
-  const Gradients d = backward(c, d_y, x, weight, w_in, w_down, b_in, b_down, gate, up, needs);
-  return {d.x, d.weight, d.w_in, d.w_down, d.b_in, d.b_down};
+  const std::array<bool, kInputs> asked = {needs[0], needs[1], needs[2], false, needs[3], needs[4], needs[5]};
+  const auto d = run_experts_backward(c, "moe", d_y, x, weight, stacked(w_in, c.dtype), stacked(w_down, c.dtype),
+                                      {&w_in, nullptr, &w_down}, b_in, b_down, gate, up, asked);
+  return {d[kX], d[kWeight], d[kIn], d[kDown], d[kBIn], d[kBDown]};
 }
 
 // ---- with adapters --------------------------------------------------------------------------------------------------
 
-LowRank low_rank(const std::optional<Tensor>& a, const std::optional<Tensor>& b, const std::string& place, double scale,
-                 const MoeShape& s, int64_t N, int64_t K) {
-  LowRank l;
-  STD_TORCH_CHECK(a.has_value() == b.has_value(), "lora: expected a_", place, " and b_", place,
-                  " together, or none of them, got one");
-  if (!a) return l;
-  const std::string a_name = "lora.a_" + place, b_name = "lora.b_" + place;
-  const DType wide = arithmetic_dtype(s.dtype);
-  const auto text = [](DType d) { return std::string(kDTypeNames[static_cast<int>(d)]); };
-  const auto dtype_of = [&](const Tensor& t, const std::string& name) {
-    const DType dtype = storage_dtype(t, name.c_str());
-    check_place(t, name.c_str(), {});
-    const std::string expected = text(s.dtype) + (wide == s.dtype ? "" : " or " + text(wide));
-    STD_TORCH_CHECK(dtype == s.dtype || dtype == wide, name, ": expected dtype ", expected, ", got ", text(dtype));
-    return dtype;
-  };
-  l.dtype = dtype_of(*a, a_name);
-  const DType b_dtype = dtype_of(*b, b_name);
-  STD_TORCH_CHECK(b_dtype == l.dtype, b_name, ": expected dtype ", text(l.dtype), " as a_", place, " has, got ",
-                  text(b_dtype));
-  check_extents(*a, a_name.c_str(), {s.E, "r", K});
-  l.rank = a->size(1);
-  STD_TORCH_CHECK(l.rank > 0, a_name, ": expected a rank of at least 1, got shape ", shape_text(*a));
-  check_extents(*b, b_name.c_str(), {s.E, N, l.rank});
-  l.a = &*a;
-  l.b = &*b;
-  l.scale = scale;
-  return l;
+struct LoraCall {
+  Tensor offsets;
+  Experts experts;
+  StackedWeight w_in;
+};
+
+LoraCall check_lora_call(const Tensor& x, const std::optional<Tensor>& token, const std::optional<Tensor>& weight,
+                         const std::optional<Tensor>& offsets, const std::optional<Tensor>& row,
+                         const std::optional<Tensor>& slot_offsets, const Tensor& w_in,
+                         const std::optional<Tensor>& w_up, const Tensor& w_down, const std::optional<Tensor>& b_in,
+                         const std::optional<Tensor>& b_down, const std::optional<Tensor>& lora_a_in,
+                         const std::optional<Tensor>& lora_b_in, const std::optional<Tensor>& lora_a_down,
+                         const std::optional<Tensor>& lora_b_down, bool gated, bool interleaved, const Gate& form,
+                         double scale) {
+  LoraCall call{all_rows(offsets, x.dim() > 0 ? x.size(0) : 0), {}, {}};
+  const MoeShape s = check_moe(x, token, weight, call.offsets, row, slot_offsets, w_in, w_down, b_in, b_down, gated,
+                               interleaved, form, {}, w_up);
+  Experts& c = call.experts = with_routes(s, token, weight, call.offsets, row, slot_offsets);
+  c.lora_in = low_rank(lora_a_in, lora_b_in, "in", scale, s, s.hidden(), s.D);
+  c.lora_down = low_rank(lora_a_down, lora_b_down, "down", scale, s, s.O, s.F);
+  c.two_in = w_up.has_value();
+  call.w_in = stacked(w_in, s.dtype);
+  if (w_up)
+    call.w_in = [&w_in, &w_up, dtype = s.dtype, F = s.F](int64_t e, int64_t r, int64_t col) {
+      return r < F ? expert_matrix(w_in, dtype, e, r, col) : expert_matrix(*w_up, dtype, e, r - F, col);
+    };
+  return call;
 }
 
 std::tuple<Tensor, Tensor, Tensor> moe_lora(
-    const Tensor& x, std::optional<Tensor> token, std::optional<Tensor> weight, const Tensor& offsets,
-    std::optional<Tensor> row, std::optional<Tensor> slot_offsets, const Tensor& w_in, const Tensor& w_down,
-    std::optional<Tensor> b_in, std::optional<Tensor> b_down, std::optional<Tensor> lora_a_in,
+    const Tensor& x, std::optional<Tensor> token, std::optional<Tensor> weight, std::optional<Tensor> offsets,
+    std::optional<Tensor> row, std::optional<Tensor> slot_offsets, const Tensor& w_in, std::optional<Tensor> w_up,
+    const Tensor& w_down, std::optional<Tensor> b_in, std::optional<Tensor> b_down, std::optional<Tensor> lora_a_in,
     std::optional<Tensor> lora_b_in, std::optional<Tensor> lora_a_down, std::optional<Tensor> lora_b_down, bool gated,
     bool interleaved, std::string activation, std::vector<double> params, double scale, bool save) {
-  const MoeShape s = check_moe(x, token, weight, offsets, row, slot_offsets, w_in, w_down, b_in, b_down, gated,
-                               interleaved, check_gate(activation, params));
-  Experts c = with_routes(s, token, weight, offsets, row, slot_offsets);
-  c.lora_in = low_rank(lora_a_in, lora_b_in, "in", scale, s, s.hidden(), s.D);
-  c.lora_down = low_rank(lora_a_down, lora_b_down, "down", scale, s, s.O, s.F);
-  return run_experts(c, x, stacked(w_in, c.dtype), stacked(w_down, c.dtype), b_in, b_down, save);
+  LoraCall call =
+      check_lora_call(x, token, weight, offsets, row, slot_offsets, w_in, w_up, w_down, b_in, b_down, lora_a_in,
+                      lora_b_in, lora_a_down, lora_b_down, gated, interleaved, check_gate(activation, params), scale);
+  return run_experts(call.experts, x, call.w_in, stacked(w_down, call.experts.dtype), b_in, b_down, save);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_lora_backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_lora_backward(
     const Tensor& d_y, const Tensor& x, std::optional<Tensor> token, std::optional<Tensor> weight,
-    const Tensor& offsets, std::optional<Tensor> row, std::optional<Tensor> slot_offsets, const Tensor& w_in,
-    const Tensor& w_down, std::optional<Tensor> b_in, std::optional<Tensor> b_down, std::optional<Tensor> lora_a_in,
-    std::optional<Tensor> lora_b_in, std::optional<Tensor> lora_a_down, std::optional<Tensor> lora_b_down,
-    const Tensor& gate, const Tensor& up, bool gated, bool interleaved, std::string activation,
-    std::vector<double> params, double scale, std::vector<bool> needs) {
-  check_needs(needs, 10);
-  const MoeShape s = check_moe(x, token, weight, offsets, row, slot_offsets, w_in, w_down, b_in, b_down, gated,
-                               interleaved, check_gate(activation, params));
-  Experts c = with_routes(s, token, weight, offsets, row, slot_offsets);
-  c.lora_in = low_rank(lora_a_in, lora_b_in, "in", scale, s, s.hidden(), s.D);
-  c.lora_down = low_rank(lora_a_down, lora_b_down, "down", scale, s, s.O, s.F);
-  const Gradients d = backward(c, d_y, x, weight, w_in, w_down, b_in, b_down, gate, up, needs);
-  return {d.x, d.weight, d.w_in, d.w_down, d.b_in, d.b_down, d.lora_a_in, d.lora_b_in, d.lora_a_down, d.lora_b_down};
+    std::optional<Tensor> offsets, std::optional<Tensor> row, std::optional<Tensor> slot_offsets, const Tensor& w_in,
+    std::optional<Tensor> w_up, const Tensor& w_down, std::optional<Tensor> b_in, std::optional<Tensor> b_down,
+    std::optional<Tensor> lora_a_in, std::optional<Tensor> lora_b_in, std::optional<Tensor> lora_a_down,
+    std::optional<Tensor> lora_b_down, const Tensor& gate, const Tensor& up, bool gated, bool interleaved,
+    std::string activation, std::vector<double> params, double scale, std::vector<bool> needs) {
+  check_needs(needs, kInputs);
+  LoraCall call =
+      check_lora_call(x, token, weight, offsets, row, slot_offsets, w_in, w_up, w_down, b_in, b_down, lora_a_in,
+                      lora_b_in, lora_a_down, lora_b_down, gated, interleaved, check_gate(activation, params), scale);
+  std::array<bool, kInputs> asked;
+  std::copy(needs.begin(), needs.end(), asked.begin());
+  const auto d =
+      run_experts_backward(call.experts, "moe_lora", d_y, x, weight, call.w_in, stacked(w_down, call.experts.dtype),
+                           {&w_in, w_up ? &*w_up : nullptr, &w_down}, b_in, b_down, gate, up, asked);
+  return std::tuple_cat(d);
 }
 
 // rows[r] w[e]^T, rows after the experts' are zero.

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // moe_quantized on the CPU: the steps of moe, and of ffn as a mixture of one expert, on quantised weights, which are
-// constants: x, the routing's weights and biases have gradients. Activations are of x's dtype, arithmetic is float32.
+// constants: x, the routing's weights, biases and adapters have gradients. Activations are of x's dtype, arithmetic is
+// float32.
 #include <tuple>
 
 #include <torch/csrc/stable/library.h>
@@ -38,7 +39,10 @@ struct Call {
 Call check_call(const Tensor& x, const std::optional<Tensor>& token, const std::optional<Tensor>& weight,
                 const std::optional<Tensor>& offsets, const std::optional<Tensor>& row,
                 const std::optional<Tensor>& slot_offsets, Weights w, const std::optional<Tensor>& b_in,
-                const std::optional<Tensor>& b_down, bool gated, bool interleaved, const Gate& form) {
+                const std::optional<Tensor>& b_down, const std::optional<Tensor>& lora_a_in,
+                const std::optional<Tensor>& lora_b_in, const std::optional<Tensor>& lora_a_down,
+                const std::optional<Tensor>& lora_b_down, bool gated, bool interleaved, const Gate& form,
+                double scale) {
   MoeShape s;
   s.dtype = storage_dtype(x, "x");
   STD_TORCH_CHECK(s.dtype != DType::kFloat64,
@@ -73,17 +77,15 @@ Call check_call(const Tensor& x, const std::optional<Tensor>& token, const std::
                       s.routed == slot_offsets.has_value() && (offsets || !s.routed),
                   "routing: expected token, weight, row and slot_offsets together, or none of them");
   STD_TORCH_CHECK(offsets || s.E == 1, "offsets: expected a tensor where there are several experts, got none");
-  Call c{std::move(w), offsets ? *offsets : fresh_indices({2}), {}};
-  if (!offsets) {
-    auto* data = static_cast<int64_t*>(c.offsets.mutable_data_ptr());
-    data[0] = 0;
-    data[1] = s.T;
-  }
+  Call c{std::move(w), all_rows(offsets, s.T), {}};
   if (s.routed) {
     check_indices_shape(*slot_offsets, "slot_offsets", {s.T + 1});
     s.R = check_routes(*token, weight, s.dtype, c.offsets, *row, *slot_offsets).R;
   }
   c.experts = with_routes(s, token, weight, c.offsets, row, slot_offsets);
+  c.experts.lora_in = low_rank(lora_a_in, lora_b_in, "in", scale, s, s.hidden(), s.D);
+  c.experts.lora_down = low_rank(lora_a_down, lora_b_down, "down", scale, s, s.O, s.F);
+  c.experts.two_in = c.w.up.has_value();
   return c;
 }
 
@@ -91,69 +93,32 @@ std::tuple<Tensor, Tensor, Tensor> moe_quantized(
     const Tensor& x, std::optional<Tensor> token, std::optional<Tensor> weight, std::optional<Tensor> offsets,
     std::optional<Tensor> row, std::optional<Tensor> slot_offsets, std::vector<Tensor> w_in, std::vector<Tensor> w_up,
     std::vector<Tensor> w_down, std::string formats, std::optional<Tensor> b_in, std::optional<Tensor> b_down,
-    bool gated, bool interleaved, std::string activation, std::vector<double> params, bool save) {
+    std::optional<Tensor> lora_a_in, std::optional<Tensor> lora_b_in, std::optional<Tensor> lora_a_down,
+    std::optional<Tensor> lora_b_down, bool gated, bool interleaved, std::string activation, std::vector<double> params,
+    double scale, bool save) {
   Call call = check_call(x, token, weight, offsets, row, slot_offsets, check_weights(w_in, w_up, w_down, formats), b_in,
-                         b_down, gated, interleaved, check_gate(activation, params));
+                         b_down, lora_a_in, lora_b_in, lora_a_down, lora_b_down, gated, interleaved,
+                         check_gate(activation, params), scale);
   return run_experts(call.experts, x, call.w.in_and_up(), call.w.down.stacked(), b_in, b_down, save);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> moe_quantized_backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_quantized_backward(
     const Tensor& d_y, const Tensor& x, std::optional<Tensor> token, std::optional<Tensor> weight,
     std::optional<Tensor> offsets, std::optional<Tensor> row, std::optional<Tensor> slot_offsets,
     std::vector<Tensor> w_in, std::vector<Tensor> w_up, std::vector<Tensor> w_down, std::string formats,
-    std::optional<Tensor> b_in, std::optional<Tensor> b_down, const Tensor& gate, const Tensor& up, bool gated,
-    bool interleaved, std::string activation, std::vector<double> params, std::vector<bool> needs) {
-  check_needs(needs, 4);
+    std::optional<Tensor> b_in, std::optional<Tensor> b_down, std::optional<Tensor> lora_a_in,
+    std::optional<Tensor> lora_b_in, std::optional<Tensor> lora_a_down, std::optional<Tensor> lora_b_down,
+    const Tensor& gate, const Tensor& up, bool gated, bool interleaved, std::string activation,
+    std::vector<double> params, double scale, std::vector<bool> needs) {
+  check_needs(needs, 8);
   Call call = check_call(x, token, weight, offsets, row, slot_offsets, check_weights(w_in, w_up, w_down, formats), b_in,
-                         b_down, gated, interleaved, check_gate(activation, params));
-  Experts& c = call.experts;
-  const Weights& w = call.w;
-  check_tensor(d_y, "d_y", c.dtype, {c.T, c.O});
-  const bool recompute = !check_saved("moe_quantized", gate, up, c.dtype, c.R, c.F, c.gated);
-  const bool need_x = needs.at(0), need_weight = needs.at(1) && c.routed, need_b_in = needs.at(2);
-  const bool need_b_down = needs.at(3), need_hidden = need_x || need_b_in || need_weight;
-
-  Workspace workspace;
-  Steps steps(kernels(), workspace, threads());
-  const void* gate_data = gate.const_data_ptr();
-  const void* up_data = c.gated ? up.const_data_ptr() : nullptr;
-  if (recompute && need_hidden) {
-    void* fresh_gate = take_rows(workspace, c, c.F, c.dtype, "gate");
-    void* fresh_up = c.gated ? take_rows(workspace, c, c.F, c.dtype, "up") : nullptr;
-    add_pre_activations(steps, workspace, c, x, w.in_and_up(), b_in, fresh_gate, fresh_up, nullptr);
-    gate_data = fresh_gate;
-    up_data = fresh_up;
-  }
-
-  void *d_hidden = nullptr, *parts = nullptr;
-  const KernelTable& table = kernels();
-  const int64_t num_parts = divide_up(c.F, table.nr_vectors * table.lanes);
-  if (need_hidden) {
-    d_hidden = take_rows(workspace, c, c.hidden(), c.dtype, "d_hidden");
-    if (c.routed) parts = take_rows(workspace, c, num_parts, DType::kFloat32, "d_weight");
-    add_hidden_gradient(steps, c, d_y, w.down.stacked(), gate_data, up_data, d_hidden, nullptr, c.dtype, parts,
-                        num_parts);
-  }
-
-  Tensor d_weight = need_weight ? fresh(*weight, {c.R}) : nothing(x);
-  if (need_weight) {
-    add_routing_weight_gradient(steps, c, d_y, dense_data(b_down, c.keep), parts, num_parts,
-                                d_weight.mutable_data_ptr());
-    zero_rows(steps, d_weight.mutable_data_ptr(), c.routes.kept, c.R, storage_size(DType::kFloat32));
-  }
-
-  const RowsOf hidden_rows = dense_rows(d_hidden, c.hidden(), c.dtype);
-  Tensor d_x = need_x ? fresh(x, {c.T, c.D}) : nothing(x);
-  if (need_x) {
-    add_combined_product(steps, workspace, c, hidden_rows, c.hidden(), c.D, columns_of(w.in.stacked()), nullptr,
-                         nullptr, d_x.mutable_data_ptr(), {}, w.up ? columns_of(w.up->stacked()) : WeightsFrom{});
-  }
-  Tensor d_b_in = need_b_in ? fresh(x, {c.E, c.hidden()}) : nothing(x);
-  if (need_b_in) add_bias_gradients(steps, c, c.hidden(), hidden_rows, false, d_b_in.mutable_data_ptr());
-  Tensor d_b_down = need_b_down ? fresh(x, {c.E, c.O}) : nothing(x);
-  if (need_b_down) add_bias_gradients(steps, c, c.O, token_rows(c, d_y), c.routed, d_b_down.mutable_data_ptr());
-  steps.run();
-  return {d_x, d_weight, d_b_in, d_b_down};
+                         b_down, lora_a_in, lora_b_in, lora_a_down, lora_b_down, gated, interleaved,
+                         check_gate(activation, params), scale);
+  const std::array<bool, kInputs> asked = {needs[0], needs[1], false,    false,    false,   needs[2],
+                                           needs[3], needs[4], needs[5], needs[6], needs[7]};
+  const auto d = run_experts_backward(call.experts, "moe_quantized", d_y, x, weight, call.w.in_and_up(),
+                                      call.w.down.stacked(), {}, b_in, b_down, gate, up, asked);
+  return {d[kX], d[kWeight], d[kBIn], d[kBDown], d[kLoraAIn], d[kLoraBIn], d[kLoraADown], d[kLoraBDown]};
 }
 
 }  // namespace

@@ -3,12 +3,14 @@
 
 PEFT adapts a parameter by forming ``W + scale * B A`` for all experts in each forward. For experts that run as our
 operator its wrapper puts the factors where ``experts_forward`` finds them, and forms nothing. Merging, disabling,
-saving and everything else stay PEFT's. Nothing here imports PEFT before the program does.
+saving and everything else stay PEFT's. Quantised experts take adapters too, before or after they are quantised.
+Nothing here imports PEFT before the program does.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 
 from .._checks import DTYPES
 from .._lora import Lora, together
+from .._quantized import QuantizedWeight
 
 
 class _Held(threading.local):
@@ -61,6 +64,52 @@ def adopt(runs_ours: Callable[[nn.Module], bool]) -> None:
 
     activate._ffn_ops = theirs  # type: ignore[attr-defined]
     wrapper._activate_lora = activate
+    wrapper.merge, wrapper.unmerge = _refusing(wrapper.merge), _refusing(wrapper.unmerge)
+    tuner: Any = sys.modules["peft.tuners.tuners_utils"].BaseTuner
+    inject = getattr(tuner, "_inject_parameters", None)
+    if inject is not None:
+        tuner._inject_parameters = _showing_parameters(inject)
+
+
+def _refusing(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def refuse(self: Any, *args: Any, **kwargs: Any) -> Any:
+        name = self.parameter_name
+        if isinstance(self.get_base_layer()._modules.get(name), QuantizedWeight):
+            raise TypeError(
+                f"{name}: expected a plain weight to merge adapters into, got a QuantizedWeight, which is a constant;"
+                " its adapters run beside it"
+            )
+        return method(self, *args, **kwargs)
+
+    return refuse
+
+
+def _showing_parameters(inject: Callable[..., Any]) -> Callable[..., Any]:
+    """PEFT looks for parameters to adapt, and reads no more of them than shape, dtype and device: while it does,
+    parameters of these stand in the place of quantised weights."""
+
+    @functools.wraps(inject)
+    def showing(self: Any, peft_config: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        hidden = [
+            (module, name, w)
+            for module in list(model.modules())
+            if hasattr(module, "is_transposed")
+            for name, w in list(module._modules.items())
+            if isinstance(w, QuantizedWeight)
+        ]
+        for module, name, w in hidden:
+            one = torch.zeros((), device=w.device).expand(w.shape)
+            del module._modules[name]
+            module._parameters[name] = nn.Parameter(one.mT if module.is_transposed else one, requires_grad=False)
+        try:
+            return inject(self, peft_config, model, *args, **kwargs)
+        finally:
+            for module, name, w in hidden:
+                del module._parameters[name]
+                module._modules[name] = w
+
+    return showing
 
 
 def _plain_adapters(wrapper: Any, experts: nn.Module, active: Any) -> list[tuple[Tensor, Tensor, float]] | None:
@@ -68,7 +117,8 @@ def _plain_adapters(wrapper: Any, experts: nn.Module, active: Any) -> list[tuple
     factors_a, factors_b, drops = wrapper.lora_A, wrapper.lora_B, wrapper.lora_dropout
     names = [name for name in active or () if name in factors_a]
     w = experts._parameters.get(wrapper.parameter_name)
-    if w is None or w.dim() != 3 or w.dtype not in DTYPES or not names:
+    quantised = isinstance(experts._modules.get(wrapper.parameter_name), QuantizedWeight)
+    if not names or not (quantised or (w is not None and w.dim() == 3 and w.dtype in DTYPES)):
         return None
     # Before 0.20 PEFT took the rows of a weight for its inputs, unless they were; then a takes no row of x.
     if getattr(wrapper, "_did_swap_in_out_features", False) is experts.is_transposed:
@@ -87,8 +137,10 @@ def _plain_adapters(wrapper: Any, experts: nn.Module, active: Any) -> list[tuple
     return found
 
 
-def _fitting(factor: Tensor, w: Tensor) -> Tensor:
-    """As it is where the operator takes it beside w: of w's dtype, or of its arithmetic's."""
+def _fitting(factor: Tensor, w: Tensor | None) -> Tensor:
+    """As it is where the operator takes it beside w (None: quantised): of w's dtype, or of its arithmetic's."""
+    if w is None:
+        return factor.float()
     wide = torch.float64 if w.dtype is torch.float64 else torch.float32
     return factor if factor.dtype in (w.dtype, wide) else factor.to(w.dtype)
 

@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -14,10 +15,13 @@ from .._gate import Gate, as_gate, check_gate
 from .._library import differentiable, fake, vmap_by_loop
 from .._quantized import QuantizedWeight
 from ._gated_act import act_tangent, gated_act, gated_act_op
+from ._moe_lora import adapters
+from ._moe_lora import operator as with_pairs
 from ._moe_quantized import quantized_ffn
 from ._shared import (
     autocast,
     backward_tangents,
+    both_biases,
     checked,
     dense,
     double_backward,
@@ -29,6 +33,9 @@ from ._shared import (
     not_asked_for,
     prefers_torch,
 )
+
+if TYPE_CHECKING:
+    from .._lora import Lora
 
 
 def ffn(
@@ -43,6 +50,7 @@ def ffn(
     b_down: Tensor | None = None,
     activation: str | Gate = "silu",
     recompute: bool = False,
+    lora: Lora | None = None,
 ) -> Tensor:
     """``(act(x w_in^T + b_in) * (x w_up^T + b_up)) w_down^T + b_down``, or without the gate: the whole FFN in one op.
 
@@ -57,6 +65,7 @@ def ffn(
         b_in, b_up, b_down: biases of the same widths as their weights' rows, or None.
         activation: a name or a :class:`ffn_ops.Gate`.
         recompute: save only x for backward, and compute the pre-activations again there. Same bits, less memory.
+        lora: low-rank additions to the weights, see :class:`ffn_ops.Lora`. Nothing more is saved for backward.
 
     Returns:
         ``[..., D_out]``. Saved for backward: x and the pre-activations (``[T, F]``, two if gated).
@@ -84,8 +93,10 @@ def ffn(
     gated = bool(gated) or w_up is not None
     gate = as_gate(activation, gated=gated, one_weight=gated and w_up is None)
     if isinstance(w_in, QuantizedWeight) or isinstance(w_up, QuantizedWeight) or isinstance(w_down, QuantizedWeight):
-        return quantized_ffn(x, w_in, w_up, w_down, gated, b_in, b_up, b_down, gate, recompute)
+        return quantized_ffn(x, w_in, w_up, w_down, gated, b_in, b_up, b_down, gate, recompute, lora)
     x, w_in, w_up, w_down, b_in, b_up, b_down = autocast(x, w_in, w_up, w_down, b_in, b_up, b_down)  # type: ignore[assignment]
+    if lora is not None:
+        return _with_adapters(x, w_in, w_up, w_down, b_in, b_up, b_down, gated, gate, recompute, lora)
     if prefers_torch(x):
         _check_ffn(x, w_in, w_up, w_down, b_in, b_up, b_down, gated)
         return _ffn_by_torch(x, w_in, w_up, w_down, b_in, b_up, b_down, gated, gate)
@@ -99,6 +110,23 @@ def ffn(
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], w_down.shape[0])  # type: ignore[no-any-return]
 
 
+def _with_adapters(
+    x: Tensor, w_in: Tensor, w_up: Tensor | None, w_down: Tensor, b_in: Tensor | None, b_up: Tensor | None,
+    b_down: Tensor | None, gated: bool, gate: Gate, recompute: bool, lora: Lora,
+) -> Tensor:  # fmt: skip
+    """A mixture of one expert, which takes every row."""
+    features, out = _check_ffn(x, w_in, w_up, w_down, b_in, b_up, b_down, gated)
+    hidden = 2 * features if gated else features
+    pairs = adapters(lora, x, None, hidden, features, out, two=w_up is not None)
+    if prefers_torch(x) or x.device.type == "cuda":
+        return _ffn_by_torch(x, w_in, w_up, w_down, b_in, b_up, b_down, gated, gate, (*pairs, lora.scale))
+    b_in = both_biases(x, b_in, b_up, features) if w_up is not None else b_in
+    tensors = [None if t is None else t.unsqueeze(0) for t in (w_in, w_up, w_down, b_in, b_down)]
+    form = (gated, gate.interleaved, gate.activation, gate.params)
+    y = with_pairs(fold(x), (None,) * 5, (*tensors, *pairs), form, lora.scale, recompute)
+    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], out)
+
+
 def _ffn_by_torch(
     x: Tensor,
     w_in: Tensor,
@@ -109,15 +137,32 @@ def _ffn_by_torch(
     b_down: Tensor | None,
     gated: bool,
     gate: Gate,
+    lora: Sequence[Any] = (None, None, None, None, 1.0),
 ) -> Tensor:
+    *pairs, scale = lora
+    a_in, lora_b_in, a_down, lora_b_down = (None if t is None else t[0] for t in pairs)
+
+    def low_rank(rows: Tensor, a: Tensor | None, b: Any) -> Tensor | None:
+        if a is None:
+            return None
+        with torch.autocast(rows.device.type, enabled=False):  # which would round between a and b
+            return (F.linear(F.linear(rows.to(a.dtype), a), b) * scale).to(rows.dtype)
+
     pre = F.linear(x, w_in, b_in)
     up = None
+    by_pair = low_rank(x, a_in, lora_b_in)
     if w_up is not None:
         up = F.linear(x, w_up, b_up)
-    elif gated:
-        pre, up = (pre[..., ::2], pre[..., 1::2]) if gate.interleaved else pre.chunk(2, -1)
+        if by_pair is not None:
+            pre, up = (z + part for z, part in zip((pre, up), by_pair.chunk(2, -1), strict=True))
+    else:
+        pre = pre if by_pair is None else pre + by_pair
+        if gated:
+            pre, up = (pre[..., ::2], pre[..., 1::2]) if gate.interleaved else pre.chunk(2, -1)
     h = gated_act(pre, up, activation=gate.replace(interleaved=False) if gate.interleaved else gate)
-    return F.linear(h, w_down, b_down)
+    y = F.linear(h, w_down, b_down)
+    by_pair = low_rank(h, a_down, lora_b_down)
+    return y if by_pair is None else y + by_pair
 
 
 def _check_ffn(

@@ -13,7 +13,6 @@ from .._library import fake
 from .._quantized import QuantizedWeight
 from ._moe_derivatives import PLACES, differentiable_experts, moe_along
 from ._moe_lora import adapters as check_adapters
-from ._moe_lora import no_adapters as check_no_adapters
 from ._moe_lora import run as with_lora
 from ._moe_quantized import quantized_moe
 from ._rows import check_routing, check_weights, routing_weight
@@ -86,9 +85,8 @@ def moe(
         torch.Size([5, 8])
     """
     if isinstance(w_in, QuantizedWeight) or isinstance(w_down, QuantizedWeight):
-        check_no_adapters(lora)
         check.is_routing(routing)
-        return quantized_moe(x, routing, None, w_in, w_down, gated, b_in, b_down, activation, recompute)
+        return quantized_moe(x, routing, None, w_in, w_down, gated, b_in, b_down, activation, recompute, lora)
     check.first("x", x)
     x, w_in, w_down, b_in, b_down = autocast(x, w_in, w_down, b_in, b_down)  # type: ignore[assignment]
     check.is_routing(routing)
@@ -106,9 +104,9 @@ def moe(
 
     def check_arguments() -> None:
         check_routing(x, routing)
-        check_weights(x, routing.offsets, w_in, w_down, b_in, b_down, gated)
+        check_weights(x, routing.offsets.shape[0] - 1, w_in, w_down, b_in, b_down, gated)
         if lora is not None:
-            check_adapters(lora, x, w_in, w_down)
+            check_adapters(lora, x, w_in.shape[0], w_in.shape[1], w_down.shape[2], w_down.shape[1])
 
     y = checked(operator, check_arguments)
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], w_down.shape[1])  # type: ignore[no-any-return]
@@ -150,8 +148,7 @@ def moe_experts(
         >>> torch.testing.assert_close(ffn_ops.moe_combine(rows, routing), ffn_ops.moe(x, routing, w_in, w_down))
     """
     if isinstance(w_in, QuantizedWeight) or isinstance(w_down, QuantizedWeight):
-        check_no_adapters(lora)
-        return quantized_moe(rows, None, offsets, w_in, w_down, gated, b_in, b_down, activation, recompute)
+        return quantized_moe(rows, None, offsets, w_in, w_down, gated, b_in, b_down, activation, recompute, lora)
     check.first("rows", rows)
     rows, w_in, w_down, b_in, b_down = autocast(rows, w_in, w_down, b_in, b_down)  # type: ignore[assignment]
     form = expert_form(activation, gated, recompute)
@@ -168,9 +165,9 @@ def moe_experts(
         check.tensor("rows", rows, ("R", "D"))
         check.indices("offsets", offsets)
         check.device("offsets", offsets, rows, "rows")
-        check_weights(rows, offsets, w_in, w_down, b_in, b_down, gated)
+        check_weights(rows, offsets.shape[0] - 1, w_in, w_down, b_in, b_down, gated)
         if lora is not None:
-            check_adapters(lora, rows, w_in, w_down)
+            check_adapters(lora, rows, w_in.shape[0], w_in.shape[1], w_down.shape[2], w_down.shape[1])
 
     return checked(operator, check_arguments)  # type: ignore[no-any-return]
 
@@ -207,7 +204,7 @@ def _(
 ) -> Any:
     check.tensor("x", x, ("T", "D"))
     check_gate(activation, params, gated=gated, interleaved=interleaved, one_weight=gated)
-    features, out = check_weights(x, offsets, w_in, w_down, b_in, b_down, gated)
+    features, out = check_weights(x, offsets.shape[0] - 1, w_in, w_down, b_in, b_down, gated)
     rows = _num_rows(x, token)
     gate = dense(x, rows, features) if save else dense(x, 0)
     up = dense(x, rows, features) if save and gated else dense(x, 0)
@@ -237,7 +234,7 @@ def _(
 ) -> Any:
     check.tensor("x", x, ("T", "D"))
     check_gate(activation, params, gated=gated, interleaved=interleaved, one_weight=gated)
-    _features, out = check_weights(x, offsets, w_in, w_down, b_in, b_down, gated)
+    _features, out = check_weights(x, offsets.shape[0] - 1, w_in, w_down, b_in, b_down, gated)
     check.tensor("d_y", d_y, (x.shape[0], out), like=x)
     experts = w_in.shape[0]
     shapes = (x.shape, None, None, None, w_in.shape[:2], (experts, out))

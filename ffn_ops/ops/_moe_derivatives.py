@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .._library import differentiable, vmap_by_loop
@@ -23,11 +24,12 @@ class Rows:
         interleaved: bool,
         x: Tensor,
         token: Tensor | None,
-        offsets: Tensor,
+        offsets: Tensor | None,
         row: Tensor | None,
         slots: Tensor | None,
     ) -> None:
         self.gated, self.interleaved = gated, interleaved
+        offsets = all_rows(x) if offsets is None else offsets
         self.token, self.offsets, self.route = token, offsets, (offsets, row, slots)
         self.ones = x.new_ones((x if token is None else token).shape[0], 1)
 
@@ -40,21 +42,39 @@ class Rows:
     def spread(self, per_expert: Tensor) -> Tensor:
         return linear_op(self.ones, per_expert.unsqueeze(2), self.offsets)  # type: ignore[no-any-return]
 
-    def linear(self, rows: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-        z = linear_op(rows, w, self.offsets)
-        return z if b is None else z + self.spread(b)  # type: ignore[no-any-return]
+    def product(self, rows: Tensor, weights: Sequence[Tensor | None]) -> Tensor:
+        """With one weight, or side by side with those of gate and up."""
+        parts = [linear_op(rows, w, self.offsets) for w in weights if w is not None]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    def linear(self, rows: Tensor, weights: Sequence[Tensor | None], b: Tensor | None) -> Tensor:
+        z = self.product(rows, weights)
+        return z if b is None else z + self.spread(b)
 
     def linear_tangent(
-        self, rows: Tensor, w: Tensor, rows_t: Tensor | None, w_t: Tensor | None, b_t: Tensor | None
+        self,
+        rows: Tensor,
+        weights: Sequence[Tensor | None],
+        rows_t: Tensor | None,
+        weights_t: Sequence[Tensor | None],
+        b_t: Tensor | None,
     ) -> Tensor | None:
-        total = None if rows_t is None else linear_op(rows_t, w, self.offsets)
-        total = plus(total, None if w_t is None else linear_op(rows, w_t, self.offsets))
+        total = None if rows_t is None else self.product(rows_t, weights)
+        if any(w_t is not None for w_t in weights_t):
+            pairs = zip(weights, weights_t, strict=True)
+            by_w = [torch.zeros_like(w) if w_t is None and w is not None else w_t for w, w_t in pairs]
+            total = plus(total, self.product(rows, by_w))
         return plus(total, None if b_t is None else self.spread(b_t))
 
     def halves(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
         if not self.gated:
             return z, None
         return (z[:, ::2], z[:, 1::2]) if self.interleaved else tuple(z.chunk(2, 1))  # type: ignore[return-value]
+
+
+def all_rows(rows: Tensor) -> Tensor:
+    """The offsets of one expert, which takes every row."""
+    return torch.tensor([0, rows.shape[0]], device=rows.device)
 
 
 def differentiable_experts(name: str, places: Sequence[int], along: Callable[..., Any]) -> tuple[Any, Any]:
@@ -133,12 +153,12 @@ def moe_along(options: Sequence[Any], routed: Sequence[Any], inputs: Sequence[An
     gated, interleaved, *form = options
     rows = Rows(gated, interleaved, x, token, offsets, row, slots)
     x_rows = rows.gather(x)
-    gate, up = rows.halves(rows.linear(x_rows, w_in, b_in))
-    z_t = rows.linear_tangent(x_rows, w_in, None if x_t is None else rows.gather(x_t), w_in_t, b_in_t)
+    gate, up = rows.halves(rows.linear(x_rows, (w_in,), b_in))
+    z_t = rows.linear_tangent(x_rows, (w_in,), None if x_t is None else rows.gather(x_t), (w_in_t,), b_in_t)
     h_t = None if z_t is None else act_tangent(gate, up, form, *rows.halves(z_t))
     h = gated_act_op(gate, up, *form)
-    o_t = rows.linear_tangent(h, w_down, h_t, w_down_t, b_down_t)
+    o_t = rows.linear_tangent(h, (w_down,), h_t, (w_down_t,), b_down_t)
     y_t = None if o_t is None else rows.scatter(o_t, weight)
     if s_t is not None:
-        y_t = plus(y_t, rows.scatter(rows.linear(h, w_down, b_down), s_t))
+        y_t = plus(y_t, rows.scatter(rows.linear(h, (w_down,), b_down), s_t))
     return y_t

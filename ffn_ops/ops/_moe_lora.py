@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .. import _checks as check
 from .._gate import check_gate
@@ -25,52 +26,74 @@ from ._shared import (
     plus,
 )
 
-# Places of x, weight, w_in, w_down, b_in, b_down and the adapters among the arguments of moe_lora.
-PLACES = (0, 2, 6, 7, 8, 9, 10, 11, 12, 13)
-_TENSORS = 14
+# Places of x, weight, w_in, w_up, w_down, b_in, b_down and the adapters among the arguments of moe_lora.
+PLACES = (0, 2, 6, 7, 8, 9, 10, 11, 12, 13, 14)
+_TENSORS = 15
 
 
-def adapters(lora: Lora, x: Tensor, w_in: Tensor, w_down: Tensor) -> tuple[Any, ...]:
-    """The adapters' tensors as the operator takes them, checked."""
+def adapters(
+    lora: Lora, x: Tensor, experts: int | None, hidden: Any, features: Any, out: Any, *, two: bool = False
+) -> tuple[Any, ...]:
+    """Those of w_in and of w_down as the operators take them, checked. ``two``: gate and up are two weights, with a
+    pair each; ``experts``: None in a dense layer."""
     lora = check_lora(lora)
-    factors = (lora.a_in, lora.b_in, lora.a_down, lora.b_down)
+    factors = (lora.a_in, lora.b_in, lora.a_up, lora.b_up, lora.a_down, lora.b_down)
     cast = autocast(x, *factors)[1:]  # float32 ones stay: nothing between a and b is rounded
-    cast = tuple(f if f is None or f.dtype is torch.float32 else c for f, c in zip(factors, cast, strict=True))
-    return _checked_pairs(cast, x, w_in, w_down)
+    pairs = [f if f is None or f.dtype is torch.float32 else c for f, c in zip(factors, cast, strict=True)]
+    if lora.a_up is not None and not two:
+        raise ValueError("lora: expected a_up and b_up None without a w_up, got tensors; b_in has the rows of w_in")
+    width = x.shape[-1]
+    first = check_pair("in", pairs[0], pairs[1], features if two else hidden, width, x, experts)
+    up = check_pair("up", pairs[2], pairs[3], features, width, x, experts)
+    down = check_pair("down", pairs[4], pairs[5], out, features, x, experts)
+    return *(_both(*first, *up) if two else first), *down
 
 
-def no_adapters(lora: Lora | None) -> None:
-    if lora is not None:
-        raise ValueError(f"lora: expected None with quantised weights, got an {type(check_lora(lora)).__name__}")
-
-
-def _checked_pairs(factors: Sequence[Any], x: Tensor, w_in: Tensor, w_down: Tensor) -> tuple[Any, ...]:
-    a_in, b_in, a_down, b_down = factors
-    experts = w_in.shape[0]
-    first = check_pair("in", a_in, b_in, w_in.shape[1], x.shape[-1], x, experts)
-    return *first, *check_pair("down", a_down, b_down, w_down.shape[1], w_down.shape[2], x, experts)
+def _both(a_in: Tensor | None, b_in: Tensor | None, a_up: Tensor | None, b_up: Tensor | None) -> Any:
+    """The pairs of gate and up as one pair of both: ranks side by side, and zeros where they do not meet."""
+    gate_rank, up_rank = (0 if a is None else a.shape[1] for a in (a_in, a_up))
+    if b_in is None:
+        if b_up is None:
+            return None, None
+        return a_up, F.pad(b_up, (0, 0, b_up.shape[1], 0))
+    if b_up is None:
+        return a_in, F.pad(b_in, (0, 0, 0, b_in.shape[1]))
+    return torch.cat((a_in, a_up), 1), torch.cat((F.pad(b_in, (0, up_rank)), F.pad(b_up, (gate_rank, 0))), 1)  # type: ignore[arg-type]
 
 
 def run(
     x: Tensor, routed: Sequence[Any], experts: Sequence[Any], lora: Lora, form: Sequence[Any], recompute: bool
 ) -> Tensor:
     """``routed``: token, weight, offsets, row and slot_offsets. ``experts``: w_in, w_down, b_in and b_down."""
-    pairs = adapters(lora, x, experts[0], experts[1])
+    w_in, w_down, *biases = experts
+    pairs = adapters(lora, x, w_in.shape[0], w_in.shape[1], w_down.shape[2], w_down.shape[1])
     if x.device.type == "cuda":  # no kernel of its own: the operators below, one after the other
-        return _composed(x, routed, (*experts, *pairs), form, lora.scale)
-    grad = needs_grad(x, routed[1], *experts, *pairs)
-    save = grad and not recompute
-    return _moe_lora(x, *routed, *experts, *pairs, *form, lora.scale, save, grad=grad)[0]  # type: ignore[no-any-return]
+        return _composed(x, routed, (w_in, None, w_down, *biases, *pairs), form, lora.scale)
+    return operator(x, routed, (w_in, None, w_down, *biases, *pairs), form, lora.scale, recompute)
+
+
+def operator(
+    x: Tensor, routed: Sequence[Any], tensors: Sequence[Any], form: Sequence[Any], scale: float, recompute: bool
+) -> Tensor:
+    """``tensors``: w_in, w_up, w_down, biases and pairs."""
+    grad = needs_grad(x, routed[1], *tensors)
+    return _moe_lora(x, *routed, *tensors, *form, scale, grad and not recompute, grad=grad)[0]  # type: ignore[no-any-return]
+
+
+def check_pairs(pairs: Sequence[Any], x: Tensor, experts: Any, hidden: Any, features: Any, out: Any) -> None:
+    check_pair("in", pairs[0], pairs[1], hidden, x.shape[-1], x, experts)
+    check_pair("down", pairs[2], pairs[3], out, features, x, experts)
 
 
 def _fake_sizes(args: Sequence[Any], form: Sequence[Any]) -> Any:
-    x, _token, _weight, offsets, _row, _slots, w_in, w_down, b_in, b_down, *pairs = args
+    x, _token, _weight, offsets, _row, _slots, w_in, w_up, w_down, b_in, b_down, *pairs = args
     gated, interleaved, activation, params = form
     check.tensor("x", x, ("T", "D"))
-    check_gate(activation, params, gated=gated, interleaved=interleaved, one_weight=gated)
-    sizes = check_weights(x, offsets, w_in, w_down, b_in, b_down, gated)
-    _checked_pairs(pairs, x, w_in, w_down)
-    return sizes
+    check_gate(activation, params, gated=gated, interleaved=interleaved, one_weight=gated and w_up is None)
+    experts = 1 if offsets is None else offsets.shape[0] - 1
+    features, out = check_weights(x, experts, w_in, w_down, b_in, b_down, gated, w_up=w_up)
+    check_pairs(pairs, x, experts, 2 * features if gated else features, features, out)
+    return features, out
 
 
 @fake("moe_lora")
@@ -88,15 +111,16 @@ def _(*args: Any) -> Any:
 def _(d_y: Tensor, *args: Any) -> Any:
     inputs, form, needs = args[:_TENSORS], args[_TENSORS + 2 : _TENSORS + 6], args[-1]
     x, token, w_in = inputs[0], inputs[1], inputs[6]
-    _features, out = _fake_sizes(inputs, form)
+    features, out = _fake_sizes(inputs, form)
     check.tensor("d_y", d_y, (x.shape[0], out), like=x)
     grads = []
     for place, need in zip(PLACES, needs, strict=True):
         t = inputs[place]
-        if not need or (t is None and place > 9) or (place == 2 and token is None):
+        if not need or (t is None and place in (7, 11, 12, 13, 14)) or (place == 2 and token is None):
             grads.append(dense(x, 0))
-        elif place in (8, 9):
-            grads.append(dense(x, w_in.shape[0], w_in.shape[1] if place == 8 else out))
+        elif place in (9, 10):
+            hidden = 2 * features if form[0] else features
+            grads.append(dense(x, w_in.shape[0], hidden if place == 9 else out))
         elif place == 2:
             grads.append(x.new_empty((token.shape[0],), dtype=arithmetic(x)))
         else:
@@ -104,7 +128,7 @@ def _(d_y: Tensor, *args: Any) -> Any:
     return tuple(grads)
 
 
-class _LowRank:
+class LowRank:
     """``scale * (rows a^T) b^T`` of each row, and its tangent."""
 
     def __init__(self, offsets: Tensor, a: Tensor | None, b: Tensor | None, scale: float) -> None:
@@ -124,38 +148,37 @@ class _LowRank:
         return plus(total, None if b_t is None else self(rows, b=b_t))
 
 
-def _forward_parts(rows: Rows, routed: Sequence[Any], inputs: Sequence[Any], form: Any, scale: float) -> Any:
-    x, _weight, w_in, w_down, b_in, b_down, a_in, lora_b_in, a_down, lora_b_down = inputs
-    first, second = (_LowRank(routed[2], *pair, scale) for pair in ((a_in, lora_b_in), (a_down, lora_b_down)))
+def _forward_parts(rows: Rows, inputs: Sequence[Any], form: Any, scale: float) -> Any:
+    x, _weight, w_in, w_up, w_down, b_in, b_down, a_in, lora_b_in, a_down, lora_b_down = inputs
+    first, second = (LowRank(rows.offsets, *pair, scale) for pair in ((a_in, lora_b_in), (a_down, lora_b_down)))
     x_rows = rows.gather(x)
-    gate, up = rows.halves(plus(rows.linear(x_rows, w_in, b_in), first(x_rows)))  # type: ignore[arg-type]
+    gate, up = rows.halves(plus(rows.linear(x_rows, (w_in, w_up), b_in), first(x_rows)))  # type: ignore[arg-type]
     h = gated_act_op(gate, up, *form)
-    return x_rows, gate, up, h, lambda: plus(rows.linear(h, w_down, b_down), second(h)), first, second
+    return x_rows, gate, up, h, lambda: plus(rows.linear(h, (w_down,), b_down), second(h)), first, second
 
 
 def _along(options: Sequence[Any], routed: Sequence[Any], inputs: Sequence[Any], directions: Sequence[Any]) -> Any:
     """The tangent of the output, see that of moe."""
-    x, weight, w_in, w_down = inputs[:4]
-    x_t, s_t, w_in_t, w_down_t, b_in_t, b_down_t, a_in_t, lora_b_in_t, a_down_t, lora_b_down_t = directions
-    _x, token, _weight, offsets, row, slots = routed
+    x, weight, w_in, w_up, w_down = inputs[:5]
+    x_t, s_t, w_in_t, w_up_t, w_down_t, b_in_t, b_down_t, a_in_t, lora_b_in_t, a_down_t, lora_b_down_t = directions
     gated, interleaved, *form, scale = options
-    rows = Rows(gated, interleaved, x, token, offsets, row, slots)
-    x_rows, gate, up, h, out, first, second = _forward_parts(rows, routed[1:], inputs, form, scale)
+    rows = Rows(gated, interleaved, x, routed[1], *routed[3:])
+    x_rows, gate, up, h, out, first, second = _forward_parts(rows, inputs, form, scale)
     x_rows_t = None if x_t is None else rows.gather(x_t)
-    z_t = rows.linear_tangent(x_rows, w_in, x_rows_t, w_in_t, b_in_t)
+    z_t = rows.linear_tangent(x_rows, (w_in, w_up), x_rows_t, (w_in_t, w_up_t), b_in_t)
     z_t = plus(z_t, first.tangent(x_rows, x_rows_t, a_in_t, lora_b_in_t))
     h_t = None if z_t is None else act_tangent(gate, up, form, *rows.halves(z_t))
-    o_t = rows.linear_tangent(h, w_down, h_t, w_down_t, b_down_t)
+    o_t = rows.linear_tangent(h, (w_down,), h_t, (w_down_t,), b_down_t)
     o_t = plus(o_t, second.tangent(h, h_t, a_down_t, lora_b_down_t))
     y_t = None if o_t is None else rows.scatter(o_t, weight)
     return y_t if s_t is None else plus(y_t, rows.scatter(out(), s_t))
 
 
 def _composed(x: Tensor, routed: Sequence[Any], inputs: Sequence[Any], form: Sequence[Any], scale: float) -> Tensor:
-    token, weight, offsets, row, slots = routed
+    token, weight, *rest = routed
     gated, interleaved, activation, params = form
-    rows = Rows(gated, interleaved, x, token, offsets, row, slots)
-    parts = _forward_parts(rows, routed, (x, weight, *inputs), (activation, params), scale)
+    rows = Rows(gated, interleaved, x, token, *rest)
+    parts = _forward_parts(rows, (x, weight, *inputs), (activation, params), scale)
     return rows.scatter(parts[4](), weight)
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""moe_quantized: ffn, moe and gated_linear on quantised weights, which are constants; fakes, autograd to second order.
+"""moe_quantized: ffn, moe and gated_linear on quantised weights, which are constants, with adapters or without; fakes.
 
-A dense layer is a mixture of one expert, which takes every row.
+A dense layer is a mixture of one expert, which takes every row. Derivatives are in _moe_quantized_derivatives.py.
 """
 
 from __future__ import annotations
@@ -14,15 +14,18 @@ from torch import Tensor
 
 from .. import _checks as check
 from .._gate import Gate, as_gate, check_gate
-from .._library import CUDA_ABSENT, differentiable, fake, vmap_by_loop
+from .._library import CUDA_ABSENT, fake
 from .._quantized import QuantizedWeight
 from .._quantized.formats import columns
-from ._gated_act import act_tangent, gated_act_op
-from ._moe_derivatives import Rows
+from ._gated_act import gated_act_op
+from ._moe_derivatives import all_rows
+from ._moe_lora import adapters, check_pairs
+from ._moe_quantized_derivatives import linear_op, moe_op
 from ._rows import check_routing
-from ._shared import autocast, backward_tangents, dense, double_backward, fold, given, needs_grad, not_asked_for, plus
+from ._shared import as_stored, autocast, both_biases, dense, fold, needs_grad, plus
 
 if TYPE_CHECKING:
+    from .._lora import Lora
     from ..routing import Routing
 
 
@@ -37,6 +40,7 @@ def quantized_moe(
     b_down: Tensor | None,
     activation: str | Gate,
     recompute: bool,
+    lora: Lora | None,
 ) -> Tensor:
     """:func:`ffn_ops.moe` and, without a routing, :func:`ffn_ops.moe_experts`."""
     name = "x" if routing is not None else "rows"
@@ -53,7 +57,7 @@ def quantized_moe(
         routed = (None, None, offsets, None, None)
     check.flag("gated", gated)
     gate = as_gate(activation, gated=gated, one_weight=gated)
-    return _call(name, x, routed, w_in, None, w_down, b_in, b_down, gated, gate, recompute, experts=True)
+    return _call(name, x, routed, w_in, None, w_down, b_in, b_down, gated, gate, recompute, lora, experts=True)
 
 
 def quantized_ffn(
@@ -67,6 +71,7 @@ def quantized_ffn(
     b_down: Tensor | None,
     gate: Gate,
     recompute: bool,
+    lora: Lora | None,
 ) -> Tensor:
     """:func:`ffn_ops.ffn`."""
     for each, b in (("b_in", b_in), ("b_up", b_up), ("b_down", b_down)):
@@ -80,10 +85,10 @@ def quantized_ffn(
         for each, b in (("b_in", b_in), ("b_up", b_up)):
             if b is not None:
                 check.tensor(each, b, (rows,), like=x)
-        b_in = torch.cat([x.new_zeros(rows) if b is None else b for b in (b_in, b_up)])
+        b_in = both_biases(x, b_in, b_up, rows)
     b_in, b_down = (None if b is None else b.unsqueeze(0) for b in (b_in, b_down))
     routed = (None, None, None, None, None)
-    return _call("x", x, routed, w_in, w_up, w_down, b_in, b_down, gated, gate, recompute, experts=False)
+    return _call("x", x, routed, w_in, w_up, w_down, b_in, b_down, gated, gate, recompute, lora, experts=False)
 
 
 def quantized_gated_linear(x: Tensor, w_gate: Any, w_up: Any, b_gate: Any, b_up: Any, gate: Gate) -> Tensor:
@@ -96,7 +101,7 @@ def quantized_gated_linear(x: Tensor, w_gate: Any, w_up: Any, b_gate: Any, b_up:
             raise ValueError(f"{name}: expected none or one for each weight ({len(w_gate)}), got {len(given_biases)}")
     _check_weights("x", x, {"w_gate": w_gate[0], "w_up": w_up[0]}, experts=False)
     rows = fold(x)
-    offsets = _all_rows(rows)
+    offsets = all_rows(rows)
     total: Tensor | None = None
     for i, (gate_weight, up_weight) in enumerate(zip(w_gate, w_up, strict=True)):
         _check_weights("x", x, {"w_gate": gate_weight, "w_up": up_weight}, experts=False)
@@ -112,10 +117,6 @@ def quantized_gated_linear(x: Tensor, w_gate: Any, w_up: Any, b_gate: Any, b_up:
         h = gated_act_op(z[0], z[1], gate.activation, list(gate.params))
         total = plus(total, h)
     return total.reshape(*x.shape[:-1], total.shape[-1])  # type: ignore[union-attr]
-
-
-def _all_rows(rows: Tensor) -> Tensor:
-    return torch.tensor([0, rows.shape[0]], device=rows.device)
 
 
 def _check_weights(name: str, x: Tensor, weights: dict[str, Any], experts: bool) -> None:
@@ -134,7 +135,7 @@ def _check_weights(name: str, x: Tensor, weights: dict[str, Any], experts: bool)
 
 def _call(
     name: str, x: Tensor, routed: Any, w_in: Any, w_up: Any, w_down: Any, b_in: Any, b_down: Any, gated: bool,
-    gate: Gate, recompute: bool, experts: bool,
+    gate: Gate, recompute: bool, lora: Lora | None, experts: bool,
 ) -> Tensor:  # fmt: skip
     check.flag("recompute", recompute)
     weights = {"w_in": w_in, "w_down": w_down} if w_up is None else {"w_in": w_in, "w_up": w_up, "w_down": w_down}
@@ -143,10 +144,14 @@ def _call(
     formats = ",".join(format for _, format in stacked)
     parts = (stacked[0][0], [] if w_up is None else stacked[1][0], stacked[-1][0])
     rows = fold(x)
-    _check_shapes(rows, routed[2], *parts, formats, b_in, b_down, gated)
-    grad = needs_grad(x, routed[1], b_in, b_down)
-    form = (gated, gate.interleaved, gate.activation, gate.params)
-    y = moe_op(rows, *routed, *parts, formats, b_in, b_down, *form, grad and not recompute, grad=grad)[0]
+    count, features, out = _check_shapes(rows, routed[2], *parts, formats, b_in, b_down, gated)
+    pairs: tuple[Any, ...] = (None,) * 4
+    if lora is not None:
+        hidden = 2 * features if gated else features
+        pairs = adapters(lora, x, count if experts else None, hidden, features, out, two=w_up is not None)
+    grad = needs_grad(x, routed[1], b_in, b_down, *pairs)
+    form = (gated, gate.interleaved, gate.activation, gate.params, 1.0 if lora is None else lora.scale)
+    y = moe_op(rows, *routed, *parts, formats, b_in, b_down, *pairs, *form, grad and not recompute, grad=grad)[0]
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], w_down.shape[-2])  # type: ignore[no-any-return]
 
 
@@ -212,11 +217,14 @@ def _num_rows(x: Tensor, token: Tensor | None) -> Any:
 def _(
     x: Tensor, token: Tensor | None, weight: Tensor | None, offsets: Tensor | None, row: Tensor | None,
     slot_offsets: Tensor | None, w_in: Any, w_up: Any, w_down: Any, formats: str, b_in: Tensor | None,
-    b_down: Tensor | None, gated: bool, interleaved: bool, activation: str, params: list[float], save: bool,
+    b_down: Tensor | None, a_in: Any, lora_b_in: Any, a_down: Any, lora_b_down: Any, gated: bool, interleaved: bool,
+    activation: str, params: list[float], scale: float, save: bool,
 ) -> Any:  # fmt: skip
     check.tensor("x", x, ("T", "D"))
     check_gate(activation, params, gated=gated, interleaved=interleaved, one_weight=gated and not w_up)
-    _experts, features, out = _check_shapes(x, offsets, w_in, w_up, w_down, formats, b_in, b_down, gated)
+    experts, features, out = _check_shapes(x, offsets, w_in, w_up, w_down, formats, b_in, b_down, gated)
+    pairs = (a_in, lora_b_in, a_down, lora_b_down)
+    check_pairs(pairs, x, experts, 2 * features if gated else features, features, out)
     rows = _num_rows(x, token)
     gate = dense(x, rows, features) if save else dense(x, 0)
     return dense(x, x.shape[0], out), gate, dense(x, rows, features) if save and gated else dense(x, 0)
@@ -226,161 +234,18 @@ def _(
 def _(
     d_y: Tensor, x: Tensor, token: Tensor | None, weight: Tensor | None, offsets: Tensor | None, row: Tensor | None,
     slot_offsets: Tensor | None, w_in: Any, w_up: Any, w_down: Any, formats: str, b_in: Tensor | None,
-    b_down: Tensor | None, gate: Tensor, up: Tensor, gated: bool, interleaved: bool, activation: str,
-    params: list[float], needs: list[bool],
+    b_down: Tensor | None, a_in: Any, lora_b_in: Any, a_down: Any, lora_b_down: Any, gate: Tensor, up: Tensor,
+    gated: bool, interleaved: bool, activation: str, params: list[float], scale: float, needs: list[bool],
 ) -> Any:  # fmt: skip
     experts, features, out = _check_shapes(x, offsets, w_in, w_up, w_down, formats, b_in, b_down, gated)
     check.tensor("d_y", d_y, (x.shape[0], out), like=x)
-    need_x, need_weight, need_b_in, need_b_down = needs
+    need_x, need_weight, need_b_in, need_b_down, *need_pairs = needs
     d_weight = x.new_empty((token.shape[0],), dtype=torch.float32) if need_weight and token is not None else dense(x, 0)
     d_b_in = dense(x, experts, 2 * features if gated else features) if need_b_in else dense(x, 0)
     d_b_down = dense(x, experts, out) if need_b_down else dense(x, 0)
-    return dense(x, *x.shape) if need_x else dense(x, 0), d_weight, d_b_in, d_b_down
-
-
-# ---- autograd -------------------------------------------------------------------------------------------------------
-
-# Places among the arguments of moe_quantized.
-_W_IN, _W_UP, _W_DOWN, _FORMATS, _B_IN, _B_DOWN = range(6, 12)
-_PLACES = (0, 2, _B_IN, _B_DOWN)  # what has a gradient
-
-
-def _linear_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    _rows, w, ctx.format, offsets, ctx.transposed = inputs
-    ctx.save_for_backward(*w, offsets)
-
-
-def _linear_again(ctx: Any, rows: Tensor, transposed: bool) -> Any:
-    *w, offsets = ctx.saved_tensors
-    return linear_op(rows, w, ctx.format, offsets, transposed)
-
-
-def _linear_backward(ctx: Any, d: Tensor) -> Any:
-    d_rows = _linear_again(ctx, d, not ctx.transposed) if ctx.needs_input_grad[0] else None
-    return d_rows, None, None, None, None
-
-
-def _linear_tangent(ctx: Any, *tangents: Any) -> Any:
-    return _linear_again(ctx, tangents[0], ctx.transposed)
-
-
-linear_op = differentiable("quantized_linear", _linear_setup, _linear_backward, _linear_tangent)
-
-
-def _save(ctx: Any, inputs: Any, *more: Tensor) -> None:
-    """``inputs`` are those of moe_quantized up to the biases."""
-    weights = inputs[_W_IN:_FORMATS]
-    ctx.counts, ctx.formats = [len(w) for w in weights], inputs[_FORMATS]
-    ctx.save_for_backward(*inputs[:_W_IN], *inputs[_B_IN:], *(t for w in weights for t in w), *more)
-
-
-def _saved(ctx: Any) -> tuple[list[Any], list[Tensor]]:
-    """The inputs again, and what was saved behind them."""
-    saved = list(ctx.saved_tensors)
-    weights, at = [], _W_IN + 2
-    for count in ctx.counts:
-        weights.append(saved[at : at + count])
-        at += count
-    return [*saved[:_W_IN], *weights, ctx.formats, *saved[_W_IN : _W_IN + 2]], saved[at:]
-
-
-def _setup(ctx: Any, inputs: Any, output: Any) -> None:
-    *tensors, ctx.gated, ctx.interleaved, activation, params, _save_them = inputs
-    ctx.form = (activation, params)
-    _y, gate, up = output
-    ctx.mark_non_differentiable(gate, up)
-    ctx.set_materialize_grads(False)
-    _save(ctx, tensors, gate, up)
-
-
-def _backward(ctx: Any, d_y: Tensor | None, _gate: Any, _up: Any) -> Any:
-    result: list[Any] = [None] * 17
-    if d_y is None:
-        return tuple(result)
-    inputs, pre = _saved(ctx)
-    needs = [bool(ctx.needs_input_grad[place]) for place in _PLACES]
-    grads = moe_backward_op(d_y, *inputs, *pre, ctx.gated, ctx.interleaved, *ctx.form, needs)
-    for place, grad, need in zip(_PLACES, grads, needs, strict=True):
-        result[place] = grad if need else None
-    return tuple(result)
-
-
-def _backward_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    d_y, *tensors, gate, up, ctx.gated, ctx.interleaved, activation, params, ctx.needs = inputs
-    not_asked_for(ctx, output)
-    ctx.form = (activation, params)
-    ctx.set_materialize_grads(False)
-    _save(ctx, tensors, gate, up, d_y)
-
-
-def _double_backward(ctx: Any, *grads: Tensor | None) -> Any:
-    inputs, (*_pre, d_y) = _saved(ctx)
-    directions = [given(grad) for grad in grads]
-
-    def along(values: Sequence[Any]) -> Tensor:
-        return _along(ctx, inputs, values, directions)  # type: ignore[no-any-return]
-
-    needs = [ctx.needs_input_grad[1 + place] for place in _PLACES]
-    by_d_y, by = double_backward(ctx, along, d_y, [inputs[place] for place in _PLACES], directions, needs)
-    result: list[Any] = [None] * (1 + _B_DOWN)
-    for place, t in zip(_PLACES, by, strict=True):
-        result[place] = t
-    return by_d_y, *result
-
-
-def _backward_tangent(ctx: Any, *tangents: Any) -> Any:
-    inputs, (gate, up, _d_y) = _saved(ctx)
-
-    def again(d: Tensor) -> Any:
-        return moe_backward_op(d, *inputs, gate, up, ctx.gated, ctx.interleaved, *ctx.form, ctx.needs)
-
-    return backward_tangents(ctx, tangents, again, _double_backward, [1 + place for place in _PLACES])
-
-
-def _tangent(ctx: Any, *tangents: Any) -> Any:
-    inputs, _pre = _saved(ctx)
-    values, directions = ([each[place] for place in _PLACES] for each in (inputs, tangents))
-    return _along(ctx, inputs, values, directions), None, None
-
-
-def _along(ctx: Any, inputs: Sequence[Any], values: Sequence[Any], directions: Sequence[Any]) -> Any:
-    """The tangent of the output, see ``_moe_derivatives.moe_along``; weights are constants."""
-    x, weight, b_in, b_down = values
-    x_t, s_t, b_in_t, b_down_t = directions
-    _x, token, _weight, offsets, row, slots, w_in, w_up, w_down, formats, _b_in, _b_down = inputs
-    names = formats.split(",")
-    offsets = _all_rows(x) if offsets is None else offsets
-    rows = Rows(ctx.gated, ctx.interleaved, x, token, offsets, row, slots)
-
-    def linear(t: Tensor, w: Any, name: str, b: Tensor | None) -> Tensor:
-        z = linear_op(t, w, name, offsets, False)
-        return z if b is None else z + rows.spread(b)  # type: ignore[no-any-return]
-
-    def pre(t: Tensor, b: Tensor | None) -> Tensor:
-        if not w_up:
-            return linear(t, w_in, names[0], b)
-        z = torch.cat((linear(t, w_in, names[0], None), linear(t, w_up, names[1], None)), 1)
-        return z if b is None else z + rows.spread(b)
-
-    x_rows = rows.gather(x)
-    gate, up = rows.halves(pre(x_rows, b_in))
-    z_t = None if x_t is None else pre(rows.gather(x_t), None)
-    z_t = plus(z_t, None if b_in_t is None else rows.spread(b_in_t))
-    h_t = None if z_t is None else act_tangent(gate, up, ctx.form, *rows.halves(z_t))
-    h = gated_act_op(gate, up, *ctx.form)
-    o_t = None if h_t is None else linear(h_t, w_down, names[-1], None)
-    o_t = plus(o_t, None if b_down_t is None else rows.spread(b_down_t))
-    y_t = None if o_t is None else rows.scatter(o_t, weight)
-    if s_t is not None:
-        y_t = plus(y_t, rows.scatter(linear(h, w_down, names[-1], b_down), s_t))
-    return y_t
-
-
-moe_backward_op = differentiable("moe_quantized_backward", _backward_setup, _double_backward, _backward_tangent)
-moe_op = differentiable("moe_quantized", _setup, _backward, _tangent)
-
-for _name in ("quantized_linear", "moe_quantized", "moe_quantized_backward", "dequantize"):
-    vmap_by_loop(_name)
+    pairs = zip((a_in, lora_b_in, a_down, lora_b_down), need_pairs, strict=True)
+    d_pairs = [as_stored(t) if need and t is not None else dense(x, 0) for t, need in pairs]
+    return dense(x, *x.shape) if need_x else dense(x, 0), d_weight, d_b_in, d_b_down, *d_pairs
 
 
 def _refuse(name: str) -> None:

@@ -107,7 +107,7 @@ def check_routing(x: Tensor, routing: Routing) -> None:
 
 def check_weights(
     x: Tensor,
-    offsets: Tensor,
+    experts: Any,
     w_in: Tensor,
     w_down: Tensor,
     b_in: Tensor | None,
@@ -115,19 +115,22 @@ def check_weights(
     gated: bool,
     *,
     may_be_none: bool = False,
+    w_up: Tensor | None = None,
 ) -> tuple[Any, Any]:
     """Returns F and the width of the output. ``may_be_none``: a rank may have no expert."""
-    experts = offsets.shape[0] - 1
-    check.tensor("w_in", w_in, (experts, "2F" if gated else "F", x.shape[-1]), like=x)
+    one_weight = gated and w_up is None
+    check.tensor("w_in", w_in, (experts, "2F" if one_weight else "F", x.shape[-1]), like=x)
     if experts < 1 and not may_be_none:
         raise ValueError(f"w_in: expected at least one expert, got {list(w_in.shape)}")
     rows = w_in.shape[1]
-    if gated and rows % 2:
+    if one_weight and rows % 2:
         raise ValueError(f"w_in: expected an even number of rows, of gate and up, got {list(w_in.shape)}")
-    features = rows // 2 if gated else rows
+    features = rows // 2 if one_weight else rows
+    if w_up is not None:
+        check.tensor("w_up", w_up, (experts, features, x.shape[-1]), like=x)
     check.tensor("w_down", w_down, (experts, "D_out", features), like=x)
     if b_in is not None:
-        check.tensor("b_in", b_in, (experts, rows), like=x)
+        check.tensor("b_in", b_in, (experts, 2 * features if gated else features), like=x)
     if b_down is not None:
         check.tensor("b_down", b_down, (experts, w_down.shape[1]), like=x)
     return features, w_down.shape[1]

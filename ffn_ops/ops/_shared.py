@@ -63,6 +63,13 @@ def halves(rows: Tensor | None, interleaved: bool) -> tuple[Any, Any]:
     return (rows[::2], rows[1::2]) if interleaved else (rows[: len(rows) // 2], rows[len(rows) // 2 :])
 
 
+def both_biases(x: Tensor, b_in: Tensor | None, b_up: Tensor | None, rows: Any) -> Tensor | None:
+    """Those of gate and of up as one, zeros for a missing one; None if both are missing."""
+    if b_in is None and b_up is None:
+        return None
+    return torch.cat([x.new_zeros(rows) if b is None else b for b in (b_in, b_up)])
+
+
 def arithmetic(t: Tensor) -> torch.dtype:
     """The dtype of a tensor's arithmetic and of its routing weights."""
     return torch.float64 if t.dtype is torch.float64 else torch.float32
