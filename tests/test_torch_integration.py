@@ -6,6 +6,10 @@ Everything is compared bit for bit with a plain call, unless it says otherwise.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,6 +32,18 @@ def test_every_operator_is_listed() -> None:
     assert {op._qualified_op_name.split("::")[1] for op, _ in CALLS.values()} == {
         name for name in public if not name.startswith("_") and (DEVICE == "cpu" or "lora" not in name)
     }
+
+
+@pytest.mark.cpu_only("a process of its own")
+def test_import_brings_torch_alone() -> None:
+    """No library of the extras, and not torch's compiler, which takes a second to import."""
+    code = "import sys, torch; before = set(sys.modules); import ffn_ops; print(*(set(sys.modules) - before))"
+    environment = {**os.environ, "PYTHONPATH": str(Path(ffn_ops.__file__).parents[1])}
+    brought = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    names = set(brought.stdout.split())
+    assert "ffn_ops.modules" in names and "torch._dynamo" not in names
+    others = {name.partition(".")[0] for name in names} - set(sys.stdlib_module_names)
+    assert others <= {"ffn_ops", "torch", "numpy", "triton"}  # torch imports the last two where they are installed
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -10,7 +10,6 @@ from torch import nn
 
 from .. import _checks as check
 from .._replace import ReplaceEntry, ReplaceReport
-from ..integrations.transformers import NAME, _declared
 from ..moe_ffn import MoEFFN
 from .quantize import MADE, quantize
 
@@ -73,12 +72,16 @@ def quantize_(model: nn.Module, format: str, *, group: int | tuple[int, int] | N
 def _weights(module: nn.Module) -> tuple[str, ...]:
     if isinstance(module, MoEFFN):
         return ("w_in", "w_down")
+    from ..integrations.transformers import _declared  # imports torch._dynamo, which takes a second
+
     if _declared(module):
         return ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
     return ()
 
 
 def _left(module: Any, names: tuple[str, ...]) -> str:
+    from ..integrations.transformers import NAME
+
     implementation = NAME if isinstance(module, MoEFFN) else getattr(module.config, "_experts_implementation", None)
     if implementation != NAME:
         return f"experts_implementation is {implementation!r}"

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from .. import _checks as check
 from .._quantized import QuantizedWeight
-from ..ops._moe_quantized import linear_op
+from ..ops._moe_quantized_derivatives import linear_op
 from ..ops._shared import autocast, fold
 
 
