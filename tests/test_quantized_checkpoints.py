@@ -304,6 +304,19 @@ def test_refusals_before_any_work(gpt_oss: Path, tmp_path: Path) -> None:
         from_pretrained(Auto, tmp_path)
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_model_that_was_quantised_here_is_saved(wrapped: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.Qwen3MoeConfig(**QWEN)
+    Auto.from_config(config).save_pretrained(tmp_path / "dense")
+    model = Auto.from_pretrained(tmp_path / "dense", experts_implementation="ffn_ops")
+    assert len(ffn_ops.quantize_(nn.Sequential(model) if wrapped else model, "int8").paths("quantised")) == 1
+    check_saved(model, tmp_path / "saved")
+    again = from_pretrained(Auto, tmp_path / "saved")
+    experts = [each.model.layers[1].mlp.experts for each in (model, again)]
+    assert all(map(torch.equal, *(each.gate_up_proj.parts for each in experts)))
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_linear_layers(bias: bool) -> None:
     from ffn_ops.integrations._quantized_linear import QuantizedLinear

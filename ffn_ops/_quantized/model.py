@@ -20,7 +20,8 @@ def quantize_(model: nn.Module, format: str, *, group: int | tuple[int, int] | N
 
     It takes :class:`ffn_ops.MoEFFN` without an ``expert_mesh``, and transformers' experts that run with
     ``experts_implementation="ffn_ops"``. Dense layers, routers and shared experts keep their weights. Values that came
-    from an MXFP4 checkpoint, as transformers dequantises gpt-oss on a CPU, are found again exactly.
+    from an MXFP4 checkpoint, as transformers dequantises gpt-oss on a CPU, are found again exactly. ``save_pretrained``
+    of a transformers model writes the quantised weights, for ``from_pretrained`` of the transformers integration.
 
     Args:
         model: a module that is, or holds, such experts.
@@ -66,6 +67,10 @@ def quantize_(model: nn.Module, format: str, *, group: int | tuple[int, int] | N
         after = sum(w.nbytes for w in made.values())
         text = f"{format}, {after * 1e-6:.1f} of {before * 1e-6:.1f} MB, relative error {max(errors):.2g}"
         entries.append(ReplaceEntry(path, layer, "quantised", text))
+    if any(entry.status == "quantised" for entry in entries):
+        from ..integrations.transformers import save_as_kept
+
+        save_as_kept(model)
     return ReplaceReport(tuple(entries))
 
 

@@ -48,6 +48,13 @@ def settings_of(config: Any) -> dict[str, Any]:
     return {**settings, "quant_method": method}
 
 
+def on_cpu(device_map: Any) -> None:
+    places = device_map.values() if isinstance(device_map, dict) else () if device_map is None else (device_map,)
+    places = (*places, torch.get_default_device())
+    if any(str(place) not in ("cpu", "cpu:0") for place in places):
+        raise ValueError(f"device_map: expected the CPU, the only device for quantised weights, got {device_map!r}")
+
+
 def _anything(settings: dict[str, Any]) -> None:
     pass
 

@@ -232,6 +232,17 @@ def _dense(w: Any, dtype: torch.dtype) -> Tensor:
     return w.dequantize(dtype) if isinstance(w, QuantizedWeight) else w.to(dtype)
 
 
+def describe(model: Any) -> None:
+    """Gives a model with quantised weights what :class:`KeepingQuantizer` gives those that it loads."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is None:
+        quantizer = model.hf_quantizer = KeepingQuantizer(KeptConfig(weights={}))
+    if isinstance(quantizer, KeepingQuantizer):
+        weights = {path: w for path, w in model.named_modules() if isinstance(w, QuantizedWeight)}
+        quantizer.formats.update((path, w.stacked()[1]) for path, w in weights.items())
+        quantizer.postprocess_model(model)
+
+
 def register_kept() -> None:
     if OWN not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(OWN)(KeptConfig)

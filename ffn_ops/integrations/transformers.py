@@ -9,6 +9,7 @@ import copy
 import functools
 import importlib
 import importlib.util
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -23,6 +24,7 @@ from ..moe_ffn import MoEFFN
 from ..ops import moe, moe_combine, moe_dispatch, moe_experts
 from ..routing import Routing
 from . import _exchange
+from ._checkpoints import on_cpu
 from ._gates import gate_of
 from ._peft import adapters_of, adopt
 
@@ -131,7 +133,7 @@ def from_pretrained(model_class: Any, name: Any, *args: Any, **options: Any) -> 
             raise ValueError(f"{option}: expected None where a quantised checkpoint is kept, got {options[option]!r}")
     if options.setdefault("experts_implementation", NAME) != NAME:
         raise ValueError(f"experts_implementation: expected {NAME!r}, got {options['experts_implementation']!r}")
-    _on_cpu(options.get("device_map"))
+    on_cpu(options.get("device_map"))
     hub = {key: options.pop(key) for key in _HUB if key in options}
     keep = importlib.import_module("ffn_ops.integrations._keep")
     if (file := options.pop("gguf_file", None)) is not None:
@@ -160,11 +162,13 @@ def _loaded(model_class: Any, name: Any, args: Any, config: Any, hub: dict[str, 
     return model
 
 
-def _on_cpu(device_map: Any) -> None:
-    places = device_map.values() if isinstance(device_map, dict) else () if device_map is None else (device_map,)
-    places = (*places, torch.get_default_device())
-    if any(str(place) not in ("cpu", "cpu:0") for place in places):
-        raise ValueError(f"device_map: expected the CPU, the only device for quantised weights, got {device_map!r}")
+def save_as_kept(model: nn.Module) -> None:
+    """Makes ``save_pretrained`` of a model of transformers, which may be inside of others, write its quantised weights
+    as :func:`from_pretrained` reads them. transformers would take their codes and scales for weights and cut them."""
+    loaded = sys.modules.get("transformers.modeling_utils")
+    found = next((m for m in model.modules() if loaded is not None and isinstance(m, loaded.PreTrainedModel)), None)
+    if found is not None:
+        importlib.import_module("ffn_ops.integrations._keep").describe(found)
 
 
 def _weights(model: nn.Module) -> list[ReplaceEntry]:
