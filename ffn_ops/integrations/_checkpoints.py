@@ -17,6 +17,15 @@ Parts = dict[str, Tensor]
 OWN = "ffn_ops"  # as `save_pretrained` writes it
 
 
+# Options of `from_pretrained`.
+HUB = (
+    "cache_dir", "code_revision", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token",
+    "trust_remote_code",
+)  # fmt: skip
+ASIDE = ("attn_implementation", "dtype", "experts_implementation", "torch_dtype")  # of the model, not of its config
+REFUSED = ("distributed_config", "quantization_config", "tp_plan", "tp_size")
+
+
 class Method(NamedTuple):
     """How a ``quant_method`` stores weights."""
 

@@ -24,7 +24,7 @@ from ..moe_ffn import MoEFFN
 from ..ops import moe, moe_combine, moe_dispatch, moe_experts
 from ..routing import Routing
 from . import _exchange
-from ._checkpoints import on_cpu
+from ._checkpoints import ASIDE, HUB, REFUSED, on_cpu
 from ._gates import gate_of
 from ._peft import adapters_of, adopt
 
@@ -86,14 +86,6 @@ def register(model: nn.Module | None = None) -> None:
         _exchange_in(model)
 
 
-_HUB = (
-    "cache_dir", "code_revision", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token",
-    "trust_remote_code",
-)  # fmt: skip
-_ASIDE = ("attn_implementation", "dtype", "experts_implementation", "torch_dtype")  # of the model, not of its config
-_REFUSED = ("distributed_config", "quantization_config", "tp_plan", "tp_size")
-
-
 def from_pretrained(model_class: Any, name: Any, *args: Any, **options: Any) -> Any:
     """``model_class.from_pretrained(name, ...)`` that keeps a quantised checkpoint quantised, on a CPU.
 
@@ -122,19 +114,27 @@ def from_pretrained(model_class: Any, name: Any, *args: Any, **options: Any) -> 
     Warns:
         UserWarning: if weights had to be dequantised.
 
-    ::
-
-        model = from_pretrained(AutoModelForCausalLM, "openai/gpt-oss-20b")
-        print(report(model))
+    Example:
+        >>> import tempfile, transformers
+        >>> from ffn_ops.integrations.transformers import from_pretrained, register
+        >>> register()
+        >>> widths = {"hidden_size": 64, "moe_intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> config = transformers.Qwen3MoeConfig(vocab_size=50, num_experts=4, num_key_value_heads=1, **widths)
+        >>> auto, folder = transformers.AutoModelForCausalLM, tempfile.TemporaryDirectory()
+        >>> model = auto.from_config(config, experts_implementation="ffn_ops")
+        >>> _ = ffn_ops.quantize_(model, "mxfp4")
+        >>> model.save_pretrained(folder.name)
+        >>> from_pretrained(auto, folder.name).model.layers[0].mlp.experts.down_proj
+        QuantizedWeight(mxfp4, [4, 64, 32], 0.0 of 0.0 MB in bfloat16)
     """
     register()
-    for option in _REFUSED:
+    for option in REFUSED:
         if options.get(option) is not None:
             raise ValueError(f"{option}: expected None where a quantised checkpoint is kept, got {options[option]!r}")
     if options.setdefault("experts_implementation", NAME) != NAME:
         raise ValueError(f"experts_implementation: expected {NAME!r}, got {options['experts_implementation']!r}")
     on_cpu(options.get("device_map"))
-    hub = {key: options.pop(key) for key in _HUB if key in options}
+    hub = {key: options.pop(key) for key in HUB if key in options}
     keep = importlib.import_module("ffn_ops.integrations._keep")
     if (file := options.pop("gguf_file", None)) is not None:
         if importlib.util.find_spec("gguf") is None:
@@ -146,7 +146,7 @@ def from_pretrained(model_class: Any, name: Any, *args: Any, **options: Any) -> 
         return _loaded(model_class, None, args, config, hub, options)
     config = options.pop("config", None)
     if config is None:
-        aside = {key: options.pop(key) for key in _ASIDE if key in options}
+        aside = {key: options.pop(key) for key in ASIDE if key in options}
         auto = importlib.import_module("transformers").AutoConfig
         config, options = auto.from_pretrained(name, return_unused_kwargs=True, **hub, **options)
         options |= aside
