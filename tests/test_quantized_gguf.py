@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import Auto, check_like, check_saved, held, transformers
+from checkpoints import Auto, check_like, check_saved, held, is_mapped, transformers
 from torch import Tensor
 
 from ffn_ops import QuantizedWeight
@@ -81,6 +81,7 @@ def test_a_mixture_in_a_gguf_file(tmp_path: Path) -> None:
     dense.load_state_dict(written(tmp_path / "tiny.gguf", dense))
     model = from_pretrained(Auto, tmp_path, gguf_file="tiny.gguf")
     assert held(model) <= 1.05 * (tmp_path / "tiny.gguf").stat().st_size
+    assert not is_mapped(tmp_path / "tiny.gguf")
     values = dict(dense.named_parameters())
     paths = report(model).paths("quantised")
     assert len(paths) == 14 and not report(model).paths("dequantised")

@@ -55,16 +55,19 @@ def opened(model_class: Any, name: Any, gguf_file: str, hub: dict[str, Any]) -> 
         stem = tensor.name.removesuffix(".weight")
         target = names.get(tensor.name) or names.get(stem) or tensor.name
         branch = next((i for i, each in enumerate(("gate", "up")) if stem.endswith(f".ffn_{each}_exps")), None)
-        t = _tensor(tensor)
+        t = _tensor(tensor, copied=branch is None)
         if stem.endswith(".ffn_gate_inp_shexp"):
             t = t.unsqueeze(0)
         state[target if branch is None else f"{target}.{branch}.weight"] = t
     return type(model), config, state
 
 
-def _tensor(tensor: Any) -> Any:
+def _tensor(tensor: Any, copied: bool) -> Any:
+    """Gate and up become one tensor, a copy. A view of the file beside it would keep all of its pages, so others are
+    copied as well."""
     kind = tensor.tensor_type.name
     if kind in _GGUF:
-        return Ready(QuantizedWeight.from_gguf(tensor))
+        w = QuantizedWeight.from_gguf(tensor)
+        return Ready(QuantizedWeight(w.format, w.codes.clone()) if copied else w)
     values = torch.from_numpy(tensor.data.copy())
     return values.view(torch.bfloat16) if kind == "BF16" else values

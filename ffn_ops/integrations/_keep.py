@@ -57,6 +57,7 @@ class KeepingQuantizer(HfQuantizer):  # type: ignore[misc]
         self.method = METHODS[self.settings["quant_method"]]
         self.entries: list[ReplaceEntry] = []
         self.formats: dict[str, str] = {}
+        self.made: set[int] = set()  # addresses of copies
         self.dtype = torch.float32
         self.plan: dict[str, torch.dtype] = {}
 
@@ -96,6 +97,10 @@ class KeepingQuantizer(HfQuantizer):  # type: ignore[misc]
         for module in model.modules():
             if isinstance(module, QuantizedWeight):
                 vars(module).pop(INITIALIZED, None)
+        if self.made:  # else one view of the file would keep all its pages, beside the copies of them
+            for t in (*model.parameters(), *model.buffers()):
+                if t.data_ptr() not in self.made:
+                    t.data = t.detach().clone()
         # Saved are the model's own names, with codes and scales behind those of quantised weights.
         model._weight_conversions = []
         self.quantization_config.weights, self.quantization_config.checkpoint = self.formats, None
@@ -198,6 +203,8 @@ class Keep(ConversionOps):  # type: ignore[misc]
             raise ValueError(f"{name}: expected a quantised weight of shape {list(turned)}, got {list(w.shape)}")
         setattr(w, INITIALIZED, True)
         quantizer = self.hf_quantizer
+        if self.then or w.format == "uint4":
+            quantizer.made.update(t.data_ptr() for t in w.parts)
         quantizer.formats[name] = w.stacked()[1]
         quantizer.entries.append(ReplaceEntry(name, type(owner).__name__, "quantised", w.extra_repr()))
         if isinstance(owner, (nn.Linear, nn.Embedding)):
