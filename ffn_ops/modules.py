@@ -4,8 +4,8 @@
 Child layers are real ``nn.Linear`` modules, so checkpoints load with ``strict=True`` and a seed gives PyTorch's own
 initialisation. The whole layer is fused only while every child is a plain ``nn.Linear``, or one in PEFT's plain LoRA,
 or while every child is a linear layer on a quantised weight: other adapters, hooks and parametrisations wrap or
-replace children, and an operator that read their ``weight`` would ignore them. Then the children are called and only the
-gate is fused.
+replace children, and an operator that read their ``weight`` would ignore them. Then the children are called and only
+the gate is fused.
 """
 
 from __future__ import annotations
