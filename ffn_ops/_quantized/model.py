@@ -28,7 +28,8 @@ def quantize_(model: nn.Module, format: str, *, group: int | tuple[int, int] | N
     experts that run with ``experts_implementation="ffn_ops"``, this package's dense layers, and layers that
     :func:`ffn_ops.replace` has replaced. Linear layers of dense ones become :class:`ffn_ops.QuantizedLinear`, with the
     same bias. Routers keep their weights. Values that came from an MXFP4 checkpoint, as transformers dequantises
-    gpt-oss on a CPU, are found again exactly.
+    gpt-oss on a CPU, are found again exactly. ``save_pretrained`` of a transformers model writes the quantised weights,
+    for ``from_pretrained`` of the transformers integration.
 
     Args:
         model: a module that is, or holds, such layers.
@@ -70,6 +71,10 @@ def quantize_(model: nn.Module, format: str, *, group: int | tuple[int, int] | N
         else:
             made = _experts(module, names, format, group) if names else _dense(module, linears, format, group)
             entries.append(ReplaceEntry(path, layer, "quantised", f"{format}, {made}"))
+    if any(entry.status == "quantised" for entry in entries):
+        from ..integrations.transformers import save_as_kept
+
+        save_as_kept(model)
     return ReplaceReport(tuple(entries))
 
 

@@ -221,16 +221,15 @@ def _by_parts(layer: nn.Module, plan: Plan, x: Tensor, cast: bool) -> Tensor | N
         dropout = None
     one = down is not None and dropout is None and len(gates) == 1 and plan.learned is None
     lora = None
-    if one and not plain:
-        read = read_all(x.dtype, linears, is_plain)
-        if read is not None:
-            linears, lora = read
-            plain, gates, ups, down = True, linears[:1], linears[1:-1], linears[-1]
+    if one and not plain and (read := read_all(x.dtype, linears, is_plain)) is not None:
+        linears, lora = read
+        plain, gates, ups, down = True, linears[:1], linears[1:-1], linears[-1]
     if plain and not cast and not of_dtype(linears, x.dtype):
         return None
     held = [weights(linear) for linear in linears] if plain else on_quantized(linears, x, cast)
-    # rows of codes and scales are not cut into halves
-    whole = one and held is not None and (plain or plan.form.halves != "up first")
+    whole = one and held is not None
+    if not plain and plan.form.halves == "up first":
+        whole = False  # rows of codes and scales are not cut
     if not whole and (_is_torchs(plan.form) or (dropout is not None and plan.form.early)):
         return None
     value = x

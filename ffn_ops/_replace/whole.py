@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""A whole layer as one call of ``ffn``, from its linear layers. Which layers these are is not decided here."""
+"""A whole layer as one call of ``ffn``, from its weights and biases. Which these are is not decided here."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from .form import Form
 
 
 def whole_ffn(form: Form, x: Tensor, held: list[Held], lora: Lora | None) -> Tensor:
-    """``held``: weights and biases of gate, up if there is one, and down."""
     (w_in, b_in), *up, (w_down, b_down) = held
     rest: dict[str, Any] = {"b_down": b_down, "activation": form.gate, "lora": lora}
     if up:

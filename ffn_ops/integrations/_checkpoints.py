@@ -17,6 +17,15 @@ Parts = dict[str, Tensor]
 OWN = "ffn_ops"  # as `save_pretrained` writes it
 
 
+# Options of `from_pretrained`.
+HUB = (
+    "cache_dir", "code_revision", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token",
+    "trust_remote_code",
+)  # fmt: skip
+ASIDE = ("attn_implementation", "dtype", "experts_implementation", "torch_dtype")  # of the model, not of its config
+REFUSED = ("distributed_config", "quantization_config", "tp_plan", "tp_size")
+
+
 class Method(NamedTuple):
     """How a ``quant_method`` stores weights."""
 
@@ -24,6 +33,8 @@ class Method(NamedTuple):
     read: Callable[[Parts, dict[str, Any]], Any]  # one weight from these; a Tensor where it is not quantised
     check: Callable[[dict[str, Any]], None]  # of the settings, before any work
     renames: tuple[tuple[str, str], ...] = ()
+    joined: tuple[str, ...] = ()  # parameters whose tensors are gate and up
+    own_names: bool = False  # tensors have the names of the model's parameters
 
 
 def settings_of(config: Any) -> dict[str, Any]:
@@ -44,6 +55,13 @@ def settings_of(config: Any) -> dict[str, Any]:
         raise ValueError(f"quant_method: expected one of {known}, got {method!r}")
     METHODS[method].check(settings)
     return {**settings, "quant_method": method}
+
+
+def on_cpu(device_map: Any) -> None:
+    places = device_map.values() if isinstance(device_map, dict) else () if device_map is None else (device_map,)
+    places = (*places, torch.get_default_device())
+    if any(str(place) not in ("cpu", "cpu:0") for place in places):
+        raise ValueError(f"device_map: expected the CPU, the only device for quantised weights, got {device_map!r}")
 
 
 def _anything(settings: dict[str, Any]) -> None:
@@ -158,7 +176,15 @@ METHODS = {
         _read_compressed_tensors,
         _check_compressed_tensors,
     ),
-    OWN: Method({"": (r"\.codes", r"\.scales", r"\.zeros", r"\.factor")}, _read_own, _anything),
+    "gguf": Method(
+        {"gate_up_proj": ("gate_up_proj.0.weight", "gate_up_proj.1.weight"), "down_proj": ("down_proj",)}
+        | {"weight": ("weight",)},
+        lambda parts, settings: next(iter(parts.values())),
+        _anything,
+        joined=("gate_up_proj",),
+        own_names=True,
+    ),
+    OWN: Method({"": (r"\.codes", r"\.scales", r"\.zeros", r"\.factor")}, _read_own, _anything, own_names=True),
 }
 
 
@@ -168,6 +194,7 @@ def stacked(branches: Sequence[Sequence[QuantizedWeight]]) -> QuantizedWeight:
     Blocks of scales may end inside of N where a branch ends: 448 rows in blocks of 128. Then blocks are cut into pieces
     of as many rows as divide all of it, 64 here, and the scales are written once for each piece.
     """
+    branches = [[each for w in branch for each in _experts(w)] for branch in branches]
     first = branches[0][0]
     for each in (w for branch in branches for w in branch):
         if (each.format, each.block, each.shape[-1]) != (first.format, first.block, first.shape[-1]):
@@ -188,6 +215,16 @@ def stacked(branches: Sequence[Sequence[QuantizedWeight]]) -> QuantizedWeight:
                 part = getattr(w, name)
                 place.copy_(part if finer == 1 else part.repeat_interleave(finer, 0)[: len(place)])
     return QuantizedWeight(first.format, block=(cut, first.block[1]), **made)
+
+
+def _experts(w: QuantizedWeight) -> Sequence[QuantizedWeight]:
+    if w.dim() == 2:
+        return (w,)
+    parts = {name: t.unbind() for name, t in w.named_buffers()}
+    return [
+        QuantizedWeight(w.format, block=w.block, **{name: each[e] for name, each in parts.items()})
+        for e in range(w.shape[0])
+    ]
 
 
 def _height(t: Tensor, finer: int, rows: int, cut: int) -> int:

@@ -29,6 +29,7 @@ from .._quantized import QuantizedWeight
 from .._quantized.linear import QuantizedLinear
 from .._replace import ReplaceEntry
 from ._checkpoints import METHODS, OWN, settings_of, stacked
+from ._quantized_embedding import QuantizedEmbedding
 from .transformers import _runs_ours
 
 
@@ -57,6 +58,7 @@ class KeepingQuantizer(HfQuantizer):  # type: ignore[misc]
         self.method = METHODS[self.settings["quant_method"]]
         self.entries: list[ReplaceEntry] = []
         self.formats: dict[str, str] = {}
+        self.made: set[int] = set()  # addresses of copies
         self.dtype = torch.float32
         self.plan: dict[str, torch.dtype] = {}
 
@@ -67,8 +69,11 @@ class KeepingQuantizer(HfQuantizer):  # type: ignore[misc]
     def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
         """Makes the model's converters collect all tensors of a weight, and those of weights that have none."""
         self.plan = model._get_dtype_plan(self.dtype)
-        general = [WeightConverter(list(names), target, [Keep(self)]) for target, names in self.method.names.items()]
-        if self.method is METHODS[OWN]:
+        general = [
+            WeightConverter(list(names), target, [Keep(self, [Concatenate(1)] if target in self.method.joined else ())])
+            for target, names in self.method.names.items()
+        ]
+        if self.method.own_names:
             return general
         renames = [WeightRenaming(source, target) for source, target in self.method.renames]
         return [*renames, *(self._collecting(each) for each in weight_conversions), *general]
@@ -93,6 +98,10 @@ class KeepingQuantizer(HfQuantizer):  # type: ignore[misc]
         for module in model.modules():
             if isinstance(module, QuantizedWeight):
                 vars(module).pop(INITIALIZED, None)
+        if self.made:  # else one view of the file would keep all its pages, beside the copies of them
+            for t in (*model.parameters(), *model.buffers()):
+                if t.data_ptr() not in self.made:
+                    t.data = t.detach().clone()
         # Saved are the model's own names, with codes and scales behind those of quantised weights.
         model._weight_conversions = []
         self.quantization_config.weights, self.quantization_config.checkpoint = self.formats, None
@@ -172,12 +181,15 @@ class Keep(ConversionOps):  # type: ignore[misc]
 
     def _why_not(self, model: Any, name: str) -> str | None:
         owner, attribute = _owner(model, name)
-        if attribute == "weight" and type(owner) is nn.Linear and not self.then:
+        tied = model.all_tied_weights_keys
+        if name in tied or name in tied.values():
+            return "it is tied to another weight"
+        if attribute == "weight" and type(owner) in (nn.Linear, nn.Embedding) and not self.then:
             return None
         if not _runs_ours(owner):
             return "its class runs code of its own"
         kinds = [type(op) for op in self.then]
-        if kinds not in ([], [MergeModulelist], [MergeModulelist, Concatenate]) or any(
+        if kinds not in ([], [MergeModulelist], [Concatenate], [MergeModulelist, Concatenate]) or any(
             op.dim != (0 if isinstance(op, MergeModulelist) else 1) for op in self.then
         ):
             return f"its experts are put together by {', '.join(map(repr, self.then))}"
@@ -192,11 +204,17 @@ class Keep(ConversionOps):  # type: ignore[misc]
             raise ValueError(f"{name}: expected a quantised weight of shape {list(turned)}, got {list(w.shape)}")
         setattr(w, INITIALIZED, True)
         quantizer = self.hf_quantizer
+        if self.then or w.format == "uint4":
+            quantizer.made.update(t.data_ptr() for t in w.parts)
         quantizer.formats[name] = w.stacked()[1]
         quantizer.entries.append(ReplaceEntry(name, type(owner).__name__, "quantised", w.extra_repr()))
-        if isinstance(owner, nn.Linear):
+        if isinstance(owner, (nn.Linear, nn.Embedding)):
+            if isinstance(owner, nn.Embedding):
+                layer: nn.Module = QuantizedEmbedding(w, quantizer.dtype_of(name))
+            else:
+                layer = QuantizedLinear(w, owner.bias)
             parent, child = _owner(model, name.rpartition(".")[0])
-            parent._modules[child] = QuantizedLinear(w, owner.bias)
+            parent._modules[child] = layer
         else:
             delattr(owner, attribute)
             setattr(owner, attribute, w)
@@ -220,6 +238,17 @@ def _owner(model: Any, name: str) -> tuple[Any, str]:
 
 def _dense(w: Any, dtype: torch.dtype) -> Tensor:
     return w.dequantize(dtype) if isinstance(w, QuantizedWeight) else w.to(dtype)
+
+
+def describe(model: Any) -> None:
+    """Gives a model with quantised weights what :class:`KeepingQuantizer` gives those that it loads."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is None:
+        quantizer = model.hf_quantizer = KeepingQuantizer(KeptConfig(weights={}))
+    if isinstance(quantizer, KeepingQuantizer):
+        weights = {path: w for path, w in model.named_modules() if isinstance(w, QuantizedWeight)}
+        quantizer.formats.update((path, w.stacked()[1]) for path, w in weights.items())
+        quantizer.postprocess_model(model)
 
 
 def register_kept() -> None:

@@ -8,6 +8,8 @@ import contextlib
 import copy
 import functools
 import importlib
+import importlib.util
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,6 +24,7 @@ from ..moe_ffn import MoEFFN
 from ..ops import moe, moe_combine, moe_dispatch, moe_experts
 from ..routing import Routing
 from . import _exchange
+from ._checkpoints import ASIDE, HUB, REFUSED, on_cpu
 from ._gates import gate_of
 from ._peft import adapters_of, adopt
 
@@ -83,19 +86,12 @@ def register(model: nn.Module | None = None) -> None:
         _exchange_in(model)
 
 
-_HUB = (
-    "cache_dir", "code_revision", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token",
-    "trust_remote_code",
-)  # fmt: skip
-_ASIDE = ("attn_implementation", "dtype", "experts_implementation", "torch_dtype")  # of the model, not of its config
-_REFUSED = ("distributed_config", "gguf_file", "quantization_config", "tp_plan", "tp_size")
-
-
 def from_pretrained(model_class: Any, name: Any, *args: Any, **options: Any) -> Any:
     """``model_class.from_pretrained(name, ...)`` that keeps a quantised checkpoint quantised, on a CPU.
 
-    The experts, and the linear layers, that the checkpoint has quantised become :class:`ffn_ops.QuantizedWeight` and
-    run as this package's operators, forward and backward to their input. Everything else is loaded as ever.
+    The experts, linear layers and embeddings that the checkpoint has quantised become :class:`ffn_ops.QuantizedWeight`.
+    Experts and linear layers run as this package's operators, forward and backward to their input; activations are not
+    quantised. Everything else is loaded as ever.
     :func:`report` lists what stayed quantised and what did not. ``save_pretrained`` writes the same bytes in this
     package's layout, which this function reads, and after :func:`register` transformers' own ``from_pretrained``.
 
@@ -104,53 +100,75 @@ def from_pretrained(model_class: Any, name: Any, *args: Any, **options: Any) -> 
         name: as transformers takes it. The config's ``quant_method`` is one of ``mxfp4`` (gpt-oss), ``fp8`` (DeepSeek),
             ``gptq`` and ``awq`` (4 bits), ``compressed-tensors`` (``pack-quantized`` of 4 bits,
             ``mxfp4-pack-quantized``, ``int-quantized``, ``float-quantized``), ``ffn_ops``. No other library is needed.
-        options: as transformers takes them. ``experts_implementation`` is "ffn_ops".
+        options: as transformers takes them. ``experts_implementation`` is "ffn_ops". ``gguf_file`` needs gguf-py and
+            takes Qwen2-MoE and Qwen3-MoE.
 
     Returns:
         The model.
 
     Raises:
-        ImportError: as :func:`register`.
+        ImportError: as :func:`register`; with ``gguf_file``, if gguf is missing.
         ValueError: if the checkpoint is not quantised or by another method, if it is to be loaded on a GPU, or for an
             option that has no meaning here.
         RuntimeError: from transformers, if a weight does not fit; its report above has our message.
     Warns:
         UserWarning: if weights had to be dequantised.
 
-    ::
-
-        model = from_pretrained(AutoModelForCausalLM, "openai/gpt-oss-20b")
-        print(report(model))
+    Example:
+        >>> import tempfile, transformers
+        >>> from ffn_ops.integrations.transformers import from_pretrained, register
+        >>> register()
+        >>> widths = {"hidden_size": 64, "moe_intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> config = transformers.Qwen3MoeConfig(vocab_size=50, num_experts=4, num_key_value_heads=1, **widths)
+        >>> auto, folder = transformers.AutoModelForCausalLM, tempfile.TemporaryDirectory()
+        >>> model = auto.from_config(config, experts_implementation="ffn_ops")
+        >>> _ = ffn_ops.quantize_(model, "mxfp4")
+        >>> model.save_pretrained(folder.name)
+        >>> from_pretrained(auto, folder.name).model.layers[0].mlp.experts.down_proj
+        QuantizedWeight(mxfp4, [4, 64, 32], 0.0 of 0.0 MB in bfloat16)
     """
     register()
-    for option in _REFUSED:
+    for option in REFUSED:
         if options.get(option) is not None:
             raise ValueError(f"{option}: expected None where a quantised checkpoint is kept, got {options[option]!r}")
     if options.setdefault("experts_implementation", NAME) != NAME:
         raise ValueError(f"experts_implementation: expected {NAME!r}, got {options['experts_implementation']!r}")
-    _on_cpu(options.get("device_map"))
-    hub = {key: options.pop(key) for key in _HUB if key in options}
+    on_cpu(options.get("device_map"))
+    hub = {key: options.pop(key) for key in HUB if key in options}
+    keep = importlib.import_module("ffn_ops.integrations._keep")
+    if (file := options.pop("gguf_file", None)) is not None:
+        if importlib.util.find_spec("gguf") is None:
+            raise ImportError("ffn_ops: gguf is not installed, run pip install gguf")
+        gguf = importlib.import_module("ffn_ops.integrations._gguf")
+        model_class, config, options["state_dict"] = gguf.opened(model_class, name, file, hub)
+        config.quantization_config = keep.KeptConfig(checkpoint={"quant_method": "gguf"})
+        options.setdefault("dtype", torch.float32)  # as transformers loads such files
+        return _loaded(model_class, None, args, config, hub, options)
     config = options.pop("config", None)
     if config is None:
-        aside = {key: options.pop(key) for key in _ASIDE if key in options}
+        aside = {key: options.pop(key) for key in ASIDE if key in options}
         auto = importlib.import_module("transformers").AutoConfig
         config, options = auto.from_pretrained(name, return_unused_kwargs=True, **hub, **options)
         options |= aside
-    keep = importlib.import_module("ffn_ops.integrations._keep")
-    config = keep.kept_config(copy.deepcopy(config))
+    return _loaded(model_class, name, args, keep.kept_config(copy.deepcopy(config)), hub, options)
+
+
+def _loaded(model_class: Any, name: Any, args: Any, config: Any, hub: dict[str, Any], options: dict[str, Any]) -> Any:
     model = model_class.from_pretrained(name, *args, config=config, **hub, **options)
     found = model[0] if isinstance(model, tuple) else model  # with output_loading_info
     if lost := [entry for entry in _weights(found) if entry.status == "dequantised"]:
         what = f"{len(lost)} quantised weights were dequantised, because {lost[0].why}"
-        warnings.warn(f"{what}. ffn_ops.integrations.transformers.report(model) lists them", stacklevel=2)
+        warnings.warn(f"{what}. ffn_ops.integrations.transformers.report(model) lists them", stacklevel=3)
     return model
 
 
-def _on_cpu(device_map: Any) -> None:
-    places = device_map.values() if isinstance(device_map, dict) else () if device_map is None else (device_map,)
-    places = (*places, torch.get_default_device())
-    if any(str(place) not in ("cpu", "cpu:0") for place in places):
-        raise ValueError(f"device_map: expected the CPU, the only device for quantised weights, got {device_map!r}")
+def save_as_kept(model: nn.Module) -> None:
+    """Makes ``save_pretrained`` of a model of transformers, which may be inside of others, write its quantised weights
+    as :func:`from_pretrained` reads them. transformers would take their codes and scales for weights and cut them."""
+    loaded = sys.modules.get("transformers.modeling_utils")
+    found = next((m for m in model.modules() if loaded is not None and isinstance(m, loaded.PreTrainedModel)), None)
+    if found is not None:
+        importlib.import_module("ffn_ops.integrations._keep").describe(found)
 
 
 def _weights(model: nn.Module) -> list[ReplaceEntry]:

@@ -47,16 +47,16 @@ def adapters(
 
 
 def unchecked(lora: Lora, x: Tensor, experts: int | None, *, two: bool = False) -> tuple[Any, ...]:
-    """The same without checks, for a call under ``checked``, which asks ``adapters`` where the operator refuses."""
+    """The same without checks, for a call under ``checked``: ``adapters`` then says in full what was refused."""
     a_in, b_in, a_up, b_up, a_down, b_down = _cast_factors(lora, x)
     first = pair(a_in, b_in, experts)
     if two:
         second = pair(a_up, b_up, experts)
         if b_in is not None and b_up is not None and len(b_in) != len(b_up):
-            raise ValueError("b_in")  # side by side, the operator could not tell
+            raise ValueError  # side by side, the operator could not tell
         first = _both(*first, *second)
     elif a_up is not None:
-        raise ValueError("a_up")  # `adapters` says it in full
+        raise ValueError
     return *first, *pair(a_down, b_down, experts)
 
 
