@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 
 import ffn_ops
 from ffn_ops.integrations import _gates, _peft
-from ffn_ops.integrations.transformers import register
+from ffn_ops.integrations.transformers import from_pretrained, register
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -180,6 +180,12 @@ def test_quantised_experts(name: str, tmp_path: Path) -> None:
     ffn_ops.quantize_(before, "int8")
     loaded = peft.PeftModel.from_pretrained(before, tmp_path / "first")
     assert torch.equal(loaded(input_ids=tokens()).logits, logits)
+    before = base("ffn_ops", name, torch.float32)
+    ffn_ops.quantize_(before, "int8")
+    before.save_pretrained(tmp_path / "base")
+    kept = from_pretrained(transformers.AutoModelForCausalLM, tmp_path / "base")  # down_proj is loaded first
+    kept = peft.PeftModel.from_pretrained(kept, tmp_path / "first")
+    assert torch.equal(kept(input_ids=tokens()).logits, logits)
     loaded.add_adapter("second", config(r=3))
     draw(loaded)
     loaded.base_model.set_adapter(["default", "second"])

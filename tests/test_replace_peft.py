@@ -95,6 +95,19 @@ def test_lora_merged_disabled_removed() -> None:
     torch.testing.assert_close(logits(model), logits(plain))
 
 
+@pytest.mark.parametrize("wrap", ["compile", "peft"])
+def test_wrappers_that_hand_attributes_on_are_no_layers(wrap: str) -> None:
+    """The model itself is a replaced layer: PEFT's modules around it, and torch.compile's, show its attributes."""
+    layer = ffn_ops.replace(nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8)))
+    model: Any = torch.compile(layer, backend="eager")
+    if wrap == "peft":
+        model = peft.get_peft_model(layer, peft.LoraConfig(target_modules=["0"]))
+    (path,) = ffn_ops.replace_report(model).paths("replaced")
+    assert model.get_submodule(path) is layer
+    status = {"compile": "quantised", "peft": "left"}[wrap]
+    assert ffn_ops.quantize_(model, "int8").paths(status) == [path]
+
+
 def test_two_adapters_at_once_and_gradients_in_float64() -> None:
     """Ranks and scales of their own: PEFT's results and every gradient, within rounding."""
     models = [adapted(made("Llama"), "gate_proj", "up_proj", "down_proj").double() for _ in range(2)]

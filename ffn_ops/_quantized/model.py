@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .. import _checks as check
 from .._replace import ReplaceEntry, ReplaceReport, replace_report
 from .._replace.children import is_plain, weights, why_called
-from .._replace.layer import PLAN
+from .._replace.layer import plan_of
 from .._replace.probe import original_class
 from .._replace.recognise import OURS, linear_children
 from ..expert_parallel import shard
@@ -132,14 +132,14 @@ def _left(module: Any, names: tuple[str, ...]) -> str:
 
 def _linears(module: nn.Module) -> list[str]:
     """Paths of the linear layers of a dense layer that runs on an operator."""
-    plan = getattr(module, PLAN, None)
+    plan = plan_of(module)
     if plan:
         return list(dict.fromkeys(plan.form.linears))
     return list(linear_children(module, 1 << 16)) if isinstance(module, OURS) else []
 
 
 def _dense_left(module: nn.Module, paths: list[str]) -> str:
-    plan = getattr(module, PLAN, None)
+    plan = plan_of(module)
     if plan and plan.form.reads_weights:
         return "its own forward reads weights"
     for path in paths:

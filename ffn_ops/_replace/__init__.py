@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from ..modules import has_own_forward
-from .layer import CALLS, PLAN, Plan, state
+from .layer import CALLS, PLAN, Plan, plan_of, state
 from .probe import EXCHANGED, ORIGINAL, original_class
 from .recognise import METHODS, OURS, Finding, Recogniser, linear_children, plausible
 from .refused import has_stacked_experts, is_feed_forward
@@ -190,7 +190,7 @@ def _check(model: Any) -> None:
 
 
 def _is_replaced(module: nn.Module) -> bool:
-    return bool(getattr(module, PLAN, None))
+    return bool(plan_of(module))
 
 
 def _sites(model: nn.Module) -> Iterator[_Site]:
@@ -214,7 +214,7 @@ def _sites(model: nn.Module) -> Iterator[_Site]:
 
 
 def _site(path: str, module: nn.Module, recognise: Recogniser) -> _Site | None:
-    known = getattr(module, PLAN, None)
+    known = plan_of(module)
     if EXCHANGED in vars(module):
         return _Site(path, module, "forward", Finding(None, "experts computed after register(model)"), True)
     if isinstance(module, OURS):

@@ -116,6 +116,12 @@ def _scalars(module: nn.Module) -> list[tuple[str, Any]]:
     return [(k, v) for k, v in vars(module).items() if k != "training" and k[0] != "_" and isinstance(v, _SCALARS)]
 
 
+def plan_of(module: nn.Module) -> Any:
+    """The plan of a replaced layer, or False; None of others, also of one around it that hands attributes on, as PEFT's
+    and torch.compile's do."""
+    return vars(module).get(PLAN)
+
+
 def child(module: nn.Module, path: Path) -> Any:
     for name in path:
         module = module._modules.get(name)  # type: ignore[assignment]

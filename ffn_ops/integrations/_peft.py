@@ -102,6 +102,8 @@ def _showing_parameters(inject: Callable[..., Any]) -> Callable[..., Any]:
             one = torch.zeros((), device=w.device).expand(w.shape)
             del module._modules[name]
             module._parameters[name] = nn.Parameter(one.mT if module.is_transposed else one, requires_grad=False)
+        for module in {module for module, _, _ in hidden}:  # PEFT names adapters by the order of dense experts
+            module._parameters["down_proj"] = module._parameters.pop("down_proj")
         try:
             return inject(self, peft_config, model, *args, **kwargs)
         finally:
