@@ -339,6 +339,8 @@ BAD: list[tuple[Any, type[Exception], str]] = [
     (lambda: QuantizedWeight("q8_0", torch.zeros(2, 34, dtype=torch.uint8), BYTES), TypeError, "scales: .* None"),
     (lambda: ffn_ops.quantize(torch.randn(4, 33), "int4"), ValueError,
      "group: expected a divisor of K = 33, got 32, the default of int4"),
+    (lambda: ffn_ops.quantize(torch.randn(4, 33), "int4", group=11), ValueError,
+     r"w: expected an even number of columns for int4, got \[4, 33\]"),
     (lambda: ffn_ops.quantize(torch.randn(4, 32), "int8", return_error=1), TypeError, "return_error: expected True or"),
     (lambda: QuantizedWeight("q8_0", torch.zeros(4, 34, dtype=torch.uint8).to_sparse()), ValueError,
      "codes: expected a strided tensor, got layout torch.sparse_coo"),
