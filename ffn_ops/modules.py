@@ -20,7 +20,7 @@ from . import _checks as check
 from . import ops
 from ._gate import Gate, as_gate
 from ._quantized import QuantizedWeight
-from ._quantized.foreign import sets_forward
+from ._quantized.foreign import is_compressed
 from ._quantized.linear import weight_of
 
 # A small layer feels every look-up by nn.Module.__getattr__, so forward reads _modules and _parameters directly.
@@ -62,19 +62,8 @@ def is_plain_linear(layer: nn.Module) -> bool:
 def quantized(*layers: Any) -> list[tuple[QuantizedWeight, Tensor | None]] | None:
     """Weights and biases of linear layers on quantised weights; None if a call of one of ``layers`` computes more or
     something else."""
-    found = []
-    for layer in layers:
-        held = weight_of(layer) if is_unhooked(layer) or _is_compressed(layer) else None
-        if held is None:
-            return None
-        found.append(held)
-    return found
-
-
-def _is_compressed(layer: Any) -> bool:
-    """As ``is_unhooked``, of a layer on which compressed-tensors has set its forward."""
-    hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    return not hooked and sets_forward(layer)
+    found = [weight_of(layer) if is_unhooked(layer) or is_compressed(layer) else None for layer in layers]
+    return None if None in found else found  # type: ignore[return-value]
 
 
 def called(name: str, child: Any, x: Tensor) -> Tensor:

@@ -32,14 +32,16 @@ def results(model: nn.Module, call: Callable[[nn.Module], Tensor]) -> dict[str, 
 DRAWS = 8
 
 
-def assert_same_function(actual: nn.Module, plain: nn.Module, call: Callable[[nn.Module], Tensor]) -> None:
+def assert_same_function(
+    actual: nn.Module, plain: nn.Module, call: Callable[[nn.Module], Tensor], draws: int = DRAWS
+) -> None:
     """Output and every gradient are as near to float64 as the untouched model's are, over several draws of the weights;
     one weight for each tensor."""
     pooled: list[list[Tensor]] = [[], [], []]
     weights = [[p for p in model.parameters() if type(p) is nn.Parameter] for model in (actual, plain)]
     drawn = [p.detach().clone() for p in weights[1]]
     g = generator()
-    for draw in range(DRAWS if len(weights[0]) == len(drawn) else 1):
+    for draw in range(draws if len(weights[0]) == len(drawn) else 1):
         for here, there, start in zip(*weights, drawn, strict=True):
             assert here.shape == there.shape
             if draw and start.is_floating_point():

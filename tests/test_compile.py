@@ -144,6 +144,8 @@ class Stack(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.glu = ffn_ops.GLU(12, 12)
+        for linear in self.glu.children():  # a regression: packages did not take operators' empty lists
+            linear.bias = None
         self.gates = ffn_ops.GatedFFN(12, 20, 2, out_proj=True)
         self.plain = ffn_ops.GELUFFN(12, 24)
         self.swiglu = ffn_ops.FeedForward(12, 24, 8, 0.1)

@@ -122,8 +122,10 @@ _LAYERS: dict[tuple[str, str], Callable[[Any], QuantizedWeight]] = {
 _COMPRESSED = "compressed_tensors.quantization.lifecycle.forward"
 
 
-def sets_forward(layer: Any) -> bool:
-    """True if compressed-tensors has set the instance's forward, which knows nothing of a compressed weight."""
+def is_compressed(layer: Any) -> bool:
+    """True, of a layer without hooks, if compressed-tensors has set its forward, which takes only dense weights."""
+    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+        return False
     forward = layer.__dict__.get("forward")
     made = getattr(getattr(forward, "__func__", None), "__globals__", {})
     return made.get("__name__") == _COMPRESSED and forward.__self__ is layer and "quantization_scheme" in layer.__dict__

@@ -87,6 +87,9 @@ def gated_linear(
         ]
         return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
+    if torch.compiler.is_exporting():  # AOTInductor's packages do not take empty lists
+        gate_biases, up_biases = (b or [w.new_zeros(len(w)) for w in gates] for b in (gate_biases, up_biases))
+
     def operator() -> Tensor:
         grad = needs_grad(x, *gates, *ups, *gate_biases, *up_biases)
         form = (kind.activation, kind.params, grad)
