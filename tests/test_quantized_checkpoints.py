@@ -288,6 +288,10 @@ def test_refusals_before_any_work(gpt_oss: Path, tmp_path: Path) -> None:
     refused(r"device_map: expected the CPU, .* got {'lm_head': 'cpu', '': 1}", device_map={"lm_head": "cpu", "": 1})
     refused("quantization_config: expected None", quantization_config=transformers.Mxfp4Config())
     refused("experts_implementation: expected 'ffn_ops', got 'eager'", experts_implementation="eager")
+    for arguments, match in (((str(gpt_oss), Auto), "model_class: expected a class .* got str"),
+                             ((Auto, None), "name: expected a path or a name on the hub, got NoneType")):  # fmt: skip
+        with pytest.raises(TypeError, match=match):
+            from_pretrained(*arguments)
     state = safetensors.load_file(gpt_oss / "model.safetensors")
     name = "model.layers.0.mlp.experts.down_proj_scales"
     state[name] = state[name][:, :-1].contiguous()

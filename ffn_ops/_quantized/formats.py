@@ -47,6 +47,9 @@ def columns(format: str, codes: Tensor) -> Any:
 def check_parts(format: str, block: tuple[int, int], parts: dict[str, Tensor]) -> None:
     """Checks dtypes, shapes and that scales are finite, before anything is kept."""
     kind, codes = FORMATS[format], parts["codes"]
+    for name, t in parts.items():
+        if t.layout is not torch.strided:
+            raise ValueError(f"{name}: expected a strided tensor, got layout {t.layout}")
     if codes.dim() not in (2, 3):
         raise ValueError(f"codes: expected shape [N, bytes] or [E, N, bytes], got {list(codes.shape)}")
     if codes.shape[-1] % kind.block_bytes:

@@ -64,6 +64,7 @@ def quantize(w: Tensor, format: str, *, group: int | tuple[int, int] | None = No
     """
     check.tensor("w", w)
     check.choice("format", format, MADE)
+    check.flag("return_error", return_error)
     if w.dim() not in (2, 3):
         raise ValueError(f"w: expected shape [N, K] or [E, N, K], got {list(w.shape)}")
     if w.is_meta:
@@ -84,7 +85,7 @@ def quantize(w: Tensor, format: str, *, group: int | tuple[int, int] | None = No
 
 
 def _block(format: str, group: Any, rows: int, cols: int) -> tuple[int, int]:
-    default = {"mxfp4": (1, 32), "fp8": (128, 128), "int8": (1, cols), "int4": (1, 32)}[format]
+    default = {"mxfp4": (1, 32), "fp8": (128, 128), "int8": (1, max(cols, 1)), "int4": (1, 32)}[format]
     pair: Any = default if group is None else group if isinstance(group, tuple) else (1, group)
     if len(pair) != 2:
         raise ValueError(f"group: expected columns, or rows and columns, got {group!r}")
@@ -93,11 +94,10 @@ def _block(format: str, group: Any, rows: int, cols: int) -> tuple[int, int]:
     if format == "mxfp4" and pair != (1, 32):
         raise ValueError(f"group: expected 32 of mxfp4, got {group!r}")
     if format != "fp8" and (pair[0] != 1 or cols % pair[1]):
-        raise ValueError(f"group: expected a divisor of K = {cols}, got {group!r}")
+        got = f"{pair[1]}, the default of {format}" if group is None else repr(group)
+        raise ValueError(f"group: expected a divisor of K = {cols}, got {got}")
     if format == "int4" and cols % 2:
-        raise ValueError(
-            f"w: expected an even number of columns for int4, got {list(w_shape)}" if (w_shape := (rows, cols)) else ""
-        )
+        raise ValueError(f"w: expected an even number of columns for int4, got {[rows, cols]}")
     return pair  # type: ignore[no-any-return]
 
 

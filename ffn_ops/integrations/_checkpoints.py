@@ -5,6 +5,7 @@ Nothing here imports transformers."""
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -55,6 +56,13 @@ def settings_of(config: Any) -> dict[str, Any]:
         raise ValueError(f"quant_method: expected one of {known}, got {method!r}")
     METHODS[method].check(settings)
     return {**settings, "quant_method": method}
+
+
+def named(model_class: Any, name: Any) -> None:
+    if not callable(getattr(model_class, "from_pretrained", None)):
+        raise TypeError(f"model_class: expected a class of transformers' models, got {type(model_class).__name__}")
+    if not isinstance(name, (str, os.PathLike)):
+        raise TypeError(f"name: expected a path or a name on the hub, got {type(name).__name__}")
 
 
 def on_cpu(device_map: Any) -> None:

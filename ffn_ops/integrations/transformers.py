@@ -24,7 +24,7 @@ from ..moe_ffn import MoEFFN
 from ..ops import moe, moe_combine, moe_dispatch, moe_experts
 from ..routing import Routing
 from . import _exchange
-from ._checkpoints import ASIDE, HUB, REFUSED, on_cpu
+from ._checkpoints import ASIDE, HUB, REFUSED, named, on_cpu
 from ._gates import gate_of
 from ._peft import adapters_of, adopt
 
@@ -108,6 +108,7 @@ def from_pretrained(model_class: Any, name: Any, *args: Any, **options: Any) -> 
 
     Raises:
         ImportError: as :func:`register`; with ``gguf_file``, if gguf is missing.
+        TypeError: if ``model_class`` or ``name`` is of another type.
         ValueError: if the checkpoint is not quantised or by another method, if it is to be loaded on a GPU, or for an
             option that has no meaning here.
         RuntimeError: from transformers, if a weight does not fit; its report above has our message.
@@ -127,6 +128,7 @@ def from_pretrained(model_class: Any, name: Any, *args: Any, **options: Any) -> 
         >>> from_pretrained(auto, folder.name).model.layers[0].mlp.experts.down_proj
         QuantizedWeight(mxfp4, [4, 64, 32], 0.0 of 0.0 MB in bfloat16)
     """
+    named(model_class, name)
     register()
     for option in REFUSED:
         if options.get(option) is not None:
