@@ -202,6 +202,19 @@ def test_every_number_of_tokens_and_form_has_the_bits_of_the_dequantised_layer(f
             assert ours.shape == (T, O) and torch.equal(ours, plain), f"{T} tokens, gated {gated}, bias {bias}"
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gated_linear_in_16_bits_rounds_once(dtype: torch.dtype) -> None:
+    g = generator(4)
+    w, v = (ffn_ops.quantize(torch.randn(48, 64, generator=g), "int8") for _ in range(2))
+    x, b = (torch.randn(*shape, generator=g).to(dtype) for shape in ((33, 64), (48,)))
+    exact = torch.sigmoid(x.double() @ w.dequantize(torch.float64).T + b.double()) * (
+        x.double() @ v.dequantize(torch.float64).T
+    )
+    error = (ffn_ops.gated_linear(x, w, v, b_gate=b).double() - exact).abs()
+    eps = torch.finfo(dtype).eps
+    assert (error <= 0.51 * eps * exact.abs() + 1e-5).all()
+
+
 def test_gated_linear_has_the_bits_of_the_dequantised_one(isa: str) -> None:
     """Its gradients are added in another order."""
     g = generator(3)

@@ -100,7 +100,7 @@ def quantized_gated_linear(x: Tensor, w_gate: Any, w_up: Any, b_gate: Any, b_up:
         if given_biases and len(given_biases) != len(w_gate):
             raise ValueError(f"{name}: expected none or one for each weight ({len(w_gate)}), got {len(given_biases)}")
     _check_weights("x", x, {"w_gate": w_gate[0], "w_up": w_up[0]}, experts=False)
-    rows = fold(x)
+    rows = fold(x).float()  # what the dense operator has on its accumulators: rounded once, at the end
     offsets = all_rows(rows)
     total: Tensor | None = None
     for i, (gate_weight, up_weight) in enumerate(zip(w_gate, w_up, strict=True)):
@@ -113,10 +113,10 @@ def quantized_gated_linear(x: Tensor, w_gate: Any, w_up: Any, b_gate: Any, b_up:
             if b:
                 check.tensor(f"b_{name}", b[i], (w.shape[0],), like=x)
             product = linear_op(rows, *w.stacked(), offsets, False)
-            z.append(product + b[i] if b else product)
+            z.append(product + b[i].float() if b else product)
         h = gated_act_op(z[0], z[1], gate.activation, list(gate.params))
         total = plus(total, h)
-    return total.reshape(*x.shape[:-1], total.shape[-1])  # type: ignore[union-attr]
+    return total.to(x.dtype).reshape(*x.shape[:-1], total.shape[-1])  # type: ignore[union-attr]
 
 
 def _check_weights(name: str, x: Tensor, weights: dict[str, Any], experts: bool) -> None:
