@@ -199,7 +199,11 @@ def test_every_number_of_tokens_and_form_has_the_bits_of_the_dequantised_layer(f
             ours = ffn_ops.ffn(x, w_in, w_down, w_up=w_up if gated else None, **options)
             dense = w_up.dequantize() if gated else None
             plain = ffn_ops.ffn(x, w_in.dequantize(), w_down.dequantize(), w_up=dense, **options)
-            assert ours.shape == (T, O) and torch.equal(ours, plain), f"{T} tokens, gated {gated}, bias {bias}"
+            assert ours.shape == (T, O), f"{T} tokens, gated {gated}, bias {bias}"
+            if CUDA_OPERATORS:  # dense layers take torch's products there
+                torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5 * float(plain.abs().max()) if T else 0)
+            else:
+                assert torch.equal(ours, plain), f"{T} tokens, gated {gated}, bias {bias}"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
