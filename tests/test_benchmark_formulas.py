@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from test_benchmarks import FEW_CHOSEN, MIXED, MIXED_BIAS, MOE_RUNNING, RUNNING, SMALL
 
-from benchmarks import quantized, workloads
+from benchmarks import workloads
 from benchmarks.providers import (
     EAGER,
     OURS,
@@ -94,17 +94,3 @@ def test_saved_bytes_of_mixtures(shape: Mixture, dtype: str) -> None:
     (ours,) = (p for p in MOE_RUNNING if p.name == OURS)
     found = Local(ours.build(inputs, shape), shape, "training").saved_bytes()
     assert found is not None and found <= Row(shape, dtype, "training").saved_bytes
-
-
-@pytest.mark.parametrize("mode", ("inference", "training"))
-def test_layers_on_quantised_weights_are_verified(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every provider agrees with float64 on its own weights; one that computes something else is refused."""
-    row = quantized.Row("mixture", 3, 2, 256, 256, 5, mode, 1)
-    providers = [*quantized.DENSE, *quantized.FORMATS, *quantized.BLOCKS]
-    found, sizes, _ = quantized.measure(row, providers, 1, False)
-    assert [t.note for t in found] == [""] * len(providers)
-    assert all(t.error is not None and t.error <= 1 for t in found)
-    assert sizes["mxfp4"] * 8 == 4.25 * 3 * row.E * row.D * row.F
-    monkeypatch.setattr(quantized.Called, "weights", lambda self: torch.ones(self.row.T) * 1.01)
-    (wrong,), _, _ = quantized.measure(row, ["mxfp4"], 1, False)
-    assert wrong.refused and "y: " in wrong.note

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import command, dense, moe, peak, targets, workloads
+from benchmarks import command, dense, moe, peak, quantized, targets, workloads
 from benchmarks.harness import Budget, Case, Cpu, Harness, Measured
 from benchmarks.providers import (
     COMPILE,
@@ -376,3 +376,17 @@ def test_limits_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
         assert [isa for isa in engine if isa in peak.isas()] == list(peak.isas())
     finally:
         peak._buffer.cache_clear()
+
+
+@pytest.mark.parametrize("mode", ("inference", "training"))
+def test_layers_on_quantised_weights_are_verified(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every provider agrees with float64 on its own weights; one that computes something else is refused."""
+    row = quantized.Row("mixture", 3, 2, 256, 256, 5, mode, 1)
+    providers = [*quantized.DENSE, *quantized.FORMATS, *quantized.BLOCKS]
+    found, sizes, _ = quantized.measure(row, providers, 1, False)
+    assert [t.note for t in found] == [""] * len(providers)
+    assert all(t.error is not None and t.error <= 1 for t in found)
+    assert sizes["mxfp4"] * 8 == 4.25 * 3 * row.E * row.D * row.F
+    monkeypatch.setattr(quantized.Called, "weights", lambda self: torch.ones(self.row.T) * 1.01)
+    (wrong,), _, _ = quantized.measure(row, ["mxfp4"], 1, False)
+    assert wrong.refused and "y: " in wrong.note
