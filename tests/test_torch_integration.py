@@ -7,8 +7,10 @@ Everything is compared bit for bit with a plain call, unless it says otherwise.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from importlib.metadata import requires
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +44,9 @@ def test_import_brings_torch_alone() -> None:
     brought = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     names = set(brought.stdout.split())
     assert "ffn_ops.modules" in names and "torch._dynamo" not in names
-    others = {name.partition(".")[0] for name in names} - set(sys.stdlib_module_names)
-    assert others <= {"ffn_ops", "torch", "numpy", "triton"}  # torch imports the last two where they are installed
+    optional = [each for each in requires("ffn_ops") or () if "extra ==" in each]
+    extras = {re.split(r"[^\w-]", each)[0].replace("-", "_") for each in optional}
+    assert {"transformers", "peft"} <= extras and not {name.partition(".")[0] for name in names} & (extras - {"numpy"})
 
 
 @pytest.mark.parametrize("name", CALLS)
