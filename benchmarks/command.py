@@ -11,8 +11,8 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 
 import ffn_ops
 from ffn_ops._files import file_name, whole
+from ffn_ops._timing import Timed
 
 from . import gpu, gpu_report, peak, report
 from .harness import QUICK, Budget, Cpu, Harness, Machine
@@ -101,6 +102,47 @@ def default_file(suite: Suite, options: argparse.Namespace, facts: Record) -> Pa
 def save(file: Path, results: dict[str, Any]) -> None:
     with whole(file) as fresh:
         fresh.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def row_options(name: str, rounds: int) -> argparse.ArgumentParser:
+    """The options of a suite that measures its rows by itself."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}")
+    parser.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="rows whose name has every TEXT")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--out", type=file_name, help="the JSON file")
+    return parser
+
+
+def run_rows(
+    parser: argparse.ArgumentParser,
+    options: argparse.Namespace,
+    rows: Sequence[Any],
+    measure: Callable[[Any], tuple[Sequence[Timed], str, Record]],
+) -> int:
+    """Measures the rows that are asked for, and prints and saves each as it ends: what each provider took, the row's
+    table, and what else its record holds. Returns 1 if a provider was refused."""
+    chosen = [row for row in rows if all(word in row.name for word in options.only)]
+    if not chosen:
+        parser.error(f"--only {' '.join(options.only)}: no row has all of these in its name")
+    info = ffn_ops.info()
+    facts = {
+        **{key: info[key] for key in ("cpu", "isa", "torch", "version")},
+        "torch_isa": torch.backends.cpu.get_cpu_capability(), "cpus": os.cpu_count(),
+        "date": datetime.date.today().isoformat(),
+    }  # fmt: skip
+    print(" · ".join(f"{key} {value}" for key, value in facts.items()), flush=True)
+    records: list[Record] = []
+    refused = False
+    for row in chosen:
+        found, text, more = measure(row)
+        print(f"\n{text}", flush=True)
+        providers = {t.provider: t.record() for t in found}
+        records.append({**asdict(row), "name": row.name, **more, "providers": providers})
+        refused = refused or any(t.refused for t in found)
+        if options.out:
+            save(options.out, {"machine": facts, "rows": records})
+    return 1 if refused else 0
 
 
 def _shown(file: Path) -> str:

@@ -5,15 +5,12 @@ own way, and the frozen layer without adapters. The base is frozen: a step compu
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import functools
-import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,11 +22,10 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 import ffn_ops
 from ffn_ops._accuracy import limit, worst
-from ffn_ops._files import file_name
 from ffn_ops._timing import Timed, take_turns, verified
 from ffn_ops.integrations.transformers import register
 
-from .command import save
+from .command import row_options, run_rows
 from .harness import threads
 from .report import table, time_text
 from .workloads import DTYPES
@@ -176,36 +172,19 @@ def row_text(row: Row, found: list[Timed]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.lora")
+    parser = row_options("lora", rounds=9)
     parser.add_argument("--quick", action="store_true", help="small shapes and three rounds")
-    parser.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="rows whose name has every TEXT")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--out", type=file_name, help="the JSON file")
     options = parser.parse_args(arguments)
     register()
-    chosen = [row for row in rows(options.threads) if all(word in row.name for word in options.only)]
+    every = rows(options.threads)
     if options.quick:
-        chosen = [replace(row, D=64, F=96, E=min(row.E, 8), T=min(row.T, 16)) for row in chosen]
-    if not chosen:
-        parser.error(f"--only {' '.join(options.only)}: no row has all of these in its name")
-    info = ffn_ops.info()
-    facts = {
-        **{key: info[key] for key in ("cpu", "isa", "torch", "version")},
-        "torch_isa": torch.backends.cpu.get_cpu_capability(), "cpus": os.cpu_count(),
-        "date": datetime.date.today().isoformat(),
-    }  # fmt: skip
-    print(" · ".join(f"{key} {value}" for key, value in facts.items()), flush=True)
-    records: list[dict[str, Any]] = []
-    refused = False
-    for row in chosen:
+        every = [replace(row, D=64, F=96, E=min(row.E, 8), T=min(row.T, 16)) for row in every]
+
+    def measured(row: Row) -> tuple[list[Timed], str, dict[str, Any]]:
         found = measure(row, 3 if options.quick else options.rounds)
-        print(f"\n{row_text(row, found)}", flush=True)
-        records.append({**asdict(row), "name": row.name, "providers": {t.provider: t.record() for t in found}})
-        refused = refused or any(t.refused for t in found)
-        if options.out:
-            save(options.out, {"machine": facts, "rows": records})
-    return 1 if refused else 0
+        return found, row_text(row, found), {}
+
+    return run_rows(parser, options, every, measured)
 
 
 if __name__ == "__main__":

@@ -7,18 +7,15 @@ loss, backward) on T tokens, and decoding token by token from a static cache.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import datetime
 import functools
 import gc
 import multiprocessing
-import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +25,10 @@ from torch import Tensor
 
 import ffn_ops
 from ffn_ops._accuracy import Limit, limit, worst
-from ffn_ops._files import file_name
 from ffn_ops._timing import Timed, take_turns, verified
 from ffn_ops.integrations.transformers import register
 
-from .command import save
+from .command import row_options, run_rows
 from .harness import threads
 from .report import table, time_text
 from .workloads import DTYPES
@@ -247,14 +243,10 @@ def row_text(row: Row, found: list[Timed]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.models")
+    parser = row_options("models", rounds=7)
     parser.add_argument("--quick", action="store_true", help="T 128 and three rounds")
-    parser.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="rows whose name has every TEXT")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
     parser.add_argument("--no-memory", action="store_true", help="without the processes that measure peak memory")
-    parser.add_argument("--out", type=file_name, help="the JSON file")
     options = parser.parse_args(arguments)
     T, rounds = (128, 3) if options.quick else (1024, options.rounds)
     rows = [
@@ -263,30 +255,16 @@ def main(arguments: list[str] | None = None) -> int:
         for mode in ("training", "decode")
         for dtype in ("float32", "bfloat16")
     ]
-    rows = [row for row in rows if all(word in row.name for word in options.only)]
-    if not rows:
-        parser.error(f"--only {' '.join(options.only)}: no row has all of these in its name")
-    info = ffn_ops.info()
-    facts = {
-        **{key: info[key] for key in ("cpu", "isa", "torch", "version")},
-        "torch_isa": torch.backends.cpu.get_cpu_capability(), "cpus": os.cpu_count(),
-        "date": datetime.date.today().isoformat(),
-    }  # fmt: skip
-    print(" · ".join(f"{key} {value}" for key, value in facts.items()), flush=True)
-    records: list[dict[str, Any]] = []
-    refused = False
-    for row in rows:
+
+    def measured(row: Row) -> tuple[list[Timed], str, dict[str, Any]]:
         providers = list(IMPLEMENTATIONS[row.model])
         providers += [] if options.no_compile else [name + COMPILED for name in providers]
         # All models run the same code, and past the limit on its recompilations torch would go on in eager mode.
         with torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
             found = measure(row, providers, rounds, not options.no_memory)
-        print(f"\n{row_text(row, found)}", flush=True)
-        records.append({**asdict(row), "name": row.name, "providers": {t.provider: t.record() for t in found}})
-        refused = refused or any(t.refused for t in found)
-        if options.out:
-            save(options.out, {"machine": facts, "rows": records})
-    return 1 if refused else 0
+        return found, row_text(row, found), {}
+
+    return run_rows(parser, options, rows, measured)
 
 
 if __name__ == "__main__":

@@ -7,18 +7,15 @@ and memory of their own, so that its float64 result verifies every provider, and
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import functools
 import gc
 import importlib
 import math
-import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +25,10 @@ from torch.nn import functional as F
 
 import ffn_ops
 from ffn_ops._accuracy import limit, worst
-from ffn_ops._files import file_name
 from ffn_ops._timing import Timed, take_turns, verified
 
 from . import peak
-from .command import save
+from .command import row_options, run_rows
 from .harness import threads
 from .models import peak_bytes, resident
 from .report import table, time_text
@@ -280,40 +276,20 @@ def row_text(row: Row, found: list[Timed], sizes: dict[str, int], reads: list[fl
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.quantized")
-    parser.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="rows whose name has every TEXT")
+    parser = row_options("quantized", rounds=9)
     parser.add_argument("--formats", nargs="+", default=[*FORMATS, *BLOCKS], choices=[*FORMATS, *BLOCKS])
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--no-memory", action="store_true", help="without the processes that measure peak memory")
-    parser.add_argument("--out", type=file_name, help="the JSON file")
     options = parser.parse_args(arguments)
-    rows = [row for row in all_rows(options.threads) if all(word in row.name for word in options.only)]
-    if not rows:
-        parser.error(f"--only {' '.join(options.only)}: no row has all of these in its name")
-    info = ffn_ops.info()
-    facts = {
-        **{key: info[key] for key in ("cpu", "isa", "torch", "version")},
-        "cpus": os.cpu_count(), "date": datetime.date.today().isoformat(),
-    }  # fmt: skip
-    print(" · ".join(f"{key} {value}" for key, value in facts.items()), flush=True)
-    records: list[dict[str, Any]] = []
-    refused = False
-    for row in rows:
+
+    def measured(row: Row) -> tuple[list[Timed], str, dict[str, Any]]:
         # Rows of a block's length only.
         fits = [f for f in options.formats if f not in BLOCKS or math.gcd(row.D, row.F) % BLOCKS[f][1] == 0]
         providers = [*DENSE, *fits]
         providers += [TORCHAO] if row.model == "dense" and row.mode == "inference" else []
         found, sizes, reads = measure(row, providers, options.rounds, not options.no_memory)
-        print(f"\n{row_text(row, found, sizes, reads)}", flush=True)
-        records.append({
-            **asdict(row), "name": row.name, "read_gbs": reads, "weight_bytes": sizes,
-            "providers": {t.provider: t.record() for t in found},
-        })  # fmt: skip
-        refused = refused or any(t.refused for t in found)
-        if options.out:
-            save(options.out, {"machine": facts, "rows": records})
-    return 1 if refused else 0
+        return found, row_text(row, found, sizes, reads), {"read_gbs": reads, "weight_bytes": sizes}
+
+    return run_rows(parser, options, all_rows(options.threads), measured)
 
 
 if __name__ == "__main__":

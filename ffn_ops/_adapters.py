@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from . import ops
 from ._gate import Gate
 from ._lora import Lora
-from .modules import is_idle, is_plain_linear, is_unhooked
+from .modules import is_idle, is_plain_linear, is_unhooked, quantized
 
 Pair = tuple[Tensor, Tensor, float]
 
@@ -82,17 +82,23 @@ def read_all(
     return linears, Lora(**factors, scale=every[0][2] if alone else 1.0)
 
 
-def adapted_ffn(
+def fused_ffn(
     x: Tensor, gate: nn.Module, up: nn.Module | None, down: nn.Module, activation: str | Gate, recompute: bool
 ) -> Tensor | None:
-    """The layer of these children as one operator; None if one of them must be called."""
-    read = read_all(x.dtype, [gate, down] if up is None else [gate, up, down]) if isinstance(x, Tensor) else None
+    """The layer of these children as one operator, where PEFT's plain LoRA is all that is on them, or where all are on
+    quantised weights; None if one of them must be called."""
+    children = [gate, down] if up is None else [gate, up, down]
+    read = read_all(x.dtype, children) if isinstance(x, Tensor) else None
+    held: list[Any] | None
     if read is None:
+        held, lora = quantized(*children), None
+    else:
+        held, lora = [(each._parameters["weight"], each._parameters["bias"]) for each in read[0]], read[1]
+    if held is None:
         return None
-    linears, lora = read
-    w = [each._parameters for each in linears]
-    w_up, b_up = (w[1]["weight"], w[1]["bias"]) if up is not None else (None, None)
+    (w_in, b_in), *middle, (w_down, b_down) = held
+    w_up, b_up = middle[0] if middle else (None, None)
     return ops.ffn(
-        x, w[0]["weight"], w[-1]["weight"], w_up=w_up, b_in=w[0]["bias"], b_up=b_up, b_down=w[-1]["bias"],
+        x, w_in, w_down, w_up=w_up, b_in=b_in, b_up=b_up, b_down=b_down,
         activation=activation, recompute=recompute, lora=lora,
     )  # fmt: skip

@@ -78,13 +78,13 @@ def called(name: str, child: Any, x: Tensor) -> Tensor:
     return child(x)  # type: ignore[no-any-return]
 
 
-def with_adapters(
+def fused_ffn(
     x: Tensor, gate: nn.Module, up: nn.Module | None, down: nn.Module, activation: str | Gate, recompute: bool
 ) -> Tensor | None:
-    """The layer of these children as one operator where PEFT's plain LoRA is all that is on them, else None."""
-    from ._adapters import adapted_ffn  # which asks this file what is plain
+    """The layer of children that are not plain as one operator, or None; see there."""
+    from . import _adapters  # which asks this file what is plain
 
-    return adapted_ffn(x, gate, up, down, activation, recompute)
+    return _adapters.fused_ffn(x, gate, up, down, activation, recompute)
 
 
 def is_idle(dropout: nn.Module) -> bool:
@@ -202,14 +202,8 @@ class FeedForward(_OfLinears):
                 x, p1["weight"], p2["weight"], w_up=p3["weight"], b_in=p1["bias"], b_up=p3["bias"], b_down=p2["bias"],
                 recompute=self.recompute, activation=self.activation,
             )  # fmt: skip
-        elif (fused := with_adapters(x, w1, w3, w2, self.activation, self.recompute)) is not None:
+        elif (fused := fused_ffn(x, w1, w3, w2, self.activation, self.recompute)) is not None:
             y = fused
-        elif held := quantized(w1, w3, w2):
-            (w_in, b_in), (w_up, b_up), (w_down, b_down) = held
-            y = ops.ffn(
-                x, w_in, w_down, w_up=w_up, b_in=b_in, b_up=b_up, b_down=b_down,
-                recompute=self.recompute, activation=self.activation,
-            )  # fmt: skip
         else:
             h = ops.gated_act(called("w1", w1, x), called("w3", w3, x), activation=self.activation)
             y = called("w2", w2, h)
@@ -261,14 +255,9 @@ class PlainFFN(_OfLinears):
                 x, p1["weight"], p2["weight"], b_in=p1["bias"], b_down=p2["bias"],
                 recompute=self.recompute, activation=self.activation,
             )  # fmt: skip
-        fused = with_adapters(x, first, None, second, self.activation, self.recompute)
+        fused = fused_ffn(x, first, None, second, self.activation, self.recompute)
         if fused is not None:
             return fused
-        if held := quantized(first, second):
-            (w_in, b_in), (w_down, b_down) = held
-            return ops.ffn(
-                x, w_in, w_down, b_in=b_in, b_down=b_down, recompute=self.recompute, activation=self.activation
-            )
         h = ops.gated_act(called("linear1", first, x), activation=self.activation)
         return called("linear2", second, h)
 

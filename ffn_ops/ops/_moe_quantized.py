@@ -93,30 +93,35 @@ def quantized_ffn(
 
 def quantized_gated_linear(x: Tensor, w_gate: Any, w_up: Any, b_gate: Any, b_up: Any, gate: Gate) -> Tensor:
     """:func:`ffn_ops.gated_linear`: the products, and then the gate; branches are added in their order."""
-    biases = [*b_gate, *b_up]
-    if len(w_up) != len(w_gate):
-        raise ValueError(f"w_up: expected as many weights as w_gate has ({len(w_gate)}), got {len(w_up)}")
-    for name, given_biases in (("b_gate", b_gate), ("b_up", b_up)):
-        if given_biases and len(given_biases) != len(w_gate):
-            raise ValueError(f"{name}: expected none or one for each weight ({len(w_gate)}), got {len(given_biases)}")
-    _check_weights("x", x, {"w_gate": w_gate[0], "w_up": w_up[0]}, experts=False)
+    _check_branches(x, w_gate, w_up, b_gate, b_up)
     rows = fold(x).float()  # what the dense operator has on its accumulators: rounded once, at the end
     offsets = all_rows(rows)
+
+    def product(w: Any, biases: Any, i: int) -> Tensor:
+        z = linear_op(rows, *w.stacked(), offsets, False)
+        return z + biases[i].float() if biases else z  # type: ignore[no-any-return]
+
     total: Tensor | None = None
     for i, (gate_weight, up_weight) in enumerate(zip(w_gate, w_up, strict=True)):
-        _check_weights("x", x, {"w_gate": gate_weight, "w_up": up_weight}, experts=False)
-        z = []
-        for name, w, b in (("gate", gate_weight, biases[: len(b_gate)]), ("up", up_weight, biases[len(b_gate) :])):
-            if w.shape != w_gate[0].shape or w.shape[1] != x.shape[-1]:
-                expected = [w_gate[0].shape[0], x.shape[-1]]
-                raise ValueError(f"w_{name}: expected shape {expected}, got {list(w.shape)}")
-            if b:
-                check.tensor(f"b_{name}", b[i], (w.shape[0],), like=x)
-            product = linear_op(rows, *w.stacked(), offsets, False)
-            z.append(product + b[i].float() if b else product)
-        h = gated_act_op(z[0], z[1], gate.activation, list(gate.params))
-        total = plus(total, h)
+        z = product(gate_weight, b_gate, i), product(up_weight, b_up, i)
+        total = plus(total, gated_act_op(*z, gate.activation, list(gate.params)))
     return total.to(x.dtype).reshape(*x.shape[:-1], total.shape[-1])  # type: ignore[union-attr]
+
+
+def _check_branches(x: Tensor, w_gate: Any, w_up: Any, b_gate: Any, b_up: Any) -> None:
+    if len(w_up) != len(w_gate):
+        raise ValueError(f"w_up: expected as many weights as w_gate has ({len(w_gate)}), got {len(w_up)}")
+    for name, biases in (("b_gate", b_gate), ("b_up", b_up)):
+        if biases and len(biases) != len(w_gate):
+            raise ValueError(f"{name}: expected none or one for each weight ({len(w_gate)}), got {len(biases)}")
+    for name, weights, biases in (("gate", w_gate, b_gate), ("up", w_up, b_up)):
+        for w in weights:
+            _check_weights("x", x, {f"w_{name}": w}, experts=False)
+            expected = [w_gate[0].shape[0], x.shape[-1]]
+            if list(w.shape) != expected:
+                raise ValueError(f"w_{name}: expected shape {expected}, got {list(w.shape)}")
+        for b in biases:
+            check.tensor(f"b_{name}", b, (w_gate[0].shape[0],), like=x)
 
 
 def _check_weights(name: str, x: Tensor, weights: dict[str, Any], experts: bool) -> None:
