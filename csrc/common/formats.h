@@ -58,6 +58,12 @@ constexpr float decode_e4m3(uint8_t bits) {
   return bits & 0x80 ? -value : value;
 }
 
+// Of q4_k and q5_k: scale and minimum of sub-block j of eight, six bits each in twelve bytes.
+constexpr void k_scale_min(const uint8_t* s, int64_t j, int& scale, int& min) {
+  scale = j < 4 ? s[j] & 63 : (s[j + 4] & 15) | (s[j - 4] >> 6 << 4);
+  min = j < 4 ? s[j + 4] & 63 : (s[j + 4] >> 4) | (s[j] >> 6 << 4);
+}
+
 // A quantised matrix [N, K] in the bytes of its checkpoint. Element (n, k) has the scale at (n / block_rows, k /
 // block_cols).
 struct Codes {

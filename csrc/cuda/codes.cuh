@@ -102,12 +102,6 @@ FFN_FN void read_codes(const uint8_t* from, int count, bool aligned, uint32_t (&
 
 FFN_FN float half_of(const uint8_t* from) { return decode(Half{uint16_t(from[0] | from[1] << 8)}); }
 
-// Scale and minimum of sub-block j of eight: six bits each in twelve bytes.
-FFN_FN void k_scale_min(const uint8_t* s, int j, int& scale, int& min) {
-  scale = j < 4 ? s[j] & 63 : (s[j + 4] & 15) | (s[j - 4] >> 6 << 4);
-  min = j < 4 ? s[j + 4] & 63 : (s[j + 4] >> 4) | (s[j] >> 6 << 4);
-}
-
 // The block of GGUF that holds element k of a row, and the element's place in it.
 template <Format kFormat>
 FFN_FN const uint8_t* gguf_block(const uint8_t* row, int64_t k, int& at) {

@@ -127,17 +127,6 @@ FFN_FN float half_at(const uint8_t* p) {
   return Codec<Half>::decode(h);
 }
 
-// Scale and minimum of sub-block j of 8: 6 bits each, packed into 12 bytes.
-FFN_FN void k_scale_min(const uint8_t* s, int64_t j, int& scale, int& min) {
-  if (j < 4) {
-    scale = s[j] & 63;
-    min = s[j + 4] & 63;
-  } else {
-    scale = (s[j + 4] & 15) | (s[j - 4] >> 6 << 4);
-    min = (s[j + 4] >> 4) | (s[j] >> 6 << 4);
-  }
-}
-
 // n elements from k on, within a run of 16 (q6_k) or 32 of a GGUF block.
 FFN_FN void decode_gguf_run(const Codes& c, const uint8_t* row, int64_t k, int64_t n, float* out) {
   const FormatInfo& info = info_of(c.format);
