@@ -21,7 +21,8 @@ constexpr int64_t kLongPiece = 2048;  // elements of a row of weights that are r
 ScheduledGemm small_operand_first(const Gemm& wanted, const KernelTable& table) {
   ScheduledGemm g{wanted, {}};
   const bool narrow = g.N * 2 * g.element() <= table.nr_vectors * table.lanes * 4;
-  if (g.epilogue.kind != Epilogue::Kind::kStore || g.epilogue.add || g.M <= g.N || (g.K < kLongK && !narrow)) return g;
+  if (g.epilogue.kind != Epilogue::Kind::kStore || g.epilogue.small || g.M <= g.N || (g.K < kLongK && !narrow))
+    return g;
   if (g.quantised()) return g;  // packed, a quantised weight would be as large as the dequantised one
   std::swap(g.M, g.N);
   g.transposed = true;
@@ -43,8 +44,7 @@ ScheduledGemm slice_rows(const ScheduledGemm& g, int64_t begin, int64_t end) {
   e.gate = advance(e.gate, e.pre_stride, e.dtype);
   e.up = advance(e.up, e.pre_stride, e.dtype);
   e.h = advance(e.h, e.pre_stride, e.h_dtype());
-  e.add = advance(const_cast<void*>(e.add), e.add_stride, e.arithmetic());
-  e.add_up = advance(const_cast<void*>(e.add_up), e.add_stride, e.arithmetic());
+  e.small = advance(const_cast<void*>(e.small), e.rank, e.arithmetic());
   if (e.row_weight) {
     e.row_weight = static_cast<const char*>(e.row_weight) + begin * g.element();
     e.row_dots = static_cast<char*>(e.row_dots) + begin * e.row_dots_stride * g.element();
