@@ -64,7 +64,7 @@ inline void test_short_product(const char* isa, const KernelTable& table, DType 
     std::printf("%s short product: other bits of one row\n", isa);
 }
 
-// `narrow` is the side of the arithmetic's dtype.
+// The narrow side is of the arithmetic's dtype.
 inline void test_short_outer(const char* isa, const KernelTable& table, DType dtype, DType stored, int64_t rows,
                              int64_t M, int64_t N, int layout) {
   const DType wide = arithmetic_dtype(dtype);
@@ -85,7 +85,7 @@ inline void test_short_outer(const char* isa, const KernelTable& table, DType dt
   }
   for (int64_t m = 0; m < M; ++m) {
     for (int64_t n = 0; n < N; ++n) {
-      double sum = 0, magnitude = 0;
+      double sum = 0, magnitude = 0.01;  // float16 has steps of its own near zero
       for (int64_t r = 0; r < rows; ++r) {
         sum += a.get(r, m) * b.get(r, n);
         magnitude += std::fabs(a.get(r, m) * b.get(r, n));
