@@ -325,11 +325,9 @@ FFN_FN void prefetch_tile(const ScheduledGemm& g, const TilePart& t) {
   const int64_t size = storage_size(e.dtype);
   if (e.kind == Epilogue::Kind::kActivateGrad) {
     for (const void* saved : {e.gate, e.up})
-      ask(
-          saved, e.pre_stride, size, [](const char* p) __attribute__((always_inline)) { prefetch(p); });
+      ask(saved, e.pre_stride, size, [](const char* p) __attribute__((always_inline)) { prefetch(p); });
   } else if (!g.transposed) {
-    ask(
-        e.out, e.out_stride, storage_size(e.out_dtype()),
+    ask(e.out, e.out_stride, storage_size(e.out_dtype()),
         [](const char* p) __attribute__((always_inline)) { prefetch_to_write(p); });
   }
 }
