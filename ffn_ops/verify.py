@@ -57,7 +57,7 @@ STEPS = (
         4.0,
         steps.tests_of(
             "test_torch_integration.py", "test_transforms.py", "test_compile.py", "test_modules.py", "test_errors.py",
-            "test_raw_operators.py", "test_profile.py",
+            "test_raw_operators.py",
             "test_properties.py", "test_module_state.py", "test_export.py", "test_tracing.py", "test_docs.py",
         ),
     ),

@@ -178,8 +178,8 @@ class Profile:
             >>> with ffn_ops.profile(model) as prof:
             ...     model(torch.randn(4, 8)).sum().backward()
             >>> row = prof.as_dict()["rows"][1]
-            >>> row["calls"], row["flops"]["forward"], row["flops"]["backward"]  # 6 T D F, and twice as many
-            (1, 3072, 6144)
+            >>> row["calls"], row["flops"]["forward"], row["flops"]["backward"]  # 6 T D F; x needs no gradient
+            (1, 3072, 4096)
         """
         if self._clock is None or self._clock.active:
             raise RuntimeError("profile: expected the end of the `with` block before its result is read")
