@@ -54,10 +54,10 @@ def read(isa: str, threads: int) -> float:
 
 @functools.cache
 def limits(isa: str, threads: int) -> dict[str, float]:
-    """Both, the best of a few samples, measured once in a process; the buffer is freed."""
+    """Both, the best of some samples, as others may use the machine; measured once in a process. Frees the buffer."""
     found = {
-        "fma_gflops": max(fma(isa, threads) for _ in range(3)),
-        "read_gbs": max(read(isa, threads) for _ in range(3)),
+        "fma_gflops": max(fma(isa, threads) for _ in range(15)),
+        "read_gbs": max(read(isa, threads) for _ in range(7)),
     }
     buffer.cache_clear()
     return found

@@ -142,6 +142,17 @@ def test_table_says_what_is_fused_and_why() -> None:
     assert rows(prof)["model.layers.1.mlp"]["flops"] == {"forward": 6 * T * D * F, "backward": 12 * T * D * F}
 
 
+def test_attention_of_a_layer_that_holds_both_has_a_row() -> None:
+    """As in BERT, where the feed-forward layer is a method of the block."""
+    block = nn.TransformerEncoderLayer(D, 2, F, activation=nn.functional.silu, dropout=0.0, batch_first=True)
+    with ffn_ops.profile(ffn_ops.replace(block), operators=True) as prof:
+        block(torch.randn(1, T, D, generator=generator(5)))
+    found = rows(prof)
+    assert found["TransformerEncoderLayer"]["flops"]["forward"] == 4 * T * D * F
+    assert found["self_attn"]["flops"]["forward"] == 8 * T * D * D + 4 * T * T * D and found["norm1"]["calls"] == 1
+    assert "linear1" not in found and found["TransformerEncoderLayer"]["layer"]["status"] == "replaced"
+
+
 @pytest.mark.parametrize("mode", ["inference", "training"])
 def test_bytes_are_those_of_the_tensors(mode: str) -> None:
     layer, x = ffn_ops.FeedForward(D, d_ff=F, bias=False), torch.randn(T, D, generator=generator(1), requires_grad=True)

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from .._replace import ReplaceEntry, _Site, _sites, replace_report
+from .._replace.swap import FUSES
 from ..moe_ffn import MoEFFN
 from .clock import OUTSIDE
 
@@ -58,7 +59,8 @@ def _walk(module: nn.Module, path: str, found: dict[int, _Site], above: set[str]
     inside = not layer if path in above else False
     if site is not None and not mixture:  # of a block that does more than its feed-forward layer
         plan = site.finding.plan
-        inside = plan is not None and (plan.part is not None or site.method not in ("", "forward"))
+        method = getattr(type(module), FUSES, (site.method, None))[0]
+        inside = plan is not None and (plan.part is not None or method != "forward")
     has_forward = type(module).forward is not nn.Module.forward
     if has_forward:
         kind = ("experts" if mixture else "feed-forward") if layer else "own code" if inside else _kind(module, path)
