@@ -7,7 +7,7 @@ import ctypes
 import gc
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,16 +68,19 @@ def disjoint(clock: Clock, whole: float) -> dict[str, float]:
     return found
 
 
-def fastest(call: Callable[[Clock], object], repeats: int) -> tuple[float, dict[str, float]]:
-    """The fastest call, which the rest of the machine disturbed least, and its parts."""
-    best, parts = math.inf, {}
-    for _ in range(repeats):
-        clock, began = Clock(), time.perf_counter()
-        call(clock)
-        seconds = time.perf_counter() - began
-        if seconds < best:
-            best, parts = seconds, disjoint(clock, seconds)
-    return best, parts
+Timed = tuple[float, dict[str, float]]  # seconds, and those of each part
+
+
+def timed(call: Callable[[Clock], object]) -> Timed:
+    clock, began = Clock(), time.perf_counter()
+    call(clock)
+    seconds = time.perf_counter() - began
+    return seconds, disjoint(clock, seconds)
+
+
+def fastest(samples: Iterable[Timed]) -> Timed:
+    """The fastest call is the one that the rest of the machine disturbed least."""
+    return min(samples, key=lambda sample: sample[0])
 
 
 def cost(size: Size, arm: Arm, length: int, repeats: int, tokens: int = 8) -> Cost:
@@ -85,27 +88,27 @@ def cost(size: Size, arm: Arm, length: int, repeats: int, tokens: int = 8) -> Co
     model = LanguageModel(size, arm, seed=0)
     text = torch.randint(BYTES, (1, length + 1), generator=torch.Generator().manual_seed(0))
 
-    def step(clock: Clock | None = None) -> None:
+    def step(clock: Clock) -> None:
         logits, index_loss = model(text[:, :-1], clock)
         (F.cross_entropy(logits[0], text[0, 1:]) + index_loss).backward()
         model.zero_grad(set_to_none=True)
 
-    megabytes = peak_mb(step)
-    step_seconds, step_parts = fastest(step, repeats)
+    samples: list[Timed] = []
+    megabytes = peak_mb(lambda: samples.append(timed(step)))
+    step_seconds, step_parts = fastest([*samples, *(timed(step) for _ in range(repeats - 1))])
     model.eval()
     caches = model.caches(1, length)
     for cache in caches:
         cache.kv.normal_()
         cache.index_k.normal_()
 
-    def decode(clock: Clock | None = None) -> None:
+    def decode(clock: Clock) -> None:
         for token in range(tokens):
             for cache in caches:
                 cache.length = length - tokens + token
             model.decode(text[:, token : token + 1], caches, clock)
 
-    decode()
-    decode_seconds, decode_parts = fastest(decode, repeats)
+    decode_seconds, decode_parts = fastest(timed(decode) for _ in range(repeats + 1))
     return Cost(
         arm.key,
         length,
