@@ -13,36 +13,6 @@ constexpr int64_t kSlabBytes = int64_t{64} << 20;
 
 }  // namespace
 
-LowRank low_rank(const std::optional<Tensor>& a, const std::optional<Tensor>& b, const std::string& place, double scale,
-                 const MoeShape& s, int64_t N, int64_t K) {
-  LowRank l;
-  STD_TORCH_CHECK(a.has_value() == b.has_value(), "lora: expected a_", place, " and b_", place,
-                  " together, or none of them, got one");
-  if (!a) return l;
-  const std::string a_name = "lora.a_" + place, b_name = "lora.b_" + place;
-  const DType wide = arithmetic_dtype(s.dtype);
-  const auto text = [](DType d) { return std::string(kDTypeNames[static_cast<int>(d)]); };
-  const auto dtype_of = [&](const Tensor& t, const std::string& name) {
-    const DType dtype = storage_dtype(t, name.c_str());
-    check_place(t, name.c_str(), {});
-    const std::string expected = text(s.dtype) + (wide == s.dtype ? "" : " or " + text(wide));
-    STD_TORCH_CHECK(dtype == s.dtype || dtype == wide, name, ": expected dtype ", expected, ", got ", text(dtype));
-    return dtype;
-  };
-  l.dtype = dtype_of(*a, a_name);
-  const DType b_dtype = dtype_of(*b, b_name);
-  STD_TORCH_CHECK(b_dtype == l.dtype, b_name, ": expected dtype ", text(l.dtype), " as a_", place, " has, got ",
-                  text(b_dtype));
-  check_extents(*a, a_name.c_str(), {s.E, "r", K});
-  l.rank = a->size(1);
-  STD_TORCH_CHECK(l.rank > 0, a_name, ": expected a rank of at least 1, got shape ", shape_text(*a));
-  check_extents(*b, b_name.c_str(), {s.E, N, l.rank});
-  l.a = &*a;
-  l.b = &*b;
-  l.scale = scale;
-  return l;
-}
-
 Experts with_routes(const MoeShape& s, const std::optional<Tensor>& token, const std::optional<Tensor>& weight,
                     const Tensor& offsets, const std::optional<Tensor>& row,
                     const std::optional<Tensor>& slot_offsets) {

@@ -7,23 +7,10 @@
 #include <functional>
 #include <tuple>
 
+#include "../common/low_rank.h"
 #include "routes.h"
 
 namespace ffn_ops {
-
-// A low-rank addition to a weight [E, N, K] of `scale` times b[e] a[e]: `a` [E, rank, K] and `b` [E, N, rank], of x's
-// dtype or of its arithmetic's. None: rank 0.
-struct LowRank {
-  const Tensor* a = nullptr;
-  const Tensor* b = nullptr;
-  DType dtype = DType::kFloat32;
-  int64_t rank = 0;
-  double scale = 1;
-};
-
-// Checked.
-LowRank low_rank(const std::optional<Tensor>& a, const std::optional<Tensor>& b, const std::string& place, double scale,
-                 const MoeShape& s, int64_t N, int64_t K);
 
 // Rows sorted by expert, and where they come from: gathered from tokens, or in order already (not routed).
 struct Experts {
@@ -139,14 +126,6 @@ void add_combined_product(Steps& steps, Workspace& workspace, Experts& c, const 
 std::tuple<Tensor, Tensor, Tensor> run_experts(Experts& c, const Tensor& x, const StackedWeight& w_in,
                                                const StackedWeight& w_down, const std::optional<Tensor>& b_in,
                                                const std::optional<Tensor>& b_down, bool save);
-
-// Plain weights, which may have gradients; `up` with gate's rows in `in`, or null. Constants: all null.
-struct PlainWeights {
-  const Tensor *in = nullptr, *up = nullptr, *down = nullptr;
-};
-
-// In the order of the operators' `needs`.
-enum Input : size_t { kX, kWeight, kIn, kUp, kDown, kBIn, kBDown, kLoraAIn, kLoraBIn, kLoraADown, kLoraBDown, kInputs };
 
 // The gradients that are asked for, of each Input; else empty.
 std::array<Tensor, kInputs> run_experts_backward(Experts& c, const std::string& op, const Tensor& d_y, const Tensor& x,
