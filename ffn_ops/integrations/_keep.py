@@ -4,6 +4,7 @@ puts what it reads into the model. It imports transformers; ``register`` imports
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers.core_model_loading import (
     WeightRenaming,
     build_glob_alternation,
 )
+from transformers.modeling_utils import PreTrainedModel
 from transformers.quantizers.auto import (
     AUTO_QUANTIZER_MAPPING,
     register_quantization_config,
@@ -251,7 +253,33 @@ def describe(model: Any) -> None:
         quantizer.postprocess_model(model)
 
 
+def _keeping_ours(method: Any) -> Any:
+    """``set_experts_implementation`` that leaves quantised experts to the implementation that computes them."""
+
+    @functools.wraps(method)
+    def setting(self: Any, experts_implementation: Any) -> Any:
+        every = not isinstance(experts_implementation, dict)
+        asked = {"": experts_implementation} if every else experts_implementation
+        for part, implementation in asked.items():
+            config = self.config if part == "" else getattr(self.config, part, None)
+            for path, module in self.named_modules() if implementation != OWN else ():
+                if _runs_ours(module) and _is_quantized(module) and (every or module.config is config):
+                    raise ValueError(
+                        f"experts_implementation: expected {OWN!r}, which alone computes quantised experts such as"
+                        f" {path}, got {implementation!r}"
+                    )
+        return method(self, experts_implementation)
+
+    return setting
+
+
+def _is_quantized(experts: nn.Module) -> bool:
+    return any(isinstance(w, QuantizedWeight) for w in experts._modules.values())
+
+
 def register_kept() -> None:
+    if OWN not in AUTO_QUANTIZER_MAPPING:
+        PreTrainedModel.set_experts_implementation = _keeping_ours(PreTrainedModel.set_experts_implementation)
     if OWN not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(OWN)(KeptConfig)
         register_quantizer(OWN)(KeepingQuantizer)
