@@ -72,6 +72,9 @@ def by_compressed_tensors(format: str | None = None, **weights: Any) -> Quantise
         initialize_module_for_quantization(child, scheme)
         child.weight_scale.data.fill_(0.02)
         child.weight_scale.data += 0.01 * torch.rand(child.weight_scale.shape, generator=generator(2))
+        if weights["strategy"] == "tensor_group":
+            child.weight_scale.data = (100 * child.weight_scale.data.float()).to(child.weight_scale.dtype)
+            child.weight_global_scale.data.fill_(128.0)  # of a power of two the library's bfloat16 values are exact
         if not weights["symmetric"]:
             child.weight_zero_point.data = torch.randint(-8, 8, child.weight_zero_point.shape).to(torch.int8)
         compress_module(child, format)
@@ -142,6 +145,14 @@ ZERO_COPY: dict[str, Callable[[], Quantised]] = {
     ),
 }
 TURNED: dict[str, Callable[[], Quantised]] = {
+    "compressed-tensors nvfp4": lambda: by_compressed_tensors(
+        num_bits=4,
+        type="float",
+        symmetric=True,
+        strategy="tensor_group",
+        group_size=16,
+        scale_dtype=torch.float8_e4m3fn,
+    ),
     "compressed-tensors uint4": lambda: by_compressed_tensors(
         num_bits=4, type="int", symmetric=False, strategy="group", group_size=32
     ),

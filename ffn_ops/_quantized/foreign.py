@@ -95,6 +95,8 @@ def _compressed(layer: Any) -> QuantizedWeight:
             return QuantizedWeight.from_int8((packed.view(torch.uint8) ^ 128).view(torch.int8), scale)
         _bits(scheme.weights, "num_bits")
         return QuantizedWeight.from_compressed_tensors(packed, scale, held.get("weight_zero_point"))
+    if format == "nvfp4-pack-quantized" and packed is not None:
+        return QuantizedWeight.from_nvfp4(packed, scale, 1 / held["weight_global_scale"])
     if format == "mxfp4-pack-quantized" and packed is not None:
         return QuantizedWeight.from_mxfp4(packed, scale)
     if format in ("int-quantized", "naive-quantized") and getattr(held.get("weight"), "dtype", None) is torch.int8:

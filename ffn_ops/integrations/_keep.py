@@ -30,7 +30,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .._quantized import QuantizedWeight
 from .._quantized.linear import QuantizedLinear
 from .._replace import ReplaceEntry
-from ._checkpoints import METHODS, OWN, settings_of, stacked
+from ._checkpoints import METHODS, OWN, settings_of, stacked, why_apart
 from ._quantized_embedding import QuantizedEmbedding
 from .transformers import _runs_ours
 
@@ -100,6 +100,9 @@ class KeepingQuantizer(HfQuantizer):  # type: ignore[misc]
         for module in model.modules():
             if isinstance(module, QuantizedWeight):
                 vars(module).pop(INITIALIZED, None)
+        for path, module in model.named_modules():
+            if _runs_ours(module):
+                self._alike(path, module)
         if self.made:  # else one view of the file would keep all its pages, beside the copies of them
             for t in (*model.parameters(), *model.buffers()):
                 if t.data_ptr() not in self.made:
@@ -108,6 +111,19 @@ class KeepingQuantizer(HfQuantizer):  # type: ignore[misc]
         model._weight_conversions = []
         self.quantization_config.weights, self.quantization_config.checkpoint = self.formats, None
         return model
+
+    def _alike(self, path: str, experts: Any) -> None:
+        """The operator takes quantised weights or dense ones: where one had to be dequantised, so is the other."""
+        kept = [name for name in ("gate_up_proj", "up_proj", "down_proj") if name in experts._modules]
+        if len(kept) != 1:
+            return
+        w, name = experts._modules.pop(kept[0]), f"{path}.{kept[0]}"
+        values = w.dequantize(self.dtype_of(name))
+        setattr(experts, kept[0], nn.Parameter(values.mT.contiguous() if experts.is_transposed else values))
+        del self.formats[name]
+        why = "another weight of its experts is dense"
+        entry = ReplaceEntry(name, type(experts).__name__, "dequantised", str(values.dtype)[6:], why)
+        self.entries = [*(each for each in self.entries if each.path != name), entry]  # behind its reason
 
     def is_serializable(self) -> bool:
         return True
@@ -143,7 +159,7 @@ class Keep(ConversionOps):  # type: ignore[misc]
         weights = [w for branch in branches.values() for w in branch]
         quantized = [isinstance(w, QuantizedWeight) for w in weights]
         if all(quantized):
-            why = self._why_not(model, name)
+            why = self._why_not(model, name) or why_apart([*branches.values()])
             if why is None:
                 self._put(model, name, [*branches.values()])
                 more["missing_keys"].discard(name)
