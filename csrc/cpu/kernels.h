@@ -265,6 +265,7 @@ struct KernelTable {
   int64_t mr;     // the micro-tile: rows, and vectors in each
   int64_t nr_vectors;
   int64_t axpy_rows;    // Schedule::Kernel::kAxpy: rows of an A panel
+  int64_t code_rows;    // Schedule::Kernel::kDot of quantised weights: rows of an A panel at most
   int64_t bfloat16_kr;  // Schedule::kr of bfloat16 products
   void (*pack_a)(const ScheduledGemm&, int64_t k_block, int64_t panel_begin, int64_t panel_end);
   void (*gemm)(const ScheduledGemm&, int64_t task, void* scratch);
