@@ -81,7 +81,8 @@ STABLE_TORCH_LIBRARY(ffn_ops, m) {
   m.def("moe_outer(Tensor a, Tensor b, Tensor offsets) -> Tensor");
 
   // Quantised weights [E, N, K]: each is a list of its tensors, `formats` has the name of each with the block of a
-  // scale, such as "mxfp4:1x32,fp8:128x128", separated by commas. w_up is empty where w_in holds gate and up.
+  // scale, such as "mxfp4:1x32,fp8:128x128", separated by commas. Of two formats the
+  // operators do not read w_up: it is empty, or any list, because AOTInductor's packages do not take an empty one.
   m.def("dequantize(Tensor[] w, str format, str dtype) -> Tensor");
   m.def("quantized_linear(Tensor rows, Tensor[] w, str format, Tensor offsets, bool transposed) -> Tensor");
   m.def(
@@ -125,6 +126,9 @@ STABLE_TORCH_LIBRARY(ffn_ops, m) {
   m.def("_isas() -> str");
   m.def("_use_isa(str name) -> ()");
   m.def("_has_amx() -> bool");
+  // The machine's limits: GFLOP/s of float32 multiply-adds, and GB/s of one pass over a float32 buffer.
+  m.def("_peak_fma(str isa, int threads, float seconds) -> float");
+  m.def("_peak_read(Tensor buffer, str isa, int threads) -> float");
   // Workspace that the CPU keeps for later calls.
   m.def("_empty_cache() -> ()");
   m.def("_cached_bytes() -> int");

@@ -255,12 +255,17 @@ struct TopK : ChoiceOfExperts {
 
 constexpr int64_t kAxpyFuse = 8;  // Schedule::Kernel::kAxpy: rows at a time
 
+// Independent chains of multiply-adds: they cover latency times throughput of every core so far (4 to 8 cycles, 2 per
+// cycle).
+constexpr int kPeakChains = 12;
+
 // Entry points of one instruction set. Each works on a range and is single-threaded.
 struct KernelTable {
   int64_t lanes;  // float32 lanes of a vector; float64: half
   int64_t mr;     // the micro-tile: rows, and vectors in each
   int64_t nr_vectors;
   int64_t axpy_rows;    // Schedule::Kernel::kAxpy: rows of an A panel
+  int64_t code_rows;    // Schedule::Kernel::kDot of quantised weights: rows of an A panel at most
   int64_t bfloat16_kr;  // Schedule::kr of bfloat16 products
   void (*pack_a)(const ScheduledGemm&, int64_t k_block, int64_t panel_begin, int64_t panel_end);
   void (*gemm)(const ScheduledGemm&, int64_t task, void* scratch);
@@ -278,6 +283,8 @@ struct KernelTable {
   void (*row_dots)(const RowDots&, int64_t row_begin, int64_t row_end);
   void (*top_k)(const TopK&, int64_t row_begin, int64_t row_end, void* scratch);
   void (*top_k_backward)(const TopK&, int64_t row_begin, int64_t row_end, void* scratch);
+  float (*peak_fma)(int64_t passes);  // over kPeakChains chains; returns something that depends on all of them
+  float (*peak_read)(const float* data, int64_t count);  // count: a multiple of 256
 };
 
 // Bytes of thread-private memory that `top_k` and its backward need: a whole vector has at most 64.

@@ -65,7 +65,7 @@ Schedule::Kernel choose_kernel(const ScheduledGemm& g, const KernelTable& table)
   }
   if (g.b[0].k_along_rows) return g.gated ? Schedule::Kernel::kPacked : Schedule::Kernel::kAxpy;
   if (!g.gated && g.num_b > 1) return Schedule::Kernel::kPacked;
-  if (g.M <= table.mr) return Schedule::Kernel::kDot;
+  if (g.M <= (g.quantised() ? table.code_rows : table.mr)) return Schedule::Kernel::kDot;
   if (g.quantised()) return Schedule::Kernel::kPacked;  // a code becomes a float once for all rows
   return g.M <= kBroadcastVectors * table.lanes * 4 / g.element() ? Schedule::Kernel::kBroadcast
                                                                   : Schedule::Kernel::kPacked;
@@ -82,6 +82,7 @@ void fill_schedule(ScheduledGemm& g, const KernelTable& table, int64_t workers, 
                                                             : table.mr;
   g.mr =
       g.kernel == Schedule::Kernel::kBroadcast ? divide_up(g.M, lanes) * lanes : divide_up(g.M, divide_up(g.M, rows));
+  if (g.kernel == Schedule::Kernel::kDot && g.quantised() && g.M > table.mr) g.mr = divide_up(g.M, 8) * 8;
   g.panels_m = divide_up(g.M, g.mr);
   g.nr = g.gated ? width / 2 : width;
   if (g.kernel == Schedule::Kernel::kDot || g.kernel == Schedule::Kernel::kBroadcast) {

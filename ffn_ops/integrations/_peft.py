@@ -10,6 +10,7 @@ Nothing here imports PEFT before the program does.
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 import threading
 from collections.abc import Callable
@@ -73,23 +74,49 @@ def adopt(runs_ours: Callable[[nn.Module], bool]) -> None:
 
     activate._ffn_ops = theirs  # type: ignore[attr-defined]
     wrapper._activate_lora = activate
-    wrapper.merge, wrapper.unmerge = _refusing(wrapper.merge), _refusing(wrapper.unmerge)
+    wrapper.merge = _refusing(wrapper.merge)
     tuner: Any = sys.modules["peft.tuners.tuners_utils"].BaseTuner
+    tuner.merge_adapter = _refusing_first(tuner.merge_adapter)
+    tuner._unload_and_optionally_merge = _refusing_first(tuner._unload_and_optionally_merge)
     inject = getattr(tuner, "_inject_parameters", None)
     if inject is not None:
         tuner._inject_parameters = _showing_parameters(inject)
 
 
-def _refusing(method: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(method)
+def _refuse(layer: Any, adapter_names: Any) -> None:
+    """Refuses to merge these adapters, or the active ones, into a quantised weight."""
+    name = getattr(layer, "parameter_name", "weight")
+    if isinstance(layer.get_base_layer()._modules.get(name), QuantizedWeight) and any(
+        each in getattr(layer, "lora_A", ()) for each in adapter_names or layer.active_adapters
+    ):
+        raise TypeError(
+            f"{name}: expected a plain weight to merge adapters into, got a QuantizedWeight, which is a constant;"
+            " its adapters run beside it"
+        )
+
+
+def _refusing(merge: Callable[..., Any]) -> Callable[..., Any]:
+    """``merge`` of one layer."""
+
+    @functools.wraps(merge)
+    def refuse(self: Any, safe_merge: bool = False, adapter_names: Any = None) -> Any:
+        _refuse(self, adapter_names)
+        return merge(self, safe_merge=safe_merge, adapter_names=adapter_names)
+
+    return refuse
+
+
+def _refusing_first(merge: Callable[..., Any]) -> Callable[..., Any]:
+    """``merge`` of a model, which goes from layer to layer: a later one that refuses would leave it half merged."""
+
+    @functools.wraps(merge)
     def refuse(self: Any, *args: Any, **kwargs: Any) -> Any:
-        name = self.parameter_name
-        if isinstance(self.get_base_layer()._modules.get(name), QuantizedWeight):
-            raise TypeError(
-                f"{name}: expected a plain weight to merge adapters into, got a QuantizedWeight, which is a constant;"
-                " its adapters run beside it"
-            )
-        return method(self, *args, **kwargs)
+        given = inspect.signature(merge).bind(self, *args, **kwargs).arguments
+        if given.get("merge", True):
+            for layer in self.model.modules():
+                if hasattr(layer, "get_base_layer") and hasattr(layer, "active_adapters"):
+                    _refuse(layer, given.get("adapter_names"))
+        return merge(self, *args, **kwargs)
 
     return refuse
 

@@ -21,6 +21,8 @@ constexpr int kAxpyRows = kMR * kNRVectors * 2 / 3;  // accumulators, where the 
 
 #include "stream.h"
 
+#include "peak.h"
+
 #ifdef FFN_OPS_BASE
 constexpr int64_t kBFloat16KR = BFloat16Operands::kKR;
 template <auto kEntry, class... Args>
@@ -141,6 +143,7 @@ const KernelTable kTable = {Vec<float>::kLanes,
                             kMR,
                             kNRVectors,
                             kAxpyRows,
+                            kCodeRows,
                             kBFloat16KR,
                             pack_a,
                             gemm,
@@ -156,4 +159,6 @@ const KernelTable kTable = {Vec<float>::kLanes,
                             FFN_OPS_ENTRY(combine_rows),
                             FFN_OPS_ENTRY(row_dots),
                             FFN_OPS_ENTRY(top_k),
-                            FFN_OPS_ENTRY(top_k_backward)};
+                            FFN_OPS_ENTRY(top_k_backward),
+                            peak_fma,
+                            peak_read};
