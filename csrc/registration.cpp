@@ -81,7 +81,8 @@ STABLE_TORCH_LIBRARY(ffn_ops, m) {
   m.def("moe_outer(Tensor a, Tensor b, Tensor offsets) -> Tensor");
 
   // Quantised weights [E, N, K]: each is a list of its tensors, `formats` has the name of each with the block of a
-  // scale, such as "mxfp4:1x32,fp8:128x128", separated by commas. w_up is empty where w_in holds gate and up.
+  // scale, such as "mxfp4:1x32,fp8:128x128", separated by commas. Of two formats the
+  // operators do not read w_up: it is empty, or any list, because AOTInductor's packages do not take an empty one.
   m.def("dequantize(Tensor[] w, str format, str dtype) -> Tensor");
   m.def("quantized_linear(Tensor rows, Tensor[] w, str format, Tensor offsets, bool transposed) -> Tensor");
   m.def(

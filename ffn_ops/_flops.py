@@ -12,7 +12,7 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from . import _library  # noqa: F401  (loads the operators)
-from ._quantized.formats import FORMATS
+from ._quantized.formats import FORMATS, has_up
 
 _OPS = torch.ops.ffn_ops
 
@@ -141,7 +141,8 @@ def moe_outer_flops(a: Any, b: Any, *_: Any, out_shape: Any = None, **__: Any) -
 def _quantized_widths(w_in: Any, w_up: Any, w_down: Any, formats: str) -> tuple[int, int]:
     """Multiplications of a row by the input weights, and by w_down."""
     names = [name.split(":")[0] for name in formats.split(",")]
-    rows = [(parts[0], names[at]) for parts, at in ((w_in, 0), (w_up, 1), (w_down, -1)) if parts]
+    weights = (w_in, w_up, w_down) if has_up(formats) else (w_in, w_down)
+    rows = [(parts[0], name) for parts, name in zip(weights, names, strict=True)]
     *up, down = [codes[1] * (codes[2] // FORMATS[name].block_bytes * FORMATS[name].block) for codes, name in rows]
     return sum(up), down
 

@@ -7,7 +7,7 @@
 # Date: 2026-11-30.
 #
 # Why it matters here: operators on quantised weights take the parts of a weight as Tensor[], empty for a weight that a layer
-# does not have, so packages of such layers cannot run (docs/quantisation.md says which).
+# does not have. While a layer is exported, ffn_ops passes another weight's parts there, which the operator does not read.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

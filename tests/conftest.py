@@ -7,6 +7,9 @@ import os
 from collections.abc import Iterator
 
 import pytest
+
+# Inductor takes cpuinfo's word for vectors: else it compiles two programs to see whether the compiler knows them, 6 s.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 import torch
 
 import ffn_ops

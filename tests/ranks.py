@@ -23,6 +23,7 @@ PRELOADED = [
     "torch.distributed.tensor.parallel",
     "torch.distributed.fsdp",
     "torch.distributed.checkpoint",
+    "torch._dynamo.backends.debugging",  # what torch.compile imports in its first call
 ]
 LIMIT = 90.0  # seconds for all processes of a call
 COLLECTIVE_LIMIT = 30.0  # seconds of a collective: a rank that failed must not keep the others

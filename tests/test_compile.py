@@ -150,9 +150,11 @@ class Stack(nn.Module):
         self.plain = ffn_ops.GELUFFN(12, 24)
         self.swiglu = ffn_ops.FeedForward(12, 24, 8, 0.1)
         self.moe = ffn_ops.MoEFFN(12, 10, 4, router=functools.partial(ffn_ops.routing.top_k, k=3, capacity_factor=0.9))
+        self.coded = nn.Sequential(ffn_ops.FeedForward(12, d_ff=8), ffn_ops.GELUFFN(12, 8), ffn_ops.MoEFFN(12, 10, 4))
+        ffn_ops.quantize_(self.coded, "int8")
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.moe(self.swiglu(self.plain(self.gates(self.glu(ffn_ops.gated_act(x, x))))))
+        return self.coded(self.moe(self.swiglu(self.plain(self.gates(self.glu(ffn_ops.gated_act(x, x)))))))
 
 
 def exported(strict: bool) -> tuple[Stack, torch.export.ExportedProgram]:
@@ -171,7 +173,9 @@ def test_export(strict: bool, tmp_path: Path) -> None:
         "ffn_ops.gated_act.default", "ffn_ops.gated_linear.default", "ffn_ops.gated_linear.default",
         "ffn_ops.ffn.default", "ffn_ops.ffn.default",
         "ffn_ops.route_linear.default", "ffn_ops.route_top_k.default", "ffn_ops.moe_sort.default",
-        "ffn_ops.moe.default",
+        "ffn_ops.moe.default", "ffn_ops.moe_quantized.default", "ffn_ops.moe_quantized.default",
+        "ffn_ops.route_linear.default", "ffn_ops.route_top_k.default", "ffn_ops.moe_sort.default",
+        "ffn_ops.moe_quantized.default",
     ]  # fmt: skip
     torch.export.save(program, tmp_path / "stack.pt2")
     loaded = torch.export.load(tmp_path / "stack.pt2")

@@ -155,6 +155,28 @@ def test_what_peft_does_with_adapters(tmp_path: Path) -> None:
     torch.testing.assert_close(loaded(input_ids=tokens()).logits, alone)
 
 
+def test_a_refused_merge_merges_nothing() -> None:
+    """Attention's layers come before the experts, and had been merged when these refused. What concerns no quantised
+    weight is merged."""
+    options = peft.LoraConfig(r=2, target_modules=["q_proj"], target_parameters=TARGETS)
+    ours = peft.get_peft_model(base("ffn_ops", dtype=torch.float32), options, adapter_name="first")
+    ours.add_adapter("attention", peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    draw(ours)
+    ffn_ops.quantize_(ours, "int8")
+    before = {name: t.clone() for name, t in ours.state_dict().items()}
+    for merge in (ours.merge_adapter, ours.merge_and_unload, lambda: ours.merge_adapter(["attention", "first"])):
+        with pytest.raises(TypeError, match="proj: expected a plain weight to merge adapters into, got a Quantized"):
+            merge()
+        assert all(torch.equal(t, before[name]) for name, t in ours.state_dict().items())
+    ours.base_model.set_adapter("attention")
+    logits = ours(input_ids=tokens()).logits
+    ours.merge_adapter()
+    assert any(not torch.equal(t, before[name]) for name, t in ours.state_dict().items())
+    torch.testing.assert_close(ours(input_ids=tokens()).logits, logits)
+    ours.unmerge_adapter()
+    torch.testing.assert_close(ours(input_ids=tokens()).logits, logits)
+
+
 def with_plain_weights(model: nn.Module) -> nn.Module:
     model = dense_again(model)
     for n, p in model.named_parameters():

@@ -393,8 +393,7 @@ def test_nothing_is_touched_outside_tensors(guard_allocator: Path) -> None:
 
 
 @guarded_on_the_host
-@pytest.mark.parametrize(
-    ("how", "signal_number"), [("write", signal.SIGSEGV), ("read", signal.SIGSEGV), ("gap", signal.SIGABRT)]
-)
-def test_the_guard_notices(guard_allocator: Path, how: str, signal_number: signal.Signals) -> None:
-    assert under_guard(guard_allocator, how).returncode == -signal_number
+def test_the_guard_notices(guard_allocator: Path) -> None:
+    done = under_guard(guard_allocator, "write", "read", "gap")
+    wanted = (signal.SIGSEGV, signal.SIGSEGV, signal.SIGABRT)
+    assert done.stdout.split() == [str(int(each)) for each in wanted], f"{done.stdout}{done.stderr}"

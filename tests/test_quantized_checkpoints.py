@@ -143,11 +143,15 @@ def awq(name: str, t: Tensor) -> Any:
     return {stem + each: part.contiguous() for each, part in parts.items()}, values
 
 
-def compressed(format: str, weights: dict[str, Any]) -> tuple[dict[str, Any], Callable[[str, Tensor], Any]]:
-    """Settings, and what compressed-tensors makes of a weight."""
+def compressed(
+    format: str, weights: dict[str, Any], whole_of: Callable[[str], float] = lambda name: 3000.0 + len(name)
+) -> tuple[dict[str, Any], Callable[[str, Tensor], Any]]:
+    """Settings, and what compressed-tensors makes of a weight; ``whole_of``: the divisor of all scales of a tensor."""
     pytest.importorskip("compressed_tensors")
     from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
     from compressed_tensors.quantization import QuantizationScheme
+    from compressed_tensors.quantization.lifecycle.forward import dequantize
     from compressed_tensors.quantization.utils import calculate_qparams
 
     group = {"targets": ["Linear"], "weights": weights, "format": format}
@@ -159,10 +163,19 @@ def compressed(format: str, weights: dict[str, Any]) -> tuple[dict[str, Any], Ca
             return None
         columns = weights.get("group_size") or t.shape[1]
         cells = t.float().unflatten(1, (-1, columns))
-        scale, zero = calculate_qparams(cells.amin(-1), cells.amax(-1), scheme.weights)
+        nvfp4 = format == "nvfp4-pack-quantized"
+        whole = torch.full((1,), whole_of(name)) if nvfp4 else None
+        scale, zero = calculate_qparams(cells.amin(-1), cells.amax(-1), scheme.weights, whole)
         state = {"weight": t.float(), "weight_scale": scale.to(torch.bfloat16), "weight_zero_point": zero}
+        if nvfp4:
+            state = {"weight": t.float(), "weight_scale": scale, "weight_global_scale": whole}
         parts = compressor.compress({**state, "weight_scale": state["weight_scale"].float()}, scheme)
-        values = compressor.decompress(dict(parts), scheme)["weight"]
+        if nvfp4:  # its decompress rounds to bfloat16
+            codes = unpack_fp4_from_uint8(parts["weight_packed"], *t.shape, torch.float32)
+            scale = parts["weight_scale"].float()
+            values = dequantize(codes, scale, args=scheme.weights, global_scale=whole, dtype=torch.float32)
+        else:
+            values = compressor.decompress(dict(parts), scheme)["weight"]
         if parts["weight_scale"].dtype is torch.float32:
             parts["weight_scale"] = state["weight_scale"]
         stem = name.removesuffix("weight")
@@ -176,6 +189,8 @@ def compressed(format: str, weights: dict[str, Any]) -> tuple[dict[str, Any], Ca
 
 
 GROUPS = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
+NVFP4 = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "symmetric": True,
+         "scale_dtype": "torch.float8_e4m3fn"}  # fmt: skip
 ROWS = {"num_bits": 8, "symmetric": True, "strategy": "channel"}
 METHODS: dict[str, Any] = {
     "gptq": lambda: ({"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False}, gptq),
@@ -185,6 +200,7 @@ METHODS: dict[str, Any] = {
     "mxfp4": lambda: compressed(
         "mxfp4-pack-quantized", {**GROUPS, "type": "float", "symmetric": True, "scale_dtype": "torch.uint8"}
     ),
+    "nvfp4": lambda: compressed("nvfp4-pack-quantized", NVFP4, lambda name: 3000.0 + ("down" in name)),
     "int8": lambda: compressed("int-quantized", {**ROWS, "type": "int"}),
     "float8": lambda: compressed("float-quantized", {**ROWS, "type": "float"}),
 }
@@ -204,6 +220,15 @@ def test_qwen_in_the_layouts_of_other_libraries(method: str, tmp_path: Path) -> 
         torch.testing.assert_close(model.get_submodule(path).dequantize(), values[path], rtol=1e-6, atol=0)
     check_like(model, dense)
     check_saved(model, tmp_path / "saved")
+
+
+def test_factors_that_gate_and_up_do_not_share_are_said(tmp_path: Path) -> None:
+    settings, change = compressed("nvfp4-pack-quantized", NVFP4, lambda name: 3000.0 + ("up_proj" in name))
+    folder = checkpoint(tmp_path, transformers.Qwen3MoeConfig(**QWEN), settings, change)
+    with pytest.warns(UserWarning, match="because gate and up of an expert have different factors"):
+        model = from_pretrained(Auto, folder, dtype=torch.float32)
+    assert [path.rpartition(".")[2] for path in report(model).paths("dequantised")] == ["gate_up_proj", "down_proj"]
+    check_like(model, Auto.from_pretrained(folder / "dense", dtype=torch.float32))
 
 
 @pytest.mark.parametrize(
@@ -226,10 +251,10 @@ def test_qwen_in_the_layouts_of_other_libraries(method: str, tmp_path: Path) -> 
         (
             {
                 "quant_method": "compressed-tensors",
-                "format": "nvfp4-pack-quantized",
-                "config_groups": {"g": {"weights": {"num_bits": 4, "type": "float"}}},
+                "format": "mxfp8-quantized",
+                "config_groups": {"g": {"weights": {"num_bits": 8, "type": "float"}}},
             },
-            "format: expected 'pack-quantized' or .* got 'nvfp4-pack-quantized'",
+            "format: expected 'pack-quantized' or .* got 'mxfp8-quantized'",
         ),
     ],
 )
@@ -259,20 +284,21 @@ def test_fp4_codes_in_an_fp8_checkpoint(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_kept_is_dequantised_and_said(tmp_path: Path) -> None:
-    """Experts whose up projections the checkpoint has left dense."""
+    """Experts whose up projections the checkpoint has left dense; their down projections must then be dense too."""
 
     def change(name: str, t: Tensor) -> Any:
         return None if ".experts." in name and "up_proj" in name else fp8(name, t)
 
     folder = checkpoint(tmp_path, transformers.DeepseekV3Config(**deepseek(300)), FP8, change)
-    with pytest.warns(UserWarning, match="1 quantised weights were dequantised, because some of its experts are not"):
+    with pytest.warns(UserWarning, match="2 quantised weights were dequantised, because some of its experts are not"):
         model = from_pretrained(Auto, folder, dtype=torch.float32)
-    name = "model.layers.1.mlp.experts.gate_up_proj"
-    (entry,) = (entry for entry in report(model).entries if entry.path == name)
-    assert (entry.status, entry.computes) == ("dequantised", "float32")
     dense = Auto.from_pretrained(folder / "dense", dtype=torch.float32)
-    assert torch.equal(model.get_parameter(name), dense.get_parameter(name))
-    assert isinstance(model.model.layers[1].mlp.experts.down_proj, QuantizedWeight)
+    for each in ("gate_up_proj", "down_proj"):
+        name = f"model.layers.1.mlp.experts.{each}"
+        (entry,) = (entry for entry in report(model).entries if entry.path == name)
+        assert (entry.status, entry.computes) == ("dequantised", "float32")
+        assert torch.equal(model.get_parameter(name), dense.get_parameter(name))
+    check_like(model, dense)
 
 
 def test_refusals_before_any_work(gpt_oss: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 from typing import Any
 
@@ -63,6 +64,54 @@ def test_a_layer_that_cannot_be_quantised_stays_as_it_was() -> None:
         ffn_ops.quantize_(nn.Linear(2, 2), "int3")
     with pytest.raises(TypeError, match=r"model: expected an nn\.Module"):
         ffn_ops.quantize_(layer.w_in, "int4")  # type: ignore[arg-type]
+
+
+def test_a_shared_weight_stays_shared() -> None:
+    """Layers that shared a parameter share its quantised bytes; all else is as without the tie."""
+    first, second = ffn_ops.FeedForward(64, d_ff=96), ffn_ops.FeedForward(64, d_ff=96)
+    second.w1.weight, second.w2.weight, second.w3.weight = first.w1.weight, first.w2.weight, first.w1.weight
+    mixtures = [ffn_ops.MoEFFN(64, 96, num_experts=2, top_k=1) for _ in range(2)]
+    mixtures[1].w_in = mixtures[0].w_in
+    model = nn.Sequential(first, second, *mixtures)
+    apart = copy.deepcopy(model)
+    for module in apart.modules():
+        for name, p in list(module._parameters.items()):
+            module._parameters[name] = None if p is None else nn.Parameter(p.detach().clone())
+    for each in (model, apart):
+        assert len(ffn_ops.quantize_(each, "int8").paths("quantised")) == 4
+    assert first.w1.weight is second.w1.weight is second.w3.weight and first.w2.weight is second.w2.weight
+    assert mixtures[0].w_in is mixtures[1].w_in and mixtures[0].w_down is not mixtures[1].w_down
+    x = torch.randn(5, 64, generator=generator(3))
+    assert torch.equal(model(x), apart(x))
+    copied = copy.deepcopy(model)
+    assert copied[0].w1.weight is copied[1].w1.weight  # type: ignore[union-attr]
+
+
+def test_quantised_experts_refuse_another_implementation() -> None:
+    """Before any work, and by name; what has no quantised experts changes as ever."""
+    transformers = pytest.importorskip("transformers")
+    from ffn_ops.integrations.transformers import register
+
+    register()
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=50, hidden_size=64, moe_intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, num_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    model: Any = transformers.AutoModelForCausalLM.from_config(config, experts_implementation="ffn_ops").eval()
+    model.set_experts_implementation("eager")
+    model.set_experts_implementation("ffn_ops")
+    ffn_ops.quantize_(model, "int8")
+    ids = torch.arange(5)[None]
+    logits = model(input_ids=ids).logits
+    for asked in ("eager", "grouped_mm", {"": "eager"}):
+        message = (
+            "experts_implementation: expected 'ffn_ops', which alone computes quantised experts such as model.layers.0"
+        )
+        with pytest.raises(ValueError, match=message):
+            model.set_experts_implementation(asked)
+        assert model.config._experts_implementation == "ffn_ops"
+    model.set_experts_implementation("ffn_ops")
+    assert torch.equal(model(input_ids=ids).logits, logits)
 
 
 def test_gpt_oss_finds_its_checkpoint_again() -> None:

@@ -15,12 +15,14 @@ from device import generator
 from seen import Seen
 from test_quantized_dense import Mlp
 from torch import Tensor, nn
+from torch._dynamo.backends.debugging import aot_eager
 from torch.nn import functional as F
 
 import ffn_ops
 
 pytestmark = pytest.mark.cpu_only("quantised weights have no CUDA kernels")
 Quantised = tuple[nn.Module, dict[str, Tensor]]  # a layer, and its weights in float64 by its library or its formula
+TRACED = torch.__version__ >= "2.15"
 NAMES = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -70,6 +72,9 @@ def by_compressed_tensors(format: str | None = None, **weights: Any) -> Quantise
         initialize_module_for_quantization(child, scheme)
         child.weight_scale.data.fill_(0.02)
         child.weight_scale.data += 0.01 * torch.rand(child.weight_scale.shape, generator=generator(2))
+        if weights["strategy"] == "tensor_group":
+            child.weight_scale.data = (100 * child.weight_scale.data.float()).to(child.weight_scale.dtype)
+            child.weight_global_scale.data.fill_(128.0)  # of a power of two the library's bfloat16 values are exact
         if not weights["symmetric"]:
             child.weight_zero_point.data = torch.randint(-8, 8, child.weight_zero_point.shape).to(torch.int8)
         compress_module(child, format)
@@ -140,6 +145,14 @@ ZERO_COPY: dict[str, Callable[[], Quantised]] = {
     ),
 }
 TURNED: dict[str, Callable[[], Quantised]] = {
+    "compressed-tensors nvfp4": lambda: by_compressed_tensors(
+        num_bits=4,
+        type="float",
+        symmetric=True,
+        strategy="tensor_group",
+        group_size=16,
+        scale_dtype=torch.float8_e4m3fn,
+    ),
     "compressed-tensors uint4": lambda: by_compressed_tensors(
         num_bits=4, type="int", symmetric=False, strategy="group", group_size=32
     ),
@@ -237,9 +250,38 @@ def test_gptq_in_another_order_is_said() -> None:
     assert "down_proj is called (quantised otherwise than the operators take it: 3 bits)" in entry.why
 
 
-def test_float64_and_compiled_calls_take_the_children(dynamo: None) -> None:
-    layer, _ = ZERO_COPY["torchao int8"]()
+@pytest.mark.skipif(not TRACED, reason="dynamo takes no constants of modules; the children are called")
+@pytest.mark.parametrize("name", ZERO_COPY)
+def test_compiled_calls_are_the_operator_on_the_bytes_of_that_moment(name: str, dynamo: None) -> None:
+    layer, _ = ZERO_COPY[name]()
     ffn_ops.replace(layer)
-    x = torch.randn(3, 64, generator=generator(7))
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), layer(x))
+    targets: list[str] = []
+
+    def recording(graph: Any, inputs: Any) -> Any:
+        targets.extend(str(node.target) for node in graph.graph.nodes)
+        return aot_eager(graph, inputs)
+
+    x = torch.randn(3, 64, generator=generator(7), requires_grad=True)
+    compiled = torch.compile(layer, fullgraph=True, backend=recording)
+    for _ in range(2):
+        y, again = layer(x), compiled(x)
+        assert torch.equal(again, y)
+        assert torch.equal(*(torch.autograd.grad(each.sum(), x)[0] for each in (again, y)))
+        with torch.no_grad():  # written to in place: the graph reads what is there
+            for each, t in tensors(layer).items():
+                t.mul_(2) if "scale" in each.split(".")[-1] and t.dtype.itemsize > 1 else None
+    assert [each for each in targets if each.startswith("ffn_ops")] == ["ffn_ops.moe_quantized.default"]
+
+
+def test_what_is_turned_is_called_in_a_compiled_call_and_the_report_says_so(dynamo: None) -> None:
+    layer, _ = TURNED["gptq"]()
+    (entry,) = ffn_ops.replace_report(ffn_ops.replace(layer)).entries
+    assert entry.status == "replaced"
+    reason = "its bytes are turned" if TRACED else "torch is older than 2.15"
+    turned = ", ".join(f"{each} ({reason})" for each in NAMES)
+    assert entry.why == f"in torch.compile the linear layers are called: {turned}"
+    with pytest.raises(Exception, match="forward"):  # the class that stands for gptqmodel's has none
+        torch.compile(layer, fullgraph=True, backend="aot_eager")(torch.randn(3, 64))
+    if TRACED:
+        (entry,) = ffn_ops.replace_report(ffn_ops.replace(ZERO_COPY["torchao int8"]()[0])).entries
+        assert entry.why == ""

@@ -147,11 +147,12 @@ inline QuantizedMoeShape check_quantized_moe(const Tensor& x, const MaybeTensor&
                                              const MaybeTensor& b_down, bool gated, bool interleaved, const Gate& form,
                                              Place place = {}) {
   const std::vector<std::string> names = split_formats(formats);
-  STD_TORCH_CHECK(names.size() == (w_up.empty() ? 2 : 3), "formats: expected one for each weight, got '", formats, "'");
+  const bool two = names.size() == 3;  // gate and up are two weights; else w_up is not read
+  STD_TORCH_CHECK(two || names.size() == 2, "formats: expected one for each weight, got '", formats, "'");
   QuantizedMoeShape s;
   s.in = check_codes(w_in, names.front(), "w_in", place);
   s.down = check_codes(w_down, names.back(), "w_down", place);
-  if (!w_up.empty()) s.up = check_codes(w_up, names[1], "w_up", place);
+  if (two) s.up = check_codes(w_up, names[1], "w_up", place);
   s.dtype = check_quantized_dtype(x, "x");
   check_tensor(x, "x", s.dtype, {"T", "D"}, place);
   s.T = s.R = x.size(0);

@@ -11,7 +11,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from .weight import QuantizedWeight
+from .formats import BYTE, FLOATS
+from .weight import QuantizedWeight, of_graph
 
 _PLAIN = (nn.Parameter, Tensor)
 
@@ -94,6 +95,8 @@ def _compressed(layer: Any) -> QuantizedWeight:
             return QuantizedWeight.from_int8((packed.view(torch.uint8) ^ 128).view(torch.int8), scale)
         _bits(scheme.weights, "num_bits")
         return QuantizedWeight.from_compressed_tensors(packed, scale, held.get("weight_zero_point"))
+    if format == "nvfp4-pack-quantized" and packed is not None:
+        return QuantizedWeight.from_nvfp4(packed, scale, 1 / held["weight_global_scale"])
     if format == "mxfp4-pack-quantized" and packed is not None:
         return QuantizedWeight.from_mxfp4(packed, scale)
     if format in ("int-quantized", "naive-quantized") and getattr(held.get("weight"), "dtype", None) is torch.int8:
@@ -150,7 +153,11 @@ def read(layer: Any) -> QuantizedWeight | str | None:
     Bytes that are used as they lie stay the layer's own. Those that are turned, of AWQ and GPTQ, are turned once, and
     again after the layer's tensors were replaced or written to.
     """
-    reader = None if torch.compiler.is_compiling() else _reader(layer)
+    return _traced(layer) if torch.compiler.is_compiling() else _read(layer)
+
+
+def _read(layer: Any) -> QuantizedWeight | str | None:
+    reader = _reader(layer)
     if reader is None:
         return None
     tensors = _tensors(layer)
@@ -171,10 +178,61 @@ def read(layer: Any) -> QuantizedWeight | str | None:
 
 
 def _tensors(layer: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    for t in (*layer._parameters.values(), *layer._buffers.values()):
+    return list(_named(layer).values())
+
+
+def _named(layer: Any) -> dict[str, Tensor]:
+    """The layer's own tensors, and those inside of subclasses, such as "weight.qdata"."""
+    found: dict[str, Tensor] = {}
+    for name, t in (*layer._parameters.items(), *layer._buffers.items()):
         if type(t) in _PLAIN:
-            found.append(t)
+            found[name] = t
         elif t is not None:
-            found += [getattr(t, name) for name in t.__tensor_flatten__()[0]]
+            found |= {f"{name}.{each}": getattr(t, each) for each in t.__tensor_flatten__()[0]}
     return found
+
+
+# ---- in torch.compile -----------------------------------------------------------------------------------------------
+
+_HAS_CONSTANTS = torch.__version__ >= "2.15"  # those of a module: in 2.11 dynamo refuses, so the children are called
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (*FLOATS, *BYTE)}
+
+
+@torch.compiler.assume_constant_result  # of this layer, while its class, and shapes and dtypes of its tensors stay
+def _place(layer: Any) -> str:
+    """Where all tensors of the layer's weight lie among its own: "fp8:1x64|weight,uint8,8,64|scale,float32,8,1"; else
+    nothing. It is text because dynamo takes text for a constant."""
+    found = _read(layer)
+    if not isinstance(found, QuantizedWeight):
+        return ""
+    own = {t.data_ptr(): name for name, t in _named(layer).items() if t.is_contiguous()}
+    parts = [(own.get(t.data_ptr()), str(t.dtype).removeprefix("torch."), *t.shape) for t in found.parts]
+    held = all(name is not None for name, *_ in parts)
+    return "|".join([found.stacked()[1], *(",".join(map(str, each)) for each in parts)]) if held else ""
+
+
+def why_untraced(layer: Any) -> str:
+    """Why a compiled call calls a layer that another library has quantised, or nothing."""
+    if not isinstance(_read(layer), QuantizedWeight):
+        return ""
+    if not _HAS_CONSTANTS:
+        return "torch is older than 2.15"
+    return "" if _place(layer) else "its bytes are turned"  # a graph would keep those of one moment
+
+
+def _traced(layer: Any) -> QuantizedWeight | None:
+    """The layer's weight on the tensors that it has when the graph runs."""
+    place = _place(layer) if _HAS_CONSTANTS and torch.compiler.is_dynamo_compiling() else ""
+    if not place:
+        return None
+    form, *places = place.split("|")
+    parts = []
+    for each in places:
+        name, dtype, *shape = each.split(",")
+        outer, _, inner = name.partition(".")
+        t: Any = layer._parameters[outer] if outer in layer._parameters else layer._buffers[outer]
+        t = getattr(t, inner) if inner else t
+        parts.append(t.detach().view(_DTYPES[dtype]).reshape([int(size) for size in shape]))
+    format, _, block = form.partition(":")
+    rows, _, columns = block.partition("x")
+    return of_graph(format, (int(rows), int(columns)), parts)

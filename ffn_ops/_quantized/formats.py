@@ -38,6 +38,11 @@ FORMATS = {
 }
 
 
+def has_up(formats: str) -> bool:
+    """Whether the formats of an operator's weights, with commas between them, are of gate, up and down."""
+    return formats.count(",") == 2
+
+
 def columns(format: str, codes: Tensor) -> Any:
     """K of a weight with these codes."""
     kind = FORMATS[format]

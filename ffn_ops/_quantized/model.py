@@ -27,7 +27,8 @@ def quantize_(model: nn.Module, format: str, *, group: int | tuple[int, int] | N
     It takes :class:`ffn_ops.MoEFFN` (with an ``expert_mesh`` every rank quantises its own experts), transformers'
     experts that run with ``experts_implementation="ffn_ops"``, this package's dense layers, and layers that
     :func:`ffn_ops.replace` has replaced. Linear layers of dense ones become :class:`ffn_ops.QuantizedLinear`, with the
-    same bias. Routers keep their weights. Values that came from an MXFP4 checkpoint, as transformers dequantises
+    same bias. Routers keep their weights. A parameter that layers share becomes one weight that they share.
+    Values that came from an MXFP4 checkpoint, as transformers dequantises
     gpt-oss on a CPU, are found again exactly. ``save_pretrained`` of a transformers model writes the quantised weights,
     for ``from_pretrained`` of the transformers integration.
 
@@ -54,6 +55,7 @@ def quantize_(model: nn.Module, format: str, *, group: int | tuple[int, int] | N
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     check.choice("format", format, MADE)
     replaceable = replace_report(model).paths("replaceable")
+    made_of: Made = {}
     entries = []
     for path, module in list(model.named_modules()):
         names, linears = _weights(module), _linears(module)
@@ -69,8 +71,9 @@ def quantize_(model: nn.Module, format: str, *, group: int | tuple[int, int] | N
         if why:
             entries.append(ReplaceEntry(path, layer, "left", "", why))
         else:
-            made = _experts(module, names, format, group) if names else _dense(module, linears, format, group)
-            entries.append(ReplaceEntry(path, layer, "quantised", f"{format}, {made}"))
+            of = (format, group, made_of)
+            said = _experts(module, names, *of) if names else _dense(module, linears, *of)
+            entries.append(ReplaceEntry(path, layer, "quantised", f"{format}, {said}"))
     if any(entry.status == "quantised" for entry in entries):
         from ..integrations.transformers import save_as_kept
 
@@ -78,21 +81,39 @@ def quantize_(model: nn.Module, format: str, *, group: int | tuple[int, int] | N
     return ReplaceReport(tuple(entries))
 
 
-def _experts(module: Any, names: tuple[str, ...], format: str, group: Any) -> str:
+Made = dict[Any, tuple[Any, Any]]  # by a parameter's id and w's strides: the parameter, and what was made of it
+
+
+def _quantized(w: Any, of: Any, format: str, group: Any, made_of: Made) -> Any:
+    """The weight and its error. A parameter that several layers share becomes one weight that they share. w has the
+    values of the parameter ``of``, perhaps transposed."""
+    key = id(of), w.stride()
+    if key not in made_of:
+        made_of[key] = of, quantize(w, format, group=group, return_error=True)
+    return made_of[key][1]
+
+
+def _experts(module: Any, names: tuple[str, ...], format: str, group: Any, made_of: Made) -> str:
     turned, mesh = getattr(module, "is_transposed", False), getattr(module, "expert_mesh", None)
-    dense = [getattr(module, name) for name in names]
+    owns = [getattr(module, name) for name in names]
+    dense = owns
     if mesh is not None:
         dense = [w.to_local() for w in dense]
-    made = [quantize(w.transpose(1, 2) if turned else w, format, group=group, return_error=True) for w in dense]
+    made = [
+        _quantized(w.transpose(1, 2) if turned else w, own, format, group, made_of)
+        for own, w in zip(owns, dense, strict=True)
+    ]
     for name, (w, _error) in zip(names, made, strict=True):
         delattr(module, name)
         setattr(module, name, w if mesh is None else shard(w, module.num_experts, mesh))
     return _said(dense, made)
 
 
-def _dense(module: nn.Module, paths: list[str], format: str, group: Any) -> str:
-    held = [weights(module.get_submodule(path)) for path in paths]
-    made = [quantize(w, format, group=group, return_error=True) for w, _bias in held]
+def _dense(module: nn.Module, paths: list[str], format: str, group: Any, made_of: Made) -> str:
+    linears = [module.get_submodule(path) for path in paths]
+    held = [weights(linear) for linear in linears]
+    owns = [linear._parameters["weight"] for linear in linears]
+    made = [_quantized(w, own, format, group, made_of) for own, (w, _bias) in zip(owns, held, strict=True)]
     for path, (w, _error), (_w, bias) in zip(paths, made, held, strict=True):
         parent, _, name = path.rpartition(".")
         layer = QuantizedLinear(w, bias).train(module.training)

@@ -197,6 +197,16 @@ def _as(t: Any, local: Tensor) -> Tensor:
     )
 
 
+def of_graph(format: str, block: tuple[int, int], parts: list[Tensor]) -> QuantizedWeight:
+    """A weight inside of a graph: what operators read, without the rest of a module, whose __init__ dynamo refuses."""
+    w = QuantizedWeight.__new__(QuantizedWeight)
+    buffers = dict(zip(("codes", *FORMATS[format].parts), parts, strict=True))
+    for name, value in (("_parameters", {}), ("_modules", {}), ("_buffers", buffers), ("block", block)):
+        object.__setattr__(w, name, value)
+    object.__setattr__(w, "format", format)
+    return w
+
+
 def _flatten(w: QuantizedWeight) -> tuple[list[Any], Any]:
     return w.parts, (w.format, w.block)
 

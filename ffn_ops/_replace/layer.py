@@ -20,6 +20,7 @@ from .. import _checks as check
 from .. import ops
 from .._adapters import is_adapted, pairs_of, read_all
 from .._library import CUDA_ABSENT
+from .._quantized.foreign import why_untraced
 from ..modules import PLAIN_TENSORS, is_idle, is_plain_linear, is_unhooked, quantized
 from ..reference import gated_act
 from .children import is_plain, of_dtype, on_quantized, product, weights, why_called
@@ -326,7 +327,9 @@ def state(layer: nn.Module, plan: Plan) -> tuple[bool, str]:
     if read is not None:
         parts = [(path, base) for (path, _), base in zip(parts, read[0], strict=True)]
     others = [(path, module) for path, module in parts if not is_plain(module)]
+    turned: list[str] = []
     if others == parts and quantized(*[module for _, module in parts]):
+        turned = [f"{'.'.join(path)} ({why})" for path, module in parts if (why := why_untraced(module))]
         others = []
     called = [f"{'.'.join(path)} is called ({why_called(module)})" for path, module in others]
     if called and plan.form.reads_weights:
@@ -342,6 +345,8 @@ def state(layer: nn.Module, plan: Plan) -> tuple[bool, str]:
         return False, f"its own forward runs, with torch's {plan.form.gate.activation}: {notes}"
     if adapted and not called:
         notes = f"with peft's LoRA on {', '.join(adapted)}"
+    if turned:
+        notes = f"in torch.compile the linear layers are called: {', '.join(turned)}"
     if plan.eval_only:
         notes = "; ".join(filter(None, [notes, f"in training its own forward runs: {plan.eval_only}"]))
     return not called, notes

@@ -94,7 +94,7 @@ def _check_awq(settings: dict[str, Any]) -> None:
 
 _BITS = {
     "pack-quantized": (4, "int"), "mxfp4-pack-quantized": (4, "float"), "int-quantized": (8, "int"),
-    "float-quantized": (8, "float"),
+    "float-quantized": (8, "float"), "nvfp4-pack-quantized": (4, "float"),
 }  # fmt: skip
 
 
@@ -144,6 +144,8 @@ def _read_compressed_tensors(parts: Parts, settings: dict[str, Any]) -> Any:
     scale = parts.get("weight_scale")
     if scale is None:
         return parts["weight"]
+    if (divisor := parts.get("weight_global_scale")) is not None:  # of all scales of the tensor
+        return QuantizedWeight.from_nvfp4(parts["weight_packed"], scale, 1 / divisor)
     if "weight_packed" in parts and parts["weight_packed"].dtype is torch.uint8:
         return QuantizedWeight.from_mxfp4(parts["weight_packed"], scale)
     if "weight_packed" in parts:
@@ -180,7 +182,18 @@ METHODS = {
     "gptq": Method({"weight": ("weight", "qweight", "qzeros", "scales", "g_idx")}, _read_gptq, _check_gptq),
     "awq": Method({"weight": ("weight", "qweight", "qzeros", "scales")}, _read_awq, _check_awq),
     "compressed-tensors": Method(
-        {"weight": ("weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "input_scale")},
+        {
+            "weight": (
+                "weight",
+                "weight_packed",
+                "weight_scale",
+                "weight_zero_point",
+                "weight_shape",
+                "input_scale",
+                "weight_global_scale",
+                "input_global_scale",
+            )
+        },
         _read_compressed_tensors,
         _check_compressed_tensors,
     ),
@@ -215,6 +228,9 @@ def stacked(branches: Sequence[Sequence[QuantizedWeight]]) -> QuantizedWeight:
     cut = math.gcd(rows, *inner) if any(each % rows for each in inner) else rows
     made = {}
     for name, t in first.named_buffers():
+        if name == "factor":
+            made[name] = torch.stack([w.parts[-1] for w in branches[0]])
+            continue
         finer = rows // cut if name in ("scales", "zeros") else 1
         high = [_height(getattr(branch[0], name), finer, branch[0].shape[0], cut) for branch in branches]
         made[name] = out = t.new_empty(counts[0], sum(high), *t.shape[1:])
@@ -223,6 +239,14 @@ def stacked(branches: Sequence[Sequence[QuantizedWeight]]) -> QuantizedWeight:
                 part = getattr(w, name)
                 place.copy_(part if finer == 1 else part.repeat_interleave(finer, 0)[: len(place)])
     return QuantizedWeight(first.format, block=(cut, first.block[1]), **made)
+
+
+def why_apart(branches: Sequence[Sequence[QuantizedWeight]]) -> str | None:
+    """Why gate and up of an expert cannot become one weight."""
+    factors = [[each._buffers.get("factor") for w in branch for each in _experts(w)] for branch in branches]
+    pairs = [pair for other in factors[1:] for pair in zip(factors[0], other, strict=False)]
+    apart = any(a is not None and b is not None and not torch.equal(a, b) for a, b in pairs)
+    return "gate and up of an expert have different factors" if apart else None
 
 
 def _experts(w: QuantizedWeight) -> Sequence[QuantizedWeight]:

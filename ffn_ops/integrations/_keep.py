@@ -4,6 +4,7 @@ puts what it reads into the model. It imports transformers; ``register`` imports
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers.core_model_loading import (
     WeightRenaming,
     build_glob_alternation,
 )
+from transformers.modeling_utils import PreTrainedModel
 from transformers.quantizers.auto import (
     AUTO_QUANTIZER_MAPPING,
     register_quantization_config,
@@ -28,7 +30,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .._quantized import QuantizedWeight
 from .._quantized.linear import QuantizedLinear
 from .._replace import ReplaceEntry
-from ._checkpoints import METHODS, OWN, settings_of, stacked
+from ._checkpoints import METHODS, OWN, settings_of, stacked, why_apart
 from ._quantized_embedding import QuantizedEmbedding
 from .transformers import _runs_ours
 
@@ -98,6 +100,9 @@ class KeepingQuantizer(HfQuantizer):  # type: ignore[misc]
         for module in model.modules():
             if isinstance(module, QuantizedWeight):
                 vars(module).pop(INITIALIZED, None)
+        for path, module in model.named_modules():
+            if _runs_ours(module):
+                self._alike(path, module)
         if self.made:  # else one view of the file would keep all its pages, beside the copies of them
             for t in (*model.parameters(), *model.buffers()):
                 if t.data_ptr() not in self.made:
@@ -106,6 +111,19 @@ class KeepingQuantizer(HfQuantizer):  # type: ignore[misc]
         model._weight_conversions = []
         self.quantization_config.weights, self.quantization_config.checkpoint = self.formats, None
         return model
+
+    def _alike(self, path: str, experts: Any) -> None:
+        """The operator takes quantised weights or dense ones: where one had to be dequantised, so is the other."""
+        kept = [name for name in ("gate_up_proj", "up_proj", "down_proj") if name in experts._modules]
+        if len(kept) != 1:
+            return
+        w, name = experts._modules.pop(kept[0]), f"{path}.{kept[0]}"
+        values = w.dequantize(self.dtype_of(name))
+        setattr(experts, kept[0], nn.Parameter(values.mT.contiguous() if experts.is_transposed else values))
+        del self.formats[name]
+        why = "another weight of its experts is dense"
+        entry = ReplaceEntry(name, type(experts).__name__, "dequantised", str(values.dtype)[6:], why)
+        self.entries = [*(each for each in self.entries if each.path != name), entry]  # behind its reason
 
     def is_serializable(self) -> bool:
         return True
@@ -141,7 +159,7 @@ class Keep(ConversionOps):  # type: ignore[misc]
         weights = [w for branch in branches.values() for w in branch]
         quantized = [isinstance(w, QuantizedWeight) for w in weights]
         if all(quantized):
-            why = self._why_not(model, name)
+            why = self._why_not(model, name) or why_apart([*branches.values()])
             if why is None:
                 self._put(model, name, [*branches.values()])
                 more["missing_keys"].discard(name)
@@ -251,7 +269,33 @@ def describe(model: Any) -> None:
         quantizer.postprocess_model(model)
 
 
+def _keeping_ours(method: Any) -> Any:
+    """``set_experts_implementation`` that leaves quantised experts to the implementation that computes them."""
+
+    @functools.wraps(method)
+    def setting(self: Any, experts_implementation: Any) -> Any:
+        every = not isinstance(experts_implementation, dict)
+        asked = {"": experts_implementation} if every else experts_implementation
+        for part, implementation in asked.items():
+            config = self.config if part == "" else getattr(self.config, part, None)
+            for path, module in self.named_modules() if implementation != OWN else ():
+                if _runs_ours(module) and _is_quantized(module) and (every or module.config is config):
+                    raise ValueError(
+                        f"experts_implementation: expected {OWN!r}, which alone computes quantised experts such as"
+                        f" {path}, got {implementation!r}"
+                    )
+        return method(self, experts_implementation)
+
+    return setting
+
+
+def _is_quantized(experts: nn.Module) -> bool:
+    return any(isinstance(w, QuantizedWeight) for w in experts._modules.values())
+
+
 def register_kept() -> None:
+    if OWN not in AUTO_QUANTIZER_MAPPING:
+        PreTrainedModel.set_experts_implementation = _keeping_ours(PreTrainedModel.set_experts_implementation)
     if OWN not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(OWN)(KeptConfig)
         register_quantizer(OWN)(KeepingQuantizer)

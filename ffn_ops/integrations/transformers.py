@@ -99,7 +99,8 @@ def from_pretrained(model_class: Any, name: Any, *args: Any, **options: Any) -> 
         model_class: ``AutoModelForCausalLM`` or another class of transformers.
         name: as transformers takes it. The config's ``quant_method`` is one of ``mxfp4`` (gpt-oss), ``fp8`` (DeepSeek),
             ``gptq`` and ``awq`` (4 bits), ``compressed-tensors`` (``pack-quantized`` of 4 bits,
-            ``mxfp4-pack-quantized``, ``int-quantized``, ``float-quantized``), ``ffn_ops``. No other library is needed.
+            ``mxfp4-pack-quantized``, ``nvfp4-pack-quantized``, ``int-quantized``, ``float-quantized``), ``ffn_ops``. No
+            other library is needed.
         options: as transformers takes them. ``experts_implementation`` is "ffn_ops". ``gguf_file`` needs gguf-py and
             takes Qwen2-MoE and Qwen3-MoE.
 

@@ -16,7 +16,7 @@ from .. import _checks as check
 from .._gate import Gate, as_gate, check_gate
 from .._library import fake
 from .._quantized import QuantizedWeight
-from .._quantized.formats import check_groups, columns
+from .._quantized.formats import check_groups, columns, has_up
 from ._gated_act import gated_act_op
 from ._moe_derivatives import all_rows
 from ._moe_lora import adapters, check_pairs
@@ -156,6 +156,8 @@ def _call(
     if lora is not None:
         hidden = 2 * features if gated else features
         pairs = adapters(lora, x, count if experts else None, hidden, features, out, two=w_up is not None)
+    if w_up is None and torch.compiler.is_exporting():  # AOTInductor's packages do not take an empty list
+        parts = (parts[0], parts[2], parts[2])
     tensors = (*parts, formats, b_in, b_down, *pairs)
     form, scale = (gated, gate.interleaved, gate.activation, gate.params), 1.0 if lora is None else lora.scale
     grad = needs_grad(x, routed[1], b_in, b_down, *pairs)
@@ -181,15 +183,16 @@ def _check_shapes(
             f"w_in: expected a quantised weight of shape [{count}, {'2F' if gated else 'F'}, {x.shape[-1]}], got"
             f" {[experts, rows, width]}"
         )
-    one_weight = gated and not w_up
+    two = has_up(formats)
+    one_weight = gated and not two
     if one_weight and rows % 2:
         raise ValueError(f"w_in: expected an even number of rows, of gate and up, got {[experts, rows, width]}")
     features = rows // 2 if one_weight else rows
     for name, parts, format, shape in (
-        ("w_up", w_up, names[1], (experts, features, width)),
+        ("w_up", w_up if two else None, names[1], (experts, features, width)),
         ("w_down", w_down, names[-1], (experts, None, features)),
     ):
-        if parts:
+        if parts is not None:
             actual = _shape(parts, format)
             if any(want is not None and want != have for want, have in zip(shape, actual, strict=True)):
                 wanted = ", ".join("D_out" if each is None else str(each) for each in shape)
@@ -229,7 +232,7 @@ def _(
     activation: str, params: list[float], scale: float, save: bool,
 ) -> Any:  # fmt: skip
     check.tensor("x", x, ("T", "D"))
-    check_gate(activation, params, gated=gated, interleaved=interleaved, one_weight=gated and not w_up)
+    check_gate(activation, params, gated=gated, interleaved=interleaved, one_weight=gated and not has_up(formats))
     experts, features, out = _check_shapes(x, offsets, w_in, w_up, w_down, formats, b_in, b_down, gated)
     pairs = (a_in, lora_b_in, a_down, lora_b_down)
     check_pairs(pairs, x, experts, 2 * features if gated else features, features, out)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._library import differentiable, vmap_by_loop
+from .._quantized.formats import has_up
 from ._gated_act import act_tangent, gated_act_op
 from ._moe_derivatives import Rows
 from ._moe_lora import LowRank
@@ -128,8 +129,8 @@ class _Layer:
         self, rows: Rows, weights: Sequence[Any], formats: str, inputs: Sequence[Any], form: Any, scale: float
     ) -> None:
         x, _weight, b_in, self.b_down, a_in, lora_b_in, a_down, lora_b_down = inputs
-        self.rows, self.in_and_up, self.down = rows, [w for w in weights[:2] if w], weights[2]
-        self.names = formats.split(",")
+        self.rows, self.names = rows, formats.split(",")
+        self.in_and_up, self.down = weights[: 2 if has_up(formats) else 1], weights[2]
         pairs = ((a_in, lora_b_in), (a_down, lora_b_down))
         self.first, self.second = (LowRank(rows.offsets, *pair, scale) for pair in pairs)
         self.x_rows = rows.gather(x)
