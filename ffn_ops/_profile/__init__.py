@@ -160,7 +160,8 @@ class Profile:
             return
         line = self._clock.line()
         cell = 2 * OUTSIDE if line.cell == line.idle else line.cell
-        call = Call(cell, op, shapes(args), tuple([(k, shapes(v)) for k, v in kwargs.items()]), shapes(out))
+        named = tuple([(name, shapes(value)) for name, value in kwargs.items()]) if kwargs else ()
+        call = Call(cell, op, shapes(args), named, shapes(out))
         at = offsets_at(op)
         line.counts.add(call, nanoseconds, None if at is None else args[at])
 

@@ -10,7 +10,7 @@ import functools
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,9 +25,8 @@ _FOLD = 1024
 _STACKED = ("w", "b", "lora")  # of an operator with offsets, arguments that may have a slice for each expert
 
 
-@dataclass(frozen=True)
-class Shape:
-    sizes: tuple[int, ...]
+class Shape(NamedTuple):  # and no dataclass, whose hash is slow
+    sizes: torch.Size
     dtype: torch.dtype
 
     @property
@@ -41,14 +40,13 @@ class Shape:
 def shapes(value: Any) -> Any:
     """Hashable: tensors become shapes, lists tuples."""
     if isinstance(value, Tensor):
-        return Shape(tuple(value.shape), value.dtype)
+        return Shape(value.shape, value.dtype)
     if isinstance(value, (list, tuple)):
         return tuple([shapes(each) for each in value])
-    return value if isinstance(value, (int, float, str, bool, type(None), torch.dtype)) else str(value)
+    return value if value is None or isinstance(value, (int, float, str, torch.dtype)) else str(value)
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     cell: int
     op: Any
     args: tuple[Any, ...]
@@ -83,7 +81,9 @@ class Counts:
     _routed: list[tuple[Call, Tensor]] = field(default_factory=list)
 
     def add(self, call: Call, nanoseconds: int, offsets: Tensor | None) -> None:
-        total = self.sums.setdefault(call, Sum())
+        total = self.sums.get(call)
+        if total is None:
+            total = self.sums[call] = Sum()
         total.calls += 1
         total.nanoseconds += nanoseconds
         if offsets is not None and offsets.device.type != "meta" and type(offsets) is Tensor:
@@ -134,8 +134,7 @@ def flops(call: Call) -> int:
         return [rebuilt(each) for each in value] if isinstance(value, tuple) else value
 
     kwargs = {name: rebuilt(value) for name, value in call.kwargs}
-    out = tuple(rebuilt(call.out)) if isinstance(call.out, tuple) else rebuilt(call.out)
-    return int(formula(*rebuilt(call.args), **kwargs, out_val=out))
+    return int(formula(*rebuilt(call.args), **kwargs, out_val=rebuilt(call.out)))
 
 
 def _shapes_in(value: Any) -> Iterator[Shape]:
