@@ -140,3 +140,14 @@ def test_batch_and_threads(threads: None) -> None:
     for t in (0, 500, 998):
         alone = chosen(logits[t : t + 1], 6, renormalize=True)
         assert torch.equal(alone[0][0], ids[t]) and torch.equal(alone[1][0], weights[t])
+
+
+@pytest.mark.parametrize("k", [16, 64])  # by insertion in lanes, by a heap
+def test_rows_as_wide_as_a_context(k: int, isa: str) -> None:
+    """An indexer of sparse attention chooses keys as a router chooses experts: of 16,384, many of them equal, and most
+    of them -inf where they lie behind the query."""
+    scores = torch.randint(0, 9, (3, 16_384), generator=generator(0)).float()
+    for row, seen in enumerate((16_384, 1000, k)):
+        scores[row, seen:] = -torch.inf
+    wanted = scores.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    assert torch.equal(chosen(scores, k, by_logits=True)[0], wanted)
