@@ -102,7 +102,7 @@ products:
 OPERATOR_SOURCES := $(filter-out csrc/cuda/assignment.cu,$(wildcard csrc/cuda/*.cu)) csrc/registration.cpp \
   csrc/cpu/assignment.cpp csrc/cpu/gates.cpp csrc/cpu/parallel.cpp csrc/cpu/memory.cpp csrc/cpu/plan.cpp \
   tests/simt/operators/operators.cpp
-OPERATOR_TESTS := moe routing top_k gradients router learned_act quantized quantized_weight
+OPERATOR_TESTS := moe routing top_k gradients router learned_act quantized quantized_weight lora lora_bases
 simt-operators:
 	rm -rf build/operators
 	mkdir -p build/operators/objects
@@ -115,4 +115,4 @@ simt-operators:
 	  -c {} -o build/operators/objects/$$(basename {}).o' && \
 	$(CXX) -shared -Wl,-Bsymbolic -o build/operators/ffn_ops/libffn_ops_cpu.so build/operators/objects/*.o \
 	  -L$$torch/lib -ltorch_cpu -lpthread
-	cd build/operators && PYTHONPATH=. $(PYTHON) -m pytest -m "not cpu_only" -k "not threads" $(OPERATOR_TESTS:%=$(CURDIR)/tests/test_%.py)
+	cd build/operators && PYTHONPATH=. $(PYTHON) -m pytest -m "not cpu_only" -k "not threads and not (lora and (second or parts))" $(OPERATOR_TESTS:%=$(CURDIR)/tests/test_%.py)

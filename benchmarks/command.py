@@ -19,10 +19,11 @@ from typing import Any
 import torch
 
 import ffn_ops
+from ffn_ops import _peak as peak
 from ffn_ops._files import file_name, whole
 from ffn_ops._timing import Timed
 
-from . import gpu, gpu_report, peak, report
+from . import gpu, gpu_report, report
 from .harness import QUICK, Budget, Cpu, Harness, Machine
 from .providers import COMPILING, OURS, Provider
 from .report import Record

@@ -15,10 +15,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ffn_ops import _peak as peak
 from ffn_ops._accuracy import Limit, WrongResultError, limit, worst
 from ffn_ops._timing import Timed, take_turns, verified
 
-from . import peak
 from .providers import COMPILING, HUGE, PROVIDERS, Inputs, Provider, converted, eager_inputs, groups, limit_inputs
 from .runners import Local, Remote, Runner
 from .worker import HugePageProcess, norms

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ffn_ops
+from ffn_ops import _peak as peak
 from ffn_ops._accuracy import limit, worst
 from ffn_ops._timing import Timed, take_turns, verified
 
-from . import peak
 from .command import row_options, run_rows
 from .harness import threads
 from .models import peak_bytes, resident
@@ -228,9 +228,7 @@ def measure(
                 sizes[provider] = called.bytes
                 sample: Callable[[], float] = called.sample
                 running.append((timed, sample, rounds))
-        take_turns(
-            running, lambda: reads.append(peak.read(isa if isa in peak.isas() else peak.isas()[-1], row.threads))
-        )
+        take_turns(running, lambda: reads.append(peak.read(isa, row.threads)))
     del running
     if with_memory:
         for timed in found:

@@ -126,6 +126,9 @@ STABLE_TORCH_LIBRARY(ffn_ops, m) {
   m.def("_isas() -> str");
   m.def("_use_isa(str name) -> ()");
   m.def("_has_amx() -> bool");
+  // The machine's limits: GFLOP/s of float32 multiply-adds, and GB/s of one pass over a float32 buffer.
+  m.def("_peak_fma(str isa, int threads, float seconds) -> float");
+  m.def("_peak_read(Tensor buffer, str isa, int threads) -> float");
   // Workspace that the CPU keeps for later calls.
   m.def("_empty_cache() -> ()");
   m.def("_cached_bytes() -> int");

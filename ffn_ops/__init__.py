@@ -12,6 +12,7 @@ from ._gate import Gate
 from ._info import info
 from ._lora import Lora
 from ._memory import empty_cache, set_cache_limit
+from ._profile import Profile, profile
 from ._quantized import QuantizationError, QuantizedWeight, quantize
 from ._quantized.linear import QuantizedLinear
 from ._quantized.model import quantize_
@@ -43,6 +44,7 @@ __all__ = [
     "Lora",
     "MoEFFN",
     "PlainFFN",
+    "Profile",
     "QuantizationError",
     "QuantizedLinear",
     "QuantizedWeight",
@@ -63,6 +65,7 @@ __all__ = [
     "moe_combine",
     "moe_dispatch",
     "moe_experts",
+    "profile",
     "quantize",
     "quantize_",
     "replace",

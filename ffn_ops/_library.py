@@ -185,6 +185,7 @@ def _asked_for(ctx: Any, grads: Sequence[Any]) -> tuple[bool, ...]:
     return tuple(asked)
 
 
+observer: Callable[[Any, tuple[Any, ...]], Any] | None = None  # calls an operator in its place, for `profile`
 _will_run = getattr(torch._C, "_will_engine_execute_node", None)
 GRADS_BATCHED: Any = torch._C._parse_dispatch_key("VmapMode")  # active in the vmap of is_grads_batched=True
 _IMPLEMENTATIONS = torch.library.Library("ffn_ops", "IMPL")
@@ -206,6 +207,11 @@ def differentiable(
     forward mode.)
     """
     op = overload(name)
+
+    def observed(*args: Any) -> Any:
+        look = observer  # another thread may set it
+        return op(*args) if look is None else look(op, args)
+
     takes_lists = any(str(each.type) == "List[Tensor]" for each in op._schema.arguments)
 
     def without_autocast(ctx: Any, *grads: Any) -> Any:
@@ -219,7 +225,7 @@ def differentiable(
     def run(flat: Sequence[Any]) -> tuple[tuple[Any, ...], Any]:
         args = _unflatten(flat[:-1], flat[-1])
         with torch._C._AutoDispatchBelowAutograd():
-            return args, op(*args)
+            return args, observed(*args)
 
     def set_up(ctx: Any, lengths: Any, args: tuple[Any, ...], output: Any) -> None:
         ctx.arg_lengths = lengths
@@ -282,7 +288,7 @@ def differentiable(
         if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and torch._C._any_requires_grad(*flat)):
             return Eager.apply(*flat, lengths)
         with torch._C._AutoDispatchBelowAutograd():
-            return op(*args)
+            return observed(*args)
 
     _IMPLEMENTATIONS.impl(name, autograd_kernel, "Autograd")
 
@@ -297,7 +303,7 @@ def differentiable(
             return op(*args)
         if not (grad and torch.is_grad_enabled()):
             with torch._C._AutoDispatchBelowAutograd():
-                return op(*args)
+                return observed(*args)
         if torch._C._get_tracing_state() is not None:  # torch.jit.trace keeps operators, not autograd.Functions
             return op(*args)
         flat, lengths = _flatten(args) if takes_lists else (args, None)

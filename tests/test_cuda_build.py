@@ -63,6 +63,19 @@ def test_every_operator_has_a_kernel() -> None:
     assert [name for name in OPERATORS if not has(name, "CPU")] == []
 
 
+def test_every_operator_has_sources_for_both() -> None:
+    """Where no CUDA library is built, too."""
+    csrc = Path(__file__).parents[1] / "csrc"
+    if not csrc.exists():
+        pytest.skip("needs the sources")
+    for device in ("cpu", "cuda"):
+        sources = (csrc / device).glob("*.cpp" if device == "cpu" else "*.cu")
+        names = {
+            f"ffn_ops::{name}" for source in sources for name in re.findall(r'm\.impl\("(\w+)"', source.read_text())
+        }
+        assert set(OPERATORS) - names == set()
+
+
 def python(code: str, folder: Path, *arguments: str) -> str:
     """In a folder whose package comes before the installed one."""
     environment = {**os.environ, "PYTHONPATH": str(folder)}

@@ -36,6 +36,8 @@ def public() -> dict[str, Any]:
 
 PUBLIC = public()
 METHODS: dict[str, Callable[..., Any]] = {
+    "Profile.as_dict": ffn_ops.Profile.as_dict,
+    "Profile.export_chrome_trace": ffn_ops.Profile.export_chrome_trace,
     "Routing.from_topk": ffn_ops.Routing.from_topk,
     "Routing.statistics": ffn_ops.Routing.statistics,
     "Routing.first": ffn_ops.Routing.first,

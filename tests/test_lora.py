@@ -15,7 +15,6 @@ from torch.utils import _pytree as pytree
 
 import ffn_ops
 from ffn_ops import Gate, Lora, reference, routing
-from ffn_ops.ops._moe_lora import _composed
 
 SCALE = 1.7
 FORMS = {"plain": (False, False), "gated": (True, False), "alternating": (True, True)}
@@ -109,21 +108,6 @@ def test_products_in_parts() -> None:
     """x of an expert, packed, is more than 32 MiB, so its product is cut into rows."""
     m = Mixture(T=900, D=5000, F=1, O=2, E=2)
     assert_close(m.results(m.ours, m.tensors), m.results(m.plain, m.tensors))
-
-
-def test_operator_after_operator() -> None:
-    """What a GPU runs gives the same values and gradients."""
-    m = Mixture("alternating")
-
-    def composed(**t: Tensor) -> Tensor:
-        chosen = routing.top_k(t["logits"], 2)
-        factors = [t[f"lora_{n}"] for n in NAMES]
-        experts = (t["w_in"], None, t["w_down"], t["b_in"], t["b_down"], *factors)
-        gate = m.options["activation"]
-        form = (True, True, gate.activation, gate.params)
-        return _composed(t["x"], chosen[:5], experts, form, SCALE)
-
-    assert_close(m.results(composed, m.tensors), m.results(m.plain, m.tensors))
 
 
 @pytest.mark.parametrize("adapters", [torch.float32, None], ids=["float32 adapters", "of one dtype"])

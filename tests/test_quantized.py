@@ -107,34 +107,83 @@ def test_a_mixture_has_the_bits_of_the_dequantised_one(format: str, isa: str) ->
 @pytest.mark.cpu_only("layouts that the CPU's kernels tell apart")
 @pytest.mark.parametrize("format", (*GROUPED, *GGUF))
 def test_long_rows_have_the_bits_of_the_dequantised_ones(format: str, isa: str) -> None:
-    """More groups than a vector of scales, and more of k than a packed block; T takes one sum of each vector of rows,
-    several, and packing; rows that no vector and no pair of panels divides."""
+    """More groups than a vector of scales, more of k than a packed block, and rows that end within a vector of words; T
+    takes one sum of each vector of rows, several, as many as registers hold, and packing; rows that no vector and no
+    pair of panels divides."""
     g = generator(8)
-    D, N = 1280, 262
+    D, N = 1280 if format in ("q4_k", "q5_k", "q6_k") else 1312, 262
     w = random_weight(format, (N, D), g)
     parts, name = w.stacked()
     dense = w.dequantize()[None]
     offsets = torch.tensor([0, 0])
-    for T in (1, 2, 5, 20):
+    for T in (1, 2, 5, 7, 16, 20):
         offsets[1] = T
         x = torch.randn(T, D, generator=g)
         ours = torch.ops.ffn_ops.quantized_linear(x, parts, name, offsets, False)
         assert torch.equal(ours, torch.ops.ffn_ops.moe_linear(x, dense, offsets)), f"T {T}"
 
 
+def assert_linear_has_the_bits_of_the_dequantised_one(
+    w: QuantizedWeight, x: Tensor, plain: Tensor | None = None
+) -> Tensor:
+    offsets = torch.tensor([0, x.shape[0]])
+    parts, name = w.stacked()
+    ours = torch.ops.ffn_ops.quantized_linear(x, parts, name, offsets, False)
+    expected = torch.ops.ffn_ops.moe_linear(x, w.dequantize()[None], offsets) if plain is None else plain
+    torch.testing.assert_close(ours, expected, rtol=0, atol=0, equal_nan=True)
+    return expected
+
+
 @pytest.mark.cpu_only("layouts that the CPU's kernels tell apart")
-@pytest.mark.parametrize("T", (1, 4, 20))
+@pytest.mark.parametrize("T", (1, 4, 12, 20))
 def test_a_code_that_is_no_number_stays_in_its_row(T: int, isa: str) -> None:
     """e4m3's NaN takes a slower kernel: neighbours keep their bits."""
     g = generator(9)
     w = random_weight("fp8", (150, 256), g)
     w.codes[70, 100], w.codes[149, 3] = 0x7F, 0xFF
-    x, offsets = torch.randn(T, 256, generator=g), torch.tensor([0, T])
-    parts, name = w.stacked()
-    ours = torch.ops.ffn_ops.quantized_linear(x, parts, name, offsets, False)
-    expected = torch.ops.ffn_ops.moe_linear(x, w.dequantize()[None], offsets)
-    torch.testing.assert_close(ours, expected, rtol=0, atol=0, equal_nan=True)
-    assert ours.isnan().any(0).nonzero().flatten().tolist() == [70, 149]
+    y = assert_linear_has_the_bits_of_the_dequantised_one(w, torch.randn(T, 256, generator=g))
+    assert y.isnan().any(0).nonzero().flatten().tolist() == [70, 149]
+
+
+# Beyond what readers reach, which keep scales times a power of two: largest and smallest, denormal among them.
+EXTREME: dict[str, tuple[Any, ...]] = {
+    "mxfp4": (0, 1, 2, 227, 228, 254),
+    "gguf_mxfp4": (0, 1, 2, 227, 228, 254),
+    "fp8": (1e-45, 1e-38, 100.0, 1e3, 1e30),
+    "int8": (1e-45, 3e-39, 1.2345e-33, 1e30),
+}
+
+
+@pytest.mark.cpu_only("layouts that the CPU's kernels tell apart")
+@pytest.mark.parametrize("format", EXTREME)
+def test_every_scale_has_the_bits_of_the_dequantised_weight(format: str, isa: str) -> None:
+    g = generator(12)
+    x = torch.randn(20, 256, generator=g)
+    for value in EXTREME[format]:
+        w = random_weight(format, (150, 256), g)
+        if format == "gguf_mxfp4":
+            w.codes[70, 17], w.codes[149, 0] = value, value
+        else:
+            assert w.scales is not None
+            w.scales.view(-1)[w.scales.numel() // 2] = value
+        for T in (1, 12, 20):
+            assert_linear_has_the_bits_of_the_dequantised_one(w, x[:T])
+
+
+@pytest.mark.cpu_only("threads of a CPU have that mode")
+@pytest.mark.parametrize("T", (1, 20))
+def test_codes_are_what_they_are_where_denormals_are_taken_as_zero(T: int, isa: str) -> None:
+    g = generator(13)
+    w = random_weight("fp8", (40, 256), g)
+    w.codes[:] = w.codes % 8  # denormal in e4m3
+    x = torch.randn(T, 256, generator=g)
+    plain = torch.ops.ffn_ops.moe_linear(x, w.dequantize()[None], torch.tensor([0, T]))
+    assert plain.count_nonzero() == plain.numel()
+    torch.set_flush_denormal(True)
+    try:
+        assert_linear_has_the_bits_of_the_dequantised_one(w, x, plain)
+    finally:
+        torch.set_flush_denormal(False)
 
 
 def layer(x: Tensor, b: Tensor, c: Tensor, *, w: Any, form: str, recompute: bool) -> Tensor:

@@ -179,10 +179,12 @@ struct MoeShape {
   int64_t hidden() const { return gated ? 2 * F : F; }
 };
 
-inline MoeShape check_moe(const Tensor& x, const MaybeTensor& token, const MaybeTensor& weight, const Tensor& offsets,
-                          const MaybeTensor& row, const MaybeTensor& slot_offsets, const Tensor& w_in,
-                          const Tensor& w_down, const MaybeTensor& b_in, const MaybeTensor& b_down, bool gated,
-                          bool interleaved, const Gate& form, Place place = {}, const MaybeTensor& w_up = {}) {
+// Without offsets: one expert, which takes every row.
+inline MoeShape check_moe(const Tensor& x, const MaybeTensor& token, const MaybeTensor& weight,
+                          const MaybeTensor& offsets, const MaybeTensor& row, const MaybeTensor& slot_offsets,
+                          const Tensor& w_in, const Tensor& w_down, const MaybeTensor& b_in, const MaybeTensor& b_down,
+                          bool gated, bool interleaved, const Gate& form, Place place = {},
+                          const MaybeTensor& w_up = {}) {
   MoeShape s;
   s.dtype = storage_dtype(x, "x");
   check_tensor(x, "x", s.dtype, {"T", "D"}, place);
@@ -194,7 +196,8 @@ inline MoeShape check_moe(const Tensor& x, const MaybeTensor& token, const Maybe
   STD_TORCH_CHECK(gated || !w_up, "gated: expected True where w_up is given, got False");
   const bool one_weight = gated && !w_up;
   check_interleaved(interleaved, gated, one_weight);
-  s.E = count_of(offsets, "offsets", place);
+  if (offsets) s.E = count_of(*offsets, "offsets", place);
+  else s.E = 1;
   check_tensor(w_in, "w_in", s.dtype, {s.E, one_weight ? "2F" : "F", s.D}, place);
   STD_TORCH_CHECK(s.E > 0, "w_in: expected at least one expert, got ", shape_text(w_in));
   STD_TORCH_CHECK(!one_weight || w_in.size(1) % 2 == 0, "w_in: expected an even number of rows, of gate and up, got ",
@@ -207,12 +210,13 @@ inline MoeShape check_moe(const Tensor& x, const MaybeTensor& token, const Maybe
   if (b_down) check_tensor(*b_down, "b_down", s.dtype, {s.E, s.O}, place);
   s.form = form;
   s.routed = token.has_value();
-  STD_TORCH_CHECK(s.routed == weight.has_value() && s.routed == row.has_value() && s.routed == slot_offsets.has_value(),
+  STD_TORCH_CHECK(s.routed == weight.has_value() && s.routed == row.has_value() &&
+                      s.routed == slot_offsets.has_value() && (offsets || !s.routed),
                   "routing: expected token, weight, row and slot_offsets together, or none of them");
   s.R = s.T;
   if (s.routed) {
     check_indices_shape(*slot_offsets, "slot_offsets", {s.T + 1}, place);
-    s.R = check_routes(*token, weight, s.dtype, offsets, *row, *slot_offsets, place).R;
+    s.R = check_routes(*token, weight, s.dtype, *offsets, *row, *slot_offsets, place).R;
   }
   return s;
 }

@@ -10,38 +10,21 @@ namespace {
 
 // The output of a product over experts is held for a slab of columns of at most this size, until tokens gather from it.
 constexpr int64_t kSlabBytes = int64_t{64} << 20;
+constexpr int64_t kTaskWork = int64_t{1} << 18;  // multiplications of a task of a product with a short side
+
+// Gradients of the experts without rows.
+Phases::Task zeros_of(const std::vector<char*>& empty, size_t bytes) {
+  return [empty, bytes](int64_t task, int64_t) { std::memset(empty[static_cast<size_t>(task)], 0, bytes); };
+}
+
+std::vector<char*> without_rows(const Experts& c, void* out, int64_t bytes) {
+  std::vector<char*> empty;
+  for (int64_t e = 0; e < c.E; ++e)
+    if (c.offsets[e] == c.offsets[e + 1]) empty.push_back(static_cast<char*>(out) + e * bytes);
+  return empty;
+}
 
 }  // namespace
-
-LowRank low_rank(const std::optional<Tensor>& a, const std::optional<Tensor>& b, const std::string& place, double scale,
-                 const MoeShape& s, int64_t N, int64_t K) {
-  LowRank l;
-  STD_TORCH_CHECK(a.has_value() == b.has_value(), "lora: expected a_", place, " and b_", place,
-                  " together, or none of them, got one");
-  if (!a) return l;
-  const std::string a_name = "lora.a_" + place, b_name = "lora.b_" + place;
-  const DType wide = arithmetic_dtype(s.dtype);
-  const auto text = [](DType d) { return std::string(kDTypeNames[static_cast<int>(d)]); };
-  const auto dtype_of = [&](const Tensor& t, const std::string& name) {
-    const DType dtype = storage_dtype(t, name.c_str());
-    check_place(t, name.c_str(), {});
-    const std::string expected = text(s.dtype) + (wide == s.dtype ? "" : " or " + text(wide));
-    STD_TORCH_CHECK(dtype == s.dtype || dtype == wide, name, ": expected dtype ", expected, ", got ", text(dtype));
-    return dtype;
-  };
-  l.dtype = dtype_of(*a, a_name);
-  const DType b_dtype = dtype_of(*b, b_name);
-  STD_TORCH_CHECK(b_dtype == l.dtype, b_name, ": expected dtype ", text(l.dtype), " as a_", place, " has, got ",
-                  text(b_dtype));
-  check_extents(*a, a_name.c_str(), {s.E, "r", K});
-  l.rank = a->size(1);
-  STD_TORCH_CHECK(l.rank > 0, a_name, ": expected a rank of at least 1, got shape ", shape_text(*a));
-  check_extents(*b, b_name.c_str(), {s.E, N, l.rank});
-  l.a = &*a;
-  l.b = &*b;
-  l.scale = scale;
-  return l;
-}
 
 Experts with_routes(const MoeShape& s, const std::optional<Tensor>& token, const std::optional<Tensor>& weight,
                     const Tensor& offsets, const std::optional<Tensor>& row,
@@ -67,53 +50,53 @@ Experts with_routes(const MoeShape& s, const std::optional<Tensor>& token, const
   return c;
 }
 
-void add_small_product(Steps& steps, Experts& c, const RowsOf& rows, int64_t K, int64_t width,
-                       const WeightsFrom& weights, double scale, void* out, int64_t out_stride) {
-  std::vector<Gemm> products;
+const void* add_short_product(Steps& steps, Workspace& workspace, Experts& c, const RowsOf& rows, int64_t K,
+                              int64_t rank, const WeightsFrom& weights, double scale, const char* name) {
+  const DType arithmetic = arithmetic_dtype(c.dtype);
+  void* out = take_rows(workspace, c, rank, arithmetic, name);
+  // Rows of one expert, as many as are worth reading its factor for.
+  struct Task {
+    size_t product;
+    int64_t begin, end;
+  };
+  const int64_t most = std::max<int64_t>(16, kTaskWork / std::max<int64_t>(1, K * rank));
+  std::vector<ShortProduct> products;
+  std::vector<Task> tasks;
   for (const Segment& s : c.segments) {
-    Gemm g;
-    g.M = s.rows();
-    g.N = width;
-    g.K = K;
-    g.a = lanes_are_rows(rows(s));
-    g.b = c.hold(weights(s.expert, 0));
-    g.mixed = true;
-    g.epilogue.dtype = arithmetic_dtype(c.dtype);
-    g.epilogue.scale = scale;
-    g.epilogue.out = advance(out, s.begin * out_stride, g.epilogue.dtype);
-    g.epilogue.out_stride = out_stride;
-    products.push_back(g);
+    ShortProduct p;
+    p.K = K;
+    p.N = rank;
+    p.rows = rows(s);
+    p.b = weights(s.expert, 0);
+    p.scale = scale;
+    p.out = advance(out, s.begin * rank, arithmetic);
+    for (int64_t r = 0; r < s.rows(); r += most) tasks.push_back({products.size(), r, std::min(s.rows(), r + most)});
+    products.push_back(p);
   }
-  steps.products(products);
+  const KernelTable& table = kernels();
+  const auto count = static_cast<int64_t>(tasks.size());
+  steps.beside(count, [&table, products = std::move(products), tasks = std::move(tasks)](int64_t task, int64_t) {
+    const Task& at = tasks[static_cast<size_t>(task)];
+    table.short_product(products[at.product], at.begin, at.end);
+  });
+  return out;
 }
 
 SmallRows add_down_projection(Steps& steps, Workspace& workspace, Experts& c, const LowRank& lora, const RowsOf& rows) {
   if (lora.rank == 0) return {};
-  void* small = take_rows(workspace, c, lora.rank, arithmetic_dtype(c.dtype), "a row times a^T");
-  add_small_product(steps, c, rows, lora.a->size(2), lora.rank, rows_of(stacked(*lora.a, lora.dtype)), lora.scale,
-                    small, lora.rank);
+  const void* small = add_short_product(steps, workspace, c, rows, lora.a->size(2), lora.rank,
+                                        rows_of(stacked(*lora.a, lora.dtype)), lora.scale, "a row times a^T");
   return {small, lora.rank, rows_of(stacked(*lora.b, lora.dtype))};
 }
 
 void add_pre_activations(Steps& steps, Workspace& workspace, Experts& c, const Tensor& x, const StackedWeight& w_in,
                          const std::optional<Tensor>& b_in, void* gate, void* up, void* h) {
-  const DType arithmetic = arithmetic_dtype(c.dtype);
-  const LowRank& lora = c.lora_in;
-  void* add = nullptr;  // [kept, hidden], gate's columns first
-  if (lora.rank > 0) {
-    const SmallRows small = add_down_projection(steps, workspace, c, lora, token_rows(c, x));
-    add = take_rows(workspace, c, c.hidden(), arithmetic, "x a_in^T b_in^T");
-    const int64_t parts = c.interleaved ? 2 : 1;
-    for (int64_t part = 0; part < parts; ++part) {
-      const auto b = [&](int64_t e, int64_t) {
-        Matrix m = expert_matrix(*lora.b, lora.dtype, e, part);
-        m.row_stride *= parts;
-        return lanes_are_rows(m);
-      };
-      add_small_product(steps, c, dense_rows(small.data, lora.rank, arithmetic), lora.rank, c.hidden() / parts, b, 1,
-                        advance(add, part * c.F, arithmetic), c.hidden());
-    }
-  }
+  const SmallRows small = add_down_projection(steps, workspace, c, c.lora_in, token_rows(c, x));
+  const auto lora_b = [&](int64_t expert, int64_t row) {
+    Matrix m = expert_matrix(*c.lora_in.b, c.lora_in.dtype, expert, row);
+    if (c.interleaved) m.row_stride *= 2;
+    return lanes_are_rows(m);
+  };
   const void* bias = dense_data(b_in && c.interleaved ? gate_then_up(*b_in) : b_in, c.keep);
   const RowsOf tokens = token_rows(c, x);
   std::vector<Gemm> products;
@@ -144,9 +127,8 @@ void add_pre_activations(Steps& steps, Workspace& workspace, Experts& c, const T
     e.gate = advance(gate, s.begin * c.F, c.dtype);
     e.up = advance(up, s.begin * c.F, c.dtype);
     e.pre_stride = c.F;
-    e.add = advance(add, s.begin * c.hidden(), arithmetic);
-    if (c.gated) e.add_up = advance(e.add, c.F, arithmetic);
-    e.add_stride = c.hidden();
+    if (small.data)
+      small.join(e, s, c.hold(lora_b(s.expert, 0), c.gated ? lora_b(s.expert, c.interleaved ? 1 : c.F) : Operand{}));
     e.set_form(c.form);
     products.push_back(g);
   }
@@ -164,18 +146,8 @@ void add_combined_product(Steps& steps, Workspace& workspace, Experts& c, const 
   const int64_t cols = std::min(N, std::max(kColumns, most));
   void* slab =
       c.routed ? workspace.take(static_cast<size_t>(c.routes.kept * cols * size), "what the experts give") : out;
-  // The small product is written where the sum will stand, if that has the arithmetic's dtype.
-  void* add = !small.data ? nullptr
-              : c.routed || c.dtype == arithmetic
-                  ? slab
-                  : workspace.take(static_cast<size_t>(c.routes.kept * cols * size), "the adapters' part");
   for (int64_t col = 0; col < N; col += cols) {
     const int64_t width = std::min(cols, N - col);
-    if (small.data) {
-      const auto from = [&](int64_t e, int64_t) { return small.weights(e, col); };
-      add_small_product(steps, c, dense_rows(small.data, small.rank, arithmetic), small.rank, width, from, 1, add,
-                        width);
-    }
     std::vector<Gemm> products;
     for (const Segment& s : c.segments) {
       Gemm g;
@@ -188,8 +160,8 @@ void add_combined_product(Steps& steps, Workspace& workspace, Experts& c, const 
       g.epilogue.dtype = c.dtype;
       g.epilogue.out_unrounded = c.routed;
       g.epilogue.out = static_cast<char*>(slab) + s.begin * width * storage_size(g.epilogue.out_dtype());
-      g.epilogue.out_stride = g.epilogue.add_stride = width;
-      g.epilogue.add = advance(add, s.begin * width, arithmetic);
+      g.epilogue.out_stride = width;
+      if (small.data) small.join(g.epilogue, s, c.hold(small.weights(s.expert, col)));
       if (bias) g.epilogue.bias = c.hold_bias(advance(bias, s.expert * N + col, c.dtype));
       products.push_back(g);
     }
@@ -243,7 +215,7 @@ Tensor run_linear(Experts& c, const Tensor& rows, int64_t N, const WeightsFrom& 
 
 void add_hidden_gradient(Steps& steps, Experts& c, const Tensor& d_y, const StackedWeight& w_down, const void* gate,
                          const void* up, void* d_hidden, void* h, DType h_dtype, void* parts, int64_t num_parts,
-                         const void* add) {
+                         const SmallRows& small) {
   const RowsOf tokens = token_rows(c, d_y);
   std::vector<Gemm> products;
   for (const Segment& s : c.segments) {
@@ -264,8 +236,8 @@ void add_hidden_gradient(Steps& steps, Experts& c, const Tensor& d_y, const Stac
     e.h_unrounded = h_dtype != c.dtype;
     e.gate = advance(const_cast<void*>(gate), s.begin * c.F, c.dtype);
     e.up = advance(const_cast<void*>(up), s.begin * c.F, c.dtype);
-    e.pre_stride = e.add_stride = c.F;
-    e.add = advance(add, s.begin * c.F, e.arithmetic());
+    e.pre_stride = c.F;
+    if (small.data) small.join(e, s, c.hold(small.weights(s.expert, 0)));
     e.set_form(c.form);
     if (c.routed) {
       e.row_weight = c.row_weight(s);
@@ -325,13 +297,44 @@ void add_outer_products(Steps& steps, Experts& c, int64_t M, int64_t N, const Ro
     products.push_back(g);
   }
   steps.products(products);
-  std::vector<char*> empty;
-  for (int64_t e = 0; e < c.E; ++e)
-    if (c.offsets[e] == c.offsets[e + 1]) empty.push_back(static_cast<char*>(out) + e * M * N * size);
-  if (empty.empty()) return;
-  const auto bytes = static_cast<size_t>(M * N * size);
-  steps.pass(static_cast<int64_t>(empty.size()),
-             [=](int64_t task, int64_t) { std::memset(empty[static_cast<size_t>(task)], 0, bytes); });
+  const std::vector<char*> empty = without_rows(c, out, M * N * size);
+  if (!empty.empty())
+    steps.pass(static_cast<int64_t>(empty.size()), zeros_of(empty, static_cast<size_t>(M * N * size)));
+}
+
+void add_short_outer_products(Steps& steps, Experts& c, int64_t M, int64_t N, const RowsOf& a, const RowsOf& b,
+                              DType dtype, void* out) {
+  struct Task {
+    size_t product;
+    Range range;
+  };
+  const int64_t size = storage_size(dtype), rank = std::min(M, N), length = std::max(M, N);
+  std::vector<ShortOuter> products;
+  std::vector<Task> tasks;
+  for (const Segment& s : c.segments) {
+    ShortOuter p;
+    p.rows = s.rows();
+    p.M = M;
+    p.N = N;
+    p.a = a(s);
+    p.b = b(s);
+    p.out = static_cast<char*>(out) + s.expert * M * N * size;
+    p.dtype = dtype;
+    const int64_t most = std::max<int64_t>(1, kTaskWork / (p.rows * rank) / 64) * 64;  // of the long side
+    for (int64_t i = 0; i < length; i += most) {
+      const int64_t end = std::min(length, i + most);
+      tasks.push_back({products.size(), M < N ? Range{0, M, i, end} : Range{i, end, 0, N}});
+    }
+    products.push_back(p);
+  }
+  const KernelTable& table = kernels();
+  const auto count = static_cast<int64_t>(tasks.size());
+  steps.beside(count, [&table, products = std::move(products), tasks = std::move(tasks)](int64_t task, int64_t) {
+    const Task& at = tasks[static_cast<size_t>(task)];
+    table.short_outer(products[at.product], at.range);
+  });
+  const std::vector<char*> empty = without_rows(c, out, M * N * size);
+  steps.beside(static_cast<int64_t>(empty.size()), zeros_of(empty, static_cast<size_t>(M * N * size)));
 }
 
 void add_bias_gradients(Steps& steps, const Experts& c, int64_t N, const RowsOf& rows, bool weighted, void* out) {

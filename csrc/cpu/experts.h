@@ -7,23 +7,10 @@
 #include <functional>
 #include <tuple>
 
+#include "../common/low_rank.h"
 #include "routes.h"
 
 namespace ffn_ops {
-
-// A low-rank addition to a weight [E, N, K] of `scale` times b[e] a[e]: `a` [E, rank, K] and `b` [E, N, rank], of x's
-// dtype or of its arithmetic's. None: rank 0.
-struct LowRank {
-  const Tensor* a = nullptr;
-  const Tensor* b = nullptr;
-  DType dtype = DType::kFloat32;
-  int64_t rank = 0;
-  double scale = 1;
-};
-
-// Checked.
-LowRank low_rank(const std::optional<Tensor>& a, const std::optional<Tensor>& b, const std::string& place, double scale,
-                 const MoeShape& s, int64_t N, int64_t K);
 
 // Rows sorted by expert, and where they come from: gathered from tokens, or in order already (not routed).
 struct Experts {
@@ -115,13 +102,20 @@ struct SmallRows {
   const void* data = nullptr;  // [kept, rank]; null: none
   int64_t rank = 0;
   WeightsFrom weights;  // [N, rank] of an expert
+
+  // In the epilogue of a product over the rows of an expert; `b` are its weights, held.
+  void join(Epilogue& e, const Segment& s, const Operand* b) const {
+    e.small = advance(data, s.begin * rank, e.arithmetic());
+    e.rank = rank;
+    e.small_b = b;
+  }
 };
 
-// out[r] [width], rows `out_stride` apart = scale * rows[r] weights^T, of the arithmetic's dtype.
-void add_small_product(Steps& steps, Experts& c, const RowsOf& rows, int64_t K, int64_t width,
-                       const WeightsFrom& weights, double scale, void* out, int64_t out_stride);
+// scale * rows[r] weights^T [kept, rank] of the arithmetic's dtype, computed beside the step that follows.
+const void* add_short_product(Steps& steps, Workspace& workspace, Experts& c, const RowsOf& rows, int64_t K,
+                              int64_t rank, const WeightsFrom& weights, double scale, const char* name);
 
-// Each row times a^T, in the arithmetic's dtype, and b as the weights of the second product.
+// Each row times a^T, in the arithmetic's dtype, and b as the weights of the second product. Beside the next step.
 SmallRows add_down_projection(Steps& steps, Workspace& workspace, Experts& c, const LowRank& lora, const RowsOf& rows);
 
 // Gate and up (saved where given) and h (where given) of every row.
@@ -140,14 +134,6 @@ std::tuple<Tensor, Tensor, Tensor> run_experts(Experts& c, const Tensor& x, cons
                                                const StackedWeight& w_down, const std::optional<Tensor>& b_in,
                                                const std::optional<Tensor>& b_down, bool save);
 
-// Plain weights, which may have gradients; `up` with gate's rows in `in`, or null. Constants: all null.
-struct PlainWeights {
-  const Tensor *in = nullptr, *up = nullptr, *down = nullptr;
-};
-
-// In the order of the operators' `needs`.
-enum Input : size_t { kX, kWeight, kIn, kUp, kDown, kBIn, kBDown, kLoraAIn, kLoraBIn, kLoraADown, kLoraBDown, kInputs };
-
 // The gradients that are asked for, of each Input; else empty.
 std::array<Tensor, kInputs> run_experts_backward(Experts& c, const std::string& op, const Tensor& d_y, const Tensor& x,
                                                  const std::optional<Tensor>& weight, const StackedWeight& w_in,
@@ -160,10 +146,10 @@ std::array<Tensor, kInputs> run_experts_backward(Experts& c, const std::string& 
 Tensor run_linear(Experts& c, const Tensor& rows, int64_t N, const WeightsFrom& weights);
 
 // d_hidden [R, 2F] (d_gate, then d_up, or alternating) and h, times the row's weight where there is one; parts of the
-// gradient of the weight (null: not routed). `add` [kept, F] joins the gradient of h, unweighted.
+// gradient of the weight (null: not routed). `small` joins the gradient of h, unweighted.
 void add_hidden_gradient(Steps& steps, Experts& c, const Tensor& d_y, const StackedWeight& w_down, const void* gate,
                          const void* up, void* d_hidden, void* h, DType h_dtype, void* parts, int64_t num_parts,
-                         const void* add = nullptr);
+                         const SmallRows& small = {});
 
 // Of each row: the sum of its parts, and d_y of its token times its expert's bias.
 void add_routing_weight_gradient(Steps& steps, const Experts& c, const Tensor& d_y, const void* bias, const void* parts,
@@ -172,6 +158,10 @@ void add_routing_weight_gradient(Steps& steps, const Experts& c, const Tensor& d
 // Of each expert: out[M, N] of `dtype` = sum over its rows of a(row)^T b(row). Experts without rows get zeros.
 void add_outer_products(Steps& steps, Experts& c, int64_t M, int64_t N, const RowsOf& a, const RowsOf& b, DType dtype,
                         void* out);
+
+// The same where M or N is the rank of an adapter, and that side of the arithmetic's dtype; beside the next step.
+void add_short_outer_products(Steps& steps, Experts& c, int64_t M, int64_t N, const RowsOf& a, const RowsOf& b,
+                              DType dtype, void* out);
 
 // Of each expert: out[N] = sum over its rows of weight * m(row).
 void add_bias_gradients(Steps& steps, const Experts& c, int64_t N, const RowsOf& rows, bool weighted, void* out);

@@ -65,12 +65,11 @@ struct Epilogue : Gate {
   void* row_dots = nullptr;  // of the arithmetic's dtype
   int64_t row_dots_stride = 0;
   bool interleaved = false;  // kActivateGrad, gated: d_gate and d_up alternate along rows of out, there is no out_up
-  double scale = 1;          // kStore: of the sums, before the bias
-  // Another product of the arithmetic's dtype [M, N], which joins the sums before bias, gate and everything else; may
-  // be `out` itself. Gated (of one branch): that of gate's columns, and of up's.
-  const void* add = nullptr;
-  const void* add_up = nullptr;
-  int64_t add_stride = 0;
+  // A second product with a short k, which joins the sums before bias, gate and everything else: rows of `small`
+  // [M, rank], dense and of the arithmetic's dtype, times `small_b`. Gated (of one branch): gate's, and up's.
+  const void* small = nullptr;
+  int64_t rank = 0;
+  const Operand* small_b = nullptr;
 
   DType arithmetic() const { return arithmetic_dtype(dtype); }
   DType out_dtype() const { return out_unrounded ? arithmetic() : dtype; }
@@ -170,7 +169,7 @@ struct ScheduledGemm : Gemm, Schedule {
  private:
   bool plain_sum() const {
     const Epilogue& e = epilogue;
-    const bool plain = e.kind == Epilogue::Kind::kStore && !e.add && e.scale == 1;
+    const bool plain = e.kind == Epilogue::Kind::kStore && !e.small;
     return k_blocks() == 1 && plain && !transposed;
   }
 };
@@ -231,11 +230,34 @@ struct RowDots {
   void* out = nullptr;
 };
 
+// out[r] [N] = scale * rows(r) b^T of the arithmetic's dtype, where N is small: a row is read once, nothing is packed.
+// Storage dtypes of rows and b may differ.
+struct ShortProduct {
+  int64_t K = 0, N = 0;
+  Matrix rows;
+  Operand b;
+  double scale = 1;
+  void* out = nullptr;
+};
+
+// out[M, N] of `dtype` = sum over rows of a(row)^T b(row), where M or N is small, and the operand of that side is of
+// the arithmetic's dtype.
+struct ShortOuter {
+  int64_t rows = 0, M = 0, N = 0;
+  Matrix a, b;
+  void* out = nullptr;
+  DType dtype = DType::kFloat32;
+};
+
 struct TopK : ChoiceOfExperts {
   Matrix logits;
 };
 
 constexpr int64_t kAxpyFuse = 8;  // Schedule::Kernel::kAxpy: rows at a time
+
+// Independent chains of multiply-adds: they cover latency times throughput of every core so far (4 to 8 cycles, 2 per
+// cycle).
+constexpr int kPeakChains = 12;
 
 // Entry points of one instruction set. Each works on a range and is single-threaded.
 struct KernelTable {
@@ -243,9 +265,12 @@ struct KernelTable {
   int64_t mr;     // the micro-tile: rows, and vectors in each
   int64_t nr_vectors;
   int64_t axpy_rows;    // Schedule::Kernel::kAxpy: rows of an A panel
+  int64_t code_rows;    // Schedule::Kernel::kDot of quantised weights: rows of an A panel at most
   int64_t bfloat16_kr;  // Schedule::kr of bfloat16 products
   void (*pack_a)(const ScheduledGemm&, int64_t k_block, int64_t panel_begin, int64_t panel_end);
   void (*gemm)(const ScheduledGemm&, int64_t task, void* scratch);
+  void (*short_product)(const ShortProduct&, int64_t row_begin, int64_t row_end);
+  void (*short_outer)(const ShortOuter&, const Range&);
   void (*gated_act)(const GatedAct&, const Range&);
   void (*gated_act_backward)(const GatedAct&, const Range&);
   void (*gated_act_double_backward)(const GatedAct&, const Range&);
@@ -258,6 +283,8 @@ struct KernelTable {
   void (*row_dots)(const RowDots&, int64_t row_begin, int64_t row_end);
   void (*top_k)(const TopK&, int64_t row_begin, int64_t row_end, void* scratch);
   void (*top_k_backward)(const TopK&, int64_t row_begin, int64_t row_end, void* scratch);
+  float (*peak_fma)(int64_t passes);  // over kPeakChains chains; returns something that depends on all of them
+  float (*peak_read)(const float* data, int64_t count);  // count: a multiple of 256
 };
 
 // Bytes of thread-private memory that `top_k` and its backward need: a whole vector has at most 64.

@@ -24,12 +24,22 @@ Tensor add_expert_weight_gradient(Steps& steps, Experts& c, const Tensor& w, con
   return torch::stable::transpose(d_w, 1, 2);
 }
 
+// The same of a factor of an adapter; beside the next step.
+Tensor add_factor_gradient(Steps& steps, Experts& c, const Tensor& w, const RowsOf& d_out, const RowsOf& in) {
+  const int64_t N = w.size(1), K = w.size(2);
+  const DType dtype = storage_dtype(w, "w");
+  const bool stored = is_transposed(w);
+  Tensor d_w = stored ? fresh(w, {c.E, K, N}) : fresh(w, {c.E, N, K});
+  if (stored) add_short_outer_products(steps, c, K, N, in, d_out, dtype, d_w.mutable_data_ptr());
+  else add_short_outer_products(steps, c, N, K, d_out, in, dtype, d_w.mutable_data_ptr());
+  return stored ? torch::stable::transpose(d_w, 1, 2) : d_w;
+}
+
 // In backward: each row of the gradient times b, and a as the second factor, which gives the gradient of the input.
 SmallRows add_up_gradient(Steps& steps, Workspace& workspace, Experts& c, const LowRank& lora, const RowsOf& rows) {
   if (lora.rank == 0) return {};
-  void* small = take_rows(workspace, c, lora.rank, arithmetic_dtype(c.dtype), "a gradient times b");
-  add_small_product(steps, c, rows, lora.b->size(1), lora.rank, columns_of(stacked(*lora.b, lora.dtype)), lora.scale,
-                    small, lora.rank);
+  const void* small = add_short_product(steps, workspace, c, rows, lora.b->size(1), lora.rank,
+                                        columns_of(stacked(*lora.b, lora.dtype)), lora.scale, "a gradient times b");
   return {small, lora.rank, columns_of(stacked(*lora.a, lora.dtype))};
 }
 
@@ -68,22 +78,18 @@ std::array<Tensor, kInputs> run_experts_backward(Experts& c, const std::string& 
   }
 
   const RowsOf x_rows = token_rows(c, x), d_y_rows = token_rows(c, d_y);
-  SmallRows d_down;  // of a_down's output, not yet times the row's weight
+  SmallRows d_down, of_x, of_h, d_in;  // d_down: of a_down's output, not yet times the row's weight
   if (need_hidden || need_lora_down[0]) d_down = add_up_gradient(steps, workspace, c, c.lora_down, d_y_rows);
+  if (need_lora_in[1]) of_x = add_down_projection(steps, workspace, c, c.lora_in, x_rows);
 
-  void *d_hidden = nullptr, *h = nullptr, *parts = nullptr, *add = nullptr;
+  void *d_hidden = nullptr, *h = nullptr, *parts = nullptr;
   const KernelTable& table = kernels();
   const int64_t num_parts = divide_up(c.F, table.nr_vectors * table.lanes * 4 / storage_size(arithmetic));
   if (need_h) h = take_rows(workspace, c, c.F, h_dtype, "h");
   if (need_hidden) {
     d_hidden = take_rows(workspace, c, c.hidden(), c.dtype, "d_hidden");
     if (c.routed) parts = take_rows(workspace, c, num_parts, arithmetic, "d_weight");
-    if (d_down.data) {
-      add = take_rows(workspace, c, c.F, arithmetic, "the adapters' part of d_h");
-      add_small_product(steps, c, dense_rows(d_down.data, d_down.rank, arithmetic), d_down.rank, c.F, d_down.weights, 1,
-                        add, c.F);
-    }
-    add_hidden_gradient(steps, c, d_y, w_down, gate_data, up_data, d_hidden, h, h_dtype, parts, num_parts, add);
+    add_hidden_gradient(steps, c, d_y, w_down, gate_data, up_data, d_hidden, h, h_dtype, parts, num_parts, d_down);
   } else if (need_h) {
     // The same kernel as in the epilogue, so that the bits do not depend on which gradients are asked for.
     GatedAct a;
@@ -98,27 +104,29 @@ std::array<Tensor, kInputs> run_experts_backward(Experts& c, const std::string& 
     add_gated_act_backward(steps, a);
   }
 
+  steps.join();
+
   std::array<Tensor, kInputs> d;
   for (Tensor& each : d) each = nothing(x);
+  const auto small_rows = [&](const SmallRows& s) { return dense_rows(s.data, s.rank, arithmetic); };
+  const RowsOf h_rows = dense_rows(h, c.F, h_dtype), hidden_rows = dense_rows(d_hidden, c.hidden(), c.dtype);
+  // Products with the adapters' factors, which need no more than the above, and gradients that need no more than those.
+  if (need_lora_down[1])  // h has the row's weight, and so has its product with a_down
+    of_h = add_down_projection(steps, workspace, c, c.lora_down, h_rows);
+  if (need_x || need_lora_in[0]) d_in = add_up_gradient(steps, workspace, c, c.lora_in, hidden_rows);
+  if (need_lora_down[0]) d[kLoraADown] = add_factor_gradient(steps, c, *c.lora_down.a, small_rows(d_down), h_rows);
+  if (need_lora_in[1]) d[kLoraBIn] = add_factor_gradient(steps, c, *c.lora_in.b, hidden_rows, small_rows(of_x));
+  steps.join();
+  if (need_lora_down[1]) d[kLoraBDown] = add_factor_gradient(steps, c, *c.lora_down.b, d_y_rows, small_rows(of_h));
+  if (need_lora_in[0]) d[kLoraAIn] = add_factor_gradient(steps, c, *c.lora_in.a, small_rows(d_in), x_rows);
+
   if (need_weight) {
     d[kWeight] = fresh(*weight, {c.R});
     add_routing_weight_gradient(steps, c, d_y, dense_data(b_down, c.keep), parts, num_parts,
                                 d[kWeight].mutable_data_ptr());
     zero_rows(steps, d[kWeight].mutable_data_ptr(), c.routes.kept, c.R, storage_size(arithmetic));
   }
-  const auto small_rows = [&](const SmallRows& s) { return dense_rows(s.data, s.rank, arithmetic); };
-  const RowsOf h_rows = dense_rows(h, c.F, h_dtype);
   if (need_down) d[kDown] = add_expert_weight_gradient(steps, c, *plain.down, d_y_rows, h_rows);
-  if (need_lora_down[0])
-    d[kLoraADown] = add_expert_weight_gradient(steps, c, *c.lora_down.a, small_rows(d_down), h_rows);
-  if (need_lora_down[1]) {  // h has the row's weight, and so has its product with a_down
-    const SmallRows again = add_down_projection(steps, workspace, c, c.lora_down, h_rows);
-    d[kLoraBDown] = add_expert_weight_gradient(steps, c, *c.lora_down.b, d_y_rows, small_rows(again));
-  }
-
-  const RowsOf hidden_rows = dense_rows(d_hidden, c.hidden(), c.dtype);
-  SmallRows d_in;
-  if (need_x || need_lora_in[0]) d_in = add_up_gradient(steps, workspace, c, c.lora_in, hidden_rows);
   if (need_x) {
     d[kX] = fresh(x, {c.T, c.D});
     const auto up_columns = [&](int64_t e, int64_t col) { return lanes_are_columns(w_in(e, c.F, col)); };
@@ -129,11 +137,6 @@ std::array<Tensor, kInputs> run_experts_backward(Experts& c, const std::string& 
   if (need_up) {
     const RowsOf up_rows = dense_rows(advance(d_hidden, c.F, c.dtype), c.hidden(), c.dtype);
     d[kUp] = add_expert_weight_gradient(steps, c, *plain.up, up_rows, x_rows);
-  }
-  if (need_lora_in[0]) d[kLoraAIn] = add_expert_weight_gradient(steps, c, *c.lora_in.a, small_rows(d_in), x_rows);
-  if (need_lora_in[1]) {
-    const SmallRows again = add_down_projection(steps, workspace, c, c.lora_in, x_rows);
-    d[kLoraBIn] = add_expert_weight_gradient(steps, c, *c.lora_in.b, hidden_rows, small_rows(again));
   }
   if (needs[kBIn]) {
     d[kBIn] = fresh(x, {c.E, c.hidden()});

@@ -68,11 +68,37 @@ void Phases::run(int64_t workers) const {
   });
 }
 
-void Steps::pass(int64_t tasks, Phases::Task run) { steps_.push_back({{}, tasks, std::move(run)}); }
+void Steps::pass(int64_t tasks, Phases::Task run) { steps_.push_back({{}, tasks, std::move(run), Step::Kind::kPass}); }
+
+void Steps::beside(int64_t tasks, Phases::Task run) {
+  steps_.push_back({{}, tasks, std::move(run), Step::Kind::kBeside});
+}
 
 void Steps::products(const std::vector<Gemm>& gemms) {
   for (std::vector<ScheduledGemm>& group : plan_products(gemms, table_, workers_))
-    steps_.push_back({std::move(group), 0, nullptr});
+    steps_.push_back({std::move(group), 0, nullptr, Step::Kind::kProducts});
+}
+
+// A phase of these tasks and of those that wait.
+void Steps::add_phase(Phases& phases, int64_t tasks, Phases::Task run) {
+  if (tasks > 0) beside_.emplace_back(tasks, std::move(run));
+  if (beside_.empty()) return;
+  if (beside_.size() == 1) {
+    phases.add(beside_[0].first, std::move(beside_[0].second));
+  } else {
+    std::vector<int64_t> ends;
+    std::vector<Phases::Task> runs;
+    int64_t all = 0;
+    for (auto& [count, task] : beside_) {
+      ends.push_back(all += count);
+      runs.push_back(std::move(task));
+    }
+    phases.add(all, [ends = std::move(ends), runs = std::move(runs)](int64_t task, int64_t worker) {
+      const TaskOf at = find_task(ends, task);
+      runs[at.item](at.task, worker);
+    });
+  }
+  beside_.clear();
 }
 
 void Steps::add_products(std::vector<ScheduledGemm>& gemms, Phases& phases, char* packed, char* scratch,
@@ -97,14 +123,13 @@ void Steps::add_products(std::vector<ScheduledGemm>& gemms, Phases& phases, char
     grain[i] = std::min(g.panels_m, std::min<int64_t>(by_rows ? 96 : 16, even_grain));
     pack_ends.push_back(packing += g.k_blocks() * divide_up(g.panels_m, grain[i]));
   }
-  if (packing > 0)
-    phases.add(packing, [this, &gemms, grain, pack_ends](int64_t task, int64_t) {
-      const TaskOf at = find_task(pack_ends, task);
-      const ScheduledGemm& g = gemms[at.item];
-      const int64_t grains = divide_up(g.panels_m, grain[at.item]);
-      const int64_t begin = at.task % grains * grain[at.item];
-      table_.pack_a(g, at.task / grains, begin, std::min(g.panels_m, begin + grain[at.item]));
-    });
+  add_phase(phases, packing, [this, &gemms, grain, pack_ends](int64_t task, int64_t) {
+    const TaskOf at = find_task(pack_ends, task);
+    const ScheduledGemm& g = gemms[at.item];
+    const int64_t grains = divide_up(g.panels_m, grain[at.item]);
+    const int64_t begin = at.task % grains * grain[at.item];
+    table_.pack_a(g, at.task / grains, begin, std::min(g.panels_m, begin + grain[at.item]));
+  });
   phases.add(multiplying, [this, &gemms, gemm_ends, scratch, scratch_bytes](int64_t task, int64_t worker) {
     const TaskOf at = find_task(gemm_ends, task);
     table_.gemm(gemms[at.item], at.task, scratch + static_cast<size_t>(worker) * scratch_bytes);
@@ -134,9 +159,11 @@ void Steps::run() {
 
   Phases phases;
   for (Step& step : steps_) {
-    if (step.task) phases.add(step.tasks, step.task);
-    else add_products(step.gemms, phases, packed, scratch, scratch_bytes, workers);
+    if (step.kind == Step::Kind::kProducts) add_products(step.gemms, phases, packed, scratch, scratch_bytes, workers);
+    else if (step.kind == Step::Kind::kPass) add_phase(phases, step.tasks, std::move(step.task));
+    else if (step.tasks > 0) beside_.emplace_back(step.tasks, std::move(step.task));
   }
+  add_phase(phases, 0, nullptr);
   phases.run(workers);
 }
 

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <utility>
 #include <vector>
 
 #include "memory.h"
@@ -38,14 +39,21 @@ class Steps {
   void product(const Gemm& g) { products({g}); }
   void products(const std::vector<Gemm>& gemms);
   void pass(int64_t tasks, Phases::Task run);
+  // A pass that runs at the same time as what is added next, of products their packing: one wait less. The steps after
+  // it, and the products themselves, may use its results; a pass, or another one beside it, may not.
+  void beside(int64_t tasks, Phases::Task run);
+  // What was added beside nothing yet ends here.
+  void join() { pass(0, nullptr); }
   void run();
 
  private:
   struct Step {
     std::vector<ScheduledGemm> gemms;
     int64_t tasks;
-    Phases::Task task;  // empty: the products
+    Phases::Task task;
+    enum class Kind { kProducts, kPass, kBeside } kind;
   };
+  void add_phase(Phases& phases, int64_t tasks, Phases::Task run);
   void add_products(std::vector<ScheduledGemm>& gemms, Phases& phases, char* packed, char* scratch,
                     size_t scratch_bytes, int64_t workers);
 
@@ -53,6 +61,7 @@ class Steps {
   Workspace& workspace_;
   int64_t workers_;
   std::vector<Step> steps_;
+  std::vector<std::pair<int64_t, Phases::Task>> beside_;  // that wait for the next phase
 };
 
 }  // namespace ffn_ops

@@ -21,7 +21,8 @@ constexpr int64_t kLongPiece = 2048;  // elements of a row of weights that are r
 ScheduledGemm small_operand_first(const Gemm& wanted, const KernelTable& table) {
   ScheduledGemm g{wanted, {}};
   const bool narrow = g.N * 2 * g.element() <= table.nr_vectors * table.lanes * 4;
-  if (g.epilogue.kind != Epilogue::Kind::kStore || g.epilogue.add || g.M <= g.N || (g.K < kLongK && !narrow)) return g;
+  if (g.epilogue.kind != Epilogue::Kind::kStore || g.epilogue.small || g.M <= g.N || (g.K < kLongK && !narrow))
+    return g;
   if (g.quantised()) return g;  // packed, a quantised weight would be as large as the dequantised one
   std::swap(g.M, g.N);
   g.transposed = true;
@@ -43,8 +44,7 @@ ScheduledGemm slice_rows(const ScheduledGemm& g, int64_t begin, int64_t end) {
   e.gate = advance(e.gate, e.pre_stride, e.dtype);
   e.up = advance(e.up, e.pre_stride, e.dtype);
   e.h = advance(e.h, e.pre_stride, e.h_dtype());
-  e.add = advance(const_cast<void*>(e.add), e.add_stride, e.arithmetic());
-  e.add_up = advance(const_cast<void*>(e.add_up), e.add_stride, e.arithmetic());
+  e.small = advance(const_cast<void*>(e.small), e.rank, e.arithmetic());
   if (e.row_weight) {
     e.row_weight = static_cast<const char*>(e.row_weight) + begin * g.element();
     e.row_dots = static_cast<char*>(e.row_dots) + begin * e.row_dots_stride * g.element();
@@ -65,7 +65,7 @@ Schedule::Kernel choose_kernel(const ScheduledGemm& g, const KernelTable& table)
   }
   if (g.b[0].k_along_rows) return g.gated ? Schedule::Kernel::kPacked : Schedule::Kernel::kAxpy;
   if (!g.gated && g.num_b > 1) return Schedule::Kernel::kPacked;
-  if (g.M <= table.mr) return Schedule::Kernel::kDot;
+  if (g.M <= (g.quantised() ? table.code_rows : table.mr)) return Schedule::Kernel::kDot;
   if (g.quantised()) return Schedule::Kernel::kPacked;  // a code becomes a float once for all rows
   return g.M <= kBroadcastVectors * table.lanes * 4 / g.element() ? Schedule::Kernel::kBroadcast
                                                                   : Schedule::Kernel::kPacked;
@@ -82,6 +82,7 @@ void fill_schedule(ScheduledGemm& g, const KernelTable& table, int64_t workers, 
                                                             : table.mr;
   g.mr =
       g.kernel == Schedule::Kernel::kBroadcast ? divide_up(g.M, lanes) * lanes : divide_up(g.M, divide_up(g.M, rows));
+  if (g.kernel == Schedule::Kernel::kDot && g.quantised() && g.M > table.mr) g.mr = divide_up(g.M, 8) * 8;
   g.panels_m = divide_up(g.M, g.mr);
   g.nr = g.gated ? width / 2 : width;
   if (g.kernel == Schedule::Kernel::kDot || g.kernel == Schedule::Kernel::kBroadcast) {

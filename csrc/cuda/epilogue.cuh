@@ -118,6 +118,15 @@ FFN_FN void add_bias(const void* bias, int64_t expert, int64_t stride, const Qua
   add_quad(values, quad);
 }
 
+// Adds what another product gave of the same elements.
+template <class T>
+FFN_FN void add_given(const void* matrix, int64_t stride, const QuadCoord& q, T (&values)[kQuad]) {
+  if (!matrix) return;
+  T quad[kQuad];
+  load_quad(static_cast<const T*>(matrix) + q.row * stride + q.col, q.count, quad);
+  add_quad(values, quad);
+}
+
 // Calls f(quad) for each of the thread's quads among `rows` rows of `cols` columns, which are below each other. All
 // lanes of a warp make the same calls, as `rows` is a multiple of the rows that a warp takes at once.
 template <class T>
@@ -159,8 +168,14 @@ FFN_FN void finish_store(const GroupedGemm& g, const FinishedTile<ComputeOf<S>>&
     if (q.count == 0) return;
     T values[kQuad];
     tile_quad(t, q, q.in_col, values);
+    if (e.scale != 1) {
+#pragma unroll
+      for (int i = 0; i < kQuad; ++i) values[i] = T(e.scale) * values[i];
+    }
+    add_given(e.added, e.added_stride, q, values);
     add_bias<S>(e.bias, t.expert, e.bias_stride, q, values);
-    store_at<S>(e.out, q, e.out_stride, values);
+    if (e.unrounded) store_at<T>(e.out, q, e.out_stride, values);
+    else store_at<S>(e.out, q, e.out_stride, values);
   });
 }
 
@@ -174,10 +189,12 @@ FFN_FN void finish_activate(const GroupedGemm& g, const FinishedTile<ComputeOf<S
     if (q.count == 0) return;
     T gate[kQuad], up[kQuad] = {};
     tile_quad(t, q, q.in_col, gate);
+    add_given(e.added, e.added_stride, q, gate);
     add_bias<S>(e.bias, t.expert, e.bias_stride, q, gate);
     store_at<S>(e.gate, q, e.pre_stride, gate);
     if (g.gated) {
       tile_quad(t, q, cols + q.in_col, up);
+      add_given(e.added_up, e.added_stride, q, up);
       add_bias<S>(e.bias_up, t.expert, e.bias_stride, q, up);
       store_at<S>(e.up, q, e.pre_stride, up);
     }
@@ -202,6 +219,7 @@ FFN_FN ComputeOf<S> finish_activate_grad_quad(const GroupedGemm& g, const Finish
   const GateNumbers<LaneOf<S>> numbers(e, e.limited());
   T d[kQuad], h[kQuad], d_gate[kQuad], d_up[kQuad];
   tile_quad(t, q, q.in_col, d);
+  add_given(e.added, e.added_stride, q, d);
   const T weight = e.row_weight ? static_cast<const T*>(e.row_weight)[q.row] : T(1);
   dispatch_activation(e.activation, [&](auto tag) {
 #pragma unroll
@@ -281,6 +299,7 @@ FFN_FN void zero_tile(const GroupedGemm& g, const FinishedTile<ComputeOf<S>>& t,
     if (q.count == 0) return;
     const T zero[kQuad] = {};
     if (grad) store_hidden<S>(e, q, zero, zero);
+    else if (e.unrounded) store_at<T>(e.out, q, e.out_stride, zero);
     else store_at<S>(e.out, q, e.out_stride, zero);
     if (e.kind == Epilogue::Kind::kActivate) {
       store_at<S>(e.gate, q, e.pre_stride, zero);

@@ -37,6 +37,19 @@ Operand dense_rows(const void* data, int64_t width) {
   return o;
 }
 
+Tensor aligned_rows(const Call& call, const Tensor& t, DType dtype) {
+  Operand o;
+  o.data = t.const_data_ptr();
+  o.lane_stride = t.stride(0);
+  o.k_stride = t.size(1) > 1 ? t.stride(1) : 1;
+  if (gemm_grid::copies_fit(o, dtype, true)) return t;
+  const int64_t elements = 16 / storage_size(dtype), stride = divide_up(t.size(1), elements) * elements;
+  const Tensor padded = call.fresh({t.size(0), stride});
+  Tensor rows = view(padded, 0, t.size(0), t.size(1), stride, 1);
+  torch::stable::copy_(rows, t);
+  return rows;
+}
+
 Operand expert_weights(const Tensor& w, DType dtype, bool transposed, int64_t col) {
   const int64_t lanes = transposed ? 2 : 1, along_k = 3 - lanes;
   Operand o;
@@ -73,7 +86,7 @@ WithWeights with_weights(Call& call, const Tensor& w, bool transposed) {
 }
 
 void combined_product(Call& call, const Experts& c, const Operand& rows, int64_t K, const WithWeights& product,
-                      int64_t N, const void* bias, const void* row_weight, Tensor& out) {
+                      int64_t N, const void* bias, const void* row_weight, Tensor& out, const AddedColumns& added) {
   constexpr int64_t kColumns = 256;  // a multiple of every tile's width
   int64_t cols = N;
   if (c.routed) {
@@ -88,6 +101,12 @@ void combined_product(Call& call, const Experts& c, const Operand& rows, int64_t
     g.epilogue.out_stride = width;
     g.epilogue.bias = advance(bias, col, c.dtype);
     g.epilogue.bias_stride = N;
+    std::optional<Tensor> part;
+    if (added) {
+      part = added(col, width);
+      g.epilogue.added = part->const_data_ptr();
+      g.epilogue.added_stride = width;
+    }
     product(g, col);
     if (!c.routed) continue;
     MoveRows m;

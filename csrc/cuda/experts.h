@@ -23,6 +23,9 @@ struct Experts {
 Operand token_rows(const Experts& c, const Tensor& t);
 Operand dense_rows(const void* data, int64_t width);
 
+// The same matrix with rows that kernels can copy by 16 bytes: itself, where it has them.
+Tensor aligned_rows(const Call& call, const Tensor& t, DType dtype);
+
 // Expert e's weights w[e], [N, K], as a product reads them; `transposed`: w[e] is [K, N]. From output column `col` on.
 Operand expert_weights(const Tensor& w, DType dtype, bool transposed, int64_t col);
 
@@ -34,10 +37,13 @@ void launch_product(Call& call, const GroupedGemm& job);
 using WithWeights = std::function<void(const GroupedGemm& job, int64_t col)>;
 WithWeights with_weights(Call& call, const Tensor& w, bool transposed);
 
-// out[t] = sum over the rows r of token t of weight[r] (null: 1) * (rows[r] w^T + bias); not routed: out[r], and zeros
-// behind the experts' rows.
+// Columns [col, col + width) of what joins a product, [R, width] of the arithmetic's dtype.
+using AddedColumns = std::function<Tensor(int64_t col, int64_t width)>;
+
+// out[t] = sum over the rows r of token t of weight[r] (null: 1) * (rows[r] w^T + added[r] + bias); not routed: out[r],
+// and zeros behind the experts' rows.
 void combined_product(Call& call, const Experts& c, const Operand& rows, int64_t K, const WithWeights& product,
-                      int64_t N, const void* bias, const void* row_weight, Tensor& out);
+                      int64_t N, const void* bias, const void* row_weight, Tensor& out, const AddedColumns& added = {});
 
 // Of each expert: out[M, N] = sum over its rows of a(row)^T b(row).
 void outer_products(Call& call, const Experts& c, const Operand& a, int64_t M, const Operand& b, int64_t N,

@@ -147,6 +147,12 @@ struct Epilogue : Gate {
   void* gate = nullptr;  // [R, N], written by kActivate, read by kActivateGrad
   void* up = nullptr;
   int64_t pre_stride = 0;
+  double scale = 1;  // kStore: a factor of the product
+  // [R, added_stride], of the arithmetic's dtype: joins the product (of gate) or of up before all else
+  const void* added = nullptr;
+  const void* added_up = nullptr;
+  int64_t added_stride = 0;
+  bool unrounded = false;      // kStore: out is of the arithmetic's dtype, and may be `added`
   const void* bias = nullptr;  // of the output or of gate: [E, bias_stride]
   const void* bias_up = nullptr;
   int64_t bias_stride = 0;           // between experts

@@ -1,36 +1,40 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The steps of a mixture of experts that are the same for dense and for quantised weights.
+// A mixture of experts on a GPU, forward and backward, on dense and on quantised weights, with adapters or without.
 #pragma once
 
+#include <array>
+#include <string>
+#include <tuple>
+
+#include "../common/low_rank.h"
 #include "experts.h"
-#include "rows.h"
 
 namespace ffn_ops::cuda {
 
 struct Moe : MoeShape {
   Experts experts;
+  LowRank lora_in, lora_down;
 };
 
 Moe describe(Call& call, const MoeShape& s, const MaybeTensor& token, const MaybeTensor& weight,
              const MaybeTensor& offsets, const MaybeTensor& row, const MaybeTensor& slot_offsets);
 
-// Gate and up [R, F] and h [R, F], each where given.
-void pre_activations(Call& call, const Moe& c, const Tensor& x, const WithWeights& product, const MaybeTensor& b_in,
-                     void* gate, void* up, void* h);
-
-// The results of backward's pass over the hidden width, each only if it has memory.
-struct HiddenGradient {
-  void* d_hidden = nullptr;  // [R, 2F]: d_gate, then d_up
-  void* h = nullptr;         // [R, F], times the row's weight where `weigh_h` says so
-  bool weigh_h = true;
-  void* parts = nullptr;  // [R, num_parts]: of the gradient of the row's weight
-  int64_t num_parts = 0;
+// The weights as products read them: w_in and w_down by rows for x w^T, and by columns for d w.
+struct Products {
+  WithWeights in;  // of gate and, where gated, of up
+  WithWeights down;
+  WithWeights in_columns, down_columns;  // backward
+  bool aligned_rows = false;             // they read rows by copies of 16 bytes alone
 };
 
-void hidden_gradient(const Moe& c, const Tensor& d_y, const WithWeights& product, const void* gate, const void* up,
-                     const HiddenGradient& out);
+// y, gate and up (where saved) of the experts on x.
+std::tuple<Tensor, Tensor, Tensor> run_experts(Call& call, const Moe& c, const Tensor& x, const Products& products,
+                                               const MaybeTensor& b_in, const MaybeTensor& b_down, bool save);
 
-void weight_gradient(Call& call, const Moe& c, const Tensor& d_y, const MaybeTensor& b_down, const HiddenGradient& of,
-                     Tensor& d_weight);
+// The gradients that are asked for, of each Input; else empty.
+std::array<Tensor, kInputs> run_experts_backward(Call& call, const Moe& c, const std::string& op, const Tensor& d_y,
+                                                 const Tensor& x, const Products& products, const PlainWeights& plain,
+                                                 const MaybeTensor& b_in, const MaybeTensor& b_down, const Tensor& gate,
+                                                 const Tensor& up, const std::array<bool, kInputs>& needs);
 
 }  // namespace ffn_ops::cuda

@@ -48,19 +48,6 @@ WithWeights with_gate_and_up(Call& call, const QuantizedMoeShape& s) {
   };
 }
 
-Tensor aligned_rows(const Call& call, const Tensor& t, DType dtype) {
-  Operand o;
-  o.data = t.const_data_ptr();
-  o.lane_stride = t.stride(0);
-  o.k_stride = t.size(1) > 1 ? t.stride(1) : 1;
-  if (gemm_grid::copies_fit(o, dtype, true)) return t;
-  const int64_t elements = 16 / storage_size(dtype), stride = divide_up(t.size(1), elements) * elements;
-  const Tensor padded = call.fresh({t.size(0), stride});
-  Tensor rows = view(padded, 0, t.size(0), t.size(1), stride, 1);
-  torch::stable::copy_(rows, t);
-  return rows;
-}
-
 namespace {
 
 Tensor dequantize(std::vector<Tensor> w, std::string format, std::string dtype) {

@@ -17,7 +17,4 @@ WithWeights with_codes(Call& call, const StackedCodes& w, bool transposed,
 // Gate in the lower rows of the weights and up in the upper ones, or alternating.
 WithWeights with_gate_and_up(Call& call, const QuantizedMoeShape& s);
 
-// The same matrix with rows that the kernels can copy by 16 bytes: itself, where it has them.
-Tensor aligned_rows(const Call& call, const Tensor& t, DType dtype);
-
 }  // namespace ffn_ops::cuda

@@ -11,7 +11,7 @@ from .results import Results
 from .tables import Table
 
 
-def _markdown(table: Table) -> str:
+def markdown(table: Table) -> str:
     def line(cells: tuple[str, ...]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|").replace("*", "\\*") for cell in cells) + " |"
 
@@ -20,7 +20,7 @@ def _markdown(table: Table) -> str:
     return f"**{table.title}**\n\n" + "\n".join(rows) + note
 
 
-def _bullets(lines: list[str]) -> str:
+def bullets(lines: list[str]) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
@@ -43,7 +43,7 @@ def _swish(results: Results) -> str:
 def _machine(results: Results) -> str:
     lines = [f"{key}: {', '.join(v) if isinstance(v, list) else v}" for key, v in results.machine.items()]
     seconds = ", ".join(f"{stage} {spent:.0f}" for stage, spent in results.seconds.items())
-    return _bullets([*lines, f"seconds per stage: {seconds}"])
+    return bullets([*lines, f"seconds per stage: {seconds}"])
 
 
 def write(results: Results, plots: dict[str, str], path: Path) -> None:
@@ -55,39 +55,39 @@ def write(results: Results, plots: dict[str, str], path: Path) -> None:
         "Written by `python -m ffn_ops compare`; the raw figures are in `results.json`.\n",
         "## Advice for choosing\n",
         "From this run's figures:\n",
-        _bullets(choice(results)) + "\n",
-        _markdown(tables.advice_table(results)) + "\n",
+        bullets(choice(results)) + "\n",
+        markdown(tables.advice_table(results)) + "\n",
         "### What this run does not support\n",
-        _bullets(limits(results)) + "\n",
+        bullets(limits(results)) + "\n",
         "## Training\n",
         f"Text: {text.name}, {text.train_bytes:,} bytes for training, {text.validation_bytes:,} for validation. Model:"
         f" {settings.model.layers} blocks, d_model {settings.model.d_model}, context {settings.model.context} bytes,"
         f" batch {settings.batch}; AdamW, peak learning rate {rate}, gradients clipped at norm 1. All fused.\n",
-        _markdown(tables.training_table(results)) + "\n",
-        _markdown(tables.seeds_table(results)) + "\n",
+        markdown(tables.training_table(results)) + "\n",
+        markdown(tables.seeds_table(results)) + "\n",
         _image(plots, "loss", "Validation loss and its paired differences, while training and at the end") + "\n",
         _image(plots, "gradients", "Gradient norm of each block's feed-forward layer, mean over seeds") + "\n",
         "## Dead or alive after training\n",
-        _markdown(tables.dead_table(results)) + "\n",
+        markdown(tables.dead_table(results)) + "\n",
         _image(
             plots, "dead", "Share of dead units at the training rate and at the stress rate; at 0 the lines coincide"
         )
         + "\n",
         "## Mixtures of experts\n",
-        _markdown(tables.mixtures_table(results)) + "\n",
-        _markdown(tables.routers_table(results)) + "\n",
+        markdown(tables.mixtures_table(results)) + "\n",
+        markdown(tables.routers_table(results)) + "\n",
         _image(plots, "mixtures", "Validation loss of the mixtures beside the dense layer of equal active FLOPs")
         + "\n",
-        _markdown(tables.loads_table(results)) + "\n",
+        markdown(tables.loads_table(results)) + "\n",
         _image(plots, "experts", "Load of the experts: lines in training, dots in evaluation, where BASE balances none")
         + "\n",
         "## Fused, eager, torch.compile\n",
-        _markdown(tables.layers_table(results)) + "\n",
+        markdown(tables.layers_table(results)) + "\n",
         _image(plots, "speed", "Time of one layer by provider; bars: quartiles") + "\n",
         _image(plots, "memory", "Memory kept for backward by provider") + "\n",
         "## Parameters and FLOPs\n",
-        _markdown(tables.counts_table(results)) + "\n",
-        _markdown(tables.counted_table(results)) + "\n",
+        markdown(tables.counts_table(results)) + "\n",
+        markdown(tables.counted_table(results)) + "\n",
         "The guide writes GLU, GeGLU and SwiGLU as `act(x W1) W2 * (x W3)`, which multiplies width d_model by d_ff;"
         " counted and run is `(act(x W1) * (x W3)) W2`. No reading gives the lookup table's 2.0x for GLU; its 4.0x for"
         " Gated-FFN is the layer without the projection that the 9.5M and 4.5x include.\n",
@@ -95,7 +95,7 @@ def write(results: Results, plots: dict[str, str], path: Path) -> None:
         _image(plots, "activations", "Activation functions and their derivatives (autograd through ffn_ops)") + "\n",
         _image(plots, "swish", "Swish for several beta and its derivatives") + "\n",
         _swish(results) + "\n",
-        _markdown(tables.activations_table(results)) + "\n",
+        markdown(tables.activations_table(results)) + "\n",
         "## Machine\n",
         _machine(results) + "\n",
     ]

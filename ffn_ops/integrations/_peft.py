@@ -9,12 +9,12 @@ Nothing here imports PEFT before the program does.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -35,6 +35,25 @@ class _Held(threading.local):
 _held = _Held()
 
 
+class _Holding(AbstractContextManager[None]):
+    """Holds the adapters of one more parameter of ``experts``. A class, as it is entered in each call of each layer."""
+
+    __slots__ = ("before", "experts", "found", "name")
+
+    def __init__(self, experts: Any, name: str, found: list[tuple[Tensor, Tensor, float]]) -> None:
+        self.experts, self.name, self.found = experts, name, found
+
+    def __enter__(self) -> None:
+        self.before = _held.of.get(self.experts)
+        _held.of[self.experts] = {**(self.before or {}), self.name: self.found}
+
+    def __exit__(self, *_: object) -> None:
+        if self.before is None:
+            del _held.of[self.experts]
+        else:
+            _held.of[self.experts] = self.before
+
+
 def adopt(runs_ours: Callable[[nn.Module], bool]) -> None:
     """Teaches PEFT's wrapper, if the program has imported PEFT, to leave alone what our operators compute. Calling it
     again changes nothing."""
@@ -44,24 +63,14 @@ def adopt(runs_ours: Callable[[nn.Module], bool]) -> None:
     if wrapper is None or theirs is None or hasattr(theirs, "_ffn_ops"):
         return
 
-    @contextlib.contextmanager
-    def activate(self: Any, active_adapters: Any) -> Iterator[None]:
-        experts = self.get_base_layer()
-        before = _held.of.get(experts)
-        known = before is not None or runs_ours(experts)  # the wrapper around this one has looked
+    def activate(self: Any, active_adapters: Any) -> AbstractContextManager[None]:
+        experts = self
+        while "base_layer" in experts._modules:  # what get_base_layer() does, at a tenth of its time
+            experts = experts._modules["base_layer"]
+        # The wrapper around this one has looked, if there is one.
+        known = experts in _held.of or runs_ours(experts)
         found = _plain_adapters(self, experts, active_adapters) if known else None
-        if found is None:
-            with theirs(self, active_adapters):
-                yield
-            return
-        _held.of[experts] = {**(before or {}), self.parameter_name: found}
-        try:
-            yield
-        finally:
-            if before is None:
-                del _held.of[experts]
-            else:
-                _held.of[experts] = before
+        return theirs(self, active_adapters) if found is None else _Holding(experts, self.parameter_name, found)  # type: ignore[no-any-return]
 
     activate._ffn_ops = theirs  # type: ignore[attr-defined]
     wrapper._activate_lora = activate
@@ -143,33 +152,37 @@ def _showing_parameters(inject: Callable[..., Any]) -> Callable[..., Any]:
 
 def _plain_adapters(wrapper: Any, experts: nn.Module, active: Any) -> list[tuple[Tensor, Tensor, float]] | None:
     """``a [E * r, in]``, ``b [out, r * E]`` and the scale of each active adapter; None if there is more to them."""
-    factors_a, factors_b, drops = wrapper.lora_A, wrapper.lora_B, wrapper.lora_dropout
-    names = [name for name in active or () if name in factors_a]
-    w = experts._parameters.get(wrapper.parameter_name)
-    quantised = isinstance(experts._modules.get(wrapper.parameter_name), QuantizedWeight)
+    # Straight from the dictionaries: this runs in each call of each layer, and modules look names up slowly.
+    of_wrapper, name = wrapper._modules, wrapper.parameter_name
+    factors_a, factors_b, drops = (of_wrapper[each]._modules for each in ("lora_A", "lora_B", "lora_dropout"))
+    names = [each for each in active or () if each in factors_a]
+    w = experts._parameters.get(name)
+    quantised = isinstance(experts._modules.get(name), QuantizedWeight)
     if not names or not (quantised or (w is not None and w.dim() == 3 and w.dtype in DTYPES)):
         return None
     # Before 0.20 PEFT took the rows of a weight for its inputs, unless they were; then a takes no row of x.
-    if getattr(wrapper, "_did_swap_in_out_features", False) is experts.is_transposed:
+    if wrapper.__dict__.get("_did_swap_in_out_features", False) is experts.is_transposed:
         return None
-    found = []
-    for name in names:
-        a, b = factors_a[name], factors_b[name]
+    variants, scaling, found = wrapper.lora_variant, wrapper.scaling, []
+    for each in names:
+        a, b = factors_a[each], factors_b[each]
         if (
-            name in wrapper.lora_variant
-            or any(type(factor) is not nn.Linear or factor.bias is not None for factor in (a, b))
-            or (name in drops and type(drops[name]) is not nn.Identity)
+            each in variants
+            or any(type(factor) is not nn.Linear or factor._parameters["bias"] is not None for factor in (a, b))
+            or (each in drops and type(drops[each]) is not nn.Identity)
         ):
             return None
-        a_weight = _fitting(a.weight, w)
-        found.append((a_weight, _fitting(b.weight, w).to(a_weight.dtype), float(wrapper.scaling[name])))
+        a_weight, b_weight = (_fitting(factor._parameters["weight"], w) for factor in (a, b))
+        if b_weight.dtype is not a_weight.dtype:
+            b_weight = b_weight.to(a_weight.dtype)
+        found.append((a_weight, b_weight, float(scaling[each])))
     return found
 
 
 def _fitting(factor: Tensor, w: Tensor | None) -> Tensor:
     """As it is where the operator takes it beside w (None: quantised): of w's dtype, or of its arithmetic's."""
     if w is None:
-        return factor.float()
+        return factor if factor.dtype is torch.float32 else factor.float()
     wide = torch.float64 if w.dtype is torch.float64 else torch.float32
     return factor if factor.dtype in (w.dtype, wide) else factor.to(w.dtype)
 

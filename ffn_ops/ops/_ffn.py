@@ -121,7 +121,7 @@ def _with_adapters(
         features, out = _check_ffn(x, w_in, w_up, w_down, b_in, b_up, b_down, gated)
         return adapters(lora, x, None, 2 * features if gated else features, features, out, two=two)
 
-    if prefers_torch(x) or x.device.type == "cuda":
+    if prefers_torch(x):
         pairs = check_arguments()
         return _ffn_by_torch(x, w_in, w_up, w_down, b_in, b_up, b_down, gated, gate, (*pairs, lora.scale))
 

@@ -83,9 +83,6 @@ def run(
 ) -> Tensor:
     """``routed``: token, weight, offsets, row and slot_offsets. ``experts``: w_in, w_down, b_in and b_down."""
     w_in, w_down, *biases = experts
-    if x.device.type == "cuda":  # no kernel of its own: the operators below, one after the other
-        pairs = adapters(lora, x, w_in.shape[0], w_in.shape[1], w_down.shape[2], w_down.shape[1])
-        return _composed(x, routed, (w_in, None, w_down, *biases, *pairs), form, lora.scale)
     pairs = unchecked(lora, x, w_in.shape[0])
     return operator(x, routed, (w_in, None, w_down, *biases, *pairs), form, lora.scale, recompute)
 
@@ -190,14 +187,6 @@ def _along(options: Sequence[Any], routed: Sequence[Any], inputs: Sequence[Any],
     o_t = plus(o_t, second.tangent(h, h_t, a_down_t, lora_b_down_t))
     y_t = None if o_t is None else rows.scatter(o_t, weight)
     return y_t if s_t is None else plus(y_t, rows.scatter(out(), s_t))
-
-
-def _composed(x: Tensor, routed: Sequence[Any], inputs: Sequence[Any], form: Sequence[Any], scale: float) -> Tensor:
-    token, weight, *rest = routed
-    gated, interleaved, activation, params = form
-    rows = Rows(gated, interleaved, x, token, *rest)
-    parts = _forward_parts(rows, (x, weight, *inputs), (activation, params), scale)
-    return rows.scatter(parts[4](), weight)
 
 
 _moe_lora, _ = differentiable_experts("moe_lora", PLACES, _along)

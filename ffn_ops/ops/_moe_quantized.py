@@ -20,7 +20,7 @@ from .._quantized.formats import check_groups, columns, has_up
 from ._gated_act import gated_act_op
 from ._moe_derivatives import all_rows
 from ._moe_lora import adapters, check_pairs
-from ._moe_quantized_derivatives import composed, linear_op, moe_op
+from ._moe_quantized_derivatives import linear_op, moe_op
 from ._rows import check_routing
 from ._shared import as_stored, autocast, both_biases, dense, fold, needs_grad, plus
 
@@ -160,11 +160,8 @@ def _call(
         parts = (parts[0], parts[2], parts[2])
     tensors = (*parts, formats, b_in, b_down, *pairs)
     form, scale = (gated, gate.interleaved, gate.activation, gate.params), 1.0 if lora is None else lora.scale
-    if lora is not None and x.device.type == "cuda":  # its kernels have no adapters
-        y = composed(rows, routed, tensors, form, scale)
-    else:
-        grad = needs_grad(x, routed[1], b_in, b_down, *pairs)
-        y = moe_op(rows, *routed, *tensors, *form, scale, grad and not recompute, grad=grad)[0]
+    grad = needs_grad(x, routed[1], b_in, b_down, *pairs)
+    y = moe_op(rows, *routed, *tensors, *form, scale, grad and not recompute, grad=grad)[0]
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], w_down.shape[-2])  # type: ignore[no-any-return]
 
 

@@ -155,15 +155,6 @@ class _Layer:
         return plus(self._biased(self.out_of(self.h), self.b_down), self.second(self.h))  # type: ignore[return-value]
 
 
-def composed(x: Tensor, routed: Sequence[Any], experts: Sequence[Any], form: Sequence[Any], scale: float) -> Tensor:
-    """The value of the operator from others. ``experts``: w_in, w_up, w_down, formats, biases and pairs."""
-    token, weight, *rest = routed
-    gated, interleaved, *act = form
-    rows = Rows(gated, interleaved, x, token, *rest)
-    layer = _Layer(rows, experts[:3], experts[3], (x, weight, *experts[4:]), act, scale)
-    return rows.scatter(layer.out(), weight)
-
-
 def _along(ctx: Any, inputs: Sequence[Any], values: Sequence[Any], directions: Sequence[Any]) -> Any:
     """The tangent of the output, see ``_moe_derivatives.moe_along``; weights are constants."""
     x, weight, *_biases_and_pairs = values

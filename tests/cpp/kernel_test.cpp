@@ -11,6 +11,7 @@
 
 #include "../../csrc/common/names.h"
 #include "kernels_agree.h"
+#include "low_rank_checks.h"
 
 namespace ffn_ops {
 #if defined(__x86_64__)
@@ -363,6 +364,7 @@ void test_table(const char* isa, const KernelTable& table) {
       for (const int64_t N : {5, 8, 70})
         for (const int64_t num_b : {0, 1, 3}) test_kernels_agree(isa, table, dtype, {40, N, K}, num_b);
     }
+    test_low_rank(isa, table, dtype);
     test_elementwise(isa, table, dtype, 5, 77, activation);
     test_elementwise(isa, table, dtype, 1100, 3, activation);
     for (const int64_t cols : {1, 16, 77, 300}) test_rows(isa, table, dtype, 9, cols);

@@ -75,6 +75,8 @@ struct Case {
   bool save = true, act = true, h = true;
   bool limited = false;      // gated
   bool interleaved = false;  // kActivateGrad with save
+  bool added = false;        // another product joins this one
+  bool unrounded = false;    // kStore: scaled, and of the arithmetic's dtype
   uint64_t seed = 1;
 };
 

@@ -52,7 +52,8 @@ class Problem {
     const GemmPlan plan = plan_gemm(job_, way.hopper, &way.shape);
     for (auto* out : {&out_, &out_up_, &h_, &gate_out_, &up_out_})
       if (*out) std::memset((*out)->memory.data(), 0xff, size_t((*out)->memory.size()) * sizeof(S));
-    if (dots_) std::memset(dots_->memory.data(), 0xff, size_t(dots_->memory.size()) * sizeof(T));
+    for (auto* out : {&dots_, &wide_out_})
+      if (*out) std::memset((*out)->memory.data(), 0xff, size_t((*out)->memory.size()) * sizeof(T));
     simt::Buffer<char> workspace(row_table_offset(E_) + plan.table_entries * int64_t(sizeof(RowTile)));
     auto* table = plan.table_entries ? reinterpret_cast<RowTile*>(workspace.data() + row_table_offset(E_)) : nullptr;
     if (table)
@@ -86,7 +87,7 @@ class Problem {
       if (*out) all.insert(all.end(), (*out)->memory.begin(), (*out)->memory.end());
     return all;
   }
-  std::vector<T> sums() {
+  std::vector<T> sums() const {
     return dots_ ? std::vector<T>(dots_->memory.begin(), dots_->memory.end()) : std::vector<T>();
   }
 
@@ -177,6 +178,21 @@ class Problem {
       if (c_.gated) bias_up_ = make_filled(E_, c_.N, E_);
       if (c_.gated) e.bias_up = bias_up_->data();
     }
+    if (c_.unrounded) {
+      wide_out_ = std::make_unique<Stored<T>>(R_, c_.N, Layout::kOdd);
+      e.unrounded = true;
+      e.scale = 0.75;
+      e.out = wide_out_->data();
+      e.out_stride = wide_out_->row_stride;
+    }
+    for (auto [m, data] : {std::pair{&added_, &e.added}, {&added_up_, &e.added_up}}) {
+      if (!c_.added || (m == &added_up_ && !c_.gated)) continue;
+      *m = std::make_unique<Stored<T>>(R_, c_.N, Layout::kOdd);
+      for (int64_t r = 0; r < kept_; ++r)
+        for (int64_t n = 0; n < c_.N; ++n) (*m)->set(r, n, uniform());
+      *data = (*m)->data();
+      e.added_stride = (*m)->row_stride;
+    }
     e.activation = c_.activation;
     for (double& own : e.own) own = 1.5;
     if (c_.limited && !has_up()) e.limit = 0.75, e.up_shift = 0.5;
@@ -225,7 +241,10 @@ class Problem {
   }
   Sum product(const Operand& b, int64_t r, int64_t e, int64_t n) const {
     Sum sum;
-    for (int64_t k = 0; k < c_.K; ++k) sum.add(read(job_.a, 0, r, k, false) * read(b, e, n, k, false));
+    const double scale = job_.epilogue.scale;
+    for (int64_t k = 0; k < c_.K; ++k) sum.add(scale * read(job_.a, 0, r, k, false) * read(b, e, n, k, false));
+    const auto& added = &b == &job_.b_up ? added_up_ : added_;
+    if (added) sum.add(added->value(r, n));
     return sum;
   }
 
@@ -282,6 +301,7 @@ class Problem {
   void check_element(int64_t r, int64_t n) {
     const int64_t e = expert(r);
     if (e == E_) {
+      if (wide_out_) return zero(wide_out_->at(r, n), "out", r, n);
       for (auto [m, name] :
            {std::pair{&out_, "out"}, {&out_up_, "out_up"}, {&h_, "h"}, {&gate_out_, "gate"}, {&up_out_, "up"}})
         if (*m && (m != &out_ || c_.act)) zero((*m)->at(r, n), name, r, n);
@@ -292,6 +312,7 @@ class Problem {
     Sum acc = product(job_.b, r, e, n);
     if (c_.finish == Finish::kActivateGrad) return check_grad(acc, r, n);
     if (bias_) acc.add(bias_->value(e, n));
+    if (wide_out_) return close(wide_out_->at(r, n), acc.value, acc.magnitude, terms, "out", r, n);
     if (c_.finish == Finish::kStore) return close(out_->at(r, n), acc.value, acc.magnitude, terms, "out", r, n);
     if (gate_out_) close(gate_out_->at(r, n), acc.value, acc.magnitude, terms, "gate", r, n);
     double value = act_at(acc.value).value.value, magnitude = 2 * (acc.magnitude + 1) * (acc.magnitude + 1);
@@ -348,7 +369,7 @@ class Problem {
 
   // Between rows nothing is written.
   void untouched() {
-    if (!out_ || c_.odd_out) return;
+    if (!out_ || c_.odd_out || wide_out_) return;
     const S poison = Stored<S>(1, 1, Layout::kAligned).at(0, 0);
     for (int64_t r = 0; r + 1 < out_->rows; ++r)
       for (int64_t n = out_->cols; n < out_->row_stride; ++n)
@@ -365,7 +386,7 @@ class Problem {
   GroupedGemm job_;
   std::unique_ptr<Stored<S>> a_, b_, b_up_, bias_, bias_up_, gate_, up_;
   std::unique_ptr<Stored<S>> out_, out_up_, h_, gate_out_, up_out_;
-  std::unique_ptr<Stored<T>> dots_, weight_;
+  std::unique_ptr<Stored<T>> dots_, weight_, added_, added_up_, wide_out_;
   const char* how_ = "";
 };
 

@@ -69,6 +69,14 @@ void test_rows() {
           .gather_a = true,
           .wrong_indices = true});
   run<S>({.reason = "dense", .rows = {77}, .N = 33, .K = 50, .dense = true, .bias = true});
+  run<S>({.reason = "scaled and unrounded", .rows = {40, 3}, .dropped = 5, .N = 21, .K = 50, .unrounded = true});
+  run<S>({.reason = "another product joins",
+          .rows = {40, 3},
+          .dropped = 5,
+          .N = 131,
+          .K = 20,
+          .bias = true,
+          .added = true});
   run<S>({.reason = "no rows at all", .rows = {0, 0}, .N = 5, .K = 5});
   run<S>({.reason = "only dropped rows", .rows = {0, 0}, .dropped = 70, .N = 5, .K = 5});
 }
@@ -121,6 +129,15 @@ void test_activate() {
           .gated = true,
           .bias = true,
           .limited = true});
+  run<S>({.reason = "other products join gate and up",
+          .rows = {9, 30},
+          .dropped = 2,
+          .N = 70,
+          .K = 20,
+          .finish = Finish::kActivate,
+          .gated = true,
+          .bias = true,
+          .added = true});
   run<S>({.reason = "only pre-activations, for recomputation",
           .rows = {9, 6},
           .N = 13,
@@ -165,6 +182,14 @@ void test_activate_grad() {
           .K = 36,
           .finish = Finish::kActivateGrad,
           .save = false});
+  run<S>({.reason = "another product joins the gradient",
+          .rows = {20, 3},
+          .dropped = 4,
+          .N = 150,
+          .K = 36,
+          .finish = Finish::kActivateGrad,
+          .weighted = true,
+          .added = true});
   run<S>({.reason = "limited, in turns",
           .rows = {20, 3},
           .dropped = 4,
@@ -240,6 +265,7 @@ void test_random() {
     c.limited = c.gated || c.finish == Finish::kActivateGrad ? random.coin() : false;
     c.interleaved = c.finish == Finish::kActivateGrad && random.coin();
     c.odd_out = random.coin();
+    c.added = c.kind == Kind::kRows && random.coin();
     c.activation = int(below(Activations::kSize));
     run<S>(c);
   }

@@ -155,6 +155,9 @@ FFN_FN FloatLanes nibble_value(const WordTable&, const NibbleWord& word, int e) 
   return __builtin_convertvector(top >> 24, FloatLanes);
 }
 
+constexpr bool kAddsExponents = false;  // codes that scales of powers of two are applied to by integers
+struct NibblePairs;
+
 // Bits of e4m3 as halves: exact, but 256 times smaller.
 FFN_FN FloatLanes e4m3_half_lanes(const uint8_t* p) {
   const __m128i b = _mm_cvtepu8_epi16(_mm_loadl_epi64((const __m128i*)p));

@@ -153,6 +153,37 @@ FFN_FN FloatLanes nibble_value(const WordTable& t, const NibbleWord& words, int 
   return _mm512_permutexvar_ps((__m512i)(words >> (4 * e)), t.values);
 }
 
+// The same, scaled by powers of two: values are 2^100 times larger, and `pairs` of exponents, never above 0, are added.
+// Two nibbles of a word, four places apart, become bfloat16 in a lane at once. Zero is the lowest integer of 16 bits,
+// so that it stays zero: additions saturate.
+constexpr bool kAddsExponents = true;
+struct NibblePairs {
+  struct Word {
+    __m512i pairs[4];
+  };
+  __m512i values;  // twice: an index has five bits, of which the highest belongs to another nibble
+  FFN_FN explicit NibblePairs(const int8_t* halves) {
+    const __m512i integers = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)halves));
+    const __m512i bits = _mm512_castps_si512(_mm512_mul_ps(_mm512_cvtepi32_ps(integers), _mm512_set1_ps(0x1p99f)));
+    const __m512i lowest = _mm512_set1_epi32(static_cast<int>(0x80000000u));
+    const __m512i chosen = _mm512_mask_mov_epi32(bits, _mm512_testn_epi32_mask(bits, bits), lowest);
+    values = _mm512_broadcast_i64x4(_mm512_cvtepi32_epi16(_mm512_srli_epi32(chosen, 16)));
+  }
+  FFN_FN Word word(Uint32Lanes words) const {
+    Word w;
+    for (int e = 0; e < 4; ++e) w.pairs[e] = _mm512_permutexvar_epi16((__m512i)(words >> (4 * e)), values);
+    return w;
+  }
+  FFN_FN static Word scaled(Word word, Uint32Lanes pairs) {
+    for (__m512i& p : word.pairs) p = _mm512_adds_epi16(p, (__m512i)pairs);
+    return word;
+  }
+  FFN_FN static FloatLanes value(const Word& word, int e) {
+    const Uint32Lanes pair = (Uint32Lanes)word.pairs[e % 4];
+    return (FloatLanes)(e < 4 ? pair << 16 : pair & 0xffff0000u);
+  }
+};
+
 // Bits of e4m3 as halves: exact, but 256 times smaller.
 FFN_FN FloatLanes e4m3_half_lanes(const uint8_t* p) {
   const __m256i b = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)p));

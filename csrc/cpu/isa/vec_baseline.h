@@ -190,6 +190,8 @@ FFN_FN NibbleWord nibble_word(const WordTable&, Uint32Lanes words) { return word
 FFN_FN FloatLanes nibble_value(const WordTable& t, const NibbleWord& words, int e) {
   return lookup_lanes({t.values}, words >> (4 * e));
 }
+constexpr bool kAddsExponents = false;  // codes that scales of powers of two are applied to by integers
+struct NibblePairs;
 
 // Bits of e4m3 as halves: exact, but 256 times smaller.
 FFN_FN FloatLanes e4m3_half_lanes(const uint8_t* p) {

@@ -27,6 +27,8 @@ using DoubleLanes = RegisterOf<double>;
 using Int32Lanes = RegisterOf<int32_t>;
 using Uint32Lanes = RegisterOf<uint32_t>;
 using Int64Lanes = RegisterOf<int64_t>;
+using Int16Lanes = RegisterOf<int16_t>;
+using Uint8Lanes = RegisterOf<uint8_t>;
 
 FFN_FN FloatLanes broadcast_lanes(float x) { return x - FloatLanes{}; }
 FFN_FN DoubleLanes broadcast_lanes(double x) { return x - DoubleLanes{}; }

@@ -1,91 +1,147 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Textual, per instruction set: the readers of lanes_of_codes.h, one for each layout of codes.
 
-// The readers. `load` moves a unit of kUnit steps of k into lanes; it falls into kParts, of kUnit / kParts steps each:
-// `word` prepares a part, `value` gives the code of step e of it.
+// The readers. `load` moves a unit of at most kUnit steps of k into lanes; it falls into at most kParts, of kUnit /
+// kParts steps each: `word` prepares a part, `value` gives the code of step e of it, times 1 / kFactor.
 
-template <bool kFp4>
-struct ReadNibbles {
-  static constexpr int kUnit = 32, kParts = 4, kBytes = 16;
-  struct Unit {
-    Uint32Lanes words[4];
-  };
-  WordTable table;
-  FFN_FN explicit ReadNibbles(const Codes& c)
-      : table(word_table(kFp4                        ? kTwiceFp4
-                         : c.format == Format::kInt4 ? kMinus8
-                                                     : kPlain)) {}
-  FFN_FN int64_t offset(int64_t k) const { return k / 2; }
-  FFN_FN void load(const uint8_t* const* rows, int64_t at, Unit& unit) { transpose_words(rows, at, unit.words); }
-  FFN_FN NibbleWord word(const Unit& unit, int part) const { return nibble_word(table, unit.words[part]); }
-  FFN_FN FloatLanes value(const NibbleWord& word, int e) const { return nibble_value(table, word, e); }
-  FFN_FN bool ok() const { return true; }
-};
-
-// The codes that four bytes of kBits each hold: two's complement.
+// Words of four bytes of W rows. Whole vectors are read from each row, so that a cache line is read once or twice,
+// however rows lie; 16 bytes where few registers are left.
 template <int kBits>
-FFN_FN FloatLanes signed_byte(Uint32Lanes word, int e) {
-  constexpr int kTop = 32 - kBits;
-  return __builtin_convertvector((Int32Lanes)(word << (kTop - 8 * e)) >> kTop, FloatLanes);
-}
-
-template <bool kBlocks>  // of q8_0
-struct ReadInt8 {
-  static constexpr int kUnit = 16, kParts = 4, kBytes = 16;
+struct ReadWords {
+  static constexpr int kParts = kBits == 4 && Vec<float>::kLanes == 8 ? 4 : Vec<float>::kLanes;
+  static constexpr int kUnit = kParts * 32 / kBits, kBytes = 4 * kParts;
   struct Unit {
-    Uint32Lanes words[4];
+    Uint32Lanes words[kParts];
   };
-  FFN_FN explicit ReadInt8(const Codes&) {}
-  FFN_FN int64_t offset(int64_t k) const { return kBlocks ? k / 32 * 34 + 2 + k % 32 : k; }
-  FFN_FN void load(const uint8_t* const* rows, int64_t at, Unit& unit) { transpose_words(rows, at, unit.words); }
-  FFN_FN Uint32Lanes word(const Unit& unit, int part) const { return unit.words[part]; }
-  FFN_FN FloatLanes value(Uint32Lanes word, int e) const { return signed_byte<8>(word, e); }
-  FFN_FN bool ok() const { return true; }
-};
-
-struct ReadFp8 {
-  static constexpr int kUnit = 16, kParts = 4, kBytes = 16;
-  struct Unit {
-    Uint32Lanes words[4];
-  };
-  Uint32Lanes nan{};  // the highest bit of a byte: a code of a row was NaN
-  FFN_FN explicit ReadFp8(const Codes&) {}
-  FFN_FN int64_t offset(int64_t k) const { return k; }
-  FFN_FN void load(const uint8_t* const* rows, int64_t at, Unit& unit) {
-    transpose_words(rows, at, unit.words);
-    for (const Uint32Lanes w : unit.words) nan |= (w & 0x7f7f7f7fu) + 0x01010101u;
+  FFN_FN int64_t offset(int64_t k) const { return k * kBits / 8; }
+  FFN_FN void load(const uint8_t* const* rows, int64_t at, int parts, Unit& unit) {
+    if constexpr (kParts < Vec<float>::kLanes) {
+      transpose_words(rows, at, unit.words);
+    } else {
+      Vec<float> words[kParts];
+      FFN_UNROLL
+      for (int i = 0; i < kParts; ++i)
+        words[i] = load_part<Vec<float>>(reinterpret_cast<const float*>(rows[i] + at), parts);
+      transpose(words);
+      for (int i = 0; i < kParts; ++i) unit.words[i] = (Uint32Lanes)words[i].reg;
+    }
   }
   FFN_FN Uint32Lanes word(const Unit& unit, int part) const { return unit.words[part]; }
-  // The exponent and mantissa at a float's place give t = 2^(e - 7) (1 + m / 8). Where e is 0, the code stands for
-  // 2^-6 m / 8, which is 2 t - 2^-6: the smaller of both there, and nowhere else.
-  FFN_FN FloatLanes value(Uint32Lanes word, int e) const {
-    const Uint32Lanes placed = e == 3 ? word >> 4 : word << (20 - 8 * e);
-    const auto t = (FloatLanes)((placed & 0x07f00000u) + 0x3c000000u);
-    const FloatLanes magnitude = min_lanes(t, fma_lanes(t, broadcast_lanes(2.0f), broadcast_lanes(-0x1p-6f)));
-    return (FloatLanes)((Uint32Lanes)magnitude | ((word << (24 - 8 * e)) & 0x80000000u));
+  FFN_FN bool ok() const { return true; }
+};
+
+struct PlainNibbles {
+  WordTable table;
+  FFN_FN explicit PlainNibbles(const int8_t* values) : table(word_table(values)) {}
+  FFN_FN NibbleWord word(Uint32Lanes words) const { return nibble_word(table, words); }
+  FFN_FN FloatLanes value(const NibbleWord& word, int e) const { return nibble_value(table, word, e); }
+};
+template <bool kExponents>
+struct NibblesOf {
+  using Type = PlainNibbles;
+};
+template <>
+struct NibblesOf<true> {
+  using Type = NibblePairs;
+};
+
+template <bool kFp4, bool kExponents>
+struct ReadNibbles : ReadWords<4> {
+  static constexpr float kFactor = kFp4 ? 0.5f : 1.0f;  // of kTwiceFp4
+  using Nibbles = typename NibblesOf<kExponents>::Type;
+  Nibbles nibbles;
+  FFN_FN explicit ReadNibbles(const Codes& c)
+      : nibbles(kFp4                        ? kTwiceFp4
+                : c.format == Format::kInt4 ? kMinus8
+                                            : kPlain) {}
+  FFN_FN auto word(const Unit& unit, int part) const { return nibbles.word(ReadWords<4>::word(unit, part)); }
+  template <class Word>
+  FFN_FN FloatLanes value(const Word& word, int e) const {
+    return nibbles.value(word, e);
+  }
+};
+
+// The codes that four bytes of kBits each hold: two's complement. They stay at the top of an integer.
+template <int kBits>
+constexpr float kOfTopBits = 1.0f / (1u << (32 - kBits));
+template <int kBits>
+FFN_FN FloatLanes top_bits(Uint32Lanes word, int e) {
+  constexpr int kTop = 32 - kBits;
+  Uint32Lanes top = e * 8 == kTop ? word : word << (kTop - 8 * e);
+  if (e > 0 || kBits < 8) top &= ~0u << kTop;
+  return to_float_lanes(top);
+}
+
+struct ReadInt8 : ReadWords<8> {
+  static constexpr float kFactor = kOfTopBits<8>;
+  FFN_FN explicit ReadInt8(const Codes&) {}
+  FFN_FN FloatLanes value(Uint32Lanes word, int e) const { return top_bits<8>(word, e); }
+};
+
+// Whether this thread takes denormals as zero, as torch.set_flush_denormal asks for.
+FFN_FN bool denormals_are_zero() {
+  float smallest = 0x1p-149f;
+  asm volatile("" : "+m"(smallest));  // else the compiler computes it
+  return smallest * 0x1p120f == 0;
+}
+
+struct ReadFp8 : ReadWords<8> {
+  static constexpr float kFactor = 0x1p120f;
+  Uint32Lanes nan{};  // the highest bit of a byte: a code of a row was NaN
+  FFN_FN explicit ReadFp8(const Codes&) {}
+  struct Word {
+    Int16Lanes even, odd;
+  };
+  FFN_FN Word word(const Unit& unit, int part) {
+    const Uint32Lanes w = ReadWords<8>::word(unit, part);
+    nan |= (w & 0x7f7f7f7fu) + 0x01010101u;
+    return {(Int16Lanes)w << 8 >> 4, (Int16Lanes)w >> 4};
+  }
+  // Exponent and mantissa at a float's place, with its sign: also where the exponent is 0, which is denormal then.
+  FFN_FN FloatLanes value(const Word& word, int e) const {
+    const Uint32Lanes pair = (Uint32Lanes)(e % 2 ? word.odd : word.even);
+    return (FloatLanes)((e < 2 ? pair << 16 : pair) & 0x87f00000u);
   }
   FFN_FN bool ok() const {
     uint32_t any = 0;
     for (int i = 0; i < Vec<float>::kLanes; ++i) any |= nan[i];
-    return (any & 0x80808080u) == 0;
+    return (any & 0x80808080u) == 0 && !denormals_are_zero();
   }
 };
 
-// q4_0 and gguf_mxfp4: 16 bytes hold 16 low nibbles, then 16 high ones.
-template <bool kFp4>
-struct ReadBlocks4 {
-  static constexpr int kUnit = 32, kParts = 8, kBytes = 16;
+// q8_0: half a block.
+struct ReadQ80 {
+  static constexpr int kUnit = 16, kParts = 4, kBytes = 16;
+  static constexpr float kFactor = kOfTopBits<8>;
   struct Unit {
     Uint32Lanes words[4];
   };
-  WordTable table;
-  FFN_FN explicit ReadBlocks4(const Codes&) : table(word_table(kFp4 ? kTwiceFp4 : kMinus8)) {}
+  FFN_FN explicit ReadQ80(const Codes&) {}
+  FFN_FN int64_t offset(int64_t k) const { return k / 32 * 34 + 2 + k % 32; }
+  FFN_FN void load(const uint8_t* const* rows, int64_t at, int, Unit& unit) { transpose_words(rows, at, unit.words); }
+  FFN_FN Uint32Lanes word(const Unit& unit, int part) const { return unit.words[part]; }
+  FFN_FN FloatLanes value(Uint32Lanes word, int e) const { return top_bits<8>(word, e); }
+  FFN_FN bool ok() const { return true; }
+};
+
+// q4_0 and gguf_mxfp4: 16 bytes hold 16 low nibbles, then 16 high ones.
+template <bool kFp4, bool kExponents>
+struct ReadBlocks4 {
+  static constexpr int kUnit = 32, kParts = 8, kBytes = 16;
+  static constexpr float kFactor = kFp4 ? 0.5f : 1.0f;
+  struct Unit {
+    Uint32Lanes words[4];
+  };
+  using Nibbles = typename NibblesOf<kExponents>::Type;
+  Nibbles nibbles;
+  FFN_FN explicit ReadBlocks4(const Codes&) : nibbles(kFp4 ? kTwiceFp4 : kMinus8) {}
   FFN_FN int64_t offset(int64_t k) const { return kFp4 ? k / 32 * 17 + 1 : k / 32 * 18 + 2; }
-  FFN_FN void load(const uint8_t* const* rows, int64_t at, Unit& unit) { transpose_words(rows, at, unit.words); }
-  FFN_FN NibbleWord word(const Unit& unit, int part) const {
-    return nibble_word(table, unit.words[part % 4] >> (part / 4 * 4));
+  FFN_FN void load(const uint8_t* const* rows, int64_t at, int, Unit& unit) { transpose_words(rows, at, unit.words); }
+  FFN_FN auto word(const Unit& unit, int part) const { return nibbles.word(unit.words[part % 4] >> (part / 4 * 4)); }
+  template <class Word>
+  FFN_FN FloatLanes value(const Word& word, int e) const {
+    return nibbles.value(word, 2 * e);
   }
-  FFN_FN FloatLanes value(const NibbleWord& word, int e) const { return nibble_value(table, word, 2 * e); }
   FFN_FN bool ok() const { return true; }
 };
 
@@ -93,13 +149,14 @@ struct ReadBlocks4 {
 template <bool kFifth>
 struct ReadQ4K {
   static constexpr int kUnit = 64, kParts = 16, kBytes = 32;
+  static constexpr float kFactor = kOfTopBits<8>;
   struct Unit {
     Uint32Lanes words[8], fifth[kFifth ? 8 : 1];
     int sub_block;
   };
   FFN_FN explicit ReadQ4K(const Codes&) {}
   FFN_FN int64_t offset(int64_t k) const { return k / 256 * (kFifth ? 176 : 144) + k % 256 / 64 * 32; }
-  FFN_FN void load(const uint8_t* const* rows, int64_t at, Unit& unit) {
+  FFN_FN void load(const uint8_t* const* rows, int64_t at, int, Unit& unit) {
     const int64_t in_block = at % (kFifth ? 176 : 144);
     const int64_t from = at + (kFifth ? 48 : 16);
     Uint32Lanes four[4];
@@ -119,19 +176,20 @@ struct ReadQ4K {
     if constexpr (kFifth) low |= ((unit.fifth[d] >> (unit.sub_block + half)) & 0x01010101u) << 4;
     return low;
   }
-  FFN_FN FloatLanes value(Uint32Lanes word, int e) const { return signed_byte<8>(word, e); }
+  FFN_FN FloatLanes value(Uint32Lanes word, int e) const { return top_bits<8>(word, e); }
   FFN_FN bool ok() const { return true; }
 };
 
 // q6_k: half a block of 128 has its low four bits in 64 bytes, the high two in 32, and is stored plus 32.
 struct ReadQ6K {
   static constexpr int kUnit = 128, kParts = 32, kBytes = 64;
+  static constexpr float kFactor = kOfTopBits<6>;
   struct Unit {
     Uint32Lanes words[24];  // low bits, then high ones
   };
   FFN_FN explicit ReadQ6K(const Codes&) {}
   FFN_FN int64_t offset(int64_t k) const { return k / 256 * 210 + k % 256 / 128 * 64; }
-  FFN_FN void load(const uint8_t* const* rows, int64_t at, Unit& unit) {
+  FFN_FN void load(const uint8_t* const* rows, int64_t at, int, Unit& unit) {
     const int64_t half = at % 210 / 64;
     Uint32Lanes four[4];
     for (int i = 0; i < 6; ++i) {
@@ -144,6 +202,6 @@ struct ReadQ6K {
     const Uint32Lanes low = (unit.words[quarter % 2 * 8 + d] >> (quarter / 2 * 4)) & 0x0f0f0f0fu;
     return (low | (((unit.words[16 + d] >> (2 * quarter)) & 0x03030303u) << 4)) ^ 0x20202020u;  // minus 32
   }
-  FFN_FN FloatLanes value(Uint32Lanes word, int e) const { return signed_byte<6>(word, e); }
+  FFN_FN FloatLanes value(Uint32Lanes word, int e) const { return top_bits<6>(word, e); }
   FFN_FN bool ok() const { return true; }
 };

@@ -2,6 +2,18 @@
 // Textual, per instruction set: what happens to a finished tile [rows][vectors] of accumulators, hot in L1: bias,
 // activation or its gradient, and the one rounding to the storage dtype.
 
+// The kernel for 1 .. kMost rows: of(integral constant) gives its address.
+template <class F, int... I>
+FFN_FN auto choose_among(int64_t rows, std::integer_sequence<int, I...>, const F& of) {
+  const decltype(of(std::integral_constant<int, 1>{})) kernels[] = {of(std::integral_constant<int, I + 1>{})...};
+  return kernels[rows - 1];
+}
+
+template <int kMost, class F>
+FFN_FN auto choose(int64_t rows, const F& of) {
+  return choose_among(rows, std::make_integer_sequence<int, kMost>{}, of);
+}
+
 // A part of a matrix under the tile: `cols` columns from (row0, col) on, `rows` rows.
 struct TilePart {
   int64_t row0, rows, col, cols;
@@ -100,28 +112,66 @@ void add_bias(const TilePart& t, DType dtype, const void* bias, typename V::Scal
   });
 }
 
-// tile = scale * tile, then + the other product. `half` is where up's columns begin.
-template <class V>
-void scale_and_add(const Epilogue& e, const TilePart& t, typename V::Scalar* tile, int64_t half) {
-  using T = typename V::Scalar;
+// tile[H][cols] += sum over k of small[H][rank] * b(lane, k), lanes from lane0 on; each block of k is added to the
+// tile.
+template <class V, class S, int H>
+void add_short_product(const Operand& b, int64_t lane0, int64_t cols, const typename V::Scalar* small, int64_t rank,
+                       typename V::Scalar* tile) {
   constexpr int64_t W = V::kLanes;
-  if (e.scale != 1) {
-    const V scale(static_cast<T>(e.scale));
-    for (int64_t i = 0; i < t.rows; ++i)
-      for (int64_t j = 0; j < t.cols; j += W)
-        store(tile + i * kNRVectors * W + j, scale * load<V>(tile + i * kNRVectors * W + j));
-  }
-  const auto join = [&](const void* other, T* to) {
-    for (int64_t i = 0; i < t.rows; ++i) {
-      const T* from = static_cast<const T*>(other) + (t.row0 + i) * e.add_stride + t.col;
-      for (int64_t j = 0; j < t.cols; j += W) {
-        T* at = to + i * kNRVectors * W + j;
-        store(at, load<V>(at) + load_part<V>(from + j, t.cols - j < W ? t.cols - j : W));
+  const Matrix& m = b.matrix;
+  for (int64_t j = 0; j < cols; j += W) {
+    const int64_t n = cols - j < W ? cols - j : W, lane = lane0 + j;
+    for (int64_t begin = 0; begin < rank; begin += kSumBlock) {
+      const int64_t end = rank - begin < kSumBlock ? rank : begin + kSumBlock;
+      V acc[H];
+      FFN_UNROLL
+      for (int t = 0; t < H; ++t) acc[t] = V::zero();
+      const auto multiply = [&](int64_t k, V bk) __attribute__((always_inline)) {
+        FFN_UNROLL
+        for (int t = 0; t < H; ++t) acc[t] = fma(V(small[t * rank + k]), bk, acc[t]);
+      };
+      if (b.k_along_rows) {
+        for (int64_t k = begin; k < end; ++k) multiply(k, load_columns<V>(row_pointer<S>(m, k), m.col_stride, lane, n));
+      } else {
+        for (int64_t k = begin; k < end; k += W) {
+          const int64_t count = end - k < W ? end - k : W;
+          V block[W];
+          for (int64_t i = 0; i < W; ++i)
+            block[i] = i < n ? load_columns<V>(row_pointer<S>(m, lane + i), m.col_stride, k, count) : V::zero();
+          transpose(block);
+          const auto all = [&](auto of) __attribute__((always_inline)) {
+            FFN_UNROLL
+            for (int64_t i = 0; i < decltype(of)::value; ++i) multiply(k + i, block[i]);
+          };
+          if (count == W) {
+            all(std::integral_constant<int, W>{});
+          } else if (2 * count == W) {
+            all(std::integral_constant<int, W / 2>{});
+          } else {
+            for (int64_t i = 0; i < count; ++i) multiply(k + i, block[i]);
+          }
+        }
+      }
+      FFN_UNROLL
+      for (int t = 0; t < H; ++t) {
+        typename V::Scalar* at = tile + t * kNRVectors * W + j;
+        store(at, load<V>(at) + acc[t]);
       }
     }
-  };
-  if (e.add) join(e.add, tile);
-  if (e.add_up) join(e.add_up, tile + half);
+  }
+}
+
+// The second product joins the tile. `half` is where up's columns begin.
+template <class V>
+void join_short_product(const Gemm& g, const TilePart& t, typename V::Scalar* tile, int64_t half) {
+  const Epilogue& e = g.epilogue;
+  const auto* small = static_cast<const typename V::Scalar*>(e.small) + t.row0 * e.rank;
+  for (int i = 0; i < (g.gated ? 2 : 1); ++i)
+    dispatch_storage<typename V::Scalar>(e.small_b[i].matrix.dtype, [&](auto tag) {
+      using S = typename decltype(tag)::Type;
+      const auto add = choose<kMR>(t.rows, [](auto h) { return &add_short_product<V, S, decltype(h)::value>; });
+      add(e.small_b[i], t.col, t.cols, small, e.rank, tile + i * half);
+    });
 }
 
 // The first half of a tile row's vectors is gate, the second up, of the same columns.
@@ -275,9 +325,11 @@ FFN_FN void prefetch_tile(const ScheduledGemm& g, const TilePart& t) {
   const int64_t size = storage_size(e.dtype);
   if (e.kind == Epilogue::Kind::kActivateGrad) {
     for (const void* saved : {e.gate, e.up})
-      ask(saved, e.pre_stride, size, [](const char* p) __attribute__((always_inline)) { prefetch(p); });
+      ask(
+          saved, e.pre_stride, size, [](const char* p) __attribute__((always_inline)) { prefetch(p); });
   } else if (!g.transposed) {
-    ask(e.out, e.out_stride, storage_size(e.out_dtype()),
+    ask(
+        e.out, e.out_stride, storage_size(e.out_dtype()),
         [](const char* p) __attribute__((always_inline)) { prefetch_to_write(p); });
   }
 }
@@ -285,7 +337,7 @@ FFN_FN void prefetch_tile(const ScheduledGemm& g, const TilePart& t) {
 template <class V>
 void finish_tile(const ScheduledGemm& g, int64_t branch, typename V::Scalar* tile, const TilePart& t,
                  typename V::Scalar* sums) {
-  if (g.epilogue.add || g.epilogue.scale != 1) scale_and_add<V>(g.epilogue, t, tile, kNRVectors / 2 * V::kLanes);
+  if (g.epilogue.small) join_short_product<V>(g, t, tile, kNRVectors / 2 * V::kLanes);
   if (g.epilogue.kind == Epilogue::Kind::kActivateGrad) finish_activate_grad<V>(g.epilogue, tile, t);
   else if (g.gated) finish_gated<V>(g, branch, tile, t, sums);
   else if (g.transposed) finish_transposed<V>(g, tile, t);

@@ -3,18 +3,6 @@
 // for one block of k after the other, runs the micro-kernel over its A panels and hands finished tiles, hot in L1, to
 // the epilogue.
 
-// The kernel for 1 .. kMost rows: of(integral constant) gives its address.
-template <class F, int... I>
-FFN_FN auto choose_among(int64_t rows, std::integer_sequence<int, I...>, const F& of) {
-  const decltype(of(std::integral_constant<int, 1>{})) kernels[] = {of(std::integral_constant<int, I + 1>{})...};
-  return kernels[rows - 1];
-}
-
-template <int kMost, class F>
-FFN_FN auto choose(int64_t rows, const F& of) {
-  return choose_among(rows, std::make_integer_sequence<int, kMost>{}, of);
-}
-
 // sums (+)= the partial sums of one block of k; rows of sums lie `stride` apart.
 template <class V, int H, int N>
 FFN_FN void add_partial_sums(const V (&partial)[H][N], typename V::Scalar* sums, int64_t stride, bool add) {

@@ -76,6 +76,9 @@ void dot_codes_kernel(const CodeLanes* lanes, int64_t K, const float* a) {
 }
 
 constexpr int kDotVectors = 4;  // vectors of rows that one call of a kernel reads at most
+// Tokens of a product on codes that has no packed panel: as many as there are registers for their sums, so that codes
+// become floats while multiply-adds run. More than a micro-tile has come as 8 or 16.
+constexpr int kCodeRows = kNRVectors == 4 ? 16 : kMR;
 
 // The kernel of H tokens, and how many vectors of rows it reads; null: none.
 struct DotCodes {
@@ -85,7 +88,7 @@ struct DotCodes {
 
 template <int H>
 FFN_FN DotCodes dot_of_codes(const Codes& c, int64_t K) {
-  constexpr int R = H == 1 || (H == 2 && kNRVectors == 4) ? 4 : H == 2 || kNRVectors == 4 ? 2 : 1;
+  constexpr int R = H == 1 ? 4 : H == 2 || (kNRVectors == 4 && H <= kMR) ? 2 : 1;
   DotCodes kernel;
   with_layout(c, K, [&](auto layout) { kernel = {&dot_layout_kernel<decltype(layout), H, R>, R}; });
   return kernel;
@@ -115,12 +118,14 @@ void dot_lanes(const CodeLanes* lanes, int64_t count, bool alike, int64_t K, con
 inline void dot_codes_task(const ScheduledGemm& g, int64_t task) {
   using V = Vec<float>;
   constexpr int64_t W = V::kLanes, kWidth = kNRVectors * W, kPanels = kDotVectors / kNRVectors;
-  alignas(64) float tiles[kPanels][kMR * kWidth];
+  alignas(64) float tiles[kPanels][kCodeRows * kWidth];
   const auto* a = static_cast<const float*>(g.packed_a);
   const int64_t operands = g.gated ? 2 : 1;
   const Codes& c = *g.b[0].matrix.codes;
   const bool alike = !g.gated || (g.b[1].matrix.codes->format == c.format && same_blocks(*g.b[1].matrix.codes, c));
-  const auto dot = choose<kMR>(g.mr, [](auto rows) { return &dot_lanes<decltype(rows)::value>; });
+  auto dot = &dot_lanes<kCodeRows>;
+  if (g.mr <= kMR) dot = choose<kMR>(g.mr, [](auto rows) { return &dot_lanes<decltype(rows)::value>; });
+  else if (g.mr <= 8) dot = &dot_lanes<(kCodeRows < 8 ? kCodeRows : 8)>;
   const Schedule::Panels panels = g.guided_panels(task);
   for (int64_t q = panels.begin; q < panels.end; q += kPanels) {
     const int64_t together = panels.end - q < kPanels ? panels.end - q : kPanels;
@@ -137,7 +142,8 @@ inline void dot_codes_task(const ScheduledGemm& g, int64_t task) {
     dot(lanes, count, alike, g.K, a);
     for (int64_t p = 0; p < together; ++p) {
       const int64_t col = (q + p) * g.nr, cols = g.N - col < g.nr ? g.N - col : g.nr;
-      finish_tile<V>(g, 0, tiles[p], {0, g.M, col, cols}, nullptr);
+      for (int64_t t = 0; t < g.M; t += kMR)
+        finish_tile<V>(g, 0, tiles[p] + t * kWidth, {t, g.M - t < kMR ? g.M - t : kMR, col, cols}, nullptr);
     }
   }
 }

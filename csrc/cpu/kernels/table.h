@@ -21,6 +21,8 @@ constexpr int kAxpyRows = kMR * kNRVectors * 2 / 3;  // accumulators, where the 
 
 #include "stream.h"
 
+#include "peak.h"
+
 #ifdef FFN_OPS_BASE
 constexpr int64_t kBFloat16KR = BFloat16Operands::kKR;
 template <auto kEntry, class... Args>
@@ -33,6 +35,8 @@ void base_kernel(Args... args) {
 constexpr int64_t kBFloat16KR = 1;
 
 #include "rows.h"
+
+#include "low_rank.h"
 
 #include "top_k.h"
 #endif
@@ -70,6 +74,16 @@ void pack_a(const ScheduledGemm& g, int64_t k_block, int64_t panel_begin, int64_
 void gemm(const ScheduledGemm& g, int64_t task, void* scratch) {
   if (g.float64()) gemm_as<Vec<double>>(g, task, scratch);
   else gemm_as<Vec<float>>(g, task, scratch);
+}
+
+void short_product(const ShortProduct& p, int64_t r0, int64_t r1) {
+  if (p.rows.dtype == DType::kFloat64) short_product_as<Vec<double>>(p, r0, r1);
+  else short_product_as<Vec<float>>(p, r0, r1);
+}
+
+void short_outer(const ShortOuter& p, const Range& range) {
+  if (p.dtype == DType::kFloat64) short_outer_as<Vec<double>>(p, range);
+  else short_outer_as<Vec<float>>(p, range);
 }
 
 void gated_act(const GatedAct& g, const Range& range) {
@@ -129,9 +143,12 @@ const KernelTable kTable = {Vec<float>::kLanes,
                             kMR,
                             kNRVectors,
                             kAxpyRows,
+                            kCodeRows,
                             kBFloat16KR,
                             pack_a,
                             gemm,
+                            FFN_OPS_ENTRY(short_product),
+                            FFN_OPS_ENTRY(short_outer),
                             FFN_OPS_ENTRY(gated_act),
                             FFN_OPS_ENTRY(gated_act_backward),
                             FFN_OPS_ENTRY(gated_act_double_backward),
@@ -142,4 +159,6 @@ const KernelTable kTable = {Vec<float>::kLanes,
                             FFN_OPS_ENTRY(combine_rows),
                             FFN_OPS_ENTRY(row_dots),
                             FFN_OPS_ENTRY(top_k),
-                            FFN_OPS_ENTRY(top_k_backward)};
+                            FFN_OPS_ENTRY(top_k_backward),
+                            peak_fma,
+                            peak_read};
