@@ -34,8 +34,8 @@ def written(path: Path, model: Any, architecture: str = "qwen3moe") -> dict[str,
     file.add_block_count(config.num_hidden_layers)
     file.add_embedding_length(config.hidden_size)
     file.add_feed_forward_length(config.intermediate_size)
-    file.add_expert_feed_forward_length(config.moe_intermediate_size)
-    file.add_expert_count(config.num_experts)
+    file.add_expert_feed_forward_length(getattr(config, "moe_intermediate_size", config.intermediate_size))
+    file.add_expert_count(config.num_experts if hasattr(config, "num_experts") else config.num_local_experts)
     file.add_expert_used_count(config.num_experts_per_tok)
     file.add_head_count(config.num_attention_heads)
     file.add_head_count_kv(config.num_key_value_heads)
@@ -53,7 +53,11 @@ def written(path: Path, model: Any, architecture: str = "qwen3moe") -> dict[str,
         file.add_tensor(name, blocks, raw_dtype=kind)
         return torch.from_numpy(gguf.dequantize(blocks, kind).copy())
 
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3MOE, config.num_hidden_layers)
+    if architecture == "minimax-m2":
+        file.add_rope_dimension_count(config.rotary_dim)
+        file.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+    arch = gguf.MODEL_ARCH.MINIMAXM2 if architecture == "minimax-m2" else gguf.MODEL_ARCH.QWEN3MOE
+    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     values: dict[str, Tensor] = {}
     for name, t in model.state_dict().items():
         stem, _, suffix = name.rpartition(".")
@@ -64,6 +68,8 @@ def written(path: Path, model: Any, architecture: str = "qwen3moe") -> dict[str,
             else:
                 halves = zip(("gate", "up"), t.chunk(2, 1), strict=True)
                 values[name] = torch.cat([add(f"{block}_{each}_exps.weight", w, KINDS.Q8_0) for each, w in halves], 1)
+        elif suffix == "e_score_correction_bias":
+            values[name] = add(f"blk.{name.split('.')[2]}.exp_probs_b.bias", t, None)
         else:
             kind = KINDS.Q8_0 if t.dim() == 2 and not stem.endswith("mlp.gate") else None
             values[name] = add(f"{names.get_name(stem)}.{suffix}", t, kind)
@@ -92,6 +98,27 @@ def test_a_mixture_in_a_gguf_file(tmp_path: Path) -> None:
     check_saved(model, tmp_path / "saved")
 
 
+MINIMAX = dict(
+    vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
+    num_key_value_heads=1, head_dim=32, num_local_experts=4, num_experts_per_tok=2, rotary_dim=16,
+)  # fmt: skip
+
+
+def test_minimax_in_a_gguf_file(tmp_path: Path) -> None:
+    """With the bias of its router, which moves the choice of experts."""
+    torch.manual_seed(0)
+    dense = transformers.MiniMaxM2ForCausalLM(transformers.MiniMaxM2Config(**MINIMAX)).eval()
+    for name, buffer in dense.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.copy_(torch.randn(4))
+    dense.load_state_dict(written(tmp_path / "tiny.gguf", dense, "minimax-m2"))
+    model = from_pretrained(Auto, tmp_path, gguf_file="tiny.gguf")
+    assert held(model) <= 1.05 * (tmp_path / "tiny.gguf").stat().st_size
+    assert len(report(model).paths("quantised")) == 14 and not report(model).paths("dequantised")
+    check_like(model, dense)
+    check_saved(model, tmp_path / "saved")
+
+
 def test_tied_tables_are_dequantised_and_said(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = transformers.Qwen3MoeConfig(**{**QWEN, "tie_word_embeddings": True})
@@ -116,5 +143,5 @@ class _without_head:  # noqa: N801
 def test_other_architectures_are_refused(tmp_path: Path) -> None:
     torch.manual_seed(0)
     written(tmp_path / "tiny.gguf", transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**QWEN)), "llama")
-    with pytest.raises(ValueError, match="gguf_file: expected one of qwen2moe, qwen3moe, got 'llama'"):
+    with pytest.raises(ValueError, match="gguf_file: expected one of minimax-m2, qwen2moe, qwen3moe, got 'llama'"):
         from_pretrained(Auto, tmp_path, gguf_file="tiny.gguf")

@@ -49,7 +49,11 @@ def test_import_brings_torch_alone() -> None:
     assert {"transformers", "peft"} <= extras and not {name.partition(".")[0] for name in names} & (extras - {"numpy"})
 
 
-@pytest.mark.parametrize("name", CALLS)
+# Turns of gate and up are one more number to schema, fake and dispatch: once with what is saved is enough.
+AGAIN = [name for name in CALLS if "interleaved=True" in name and ("save=False" in name or "slice(0, 2" in name)]
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if name not in AGAIN])
 def test_opcheck(name: str) -> None:
     """Schema, autograd registration, fake kernel, and AOT dispatch with dynamic shapes (forward and backward)."""
     op, args = CALLS[name]

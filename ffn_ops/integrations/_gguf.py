@@ -17,7 +17,12 @@ from .. import _checks as check
 from .._quantized import QuantizedWeight
 from .._quantized.readers import _GGUF
 
-ARCHITECTURES = ("qwen2moe", "qwen3moe")  # of which llama.cpp only renames and stacks
+# Of which llama.cpp only renames and stacks, and the attribute of their configs that is the width of experts.
+ARCHITECTURES = {
+    "minimax-m2": "intermediate_size",
+    "qwen2moe": "moe_intermediate_size",
+    "qwen3moe": "moe_intermediate_size",
+}
 _PLAIN = {"F32": torch.float32, "F16": torch.float16}
 
 
@@ -39,16 +44,17 @@ def opened(model_class: Any, name: Any, gguf_file: str, hub: dict[str, Any]) -> 
     path = os.fspath(cached_file(name, gguf_file, **hub))
     reader = GGUFReader(path)
     field = reader.get_field("general.architecture")
-    check.choice("gguf_file", None if field is None else field.contents(), ARCHITECTURES)
+    architecture: Any = None if field is None else field.contents()
+    check.choice("gguf_file", architecture, tuple(ARCHITECTURES))
     config = AutoConfig.from_pretrained(name, gguf_file=gguf_file, **hub)
     for tensor in reader.tensors:
         known = (*_GGUF, *_PLAIN, "BF16")
         check.choice(tensor.name, tensor.tensor_type.name, known)
         if tensor.name.endswith(".ffn_gate_exps.weight"):
-            config.moe_intermediate_size = int(tensor.shape[1])  # transformers 5.24 does not read it
+            setattr(config, ARCHITECTURES[architecture], int(tensor.shape[1]))  # transformers 5.24 does not read Qwen's
     with torch.device("meta"):
         model = model_class.from_config(config) if hasattr(model_class, "from_config") else model_class(config)
-    processor = TENSOR_PROCESSORS["qwen2moe"](config=config.to_dict())
+    processor = TENSOR_PROCESSORS[architecture](config=config.to_dict())
     names = get_gguf_hf_weights_map(model, processor)
     state: dict[str, Any] = {}
     for tensor in reader.tensors:

@@ -102,7 +102,7 @@ def from_pretrained(model_class: Any, name: Any, *args: Any, **options: Any) -> 
             ``mxfp4-pack-quantized``, ``nvfp4-pack-quantized``, ``int-quantized``, ``float-quantized``), ``ffn_ops``. No
             other library is needed.
         options: as transformers takes them. ``experts_implementation`` is "ffn_ops". ``gguf_file`` needs gguf-py and
-            takes Qwen2-MoE and Qwen3-MoE.
+            takes Qwen2-MoE, Qwen3-MoE and MiniMax-M2.
 
     Returns:
         The model.
