@@ -278,23 +278,22 @@ FFN_FN bool for_each_code(const CodeLanes* lanes, int64_t K, int64_t begin, int6
   load_group(true);
   Read read(c);
   constexpr int64_t kLine = 64 / Read::kBytes, kAsked = W > kLine ? W / kLine : 1;  // units of a line; rows
-  int64_t turn = 0;
   for (int64_t k = begin; k < end; k += kUnit) {
     const int64_t at = read.offset(k);
-    // A line of each row is asked for once, evenly: many at once would wait for each other.
-    const int64_t later = at + kStreamBytes;
-    for (int r = 0; r < R; ++r) {
-      const int64_t from = later < c.row_bytes ? later : later + rows[r].ahead - c.row_bytes;
-      FFN_UNROLL
-      for (int64_t i = 0; i < kAsked; ++i) prefetch(rows[r].row[turn + i] + from);
-    }
-    turn = (turn + kAsked) % W;
     const int parts = end - k < kUnit ? static_cast<int>((end - k) / kSteps) : Read::kParts;
     typename Read::Unit units[R];
     FFN_UNROLL
     for (int r = 0; r < R; ++r) read.load(rows[r].row, at, parts, units[r]);
+    // A line of each row is asked for once, evenly: many at once would wait for each other.
+    const int64_t later = at + kStreamBytes, turn = (k - begin) / kUnit * kAsked % W;
+    int64_t asked = 0;
 #pragma GCC unroll 1
     for (int part = 0; part < parts; ++part) {
+      for (; asked * parts < (part + 1) * kAsked; ++asked) {
+        FFN_UNROLL
+        for (int r = 0; r < R; ++r)
+          prefetch(rows[r].row[turn + asked] + later + (later < c.row_bytes ? 0 : rows[r].ahead - c.row_bytes));
+      }
       const int64_t k_part = k + part * kSteps;
       if (k_part == group_end) {
         ++group;
