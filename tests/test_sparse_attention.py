@@ -18,8 +18,7 @@ pytest.importorskip("rich")
 
 from examples.sparse_attention import attention, measure, train
 from examples.sparse_attention.__main__ import QUICK_SIZE, main
-from examples.sparse_attention.attention import Attention, attend, attend_dense, attend_window, choose, dense_loss
-from examples.sparse_attention.clock import Clock
+from examples.sparse_attention.attention import Indexer, attend, attend_dense, attend_window, choose, dense_loss
 from examples.sparse_attention.model import ARMS, BASELINE, BYTES, KINDS, VALUES, Arm, LanguageModel, Size, model_flops
 
 pytestmark = pytest.mark.cpu_only("the example runs on the CPU")
@@ -168,7 +167,6 @@ def test_active_flops_are_counted_and_equal(arm: Arm) -> None:
         caches = model.caches(1, T)
         for cache in caches:
             cache.length = position
-            cache.kv = cache.kv if arm.attention != "window" else cache.kv.new_zeros(1, position, 2 * SMALL.width)
         with FlopCounterMode(display=False) as counter:
             model.decode(tokens()[:1, :1], caches)
         assert counter.get_total_flops() == model_flops(SMALL, arm, position)
@@ -194,22 +192,16 @@ def test_needles_stand_before_their_questions() -> None:
     torch.testing.assert_close(text_loss, answers)  # both the logarithm of the vocabulary
 
 
-def test_parts_of_a_step_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a clock that counts its readings, each part is what lies between its marks, forward and backward."""
-    times = iter(range(100))
-    monkeypatch.setattr("time.perf_counter", lambda: float(next(times)))
-    clock, x = Clock(), torch.ones(2, requires_grad=True)
-    y = clock.mark(x, "attention", True)  # 0; backward 7
-    clock.stamp("indexer", True)  # 1
-    clock.stamp("indexer", False)  # 2
-    y = clock.mark(2 * y, "attention", False)  # 3; backward 6
-    y = clock.mark(3 * clock.mark(y, "FFN", True), "FFN", False)  # 4, 5; backward 6, 7; attention's then 8, 9
-    y.sum().backward()
-    assert x.grad is not None and x.grad.tolist() == [6, 6]
-    assert dict(clock.seconds) == {"attention": 3 + 1, "indexer": 1, "FFN": 1 + 1}
-    parts = measure.disjoint(clock, 10.0)
-    assert parts == {"indexer": 1, "attention": 3, "router": 0, "FFN": 2, "rest": 4}
-    assert sum(parts.values()) == 10
+@pytest.mark.parametrize("arm", ARMS, ids=lambda arm: arm.key)
+def test_cost_of_a_model_has_its_parts_and_what_it_caches(arm: Arm) -> None:
+    cost = measure.cost(SMALL, arm, length=T, repeats=1, tokens=2)
+    parts = {"attention", "ffn", "rest"}
+    parts |= {part for part, has in (("indexer", arm.attention == "sparse"), ("router", arm.mixture)) if has}
+    assert {part for part, seconds in cost.step_parts.items() if seconds > 0} == parts
+    assert sum(cost.step_parts.values()) == pytest.approx(cost.step_seconds)
+    rows = SMALL.keys if arm.attention == "window" else T
+    floats = rows * 2 * SMALL.width + T * SMALL.index_width * (arm.attention == "sparse")
+    assert cost.cache_mb == SMALL.layers * floats * 4 / 2**20
 
 
 def test_exponent_of_a_power() -> None:
@@ -227,8 +219,6 @@ def test_the_whole_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert ours.same_tokens == 1 and ours.loss == pytest.approx(untouched.loss, abs=1e-3)
     assert ours.expert_mb == untouched.expert_mb and all(v.expert_mb < ours.expert_mb for v in results.deepseek[2:])
     assert all(run.losses[-1] < run.losses[0] and len(run.losses) == results.plan.steps for run in results.runs)
-    for cost in results.costs:
-        assert sum(cost.step_parts.values()) == pytest.approx(cost.step_seconds)
     report, record = (tmp_path / "report.md").read_text(), json.loads((tmp_path / "results.json").read_text())
     shown = capsys.readouterr().out
     for run in results.runs:
@@ -237,9 +227,9 @@ def test_the_whole_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert {file.name for file in tmp_path.glob("*.png")} == {"training.png", "recall.png", "cost.png", "experts.png"}
 
 
-def test_attention_scales_the_indexers_scores() -> None:
+def test_indexer_scales_its_scores() -> None:
     """As transformers' DeepSeek-V3.2: both scales are in the weights of the heads."""
-    layer = Attention(16, H, WIDTH, I, 8, K).double()
+    layer = Indexer(16, I, 8, K).double()
     x = torch.randn(1, T, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    _, w, _ = layer.index(x)
-    torch.testing.assert_close(w, layer.indexer["w"](x) * 8**-0.5 * I**-0.5)
+    _, w, _ = layer.project(x)
+    torch.testing.assert_close(w, layer.w(x) * 8**-0.5 * I**-0.5)

@@ -13,23 +13,23 @@ runs a tiny DeepSeek-V3.2 of transformers. It writes report.md, plots and result
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rich.console import Console
-
-from ffn_ops.compare import LOG_WIDTH, terminal, text
+from ffn_ops._files import file_name
+from ffn_ops.compare import LOG_WIDTH, move_into, prepare_folder, require_extras, text
 from ffn_ops.compare.machine import facts
 from ffn_ops.compare.report import bullets, markdown
+from ffn_ops.compare.settings import CompareError
 
-from . import deepseek, plots
-from .advice import limits, supports
+from . import deepseek
 from .measure import cost
 from .model import ARMS, Size
 from .results import Results
-from .tables import tables
+from .tables import limits, supports, tables
 from .train import Plan, Trainer
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
@@ -38,8 +38,9 @@ QUICK_SIZE = Size(d_model=32, d_ff=64, width=16, index_width=8, keys=16, context
 
 
 def write(results: Results, out: Path) -> None:
+    from . import plots
+
     plots.write(results, out)
-    shown = tables(results)
     images = [f"![{name}]({name}.png)" for name in ("training", "recall", "cost", "experts")]
     machine = [f"{key}: {value}" for key, value in results.machine.items()]
     seconds = ", ".join(f"{stage} {spent:.0f}" for stage, spent in results.seconds.items())
@@ -51,7 +52,7 @@ def write(results: Results, out: Path) -> None:
         "## What it does not support",
         bullets(limits(results)),
         "## Figures",
-        *(markdown(table) for table in shown),
+        *map(markdown, tables(results)),
         "## Plots",
         *images,
         "## Machine",
@@ -64,12 +65,31 @@ def write(results: Results, out: Path) -> None:
 def main(arguments: list[str] | None = None) -> Results:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="tiny models and few steps, to see that all of it runs")
-    parser.add_argument("--out", type=Path, default=Path("sparse_attention"), metavar="DIR", help="for the report")
+    parser.add_argument("--out", type=file_name, default="sparse_attention", metavar="DIR", help="for the report")
     options = parser.parse_args(arguments)
-    options.out.mkdir(parents=True, exist_ok=True)
-    size, plan = (QUICK_SIZE, QUICK) if options.quick else (Size(), Plan())
-    lengths, repeats = ((128, 256), 1) if options.quick else (LENGTHS, 3)
+    try:
+        return run(options.quick, options.out)
+    except CompareError as error:
+        sys.exit(f"sparse_attention: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\nsparse_attention: interrupted, nothing is written")
+
+
+def run(quick: bool, out: Path) -> Results:
+    """Checks everything that can be missing before any work."""
+    size, plan = (QUICK_SIZE, QUICK) if quick else (Size(), Plan())
+    lengths, repeats = ((128, 256), 1) if quick else (LENGTHS, 3)
+    require_extras()
+    try:
+        from transformers import DeepseekV32Config  # noqa: F401
+    except ImportError:
+        raise CompareError("transformers lacks DeepSeek-V3.2: pip install 'ffn_ops[transformers]'") from None
     data = text.load(None, size.context)
+    prepare_folder(out)
+    from rich.console import Console
+
+    from ffn_ops.compare import terminal
+
     console = Console()
     if not console.is_terminal:
         console.width = LOG_WIDTH
@@ -92,14 +112,15 @@ def main(arguments: list[str] | None = None) -> Results:
         for length in lengths:
             results.costs += [cost(size, arm, length, repeats if length < 8192 else 1) for arm in ARMS]
     with stage("DeepSeek-V3.2"):
-        sizes = (64, 8, 2, 4) if options.quick else (256, 32, 60, 32)  # width, experts, steps, tokens
+        sizes = (64, 8, 2, 4) if quick else (256, 32, 60, 32)  # width, experts, steps, tokens
         results.deepseek = deepseek.compare(data, *sizes)
     for table in tables(results):
         terminal.show(console, table)
     terminal.show_list(console, "What this run supports", supports(results))
     terminal.show_list(console, "What it does not support", limits(results))
-    write(results, options.out)
-    console.print(f"Report: {options.out / 'report.md'}", markup=False, soft_wrap=True)
+    with move_into(out) as fresh:
+        write(results, fresh)
+    console.print(f"Report: {out / 'report.md'}", markup=False, soft_wrap=True)
     return results
 
 

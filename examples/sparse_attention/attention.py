@@ -10,7 +10,7 @@ that a query attends to.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,11 +19,10 @@ from torch.nn import functional as F
 
 from ffn_ops.ops._route import top_k_of  # the choice of ffn_ops.routing.top_k, without its sort by experts
 
-from .clock import Clock
-
 SCORE_BLOCK = 64  # queries whose scores of all keys exist at a time
 ATTEND_BLOCK = 256  # queries whose chosen keys are gathered at a time
 EVERY = slice(None)
+Index = tuple[Tensor, Tensor, Tensor]  # the indexer's q [B, T, I, i], w [B, T, I] and k [B, T, i]
 
 
 def rotated(x: Tensor, begin: int) -> Tensor:
@@ -136,9 +135,7 @@ def _gathered(table: Tensor, rows: Tensor) -> Tensor:
     return table.index_select(0, rows.flatten()).view(*rows.shape, -1)
 
 
-def attend(
-    q: Tensor, kv: Tensor, chosen: Tensor, index: tuple[Tensor, Tensor, Tensor], with_loss: bool = False
-) -> tuple[Tensor, Tensor]:
+def attend(q: Tensor, kv: Tensor, chosen: Tensor, index: Index, with_loss: bool = False) -> tuple[Tensor, Tensor]:
     """Attention of q [B, T, H, d] over the ``chosen`` [B, T, K] rows of kv [B, T, 2d], and the indexer's loss a query:
     gathers the rows and calls torch's ``scaled_dot_product_attention``."""
     B, T = q.shape[:2]
@@ -170,7 +167,7 @@ def _seen(T: int) -> Tensor:
     return torch.ones(T, T, dtype=torch.bool).tril()
 
 
-def dense_loss(q: Tensor, kv: Tensor, index: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+def dense_loss(q: Tensor, kv: Tensor, index: Index) -> Tensor:
     """The indexer's loss a query, over all keys: that of the dense warm-up."""
     p = dense_probabilities(q, kv)
     return divergence(p, index_scores(*index), _seen(q.shape[1])) / q.shape[:2].numel()
@@ -195,45 +192,62 @@ def attend_window(q: Tensor, kv: Tensor, window: int) -> Tensor:
 
 @dataclass
 class Cache:
-    """What decoding keeps of the earlier tokens of one layer: [B, length, 2d] and [B, length, i]."""
+    """What decoding keeps of the earlier tokens of one layer: [B, length, 2d] and [B, length, i]. A window's ``kv`` is
+    a ring: the order of keys does not matter."""
 
     kv: Tensor
     index_k: Tensor
-    length: int = field(default=0)
-
-    def bytes(self) -> int:
-        return self.kv.nbytes + self.index_k.nbytes
+    length: int = 0
 
 
-class Attention(nn.Module):
-    """``mode`` is what is computed: ``dense``; ``warmup``, dense with the indexer's loss; ``sparse``; ``window``.
+class Indexer(nn.Module):
+    """The lightning indexer scores ``I_ts = sum_h w_th relu(q_th k_s)``; a query attends to the ``keys`` best keys.
 
-    The lightning indexer scores ``I_ts = sum_h w_th relu(q_th k_s)``, and a query attends to the ``keys`` keys with
-    the highest scores. Its input is detached, and its loss alone trains it: ``KL(p_t || softmax(I_t))``, with p the
-    attention's own probabilities, averaged over the heads and detached: over all keys in the warm-up, in which nothing
-    else is trained, and then over the chosen keys, while the language model's loss trains the rest.
+    Its input is detached, and its loss alone trains it: ``KL(p_t || softmax(I_t))``, with p the attention's own
+    probabilities, averaged over the heads and detached: over all keys in the warm-up, in which nothing else is trained,
+    and then over the chosen keys, while the language model's loss trains the rest.
 
     Source: DeepSeek-V3.2 (2025, arXiv 2512.02556), section 2.1, equations 1 to 4; the scale of the scores and the
         norm of the indexer's keys as in its implementation in transformers.
     """
 
-    def __init__(self, d_model: int, heads: int, width: int, index_heads: int, index_width: int, keys: int) -> None:
+    def __init__(self, d_model: int, heads: int, width: int, keys: int) -> None:
         super().__init__()
         self.heads, self.width, self.keys = heads, width, keys
-        self.index_heads, self.index_width = index_heads, index_width
-        self.mode = "dense"
-        self.norm = nn.RMSNorm(d_model)
+        self.q = nn.Linear(d_model, heads * width, bias=False)
+        self.k = nn.Linear(d_model, width, bias=False)
+        self.k_norm = nn.LayerNorm(width)
+        self.w = nn.Linear(d_model, heads, bias=False)
+
+    def project(self, x: Tensor, begin: int = 0) -> Index:
+        """q [B, T, I, i], w [B, T, I] and k [B, T, i]; no gradient reaches x."""
+        x = x.detach()
+        q = rotated(self.q(x).unflatten(2, (self.heads, self.width)), begin)
+        return q, self.w(x) * (self.heads * self.width) ** -0.5, rotated(self.k_norm(self.k(x)), begin)
+
+    def forward(self, x: Tensor, chooses: bool) -> tuple[Index, Tensor | None]:
+        index = self.project(x)
+        return index, choose(*index, self.keys) if chooses else None
+
+    def decode(self, x: Tensor, cache: Cache) -> Tensor | None:
+        """The keys [B, 1, K] of the next token, x [B, 1, D]; None while there are no more than K."""
+        t = cache.length
+        q, w, k = self.project(x, t)
+        cache.index_k[:, t] = k[:, 0]
+        if t < self.keys:
+            return None
+        return top_k_of(index_scores(q, w, cache.index_k[:, : t + 1])[:, 0], self.keys, by_logits=True)[1]
+
+
+class Attention(nn.Module):
+    """Over the chosen keys where there are some, else over a ``window`` if there is one, else over all keys."""
+
+    def __init__(self, d_model: int, heads: int, width: int, window: int | None = None) -> None:
+        super().__init__()
+        self.heads, self.width, self.window = heads, width, window
         self.q = nn.Linear(d_model, heads * width, bias=False)
         self.kv = nn.Linear(d_model, 2 * width, bias=False)
         self.out = nn.Linear(heads * width, d_model, bias=False)
-        self.indexer = nn.ModuleDict() if index_heads == 0 else nn.ModuleDict(
-            {
-                "q": nn.Linear(d_model, index_heads * index_width, bias=False),
-                "k": nn.Linear(d_model, index_width, bias=False),
-                "k_norm": nn.LayerNorm(index_width),
-                "w": nn.Linear(d_model, index_heads, bias=False),
-            }
-        )  # fmt: skip
 
     def project(self, x: Tensor, begin: int = 0) -> tuple[Tensor, Tensor]:
         """q [B, T, H, d] and kv [B, T, 2d] of normed x at positions from ``begin``."""
@@ -241,64 +255,29 @@ class Attention(nn.Module):
         k, v = self.kv(x).chunk(2, 2)
         return q, torch.cat([rotated(k, begin), v], 2)
 
-    def index(self, x: Tensor, begin: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        """The indexer's q [B, T, I, i], w [B, T, I] and k [B, T, i]; no gradient reaches x."""
-        x = x.detach()
-        q = rotated(self.indexer["q"](x).unflatten(2, (self.index_heads, self.index_width)), begin)
-        k = rotated(self.indexer["k_norm"](self.indexer["k"](x)), begin)
-        return q, self.indexer["w"](x) * (self.index_heads * self.index_width) ** -0.5, k
-
-    def forward(self, x: Tensor, clock: Clock | None = None) -> tuple[Tensor, Tensor]:
-        """What is added to x [B, T, D], and the indexer's loss a query (0 without a graph of it)."""
-        x = self.norm(x)
+    def forward(self, x: Tensor, index: Index | None = None, chosen: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Of normed x [B, T, D]: the output, and the loss a query of the indexer that gave ``index`` (else 0)."""
         q, kv = self.project(x)
         loss = x.new_zeros(())
-        if self.mode == "sparse":
-            index = self.index(x)
-            if clock:
-                clock.stamp("indexer", True)
-            chosen = choose(*index, self.keys)
-            if clock:
-                clock.stamp("indexer", False)
+        if index is not None and chosen is not None:
             out, loss = attend(q, kv, chosen, index, with_loss=self.training)
-        elif self.mode == "window":
-            out = attend_window(q, kv, self.keys)
+        elif self.window is not None:
+            out = attend_window(q, kv, self.window)
         else:
             out = attend_dense(q, kv)
-            if self.mode == "warmup":
-                loss = dense_loss(q, kv, self.index(x))
+            if index is not None:
+                loss = dense_loss(q, kv, index)
         return self.out(out.flatten(2)), loss
 
-    def cache(self, batch: int, length: int) -> Cache:
-        """An empty one for ``length`` tokens; a window never needs more than its own."""
-        if self.mode == "window":
-            length = 0
-        like = self.out.weight
-        index = self.index_width if self.mode == "sparse" else 0
-        return Cache(like.new_zeros(batch, length, 2 * self.width), like.new_zeros(batch, length, index))
-
-    def decode(self, x: Tensor, cache: Cache, clock: Clock | None = None) -> Tensor:
+    def decode(self, x: Tensor, cache: Cache, chosen: Tensor | None) -> Tensor:
         """``forward`` for the next token, x [B, 1, D]; it goes into the cache."""
-        x, t = self.norm(x), cache.length
+        t = cache.length
         q, new = self.project(x, t)
+        cache.kv[:, t % cache.kv.shape[1]] = new[:, 0]
         cache.length += 1
-        if self.mode == "window":
-            cache.kv = torch.cat([cache.kv, new], 1)[:, -self.keys :]
-            kv = cache.kv
-        else:
-            cache.kv[:, t] = new[:, 0]
-            kv = cache.kv[:, : t + 1]
-        if self.mode == "sparse":
-            if clock:
-                clock.stamp("indexer", True)
-            index_q, index_w, index_k = self.index(x, t)
-            cache.index_k[:, t] = index_k[:, 0]
-            if t + 1 > self.keys:
-                scores = index_scores(index_q, index_w, cache.index_k[:, : t + 1])[:, 0]
-                chosen = top_k_of(scores, self.keys, by_logits=True)[1]
-                kv = kv.gather(1, chosen.unsqueeze(2).expand(-1, -1, kv.shape[2]))
-            if clock:
-                clock.stamp("indexer", False)
+        kv = cache.kv[:, : t + 1]
+        if chosen is not None:
+            kv = kv.gather(1, chosen.unsqueeze(2).expand(-1, -1, kv.shape[2]))
         k, v = kv.unsqueeze(1).chunk(2, 3)
         out = F.scaled_dot_product_attention(q, k, v)  # the heads of the query stand in the place of its length
         return self.out(out.flatten(2))

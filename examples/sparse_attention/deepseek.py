@@ -49,16 +49,13 @@ def build(width: int, experts: int) -> Any:
     return AutoModelForCausalLM.from_config(config, experts_implementation="ffn_ops")
 
 
-def train(model: Any, text: Text, steps: int) -> float:
+def train(model: Any, text: Text, steps: int) -> None:
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), 2e-3)
-    loss = torch.zeros(())
     for starts in training_starts(text.train, 0, steps, BATCH, CONTEXT):
         ids, _ = windows(text.train, starts, CONTEXT)
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
+        model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    return loss.item()
 
 
 def variant_of(model: Any, name: str) -> Any:
@@ -72,12 +69,8 @@ def variant_of(model: Any, name: str) -> Any:
 
 
 def expert_bytes(model: Any) -> int:
-    total = 0
-    for layer in model.modules():
-        if type(layer).__name__ == "DeepseekV32Experts":
-            for weight in (layer.gate_up_proj, layer.down_proj):
-                total += weight.nbytes
-    return total
+    experts = [layer for layer in model.modules() if type(layer).__name__ == "DeepseekV32Experts"]
+    return sum(layer.gate_up_proj.nbytes + layer.down_proj.nbytes for layer in experts)
 
 
 @torch.no_grad()

@@ -6,8 +6,9 @@ from __future__ import annotations
 import ctypes
 import gc
 import math
+import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,10 +17,9 @@ from torch.nn import functional as F
 
 import ffn_ops
 
-from .clock import Clock
 from .model import BYTES, Arm, LanguageModel, Size
 
-PARTS = ("indexer", "attention", "router", "FFN", "rest")
+PARTS = ("indexer", "attention", "router", "ffn", "rest")  # modules of a block, and all else
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -30,10 +30,9 @@ class Cost:
     arm: str
     length: int
     step_seconds: float
-    step_parts: dict[str, float]  # seconds, disjoint; the indexer's are those of scores and choice
+    step_parts: dict[str, float]  # seconds, disjoint; the indexer's loss is the attention's
     step_mb: float | None  # at most, above what the process held before; None where the system does not tell
     decode_seconds: float
-    decode_parts: dict[str, float]
     cache_mb: float
 
 
@@ -45,42 +44,30 @@ def resident(field: str) -> float:
 def give_memory_back() -> None:
     gc.collect()
     ffn_ops.empty_cache()
-    ctypes.CDLL(None).malloc_trim(0)
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def peak_mb(call: Callable[[], object]) -> float | None:
-    if not CLEAR.exists():
+    give_memory_back()
+    try:
+        CLEAR.write_text("5")  # resets VmHWM
+        before = resident("VmRSS")
+    except OSError:  # another system, or a container that forbids it
         call()
         return None
-    give_memory_back()
-    before = resident("VmRSS")
-    CLEAR.write_text("5")  # resets VmHWM
     call()
     return resident("VmHWM") - before
 
 
-def disjoint(clock: Clock, whole: float) -> dict[str, float]:
-    """Seconds of each part of ``whole``: the indexer lies within the attention, the router within the FFN."""
-    found = {part: clock.seconds.get(part, 0.0) for part in PARTS}
-    found["rest"] = whole - found["attention"] - found["FFN"]
-    found["attention"] -= found["indexer"]
-    found["FFN"] -= found["router"]
-    return found
-
-
-Timed = tuple[float, dict[str, float]]  # seconds, and those of each part
-
-
-def timed(call: Callable[[Clock], object]) -> Timed:
-    clock, began = Clock(), time.perf_counter()
-    call(clock)
-    seconds = time.perf_counter() - began
-    return seconds, disjoint(clock, seconds)
-
-
-def fastest(samples: Iterable[Timed]) -> Timed:
-    """The fastest call is the one that the rest of the machine disturbed least."""
-    return min(samples, key=lambda sample: sample[0])
+def parts_of(profile: ffn_ops.Profile) -> tuple[float, dict[str, float]]:
+    """All its seconds, and those of each part."""
+    found = profile.as_dict()
+    parts = dict.fromkeys(PARTS, 0.0)
+    for row in found["rows"]:
+        name = row["path"].rpartition(".")[2]
+        parts[name if name in parts else "rest"] += row["forward_seconds"] + row["backward_seconds"]
+    return found["total_seconds"], parts
 
 
 def cost(size: Size, arm: Arm, length: int, repeats: int, tokens: int = 8) -> Cost:
@@ -88,42 +75,39 @@ def cost(size: Size, arm: Arm, length: int, repeats: int, tokens: int = 8) -> Co
     model = LanguageModel(size, arm, seed=0)
     text = torch.randint(BYTES, (1, length + 1), generator=torch.Generator().manual_seed(0))
 
-    def step(clock: Clock) -> None:
-        logits, index_loss = model(text[:, :-1], clock)
-        (F.cross_entropy(logits[0], text[0, 1:]) + index_loss).backward()
-        model.zero_grad(set_to_none=True)
+    def step() -> None:
+        with ffn_ops.profile(model) as profile:
+            logits, index_loss = model(text[:, :-1])
+            (F.cross_entropy(logits[0], text[0, 1:]) + index_loss).backward()
+            model.zero_grad(set_to_none=True)
+        profiles.append(profile)
 
-    samples: list[Timed] = []
-    megabytes = peak_mb(lambda: samples.append(timed(step)))
-    step_seconds, step_parts = fastest([*samples, *(timed(step) for _ in range(repeats - 1))])
-    model.eval()
     caches = model.caches(1, length)
     for cache in caches:
         cache.kv.normal_()
         cache.index_k.normal_()
 
-    def decode(clock: Clock) -> None:
+    def decode() -> float:
+        began = time.perf_counter()
         for token in range(tokens):
             for cache in caches:
                 cache.length = length - tokens + token
-            model.decode(text[:, token : token + 1], caches, clock)
+            model.decode(text[:, token : token + 1], caches)
+        return (time.perf_counter() - began) / tokens
 
-    decode_seconds, decode_parts = fastest(timed(decode) for _ in range(repeats + 1))
-    return Cost(
-        arm.key,
-        length,
-        step_seconds,
-        step_parts,
-        megabytes,
-        decode_seconds / tokens,
-        {part: seconds / tokens for part, seconds in decode_parts.items()},
-        sum(cache.bytes() for cache in caches) / 2**20,
-    )
+    profiles: list[ffn_ops.Profile] = []
+    megabytes = peak_mb(step)
+    for _ in range(repeats - 1):
+        step()
+    seconds, parts = min(map(parts_of, profiles), key=lambda each: each[0])  # what other programs disturbed least
+    model.eval()
+    cached = sum(cache.kv.nbytes + cache.index_k.nbytes for cache in caches) / 2**20
+    return Cost(arm.key, length, seconds, parts, megabytes, min(decode() for _ in range(repeats + 1)), cached)
 
 
 def exponent(lengths: Sequence[int], values: Sequence[float]) -> float | None:
     """The slope of log value over log length, by least squares, in the upper half of the lengths: value grows with
-    the length to this power. None with fewer than two lengths."""
+    the length to this power. None with fewer than two values above 0 there."""
     half = len(lengths) // 2
     points = [(math.log(x), math.log(y)) for x, y in zip(lengths[half:], values[half:], strict=True) if y > 0]
     if len(points) < 2:

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 import ffn_ops
 from ffn_ops import Routing, routing
 
-from .attention import Attention, Cache
-from .clock import Clock, mark
+from .attention import Attention, Cache, Indexer
 
 BYTES, KINDS, VALUES = 256, 4, 16  # the vocabulary: bytes, then needles of each kind and value, then questions
 VOCABULARY = BYTES + KINDS * VALUES + KINDS
@@ -97,13 +96,28 @@ def ffn_width(size: Size, arm: Arm) -> int:
     return max(1, round((left - fixed) / (ffn_flops(size, arm.mixture, 1) - fixed)))
 
 
+class Router(nn.Module):
+    """The choice of a mixture, which owns the parameters. As a module of its own it has a row in a profile."""
+
+    def __init__(self, ffn: ffn_ops.MoEFFN) -> None:
+        super().__init__()
+        self.of = (ffn,)  # not registered again
+
+    def forward(self, x: Tensor) -> Routing:
+        return self.of[0].route(self.of[0].logits(x))
+
+
 class Block(nn.Module):
+    """``mode`` is what is computed: ``dense``; ``warmup``, dense with the indexer's loss; ``sparse``; ``window``."""
+
     def __init__(self, size: Size, arm: Arm) -> None:
         super().__init__()
-        indexers = size.index_heads if arm.attention == "sparse" else 0
-        self.attention = Attention(size.d_model, size.heads, size.width, indexers, size.index_width, size.keys)
-        self.attention.mode = arm.attention
-        self.norm = nn.RMSNorm(size.d_model)
+        self.size, self.mode = size, arm.attention
+        self.attention_norm, self.norm = nn.RMSNorm(size.d_model), nn.RMSNorm(size.d_model)
+        window = size.keys if arm.attention == "window" else None
+        self.attention = Attention(size.d_model, size.heads, size.width, window)
+        if arm.attention == "sparse":
+            self.indexer = Indexer(size.d_model, size.index_heads, size.index_width, size.keys)
         width = ffn_width(size, arm)
         self.ffn: Any = ffn_ops.FeedForward(size.d_model, d_ff=width, bias=False)
         if arm.mixture:  # the router of DeepSeek-V3: a bias moves against the load
@@ -111,17 +125,38 @@ class Block(nn.Module):
             self.ffn = ffn_ops.MoEFFN(
                 size.d_model, width, size.experts, size.top_k, router=choose, gated=True, activation="silu", bias=False
             )
+            self.router = Router(self.ffn)
 
-    def feed_forward(self, x: Tensor, clock: Clock | None, routed: list[Routing] | None) -> Tensor:
-        h = mark(clock, self.norm(x), "FFN", True)
+    def forward(self, x: Tensor, routed: list[Routing] | None = None) -> tuple[Tensor, Tensor]:
+        """x [B, T, D] after this block, and the indexer's loss a query (0 without a graph of it)."""
+        h, index, chosen = self.attention_norm(x), None, None
+        if self.mode in ("warmup", "sparse"):
+            index, chosen = self.indexer(h, self.mode == "sparse")
+        y, loss = self.attention(h, index, chosen)
+        return self.feed_forward(x + y, routed), loss
+
+    def feed_forward(self, x: Tensor, routed: list[Routing] | None = None) -> Tensor:
+        h = self.norm(x)
         if not isinstance(self.ffn, ffn_ops.MoEFFN):
-            return x + mark(clock, self.ffn(h), "FFN", False)
-        logits = self.ffn.logits(mark(clock, h, "router", True))
-        chosen = self.ffn.route(logits)
-        chosen = chosen._replace(weight=mark(clock, chosen.weight, "router", False))
+            return x + self.ffn(h)
+        chosen = self.router(h)
         if routed is not None:
             routed.append(chosen)
-        return x + mark(clock, self.ffn(h, routing=chosen), "FFN", False)
+        return x + self.ffn(h, routing=chosen)
+
+    def cache(self, batch: int, length: int) -> Cache:
+        """An empty one for ``length`` tokens; a window never needs more than its own."""
+        size, new = self.size, self.norm.weight.new_zeros
+        rows = min(length, size.keys) if self.mode == "window" else length
+        return Cache(
+            new(batch, rows, 2 * size.width), new(batch, length, size.index_width if self.mode == "sparse" else 0)
+        )
+
+    def decode(self, x: Tensor, cache: Cache) -> Tensor:
+        """``forward`` for the next token, x [B, 1, D]; it goes into the cache."""
+        h = self.attention_norm(x)
+        chosen = self.indexer.decode(h, cache) if self.mode == "sparse" else None
+        return self.feed_forward(x + self.attention.decode(h, cache, chosen))
 
 
 class LanguageModel(nn.Module):
@@ -132,7 +167,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.size, self.arm = size, arm
         self.token = nn.Embedding(VOCABULARY, size.d_model)
-        self.blocks = nn.ModuleList(Block(size, arm) for _ in range(size.layers))
+        self.blocks: Any = nn.ModuleList(Block(size, arm) for _ in range(size.layers))
         self.norm = nn.RMSNorm(size.d_model)
         self.head = nn.Linear(size.d_model, VOCABULARY, bias=False)
         for name, parameter in self.named_parameters():
@@ -141,40 +176,31 @@ class LanguageModel(nn.Module):
                 std = 1.0 if name == "token.weight" else parameter.shape[-1] ** -0.5
                 nn.init.normal_(parameter, std=std, generator=generator)
 
-    def each_block(self) -> list[Block]:
-        return [block for block in self.blocks if isinstance(block, Block)]
-
     def set_mode(self, mode: str) -> None:
-        for block in self.each_block():
-            block.attention.mode = mode
+        for block in self.blocks:
+            block.mode = mode
 
     def indexers(self) -> list[nn.Parameter]:
-        return [p for block in self.each_block() for p in block.attention.indexer.parameters()]
+        return [p for name, p in self.named_parameters() if ".indexer." in name]
 
     def others(self) -> list[nn.Parameter]:
-        indexers = {id(p) for p in self.indexers()}
-        return [p for p in self.parameters() if id(p) not in indexers]
+        return [p for name, p in self.named_parameters() if ".indexer." not in name]
 
-    def forward(
-        self, tokens: Tensor, clock: Clock | None = None, routed: list[Routing] | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, tokens: Tensor, routed: list[Routing] | None = None) -> tuple[Tensor, Tensor]:
         """Logits [B, T, vocabulary], and the mean of the layers' losses of their indexers."""
         x, losses = self.token(tokens), []
-        for block in self.each_block():
-            y, loss = block.attention(mark(clock, x, "attention", True), clock)
-            x = x + mark(clock, y, "attention", False)
-            x = block.feed_forward(x, clock, routed)
+        for block in self.blocks:
+            x, loss = block(x, routed)
             losses.append(loss)
         return self.head(self.norm(x)), torch.stack(losses).mean()
 
     def caches(self, batch: int, length: int) -> list[Cache]:
-        return [block.attention.cache(batch, length) for block in self.each_block()]
+        return [block.cache(batch, length) for block in self.blocks]
 
     @torch.no_grad()
-    def decode(self, token: Tensor, caches: list[Cache], clock: Clock | None = None) -> Tensor:
+    def decode(self, token: Tensor, caches: list[Cache]) -> Tensor:
         """Logits [B, 1, vocabulary] after the next token [B, 1], which goes into the caches."""
         x = self.token(token)
-        for block, cache in zip(self.each_block(), caches, strict=True):
-            y = block.attention.decode(mark(clock, x, "attention", True), cache, clock)
-            x = block.feed_forward(x + mark(clock, y, "attention", False), clock, None)
+        for block, cache in zip(self.blocks, caches, strict=True):
+            x = block.decode(x, cache)
         return self.head(self.norm(x))

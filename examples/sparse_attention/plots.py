@@ -6,27 +6,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ffn_ops.compare.plots import COLOURS, DASHES, DPI
+from ffn_ops.compare.plots import COLOURS, DPI, finish, style
 
 from .measure import PARTS
 from .model import ARMS, BY_KEY, VALUES
 from .results import CONTRASTS, Results
 
-STYLES: dict[str, dict[str, Any]] = {
-    arm.key: {"color": COLOURS[i], "linestyle": DASHES[i % 4]} for i, arm in enumerate(ARMS)
-}
-
-
-def _finish(axes: Axes, title: str, x: str, y: str) -> None:
-    axes.set_title(title, fontsize=11)
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.grid(alpha=0.3)
+STYLES = {arm.key: style(i) for i, arm in enumerate(ARMS)}
 
 
 def training(results: Results) -> Figure:
@@ -42,22 +32,21 @@ def training(results: Results) -> Figure:
             axes.plot(begins, [fmean(mean[b : b + group]) for b in begins], label=arm.name, **STYLES[arm.key])
     for axes in (left, middle):
         axes.axvline(results.plan.steps // 2, color="#999999", linewidth=0.8)
-    _finish(left, "Training loss on text (mean of seeds)", "step; line: the sparse stage begins", "nats per byte")
+    finish(left, "Training loss on text (mean of seeds)", "step; line: the sparse stage begins", "nats per byte")
     left.set_ylim(top=2.6)
     left.legend(fontsize=9)
-    _finish(middle, "Training loss on the needles' values", "step", "nats per value")
+    finish(middle, "Training loss on the needles' values", "step", "nats per value")
     right.axvline(0, color="black", linewidth=1)
     names = []
     for y, (key, other) in enumerate(CONTRASTS):
         names.append(f"{BY_KEY[key].name}\nminus {BY_KEY[other].name}")
-        if (found := results.contrast(key, other)) is not None:
-            each = list(found.differences.values())
-            colour = STYLES[key]["color"]
-            right.plot(each, [y] * len(each), "o", color=colour, alpha=0.5)
-            right.errorbar(found.mean, y + 0.22, xerr=found.half_width, fmt="D", color=colour, capsize=4, ms=5)
+        found, colour = results.contrast(key, other), STYLES[key]["color"]
+        each = list(found.differences.values())
+        right.plot(each, [y] * len(each), "o", color=colour, alpha=0.5)
+        right.errorbar(found.mean, y + 0.22, xerr=found.half_width, fmt="D", color=colour, capsize=4, ms=5)
     right.set_yticks(range(len(names)), names, fontsize=8)
     right.set_ylim(len(names) - 0.4, -0.6)
-    _finish(right, "Validation loss: seeds (dots), mean, 95 % interval", "nats per byte", "")
+    finish(right, "Validation loss: seeds (dots), mean, 95 % interval", "nats per byte", "")
     return figure
 
 
@@ -71,7 +60,7 @@ def recall(results: Results) -> Figure:
     axes.set_xscale("log", base=2)
     axes.set_ylim(0, 1.02)
     axes.legend(fontsize=9)
-    _finish(axes, "Needles recalled (mean of seeds)", "tokens of context", "share")
+    finish(axes, "Needles recalled (mean of seeds)", "tokens of context", "share")
     return figure
 
 
@@ -92,7 +81,7 @@ def cost(results: Results) -> Figure:
             )
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
-        _finish(axes, title, "tokens of context", unit)
+        finish(axes, title, "tokens of context", unit)
     step.legend(fontsize=9)
     for axes, key in zip(bars, ("dense_moe", "sparse_moe", "window_moe"), strict=True):
         costs, low = results.costs_of(key), [0.0] * len(results.costs_of(key))
@@ -100,7 +89,7 @@ def cost(results: Results) -> Figure:
             shares = [100 * c.step_parts[part] / c.step_seconds for c in costs]
             axes.bar([f"{c.length:,}" for c in costs], shares, bottom=low, color=colour, label=part)
             low = [a + b for a, b in zip(low, shares, strict=True)]
-        _finish(axes, f"Where a step's time goes: {BY_KEY[key].name}", "tokens of context", "%")
+        finish(axes, f"Where a step's time goes: {BY_KEY[key].name}", "tokens of context", "%")
     bars[0].legend(fontsize=9)
     return figure
 
@@ -115,7 +104,7 @@ def experts(results: Results) -> Figure:
             places = [expert + (layer - 0.5) * 0.4 for expert in range(len(shares))]
             axes.bar(places, shares, width=0.38, color=COLOURS[layer], label=f"layer {layer + 1}")
         axes.axhline(100 / results.size.experts, color="black", linewidth=0.8, linestyle=":")
-        _finish(axes, arm.name, "experts, in the order of their load", "% of rows")
+        finish(axes, arm.name, "experts, in the order of their load", "% of rows")
     figure.axes[0].legend(fontsize=9)
     return figure
 

@@ -43,8 +43,10 @@ class Results:
     def losses(self, arm: str) -> dict[int, float]:
         return {run.seed: run.validation for run in self.of(arm)}
 
-    def contrast(self, arm: str, other: str) -> Paired | None:
-        return paired(self.losses(arm), self.losses(other))
+    def contrast(self, arm: str, other: str) -> Paired:
+        found = paired(self.losses(arm), self.losses(other))
+        assert found is not None  # every seed trains every arm
+        return found
 
     def recall(self, arm: str) -> list[float]:
         """The mean over the seeds for each length."""
@@ -54,14 +56,10 @@ class Results:
         return [cost for cost in self.costs if cost.arm == arm]
 
     def growth(self, arm: str, part: str | None = None) -> float | None:
-        """The exponent of a step's time over the length, or of one part's."""
+        """The exponent over the length of a step's time, of one part's, or of its "memory"."""
         costs = self.costs_of(arm)
-        values = [cost.step_seconds if part is None else cost.step_parts[part] for cost in costs]
-        return exponent([cost.length for cost in costs], values)
-
-    def memory_growth(self, arm: str) -> float | None:
-        costs = self.costs_of(arm)
-        return exponent([cost.length for cost in costs], [cost.step_mb or 0.0 for cost in costs])
+        figures = [{None: c.step_seconds, "memory": c.step_mb or 0.0, **c.step_parts}[part] for c in costs]
+        return exponent([cost.length for cost in costs], figures)
 
     def mean_flops(self, arm: Arm) -> float:
         """Active FLOPs of the mean token of a training window."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The tables of a run, and what it supports and what not. The terminal and the report show the same rows."""
+"""The tables of a run, and sentences: what it supports, each from its figures, and what not."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from ffn_ops.compare.advice import signed
-from ffn_ops.compare.paired import Paired, summary
+from ffn_ops.compare.paired import NOT_SHOWN, summary
 from ffn_ops.compare.tables import NONE, Table
 
 from .measure import PARTS
-from .model import ARMS, BASELINE, BY_KEY, KINDS, VALUES, ffn_width
+from .model import ARMS, BY_KEY, KINDS, VALUES, ffn_width
 from .results import CONTRASTS, Results
 
 
@@ -32,52 +32,49 @@ def models_table(results: Results) -> Table:
     )
 
 
-def _difference(found: Paired | None) -> tuple[str, str]:
-    if found is None:
-        return NONE, NONE
-    half = "" if found.half_width is None else f" ± {found.half_width:.3f}"
-    return signed(found.mean) + half, found.verdict
-
-
 def losses_table(results: Results) -> Table:
     rows = []
     for arm in ARMS:
-        found = results.losses(arm.key)
-        mean = summary(list(found.values()))
+        found = list(results.losses(arm.key).values())
+        mean = summary(found)
         assert mean is not None
         spread = "" if mean.spread is None else f" ± {mean.spread:.3f}"
-        difference = ("baseline", NONE) if arm is BASELINE else _difference(results.contrast(arm.key, BASELINE.key))
+        each = ", ".join(f"{loss:.3f}" for loss in found)
         seconds = fmean(run.seconds for run in results.of(arm.key))
-        each = ", ".join(f"{loss:.3f}" for loss in found.values())
-        rows.append((arm.name, each, f"{mean.mean:.3f}{spread}", *difference, f"{seconds:.0f}"))
-    columns = ("model", "each seed", "mean", f"minus {BASELINE.name}", "verdict", "s of training")
+        rows.append((arm.name, each, f"{mean.mean:.3f}{spread}", f"{seconds:.0f}"))
     return Table(
         "Validation loss (nats per byte)",
-        columns,
+        ("model", "each seed", "mean ± deviation", "s of training"),
         rows,
-        "Differences of the same seed: mean and its 95 % t interval. The seconds of the sparse models include their"
-        " warm-up and their indexers' losses.",
+        "The seconds of the sparse models include their warm-up and their indexers' losses.",
     )
 
 
 def contrasts_table(results: Results) -> Table:
-    rows = [
-        (f"{BY_KEY[a].name} - {BY_KEY[b].name}", *_difference(results.contrast(a, b)))
-        for a, b in CONTRASTS
-        if results.contrast(a, b) is not None
-    ]
-    return Table("One thing changed at a time", ("models", "difference", "verdict"), rows)
+    rows = []
+    for arm, other in CONTRASTS:
+        found = results.contrast(arm, other)
+        half = "" if found.half_width is None else f" ± {found.half_width:.3f}"
+        rows.append((f"{BY_KEY[arm].name} - {BY_KEY[other].name}", signed(found.mean) + half, found.verdict))
+    return Table(
+        "Differences of the same seed, one thing changed at a time",
+        ("models", "difference", "verdict"),
+        rows,
+        "The mean over the seeds and its 95 % t interval.",
+    )
 
 
 def recall_table(results: Results) -> Table:
     columns = ("model", *map(str, results.plan.recall_lengths))
+    needles = [KINDS * results.plan.recall_count(length) for length in results.plan.recall_lengths]
     rows = [(arm.name, *(f"{100 * share:.0f} %" for share in results.recall(arm.key))) for arm in ARMS]
     return Table(
         "Needles recalled, by the length of the context",
         columns,
         rows,
         f"{KINDS} needles at random places, asked for at the end; chance is {100 / VALUES:.0f} %. Trained with"
-        f" {results.size.context} tokens: what is longer is beyond it.",
+        f" {results.size.context} tokens: what is longer is beyond it. A share is of"
+        f" {', '.join(f'{n:,}' for n in needles)} needles a seed, the same for all models.",
     )
 
 
@@ -137,7 +134,7 @@ def _power(value: float | None) -> str:
 def growth_table(results: Results) -> Table:
     rows = [
         (arm.name, _power(results.growth(arm.key)), _power(results.growth(arm.key, "attention")),
-         _power(results.growth(arm.key, "indexer")), _power(results.memory_growth(arm.key)))
+         _power(results.growth(arm.key, "indexer")), _power(results.growth(arm.key, "memory")))
         for arm in ARMS
     ]  # fmt: skip
     lengths = [cost.length for cost in results.costs_of(ARMS[0].key)]
@@ -146,7 +143,7 @@ def growth_table(results: Results) -> Table:
         ("model", "time", "time of attention", "time of the indexer", "memory"),
         rows,
         f"Slopes of the logarithms from {lengths[len(lengths) // 2]:,} to {lengths[-1]:,} tokens: 1 is linear, 2"
-        " quadratic. Attention: without the indexer's scores and choice.",
+        " quadratic. Attention: without the indexer, but with its loss.",
     )
 
 
@@ -157,10 +154,10 @@ def shares_table(results: Results) -> Table:
         for cost in (costs[0], costs[-1]) if len(costs) > 1 else costs:
             parts = (f"{100 * cost.step_parts[part] / cost.step_seconds:.0f} %" for part in PARTS)
             rows.append((arm.name, f"{cost.length:,}", *parts))
-    names = {"FFN": "experts or SwiGLU", "indexer": "indexer: scores and choice"}
+    names = {"ffn": "experts or SwiGLU"}
     return Table(
         "Where the time of a step goes", ("model", "tokens", *(names.get(part, part) for part in PARTS)), rows,
-        "Forward and backward. The indexer's loss counts as attention.",
+        "Forward and backward, by ffn_ops.profile. The indexer's loss counts as attention.",
     )  # fmt: skip
 
 
@@ -183,3 +180,67 @@ def deepseek_table(results: Results) -> Table:
 def tables(results: Results) -> Sequence[Table]:
     every = [models_table, losses_table, contrasts_table, recall_table, indexer_table, loads_table, costs_table]
     return [table(results) for table in (*every, growth_table, shares_table, deepseek_table)]
+
+
+def supports(results: Results) -> list[str]:
+    lines = []
+    for arm, other in CONTRASTS:
+        found = results.contrast(arm, other)
+        if found.verdict != NOT_SHOWN:
+            lines.append(
+                f"{BY_KEY[arm].name} has a {found.verdict} than {BY_KEY[other].name}: {signed(found.mean)} ±"
+                f" {found.half_width:.3f} nats per byte."
+            )
+    if not lines:
+        lines.append("No difference in validation loss is shown.")
+    recalled = {arm: results.recall(arm) for arm in ("dense_moe", "sparse_moe", "window_moe")}
+    for at, length in enumerate(results.plan.recall_lengths):
+        if length in (results.size.context, results.plan.recall_lengths[-1]):
+            shares = ", ".join(f"{BY_KEY[arm].name} {100 * share[at]:.0f} %" for arm, share in recalled.items())
+            lines.append(f"Needles recalled in {length:,} tokens: {shares}; chance {100 / VALUES:.0f} %.")
+    dense, sparse = results.costs_of("dense_moe"), results.costs_of("sparse_moe")
+    ratios = [s.step_seconds / d.step_seconds for d, s in zip(dense, sparse, strict=True)]
+    decoded = [s.decode_seconds / d.decode_seconds for d, s in zip(dense, sparse, strict=True)]
+    lines.append(
+        "Time of the sparse model over the dense one's, from"
+        f" {dense[0].length:,} to {dense[-1].length:,} tokens: a step {ratios[0]:.2f} to {ratios[-1]:.2f}, a decoded"
+        f" token {decoded[0]:.2f} to {decoded[-1]:.2f}."
+    )
+    powers = [results.growth("dense_moe", "attention"), results.growth("sparse_moe", "attention")]
+    index = results.growth("sparse_moe", "indexer")
+    if None not in (*powers, index):
+        share = sparse[-1].step_parts["indexer"] / sparse[-1].step_seconds
+        lines.append(
+            f"At long contexts the time of dense attention grows with the power {powers[0]:.2f} of the length, that of"
+            f" attention over chosen keys with {powers[1]:.2f}. The indexer compares every query with every key:"
+            f" it grows with {index:.2f}, and takes {100 * share:.0f} % of the step at {sparse[-1].length:,} tokens."
+        )
+    return lines
+
+
+def limits(results: Results) -> list[str]:
+    plan, size = results.plan, results.size
+    tokens = plan.steps * plan.batch * size.context
+    seeds = (
+        f"{plan.seeds} seeds. A difference counts as shown where the paired 95 % t interval excludes zero; of"
+        f" {len(CONTRASTS)} comparisons, chance alone shows one in up to {100 * (1 - 0.95 ** len(CONTRASTS)):.0f} % of"
+        " such runs."
+    )
+    return [
+        f"Models of {min(r.parameters for r in results.runs):,} to {max(r.parameters for r in results.runs):,}"
+        f" parameters trained on {tokens:,} tokens of one text: nothing follows for large models or long training.",
+        seeds,
+        f"The active FLOPs are equal at a context of {size.context}, in the forward, in the sparse stage. The dense"
+        " stage of the sparse models, their warm-up, their indexers' loss and the blocks that backward gathers again"
+        " are not in them. Equal FLOPs are not equal parameters, memory or time.",
+        "One learning rate for all, tuned for none. The sparse models have half of their steps to get used to the"
+        " choice; DeepSeek's had a trained dense model to begin with.",
+        "A needle is one token that occurs in no text, and the models are trained to find it: this shows what the"
+        f" attention can reach, not understanding. Beyond {size.context} tokens all models meet positions that they"
+        " were not trained with.",
+        "Times are those of plain torch on this CPU, of one sequence in float32: the dense attention is torch's fused"
+        " kernel, the sparse one gathers rows into memory first. A fused kernel, other widths or more heads move the"
+        " length from which sparse is faster.",
+        "The indexer's loss is that of the report, over the chosen keys; other ways of training it are not compared."
+        " transformers' indexer runs without gradients: the tiny DeepSeek-V3.2 keeps a random one.",
+    ]

@@ -17,9 +17,10 @@ from torch.nn import functional as F
 from ffn_ops import Routing, routing
 from ffn_ops.compare.mixtures import BIAS_RATE, LayerLoad, layer_load
 from ffn_ops.compare.text import Text, training_starts, validation_starts, windows
+from ffn_ops.compare.train import rate
 
-from .attention import Attention, choose, dense_probabilities
-from .model import BYTES, KINDS, VALUES, Arm, LanguageModel, Size
+from .attention import dense_probabilities
+from .model import BYTES, KINDS, VALUES, Arm, Block, LanguageModel, Size
 
 RATE, INDEX_RATE, CLIP = 4e-3, 1e-2, 1.0
 QUESTIONS = BYTES + KINDS * VALUES  # the token of the first kind's question
@@ -37,6 +38,9 @@ class Plan:
     windows: int = 64  # of validation
     recall_lengths: tuple[int, ...] = (128, 256, 512, 1024, 2048, 4096)
     recall_tokens: int = 16384  # of each length; at least 4 sequences
+
+    def recall_count(self, length: int) -> int:
+        return max(4, self.recall_tokens // length)
 
 
 @dataclass
@@ -83,12 +87,6 @@ def losses(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     return each[tokens[:, 1:] < BYTES].mean(), each[answers].mean()
 
 
-def _rate(step: int, steps: int) -> float:
-    """Linear warm-up over the first tenth, then a cosine to a tenth."""
-    begin = max(1, steps // 10)
-    return min((step + 1) / begin, 0.55 + 0.45 * math.cos(math.pi * max(0, step - begin) / max(1, steps - begin)))
-
-
 class Trainer:
     def __init__(self, size: Size, arm: Arm, plan: Plan, text: Text, seed: int) -> None:
         self.model = LanguageModel(size, arm, seed)
@@ -113,21 +111,21 @@ class Trainer:
             if sparse and step == plan.steps // 2:
                 self.warm_up()
                 self.model.set_mode("sparse")
-            self.step(tokens, _rate(step, plan.steps))
+            self.step(tokens, rate(step, plan.steps, 1.0))
         self.run.seconds = time.perf_counter() - began
 
-    def step(self, tokens: Tensor, rate: float) -> None:
+    def step(self, tokens: Tensor, share: float) -> None:
         """The language model's loss trains all but the indexers; theirs trains them, in the same backward."""
         routed: list[Routing] = []
         logits, index_loss = self.model(tokens[:, :-1], routed=routed)
         text, answers = losses(logits, tokens)
         (text + answers + index_loss).backward()
         nn.utils.clip_grad_norm_(self.model.others(), CLIP)
-        _advance(self.optimizer, RATE * rate)
+        _advance(self.optimizer, RATE * share)
         if self.index_optimizer is not None:
-            _advance(self.index_optimizer, INDEX_RATE * rate)
+            _advance(self.index_optimizer, INDEX_RATE * share)
         with torch.no_grad():
-            for block, chosen in zip(self.model.each_block(), routed, strict=False):
+            for block, chosen in zip(self.model.blocks, routed, strict=False):
                 routing.update_bias(block.ffn.choose.bias, chosen, BIAS_RATE)
         self.run.losses.append(text.item())
         self.run.answers.append(answers.item())
@@ -160,14 +158,17 @@ class Trainer:
         self.run.loads = [layer_load(chosen) for chosen in routed]
         self.run.recall = [self.recall(length) for length in plan.recall_lengths]
         if self.arm.attention == "sparse":
-            shares = [coverage(*pair) for pair in attention_inputs(self.model, x[:4])]
+            shares, h = [], self.model.token(x[:4])
+            for block in self.model.blocks:
+                shares.append(coverage(block, h))
+                h = block(h)[0]
             self.run.covered = (fmean(chosen for chosen, _ in shares), fmean(last for _, last in shares))
         return self.run
 
     def recall(self, length: int) -> float:
         """The share of needles that the model names when asked at the end of ``length`` tokens of held-out text."""
         text, generator = self.text.validation, torch.Generator().manual_seed(length)
-        count, right = max(4, self.plan.recall_tokens // length), 0
+        count, right = self.plan.recall_count(length), 0
         starts = torch.randint(len(text) - length, (count,), generator=generator)
         for begin in starts:
             tokens = plant(text[begin : begin + length].long()[None], generator)
@@ -177,28 +178,13 @@ class Trainer:
         return right / (count * KINDS)
 
 
-def attention_inputs(model: LanguageModel, tokens: Tensor) -> list[tuple[Attention, Tensor]]:
-    """Each layer's attention and its input."""
-    found: list[tuple[Attention, Tensor]] = []
-
-    def note(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        assert isinstance(layer, Attention)
-        found.append((layer, inputs[0]))
-
-    hooks = [block.attention.register_forward_pre_hook(note) for block in model.each_block()]
-    model(tokens)
-    for hook in hooks:
-        hook.remove()
-    return found
-
-
 @torch.no_grad()
-def coverage(layer: Attention, x: Tensor) -> tuple[float, float]:
+def coverage(block: Block, x: Tensor) -> tuple[float, float]:
     """The share of the dense attention's probability on the chosen keys, and on as many last keys."""
-    x = layer.norm(x)
-    p = dense_probabilities(*layer.project(x))
-    chosen = p.gather(2, choose(*layer.index(x), layer.keys)).sum(2)
-    return chosen.mean().item(), p.triu(1 - layer.keys).sum(2).mean().item()
+    h = block.attention_norm(x)
+    p = dense_probabilities(*block.attention.project(h))
+    chosen = p.gather(2, block.indexer(h, True)[1]).sum(2)
+    return chosen.mean().item(), p.triu(1 - block.size.keys).sum(2).mean().item()
 
 
 def _adam(parameters: list[nn.Parameter], rate: float) -> torch.optim.Optimizer:

@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the command. Returns 0; 2, with one line on stderr, for a caller's mistake; 1 if a layer was refused."""
     try:
-        _require_extras()
+        require_extras()
         from .machine import choose_device
 
         settings = Settings(
@@ -83,13 +83,13 @@ def run(args: argparse.Namespace) -> int:
         return 1
 
 
-def _require_extras() -> None:
+def require_extras() -> None:
     missing = [name for name in ("matplotlib", "rich") if importlib.util.find_spec(name) is None]
     if missing:
         raise CompareError(f"{' and '.join(missing)} not installed: pip install 'ffn_ops[compare]'")
 
 
-def _prepare_folder(path: Path) -> None:
+def prepare_folder(path: Path) -> None:
     """Makes the folder and writes into it once, so that an error shows before any work."""
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -99,19 +99,25 @@ def _prepare_folder(path: Path) -> None:
         raise CompareError(f"--out {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
+@contextmanager
+def move_into(out: Path) -> Iterator[Path]:
+    """Gives a fresh folder, and moves its files to ``out`` when all are complete."""
+    with tempfile.TemporaryDirectory(prefix=".", dir=out) as folder:
+        yield Path(folder)
+        for file in sorted(Path(folder).iterdir()):
+            os.replace(file, out / file.name)
+
+
 def write(results: Results, out: Path) -> None:
-    """Writes plots, report and results, and moves the files to their places when all are complete."""
     from . import plots, report
     from .results import write_json
 
-    with tempfile.TemporaryDirectory(prefix=".", dir=out) as folder:
-        fresh, began = Path(folder), time.perf_counter()
+    with move_into(out) as fresh:
+        began = time.perf_counter()
         written = plots.write(results, fresh)
         results.seconds["writing"] = round(time.perf_counter() - began, 1)
         report.write(results, written, fresh / "report.md")
         write_json(results, fresh / "results.json")
-        for file in sorted(fresh.iterdir()):
-            os.replace(file, out / file.name)
 
 
 def compare(settings: Settings) -> int:
@@ -126,7 +132,7 @@ def compare(settings: Settings) -> int:
     from .results import Results, TextFacts
 
     data = text.load(settings.text, settings.model.context)
-    _prepare_folder(settings.out)
+    prepare_folder(settings.out)
     console = Console()
     if not console.is_terminal:
         console.width = LOG_WIDTH

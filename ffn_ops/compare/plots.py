@@ -22,12 +22,12 @@ PROVIDER_COLOURS = {"eager": "#999999", "compile": "#E69F00", "fused": "#0072B2"
 DPI = 110
 
 
-def _style(index: int) -> dict[str, str]:
+def style(index: int) -> dict[str, str]:
     return {"color": COLOURS[index % len(COLOURS)], "linestyle": DASHES[index % len(DASHES)]}
 
 
-STYLES = {a.key: _style(i) for i, a in enumerate(ARCHITECTURES)}
-STYLES |= {m.key: _style(i + 2) for i, m in enumerate(MIXTURES)}  # their plots hold no other layer than the baseline
+STYLES = {a.key: style(i) for i, a in enumerate(ARCHITECTURES)}
+STYLES |= {m.key: style(i + 2) for i, m in enumerate(MIXTURES)}  # their plots hold no other layer than the baseline
 
 
 def _runs(runs: Sequence[Run], key: str) -> list[Run]:
@@ -43,7 +43,7 @@ def _over_seeds(runs: Sequence[Run], values: Callable[[Run], list[float]]) -> Ba
     return [fmean(c) for c in columns], [min(c) for c in columns], [max(c) for c in columns]
 
 
-def _finish(axes: Axes, title: str, x: str, y: str) -> None:
+def finish(axes: Axes, title: str, x: str, y: str) -> None:
     axes.set_title(title, fontsize=11)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
@@ -72,10 +72,10 @@ def _loss(every: Sequence[Run]) -> Figure:
         if differences := _differences(every, key):
             width = 1.0 if key == BASELINE else 1.6
             middle.plot(steps[: len(differences)], differences, linewidth=width, **STYLES[key])
-    _finish(left, "Validation loss (mean; band: range of seeds)", "step", "loss (nats per byte)")
+    finish(left, "Validation loss (mean; band: range of seeds)", "step", "loss (nats per byte)")
     left.legend(fontsize=9)
     name = NAMES[BASELINE]
-    _finish(middle, f"Minus {name} of the same seed, mean", "step", f"loss minus {name}'s (nats per byte)")
+    finish(middle, f"Minus {name} of the same seed, mean", "step", f"loss minus {name}'s (nats per byte)")
 
     rows = [t for t in trained(every) if t.architecture != BASELINE and t.paired is not None]
     right.axvline(0, color="black", linewidth=1)
@@ -87,7 +87,7 @@ def _loss(every: Sequence[Run]) -> Figure:
     right.set_yticks(range(len(rows)), [NAMES[t.architecture] for t in rows])
     right.set_ylim(len(rows) - 0.4, -0.6)
     right.locator_params(axis="x", nbins=6)
-    _finish(right, "End: seeds (dots), mean, 95 % interval", f"final loss minus {name}'s (nats per byte)", "")
+    finish(right, "End: seeds (dots), mean, 95 % interval", f"final loss minus {name}'s (nats per byte)", "")
     return figure
 
 
@@ -115,10 +115,10 @@ def gradients(results: Results) -> Figure:
                 return [at_step[layer] for at_step in run.gradient_norms]
 
             mean, _, _ = _over_seeds(runs, norms)
-            axes.plot(runs[0].gradient_steps[: len(mean)], mean, label=f"block {layer + 1}", **_style(layer))
+            axes.plot(runs[0].gradient_steps[: len(mean)], mean, label=f"block {layer + 1}", **style(layer))
         axes.set_yscale("log")
         below = index + columns >= len(keys)
-        _finish(axes, NAMES[key], "step" if below else "", "gradient norm" if index % columns == 0 else "")
+        finish(axes, NAMES[key], "step" if below else "", "gradient norm" if index % columns == 0 else "")
         axes.xaxis.set_tick_params(labelbottom=below)
     grid.flat[0].legend(fontsize=9)
     figure.suptitle("Gradient norm of each feed-forward layer, before clipping (log scale, mean over seeds)")
@@ -139,7 +139,7 @@ def dead(results: Results) -> Figure:
             steps = mine[0].steps[: len(mean)]
             axes.plot(steps, mean, label=NAMES[key], **STYLES[key])
             axes.fill_between(steps, low, high, color=STYLES[key]["color"], alpha=0.12, linewidth=0)
-        _finish(axes, title, "step", "dead units (% of all blocks' units)")
+        finish(axes, title, "step", "dead units (% of all blocks' units)")
         axes.set_ylim(bottom=0, top=max(1.0, axes.get_ylim()[1]))
     panels[0].legend(fontsize=9)
     return figure
@@ -156,7 +156,7 @@ def experts(results: Results) -> Figure:
             _load_panel(grid[block, column], run, block)
             title = f"{NAMES[run.architecture]}, block {block + 1}"
             y = "share of choices (%)" if column == 0 else ""
-            _finish(grid[block, column], title, "step" if block == blocks - 1 else "", y)
+            finish(grid[block, column], title, "step" if block == blocks - 1 else "", y)
     grid[0, 0].set_ylim(bottom=0)
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=9)
@@ -218,7 +218,7 @@ def speed(results: Results) -> Figure:
             timing = found.forward if field == "forward" else found.forward_backward
             return timing.milliseconds
 
-        _finish(axes, field.replace("_", " + "), "", "time (ms)")
+        finish(axes, field.replace("_", " + "), "", "time (ms)")
         _grouped(results, axes, value)
     figure.axes[0].legend()
     figure.suptitle(f"{size.tokens} tokens, d_model {size.d_model}, d_ff {size.d_ff}, float32; median and quartiles")
@@ -237,7 +237,7 @@ def memory(results: Results) -> Figure:
         return None if found is None else (mib, mib, mib)
 
     title = f"{size.tokens} tokens, d_model {size.d_model}, d_ff {size.d_ff}, float32; input included, parameters not"
-    _finish(axes, title, "", "kept for backward (MiB)")
+    finish(axes, title, "", "kept for backward (MiB)")
     _grouped(results, axes, value)
     axes.legend()
     return figure
@@ -248,8 +248,8 @@ def _curves(x: list[float], curves: list[Curve], top: float, names: tuple[str, s
     for axes, title, slope in zip(figure.subplots(1, 2), names, (False, True), strict=True):
         for index, curve in enumerate(curves):
             width = 3.2 - 2.2 * index / len(curves)  # later curves are thinner, so that covered curves stay visible
-            axes.plot(x, curve.slope if slope else curve.value, label=curve.label, linewidth=width, **_style(index))
-        _finish(axes, title, "x", "d act / dx" if slope else "act(x)")
+            axes.plot(x, curve.slope if slope else curve.value, label=curve.label, linewidth=width, **style(index))
+        finish(axes, title, "x", "d act / dx" if slope else "act(x)")
         axes.set_xlim(x[0], x[-1])
         axes.set_ylim((-0.6, 2.2) if slope else (-1.3, top))
         axes.axhline(0, color="black", linewidth=0.6)

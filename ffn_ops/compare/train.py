@@ -68,7 +68,7 @@ def _width(layer: Layer, budget: dict[str, int], settings: Settings) -> int:
     return layer.width(settings.model.d_ff) if isinstance(layer, Mixture) else budget[layer.key]
 
 
-def _rate(step: int, steps: int, peak: float) -> float:
+def rate(step: int, steps: int, peak: float) -> float:
     """Linear warm-up over the first tenth, then a cosine to a tenth of the peak."""
     warmup = max(1, steps // 10)
     if step < warmup:
@@ -144,7 +144,7 @@ class Trainer:
             return
         began = time.perf_counter()
         for group in self.optimizer.param_groups:
-            group["lr"] = _rate(step, self.steps, self.run.learning_rate)
+            group["lr"] = rate(step, self.steps, self.run.learning_rate)
         self.optimizer.zero_grad(set_to_none=True)
         routed: list[Routed] = []
         loss = F.cross_entropy(self.model(x, routed=routed).flatten(0, 1), y.flatten())
