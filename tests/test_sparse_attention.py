@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -225,6 +226,18 @@ def test_the_whole_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         assert f"{run.validation:.3f}" in report and f"{run.validation:.3f}" in shown
     assert [run["validation"] for run in record["runs"]] == [run.validation for run in results.runs]
     assert {file.name for file in tmp_path.glob("*.png")} == {"training.png", "recall.png", "cost.png", "experts.png"}
+
+
+def test_what_is_missing_shows_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("examples.sparse_attention.__main__.Trainer", None)
+    (tmp_path / "file").touch()
+    pytest.importorskip("transformers.models.deepseek_v32")
+    with pytest.raises(SystemExit, match=r"--out .*file: File exists"):
+        main(["--out", str(tmp_path / "file")])
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(SystemExit, match=r"transformers lacks DeepSeek-V3.2: pip install 'ffn_ops\[transformers\]'"):
+        main(["--out", str(tmp_path / "new")])
+    assert not (tmp_path / "new").exists()
 
 
 def test_indexer_scales_its_scores() -> None:
