@@ -39,8 +39,8 @@ class Steps {
   void product(const Gemm& g) { products({g}); }
   void products(const std::vector<Gemm>& gemms);
   void pass(int64_t tasks, Phases::Task run);
-  // A pass that runs at the same time as what is added next, of products their packing: one wait less. The steps after
-  // it, and the products themselves, may use its results; a pass, or another one beside it, may not.
+  // A pass that shares a phase with the next step, or with its packing where that step is products: one wait less.
+  // Those products and all later steps may use its results; a pass that shares the phase may not.
   void beside(int64_t tasks, Phases::Task run);
   // What was added beside nothing yet ends here.
   void join() { pass(0, nullptr); }

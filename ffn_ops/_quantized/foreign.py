@@ -198,7 +198,6 @@ _HAS_CONSTANTS = torch.__version__ >= "2.15"  # those of a module: in 2.11 dynam
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (*FLOATS, *BYTE)}
 
 
-@torch.compiler.assume_constant_result  # of this layer, while its class, and shapes and dtypes of its tensors stay
 def _place(layer: Any) -> str:
     """Where all tensors of the layer's weight lie among its own: "fp8:1x64|weight,uint8,8,64|scale,float32,8,1"; else
     nothing. It is text because dynamo takes text for a constant."""
@@ -209,6 +208,11 @@ def _place(layer: Any) -> str:
     parts = [(own.get(t.data_ptr()), str(t.dtype).removeprefix("torch."), *t.shape) for t in found.parts]
     held = all(name is not None for name, *_ in parts)
     return "|".join([found.stacked()[1], *(",".join(map(str, each)) for each in parts)]) if held else ""
+
+
+# A constant of the layer, while its class, and shapes and dtypes of its tensors stay: what
+# torch.compiler.assume_constant_result says, which would import the compiler with the package.
+vars(_place)["_dynamo_marked_constant"] = True
 
 
 def why_untraced(layer: Any) -> str:
