@@ -50,13 +50,10 @@ def is_unhooked(module: nn.Module) -> bool:
 
 def is_plain_linear(layer: nn.Module) -> bool:
     """True if calling ``layer`` computes only ``F.linear(x, layer.weight, layer.bias)``."""
+    if type(layer) is not nn.Linear:
+        return False
     weight: Any = layer._parameters.get("weight")
-    return (
-        type(layer) is nn.Linear
-        and type(weight) in PLAIN_TENSORS
-        and weight.layout is torch.strided
-        and is_unhooked(layer)
-    )
+    return type(weight) in PLAIN_TENSORS and weight.layout is torch.strided and is_unhooked(layer)
 
 
 def quantized(*layers: Any) -> list[tuple[QuantizedWeight, Tensor | None]] | None:

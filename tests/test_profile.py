@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -176,6 +177,75 @@ def test_mixture_moves_the_experts_that_have_rows_and_counts_their_tokens() -> N
     tables = sum(t.nbytes for t in (routing.token, routing.weight, routing.offsets, routing.row, routing.slot_offsets))
     assert row["bytes"]["forward"] == 2 * (2 * expert + 2 * x.nbytes + tables)
     assert row["flops"] == {"forward": 2 * 6 * T * D * F, "backward": 0}
+
+
+@pytest.mark.parametrize("how", ["meta", "functional", "float64 inside", "quantised"])
+def test_weights_are_not_kept_for_backward(how: str) -> None:
+    layer, x = ffn_ops.FeedForward(D, d_ff=F, bias=False), torch.randn(T, D, generator=generator(8), requires_grad=True)
+    others = {name: p.detach().clone() for name, p in layer.named_parameters()}
+    if how == "meta":
+        layer, x = layer.to("meta"), x.detach().to("meta").requires_grad_()
+    if how == "quantised":
+        ffn_ops.quantize_(layer, "int8")
+    with ffn_ops.profile(layer) as prof:
+        if how == "float64 inside":
+            layer, x = layer.double(), x.detach().double().requires_grad_()
+        if how == "functional":
+            torch.func.functional_call(layer, others, (x,))
+        else:
+            layer(x)
+    assert rows(prof)["FeedForward"]["saved_bytes"] == x.itemsize * (T * D + 2 * T * F)
+
+
+def test_transformed_calls_count_once() -> None:
+    model, x = (
+        nn.Sequential(ffn_ops.FeedForward(D, d_ff=F, bias=False), ffn_ops.MoEFFN(D, F, E, K)),
+        torch.ones(3, T, D),
+    )
+
+    def loss(parameters: Any, x: Tensor) -> Tensor:
+        return torch.func.functional_call(model, parameters, (x,)).sum()  # type: ignore[no-any-return]
+
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    with ffn_ops.profile(model) as prof:
+        torch.func.grad(loss)(parameters, x[0])
+        torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+    dense, mixture = (rows(prof)[path] for path in ("0", "1"))
+    assert dense["flops"]["forward"] == 4 * 6 * T * D * F
+    assert dense["operators"]["ffn"]["calls"] == 4 and sum(mixture["tokens"]) == 4 * T * K
+    assert dense["saved_bytes"] is None  # torch.func lets nobody look
+
+
+def test_quantised_experts_and_layers_in_a_row_have_rows() -> None:
+    model = mixtral()
+    ffn_ops.quantize_(model, "int8")
+    with ffn_ops.profile(model) as prof, torch.no_grad():
+        model(IDS)
+    for i in range(2):
+        row = rows(prof)[f"model.layers.{i}.mlp.experts"]
+        assert row["kind"] == "experts" and sum(row["tokens"]) == T * K
+        assert row["flops"]["forward"] == 6 * T * K * D * F and row["layer"]["status"] == "ffn_ops"
+    assert rows(prof)["model.layers.1.self_attn"]["calls"] == 1
+    model = nn.Sequential(nn.Linear(D, D), ffn_ops.FeedForward(D, d_ff=F), nn.Linear(D, D))
+    model.append(torch.jit.script(nn.LayerNorm(D)))
+    with ffn_ops.profile(model) as prof:
+        model(torch.ones(T, D)).sum().backward()
+    found = {path: (row["kind"], row["calls"]) for path, row in rows(prof).items() if path != "outside"}
+    assert found == {
+        "Sequential": ("own code", 1), "0": ("other", 1), "1": ("feed-forward", 1), "2": ("other", 1),
+        "3": ("other", 1),
+    }  # fmt: skip
+    assert clean(model)
+
+
+def test_operators_of_torch_in_other_threads_are_said_not_to_be_counted() -> None:
+    model = nn.Sequential(nn.Linear(D, D), ffn_ops.FeedForward(D, d_ff=F))
+    with ffn_ops.profile(model, operators=True) as prof:
+        thread = threading.Thread(target=lambda: model(torch.ones(T, D)))
+        thread.start()
+        thread.join()
+    assert rows(prof)["0"]["flops"] is None and rows(prof)["0"]["counted"] is None
+    assert rows(prof)["1"]["flops"]["forward"] == 6 * T * D * F and rows(prof)["1"]["counted"] == "all"
 
 
 @pytest.mark.parametrize("again", [False, True])

@@ -175,6 +175,8 @@ def test_ranges_stand_in_the_trace(tmp_path: Path, clock: list[int]) -> None:
     expected = {f"ffn_ops: {name}{way}" for name in ("Block", "ffn", "attention") for way in ("", " (backward)")}
     with ffn_ops.profile(block, trace=True) as prof:
         ran(block, clock)
+    with pytest.raises(FileNotFoundError):
+        prof.export_chrome_trace(tmp_path / "missing" / "trace.json")
     prof.export_chrome_trace(tmp_path / "trace.json")
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     assert expected <= {event.get("name") for event in events}

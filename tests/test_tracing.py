@@ -143,3 +143,14 @@ def test_mixtures_are_parts_of_a_traced_model(name: str) -> None:
         match=r"MoEFFN: torch.fx.symbolic_trace cannot trace this module alone; trace a model that contains it",
     ):
         torch.fx.symbolic_trace(LAYERS[name]())
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.jit.script is deprecated
+def test_a_script_has_no_layers_and_one_row() -> None:
+    model, x = nn.Sequential(nn.Linear(8, 12), nn.SiLU(), nn.Linear(12, 8)), torch.randn(3, 8)
+    expected = model(x)
+    replaced = ffn_ops.replace(torch.jit.script(model))
+    assert not ffn_ops.replace_report(replaced).entries
+    with ffn_ops.profile(replaced) as prof:
+        torch.testing.assert_close(replaced(x), expected)
+    assert prof.as_dict()["rows"][1]["calls"] == 1

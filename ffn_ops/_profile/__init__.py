@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.parameter import is_lazy
@@ -56,13 +57,13 @@ class Profile:
         if self._trace and profiling():
             raise RuntimeError("trace: expected False inside of another torch profiler, whose trace has the ranges too")
         self._found = None
-        self._places = places(self._model)
+        found = entries(self._model)
+        self._places = places(self._model, {path for path, entry in found.items() if entry.status == "ffn_ops"})
         self._on_cpu = all(p.device.type in ("cpu", "meta") for p in self._model.parameters())
-        self._parameters = {p.untyped_storage().data_ptr() for p in self._model.parameters() if _is_dense(p)}
         self._saved: dict[int, int] = {}
         self._by_torch: set[int] = set()  # rows in whose calls torch computes products
         self._looked: set[Any] = set()
-        self._model_calls = {path: (e.fused_calls, e.own_calls) for path, e in entries(self._model).items()}
+        self._model_calls = {path: (e.fused_calls, e.own_calls) for path, e in found.items()}
         self._undo = contextlib.ExitStack()
         if self._trace:
             self._torch = torch.profiler.profile()
@@ -113,7 +114,7 @@ class Profile:
                 out = inner(*args, **kwargs)
             else:
                 self._looked.add(kind)
-                with self._looking(line, row, grad and not line.cell & 1, place.layer):
+                with self._looking(line, row, grad and not line.cell & 1, place):
                     out = inner(*args, **kwargs)
             if grad:
                 clock.mark(tensors_in(out), line, 2 * row + 1)
@@ -125,11 +126,13 @@ class Profile:
         return _KINDS_OF_CALLS * len(self._places)
 
     @contextlib.contextmanager
-    def _looking(self, line: Line, row: int, grad: bool, layer: bool) -> Iterator[None]:
+    def _looking(self, line: Line, row: int, grad: bool, place: Place) -> Iterator[None]:
         """Looks at what calls keep for backward, and whether torch computes products in a layer."""
         kept: dict[tuple[int, int], dict[int, int]] = {}  # by row and call: bytes of storages
+        grad = grad and torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
         if grad:
             self._saved.setdefault(row, 0)
+        held: set[int] = set()
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
         outer = None if hooks is None else hooks[0]
 
@@ -138,14 +141,15 @@ class Profile:
             row = line.cell >> 1
             storages = kept.setdefault((row, line.calls[row] if row < len(line.calls) else 0), {})
             for each in tensors_in(packed):  # a checkpoint keeps none
-                if each.layout is torch.strided and (at := each.untyped_storage().data_ptr()) not in self._parameters:
+                if each.layout is torch.strided and (at := each.untyped_storage()._cdata) not in held:
                     storages[at] = each.untyped_storage().nbytes()
             return packed
 
         with contextlib.ExitStack() as stack:
-            if layer and not self._operators:
+            if place.layer and not (self._operators and line is self._clock.entered):  # type: ignore[union-attr]
                 stack.enter_context(TorchOperators(lambda op, *_: self._by_torch.add(row) if is_product(op) else None))
-            if grad and not line.looking and torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
+            if grad and not line.looking:
+                held |= _storages(self._model)  # now: functional_call puts others into it
                 unpack = (lambda packed: packed) if hooks is None else hooks[1]
                 stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, unpack))
                 line.looking = True
@@ -195,7 +199,8 @@ class Profile:
         """Writes the trace of torch's profiler, with a range for each call of a row and each backward of it.
 
         Raises:
-            RuntimeError: without ``trace=True``, or before the end of the ``with`` block.
+            RuntimeError: without ``trace=True``, before the end of the ``with`` block, or the second time.
+            OSError: if the file cannot be written.
 
         Example:
             >>> import tempfile
@@ -207,6 +212,7 @@ class Profile:
         self.as_dict()
         if self._torch is None:
             raise RuntimeError("export_chrome_trace: expected a profile with trace=True, got trace=False")
+        Path(path).open("wb").close()  # torch would only log an error
         self._torch.export_chrome_trace(str(path))
 
     def _result(self, clock: Clock) -> dict[str, Any]:
@@ -254,6 +260,8 @@ class Profile:
         self, row: int, place: Place, times: list[int], calls: list[tuple[Call, Sum]], limits: dict[str, Any] | None
     ) -> dict[str, Any]:
         seconds = sum(times) * 1e-9
+        clock: Any = self._clock
+        others = [line for line in clock.lines if line is not clock.entered]  # torch's operators in them are not seen
         by_name: dict[str, dict[str, Any]] = {}
         counted = {"flops": [0, 0], "bytes": [0, 0]}
         for call, total in calls:
@@ -263,7 +271,8 @@ class Profile:
                 each = by_name.setdefault(call.name, {"calls": 0, "seconds": 0.0})
                 each["calls"] += total.calls
                 each["seconds"] += total.nanoseconds * 1e-9
-        whole = not place.compiled and (self._operators or (place.layer and row not in self._by_torch))
+        seen = self._operators and not any(line.calls[row] or line.again[row] for line in others)
+        whole = not place.compiled and (seen or (place.layer and row not in self._by_torch))
         known = bool(seconds) and (whole or bool(by_name))
         work = {
             name: {"forward": forward, "backward": backward} if known else None
@@ -293,13 +302,17 @@ class Profile:
 
 
 def _is_run(args: Any) -> bool:
-    """False of a call that a compiler traces, with tensors without values."""
-    first = next((each for each in args if isinstance(each, Tensor)), None)
-    return not isinstance(first, (FakeTensor, FunctionalTensor))
+    """False of a call that a compiler traces, with tensors without values, or that a torch.func level hands down."""
+    given = tensors_in(args)
+    return not isinstance(next(iter(given), None), (FakeTensor, FunctionalTensor)) and not (
+        torch._C._are_functorch_transforms_active() and any(map(is_functorch_wrapped_tensor, given))
+    )
 
 
-def _is_dense(p: Tensor) -> bool:
-    return p.layout is torch.strided and not is_lazy(p)
+def _storages(module: nn.Module) -> set[int]:
+    """Of parameters and buffers. By address, as tensors on the meta device have no data."""
+    own = (*module.parameters(), *module.buffers())
+    return {t.untyped_storage()._cdata for t in own if t.layout is torch.strided and not is_lazy(t)}
 
 
 def _share(work: dict[str, int] | None, seconds: float, limits: dict[str, Any] | None, name: str) -> float | None:
@@ -341,7 +354,7 @@ def profile(model: nn.Module, *, operators: bool = False, trace: bool = False) -
       and writes each result once. Caches are not modelled, so a share of the bandwidth can be above 1.
     - their shares of this machine's float32 FMA peak and read bandwidth for torch's number of threads, measured at the
       first result of a process.
-    - kept for backward: the storages that one call saves, without parameters; the largest where shapes differ.
+    - kept for backward: the storages that one call saves, without parameters and buffers; the largest if shapes vary.
     - tokens of each expert; what is fused, what is called, and why (:func:`replace_report`).
 
     FLOPs and bytes are those of this package's operators. Where torch computes products in a layer, as adapters have

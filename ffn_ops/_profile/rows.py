@@ -38,15 +38,19 @@ class Place:
         return self.path or type(self.module).__name__
 
 
-def places(model: nn.Module) -> list[Place]:
-    """In the order of ``named_modules``. The first stands for what runs outside of the model."""
+def places(model: nn.Module, experts: set[str]) -> list[Place]:
+    """In the order of ``named_modules``. The first stands for what runs outside of the model. ``experts``: the paths
+    of modules that transformers hands to this package."""
     found = {id(site.layer): site for site in _sites(model)}
-    ours = [path for path, m in model.named_modules() if id(m) in found or isinstance(m, MoEFFN)]
-    above = {path.rsplit(".", i)[0] for path in ours for i in range(1, path.count(".") + 1)} | {""}
-    return [Place(nn.Module(), "", "outside"), *_walk(model, "", found, above, set())]
+    mixtures = {id(m) for path, m in model.named_modules() if path in experts or isinstance(m, MoEFFN)}
+    ours = [path for path, m in model.named_modules() if path and (id(m) in found or id(m) in mixtures)]
+    above = {path.rsplit(".", i)[0] for path in ours for i in range(1, path.count(".") + 1)} | ({""} if ours else set())
+    return [Place(nn.Module(), "", "outside"), *_walk(model, "", found, mixtures, above, set())]
 
 
-def _walk(module: nn.Module, path: str, found: dict[int, _Site], above: set[str], seen: set[int]) -> Iterator[Place]:
+def _walk(
+    module: nn.Module, path: str, found: dict[int, _Site], mixtures: set[int], above: set[str], seen: set[int]
+) -> Iterator[Place]:
     if id(module) in seen:
         return
     seen.add(id(module))
@@ -54,14 +58,16 @@ def _walk(module: nn.Module, path: str, found: dict[int, _Site], above: set[str]
     if is_compiled(module):
         yield Place(module, path, "compiled", compiled=True)
         return
-    mixture = isinstance(module, MoEFFN) or (site is not None and site.finding.plan is None and _has_experts(module))
+    if site is not None and site.finding.plan is None and path in above:
+        site = None  # left as it is, and layers are in it
+    mixture = id(module) in mixtures or (site is not None and site.finding.plan is None and _has_experts(module))
     layer = mixture or site is not None
-    inside = not layer if path in above else False
+    inside = not layer and (path in above or not path)
     if site is not None and not mixture:  # of a block that does more than its feed-forward layer
         plan = site.finding.plan
         method = getattr(type(module), FUSES, (site.method, None))[0]
         inside = plan is not None and (plan.part is not None or method != "forward")
-    has_forward = type(module).forward is not nn.Module.forward
+    has_forward = getattr(type(module), "forward", None) is not nn.Module.forward  # a script has none
     if has_forward:
         kind = ("experts" if mixture else "feed-forward") if layer else "own code" if inside else _kind(module, path)
         yield Place(module, path, kind, layer, inside)
@@ -69,7 +75,7 @@ def _walk(module: nn.Module, path: str, found: dict[int, _Site], above: set[str]
         below = site.finding.plan.form.linears if site is not None and site.finding.plan is not None else ()
         for name, child in module.named_children():
             if name not in {linear.split(".")[0] for linear in below}:
-                yield from _walk(child, f"{path}.{name}" if path else name, found, above, seen)
+                yield from _walk(child, f"{path}.{name}" if path else name, found, mixtures, above, seen)
 
 
 def _has_experts(module: nn.Module) -> bool:

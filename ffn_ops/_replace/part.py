@@ -46,7 +46,7 @@ def part_name(method: str) -> str:
 
 
 def _is_sequence(cls: Any) -> bool:
-    return cls.forward is nn.Sequential.forward
+    return getattr(cls, "forward", None) is nn.Sequential.forward  # a script has none
 
 
 def candidates(layer: nn.Module) -> list[Names]:

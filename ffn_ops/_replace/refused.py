@@ -121,7 +121,7 @@ def _stand_alone(layer: nn.Module, *pair: str) -> bool:
 
 def _has_activation(layer: nn.Module, reads: Reads, most: int | None = None) -> bool:
     """``most``: how many levels to search below the layer."""
-    code: Any = getattr(original_class(layer).forward, "__code__", None)
+    code: Any = getattr(getattr(original_class(layer), "forward", None), "__code__", None)  # a script has no forward
     if code is not None and not set(NAMES).isdisjoint(code.co_names):
         return True
     functions = _functions(layer)
