@@ -25,7 +25,7 @@ from torch.nn.parameter import is_lazy
 from .. import _checks as check
 from .. import _library, _peak
 from .clock import OUTSIDE, Clock, Line, profiling, tensors_in
-from .counts import Call, Sum, TorchOperators, flops, is_product, merged, moved, offsets_at, shapes
+from .counts import COUNTS_ATTENTION, Call, Sum, TorchOperators, flops, is_product, merged, moved, offsets_at, shapes
 from .rows import Place, Timed, entries, places
 from .table import text
 
@@ -238,14 +238,15 @@ class Profile:
         notes = []
         if not seen:
             notes.append("no call of the model was seen: where compiled code calls it, profile what was compiled")
-        if any(row["kind"] == "compiled" for row in rows):
+        compiled = any(row["kind"] == "compiled" for row in rows)
+        if compiled:
             notes.append("of compiled modules calls and time are known, and what this package's operators do in them")
-        if (
-            seen
-            and not any(place.layer for place in self._places)
-            and not any(row["kind"] == "compiled" for row in rows)
-        ):
+        if seen and not compiled and not any(place.layer for place in self._places):
             notes.append("no feed-forward layer was found in the model")
+        if self._operators and not COUNTS_ATTENTION:
+            notes.append(
+                f"torch {torch.__version__} has no formula for attention on a CPU: its products are not counted"
+            )
         if limits is None:
             notes.append("on this device each row waits for the device, and its limits are not measured")
         return {

@@ -18,6 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 MIXTURES = ("moe", "moe_lora", "moe_quantized")  # one of them for each call of a mixture
+# torch 2.11 has no formula for this one.
+COUNTS_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu in flop_registry
 PRODUCTS = {torch.ops.aten.linear, torch.ops.aten.matmul}  # as inference mode leaves them
 # of a table they read the rows that they return
 GATHERS = {torch.ops.aten.embedding, torch.ops.aten.index_select, torch.ops.aten.gather, torch.ops.aten.index}
