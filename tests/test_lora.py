@@ -43,7 +43,7 @@ class Mixture:
         if "down" in pairs:
             shapes |= {"lora_a_down": (E, rank[1], F), "lora_b_down": (E, O, rank[1])}
         g = generator(seed)
-        self.tensors = {n: torch.randn(s, generator=g, dtype=WIDE) * s[-1] ** -0.5 for n, s in shapes.items()}
+        self.tensors = {n: torch.randn(s, generator=g, dtype=WIDE) * max(s[-1], 1) ** -0.5 for n, s in shapes.items()}
         self.d_y = torch.randn(T, O, generator=g, dtype=WIDE)
 
     def ours(self, recompute: bool = False, **t: Tensor) -> Tensor:
@@ -92,6 +92,9 @@ SIZES = {
     "other pair": {"pairs": ("down",)},
     "one row each": {"T": 2},
     "no rows": {"T": 0},
+    "no width": {"D": 0},
+    "no hidden width": {"F": 0},
+    "no output": {"O": 0},
     "rank above the width": {"rank": (9, 70)},
     "tiles": {"T": 90, "D": 70, "F": 45, "O": 66, "rank": (8, 17)},
 }

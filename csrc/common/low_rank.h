@@ -2,6 +2,8 @@
 // Low-rank additions to the weights of experts, and the order in which the operators' inputs have gradients.
 #pragma once
 
+#include <array>
+
 #include "shapes.h"
 
 namespace ffn_ops {
@@ -54,5 +56,26 @@ struct PlainWeights {
 
 // In the order of the operators' `needs`.
 enum Input : size_t { kX, kWeight, kIn, kUp, kDown, kBIn, kBDown, kLoraAIn, kLoraBIn, kLoraADown, kLoraBDown, kInputs };
+
+// The gradients that backward computes: those asked for of what there is, and the matrices that they need.
+struct Needed {
+  std::array<bool, kInputs> of;
+  bool hidden, h;  // d_hidden; h
+
+  Needed(const std::array<bool, kInputs>& asked, bool routed, const PlainWeights& plain, const LowRank& lora_in,
+         const LowRank& lora_down)
+      : of(asked) {
+    const auto only_if = [this](Input each, bool there) { of[each] = of[each] && there; };
+    only_if(kWeight, routed);
+    only_if(kIn, plain.in);
+    only_if(kUp, plain.up);
+    only_if(kDown, plain.down);
+    for (const Input each : {kLoraAIn, kLoraBIn}) only_if(each, lora_in.rank > 0);
+    for (const Input each : {kLoraADown, kLoraBDown}) only_if(each, lora_down.rank > 0);
+    hidden = of[kX] || of[kWeight] || of[kIn] || of[kUp] || of[kBIn] || of[kLoraAIn] || of[kLoraBIn];
+    h = of[kDown] || of[kLoraADown] || of[kLoraBDown];
+  }
+  bool operator[](Input each) const { return of[each]; }
+};
 
 }  // namespace ffn_ops

@@ -308,7 +308,7 @@ void add_short_outer_products(Steps& steps, Experts& c, int64_t M, int64_t N, co
     size_t product;
     Range range;
   };
-  const int64_t size = storage_size(dtype), rank = std::min(M, N), length = std::max(M, N);
+  const int64_t size = storage_size(dtype), rank = std::max<int64_t>(1, std::min(M, N)), length = std::max(M, N);
   std::vector<ShortOuter> products;
   std::vector<Task> tasks;
   for (const Segment& s : c.segments) {

@@ -140,7 +140,7 @@ std::array<Tensor, kInputs> run_experts_backward(Experts& c, const std::string& 
                                                  const StackedWeight& w_down, const PlainWeights& plain,
                                                  const std::optional<Tensor>& b_in, const std::optional<Tensor>& b_down,
                                                  const Tensor& gate, const Tensor& up,
-                                                 const std::array<bool, kInputs>& needs);
+                                                 const std::array<bool, kInputs>& asked);
 
 // rows[r] weights^T [R, N]; rows after the experts' are zero.
 Tensor run_linear(Experts& c, const Tensor& rows, int64_t N, const WeightsFrom& weights);

@@ -10,29 +10,21 @@
 namespace ffn_ops {
 namespace {
 
-// d_w [E, N, K] = sum over each expert's rows of d_out^T in, stored as the weight is.
-Tensor add_expert_weight_gradient(Steps& steps, Experts& c, const Tensor& w, const RowsOf& d_out, const RowsOf& in) {
+// d_w [E, N, K] = sum over each expert's rows of d_out^T in, stored as the weight is. `add`: add_outer_products, or for
+// a factor of an adapter add_short_outer_products.
+Tensor add_weight_gradient(Steps& steps, Experts& c, const Tensor& w, const RowsOf& d_out, const RowsOf& in,
+                           decltype(&add_outer_products) add = &add_outer_products) {
   const int64_t N = w.size(1), K = w.size(2);
   const DType dtype = storage_dtype(w, "w");
-  if (!is_transposed(w)) {
-    Tensor d_w = fresh(w, {c.E, N, K});
-    add_outer_products(steps, c, N, K, d_out, in, dtype, d_w.mutable_data_ptr());
-    return d_w;
-  }
-  Tensor d_w = fresh(w, {c.E, K, N});
-  add_outer_products(steps, c, K, N, in, d_out, dtype, d_w.mutable_data_ptr());
-  return torch::stable::transpose(d_w, 1, 2);
+  const bool turned = is_transposed(w);
+  Tensor d_w = turned ? fresh(w, {c.E, K, N}) : fresh(w, {c.E, N, K});
+  if (turned) add(steps, c, K, N, in, d_out, dtype, d_w.mutable_data_ptr());
+  else add(steps, c, N, K, d_out, in, dtype, d_w.mutable_data_ptr());
+  return turned ? torch::stable::transpose(d_w, 1, 2) : d_w;
 }
 
-// The same of a factor of an adapter; beside the next step.
 Tensor add_factor_gradient(Steps& steps, Experts& c, const Tensor& w, const RowsOf& d_out, const RowsOf& in) {
-  const int64_t N = w.size(1), K = w.size(2);
-  const DType dtype = storage_dtype(w, "w");
-  const bool stored = is_transposed(w);
-  Tensor d_w = stored ? fresh(w, {c.E, K, N}) : fresh(w, {c.E, N, K});
-  if (stored) add_short_outer_products(steps, c, K, N, in, d_out, dtype, d_w.mutable_data_ptr());
-  else add_short_outer_products(steps, c, N, K, d_out, in, dtype, d_w.mutable_data_ptr());
-  return stored ? torch::stable::transpose(d_w, 1, 2) : d_w;
+  return add_weight_gradient(steps, c, w, d_out, in, &add_short_outer_products);
 }
 
 // In backward: each row of the gradient times b, and a as the second factor, which gives the gradient of the input.
@@ -50,17 +42,10 @@ std::array<Tensor, kInputs> run_experts_backward(Experts& c, const std::string& 
                                                  const StackedWeight& w_down, const PlainWeights& plain,
                                                  const std::optional<Tensor>& b_in, const std::optional<Tensor>& b_down,
                                                  const Tensor& gate, const Tensor& up,
-                                                 const std::array<bool, kInputs>& needs) {
+                                                 const std::array<bool, kInputs>& asked) {
   check_tensor(d_y, "d_y", c.dtype, {c.T, c.O});
   const bool recompute = !check_saved(op, gate, up, c.dtype, c.R, c.F, c.gated);
-  const bool need_x = needs[kX], need_weight = needs[kWeight] && c.routed;
-  const bool need_in = needs[kIn] && plain.in, need_up = needs[kUp] && plain.up;
-  const bool need_down = needs[kDown] && plain.down;
-  const bool need_lora_in[2] = {needs[kLoraAIn] && c.lora_in.rank > 0, needs[kLoraBIn] && c.lora_in.rank > 0};
-  const bool need_lora_down[2] = {needs[kLoraADown] && c.lora_down.rank > 0, needs[kLoraBDown] && c.lora_down.rank > 0};
-  const bool need_hidden =
-      need_x || need_in || need_up || needs[kBIn] || need_weight || need_lora_in[0] || need_lora_in[1];
-  const bool need_h = need_down || need_lora_down[0] || need_lora_down[1];
+  const Needed need(asked, c.routed, plain, c.lora_in, c.lora_down);
   const DType arithmetic = arithmetic_dtype(c.dtype);
   // The row's weight times h can be too small for float16, while dY and h themselves are not.
   const DType h_dtype = c.weight && c.dtype == DType::kFloat16 ? arithmetic : c.dtype;
@@ -69,7 +54,7 @@ std::array<Tensor, kInputs> run_experts_backward(Experts& c, const std::string& 
   Steps steps(kernels(), workspace, threads());
   const void* gate_data = gate.const_data_ptr();
   const void* up_data = c.gated ? up.const_data_ptr() : nullptr;
-  if (recompute && (need_hidden || need_h)) {
+  if (recompute && (need.hidden || need.h)) {
     void* fresh_gate = take_rows(workspace, c, c.F, c.dtype, "gate");
     void* fresh_up = c.gated ? take_rows(workspace, c, c.F, c.dtype, "up") : nullptr;
     add_pre_activations(steps, workspace, c, x, w_in, b_in, fresh_gate, fresh_up, nullptr);
@@ -79,18 +64,18 @@ std::array<Tensor, kInputs> run_experts_backward(Experts& c, const std::string& 
 
   const RowsOf x_rows = token_rows(c, x), d_y_rows = token_rows(c, d_y);
   SmallRows d_down, of_x, of_h, d_in;  // d_down: of a_down's output, not yet times the row's weight
-  if (need_hidden || need_lora_down[0]) d_down = add_up_gradient(steps, workspace, c, c.lora_down, d_y_rows);
-  if (need_lora_in[1]) of_x = add_down_projection(steps, workspace, c, c.lora_in, x_rows);
+  if (need.hidden || need[kLoraADown]) d_down = add_up_gradient(steps, workspace, c, c.lora_down, d_y_rows);
+  if (need[kLoraBIn]) of_x = add_down_projection(steps, workspace, c, c.lora_in, x_rows);
 
   void *d_hidden = nullptr, *h = nullptr, *parts = nullptr;
   const KernelTable& table = kernels();
   const int64_t num_parts = divide_up(c.F, table.nr_vectors * table.lanes * 4 / storage_size(arithmetic));
-  if (need_h) h = take_rows(workspace, c, c.F, h_dtype, "h");
-  if (need_hidden) {
+  if (need.h) h = take_rows(workspace, c, c.F, h_dtype, "h");
+  if (need.hidden) {
     d_hidden = take_rows(workspace, c, c.hidden(), c.dtype, "d_hidden");
     if (c.routed) parts = take_rows(workspace, c, num_parts, arithmetic, "d_weight");
     add_hidden_gradient(steps, c, d_y, w_down, gate_data, up_data, d_hidden, h, h_dtype, parts, num_parts, d_down);
-  } else if (need_h) {
+  } else if (need.h) {
     // The same kernel as in the epilogue, so that the bits do not depend on which gradients are asked for.
     GatedAct a;
     a.set_form(c.form);
@@ -111,38 +96,38 @@ std::array<Tensor, kInputs> run_experts_backward(Experts& c, const std::string& 
   const auto small_rows = [&](const SmallRows& s) { return dense_rows(s.data, s.rank, arithmetic); };
   const RowsOf h_rows = dense_rows(h, c.F, h_dtype), hidden_rows = dense_rows(d_hidden, c.hidden(), c.dtype);
   // Products with the adapters' factors, which need no more than the above, and gradients that need no more than those.
-  if (need_lora_down[1])  // h has the row's weight, and so has its product with a_down
+  if (need[kLoraBDown])  // h has the row's weight, and so has its product with a_down
     of_h = add_down_projection(steps, workspace, c, c.lora_down, h_rows);
-  if (need_x || need_lora_in[0]) d_in = add_up_gradient(steps, workspace, c, c.lora_in, hidden_rows);
-  if (need_lora_down[0]) d[kLoraADown] = add_factor_gradient(steps, c, *c.lora_down.a, small_rows(d_down), h_rows);
-  if (need_lora_in[1]) d[kLoraBIn] = add_factor_gradient(steps, c, *c.lora_in.b, hidden_rows, small_rows(of_x));
+  if (need[kX] || need[kLoraAIn]) d_in = add_up_gradient(steps, workspace, c, c.lora_in, hidden_rows);
+  if (need[kLoraADown]) d[kLoraADown] = add_factor_gradient(steps, c, *c.lora_down.a, small_rows(d_down), h_rows);
+  if (need[kLoraBIn]) d[kLoraBIn] = add_factor_gradient(steps, c, *c.lora_in.b, hidden_rows, small_rows(of_x));
   steps.join();
-  if (need_lora_down[1]) d[kLoraBDown] = add_factor_gradient(steps, c, *c.lora_down.b, d_y_rows, small_rows(of_h));
-  if (need_lora_in[0]) d[kLoraAIn] = add_factor_gradient(steps, c, *c.lora_in.a, small_rows(d_in), x_rows);
+  if (need[kLoraBDown]) d[kLoraBDown] = add_factor_gradient(steps, c, *c.lora_down.b, d_y_rows, small_rows(of_h));
+  if (need[kLoraAIn]) d[kLoraAIn] = add_factor_gradient(steps, c, *c.lora_in.a, small_rows(d_in), x_rows);
 
-  if (need_weight) {
+  if (need[kWeight]) {
     d[kWeight] = fresh(*weight, {c.R});
     add_routing_weight_gradient(steps, c, d_y, dense_data(b_down, c.keep), parts, num_parts,
                                 d[kWeight].mutable_data_ptr());
     zero_rows(steps, d[kWeight].mutable_data_ptr(), c.routes.kept, c.R, storage_size(arithmetic));
   }
-  if (need_down) d[kDown] = add_expert_weight_gradient(steps, c, *plain.down, d_y_rows, h_rows);
-  if (need_x) {
+  if (need[kDown]) d[kDown] = add_weight_gradient(steps, c, *plain.down, d_y_rows, h_rows);
+  if (need[kX]) {
     d[kX] = fresh(x, {c.T, c.D});
     const auto up_columns = [&](int64_t e, int64_t col) { return lanes_are_columns(w_in(e, c.F, col)); };
     add_combined_product(steps, workspace, c, hidden_rows, c.hidden(), c.D, columns_of(w_in), nullptr, nullptr,
                          d[kX].mutable_data_ptr(), d_in, c.two_in ? WeightsFrom(up_columns) : WeightsFrom{});
   }
-  if (need_in) d[kIn] = add_expert_weight_gradient(steps, c, *plain.in, hidden_rows, x_rows);
-  if (need_up) {
+  if (need[kIn]) d[kIn] = add_weight_gradient(steps, c, *plain.in, hidden_rows, x_rows);
+  if (need[kUp]) {
     const RowsOf up_rows = dense_rows(advance(d_hidden, c.F, c.dtype), c.hidden(), c.dtype);
-    d[kUp] = add_expert_weight_gradient(steps, c, *plain.up, up_rows, x_rows);
+    d[kUp] = add_weight_gradient(steps, c, *plain.up, up_rows, x_rows);
   }
-  if (needs[kBIn]) {
+  if (need[kBIn]) {
     d[kBIn] = fresh(x, {c.E, c.hidden()});
     add_bias_gradients(steps, c, c.hidden(), hidden_rows, false, d[kBIn].mutable_data_ptr());
   }
-  if (needs[kBDown]) {
+  if (need[kBDown]) {
     d[kBDown] = fresh(x, {c.E, c.O});
     add_bias_gradients(steps, c, c.O, d_y_rows, c.routed, d[kBDown].mutable_data_ptr());
   }

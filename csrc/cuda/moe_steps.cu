@@ -31,21 +31,31 @@ Operand row_major(const Tensor& t) { return dense_rows(t.const_data_ptr(), t.str
 
 Tensor as_dtype(const Tensor& t, DType dtype) { return torch::stable::to(t, scalar_type_of(dtype)); }
 
-// Rows of tokens, or of the experts in order: [R, width].
-struct Rows {
-  const Tensor& matrix;
-  bool tokens;
+// Rows of tokens, or of the experts in order: [R, width]. Where the arithmetic's dtype is wanted they are copied once.
+class Rows {
+ public:
+  Rows(const Tensor& matrix, bool tokens) : matrix_(matrix), tokens_(tokens) {}
+  int64_t width() const { return matrix_.size(1); }
+  DType dtype() const { return storage_dtype(matrix_, "rows"); }
+  Operand operand(const Experts& c, DType wanted) {
+    if (wanted != dtype() && !wide_) wide_ = as_dtype(matrix_, wanted);
+    const Tensor& t = wanted == dtype() ? matrix_ : *wide_;
+    return tokens_ ? token_rows(c, t) : row_major(t);
+  }
 
-  Operand operand(const Experts& c, const Tensor& same) const { return tokens ? token_rows(c, same) : row_major(same); }
+ private:
+  Tensor matrix_;
+  bool tokens_;
+  std::optional<Tensor> wide_;
 };
 
 // scale * rows a^T, or rows b: [R, rank] of the arithmetic's dtype.
-Tensor narrow_product(Call& call, const Moe& c, const LowRank& lora, const Rows& rows, bool by_b) {
+Tensor narrow_product(Call& call, const Moe& c, const LowRank& lora, Rows& rows, bool by_b) {
   const DType wide = arithmetic_dtype(c.dtype);
-  const DType dtype = storage_dtype(rows.matrix, "rows") == lora.dtype ? lora.dtype : wide;
-  const Tensor in = as_dtype(rows.matrix, dtype), factor = as_dtype(by_b ? *lora.b : *lora.a, dtype);
+  const DType dtype = rows.dtype() == lora.dtype ? lora.dtype : wide;
+  const Tensor factor = as_dtype(by_b ? *lora.b : *lora.a, dtype);
   Tensor out = call.fresh(wide, {c.R, lora.rank});
-  GroupedGemm g = rows_product(c.experts, rows.operand(c.experts, in), in.size(1), lora.rank);
+  GroupedGemm g = rows_product(c.experts, rows.operand(c.experts, dtype), rows.width(), lora.rank);
   g.dtype = dtype;
   g.b = expert_weights(factor, dtype, by_b, 0);
   g.epilogue.scale = lora.scale;
@@ -96,7 +106,8 @@ void pre_activations(Call& call, const Moe& c, const Tensor& x, const WithWeight
   Epilogue& e = g.epilogue;
   Tensor added = call.nothing();  // [R, hidden], gate's columns first
   if (c.lora_in.rank > 0) {
-    const Tensor narrow = narrow_product(call, c, c.lora_in, {x, true}, false);
+    Rows x_rows(x, true);
+    const Tensor narrow = narrow_product(call, c, c.lora_in, x_rows, false);
     added = call.fresh(wide, {c.R, c.hidden()});
     const int64_t parts = c.interleaved ? 2 : 1;
     for (int64_t part = 0; part < parts; ++part)
@@ -201,24 +212,19 @@ Tensor weighted_rows(const Call& call, const Moe& c, const Tensor& t, DType dtyp
 // d_w [E, N, K] = sum over each expert's rows of d_out^T in, of the experts' dtype, stored as the weight is.
 Tensor weights_gradient(Call& call, const Experts& c, const Tensor& w, const Operand& d_out, const Operand& in) {
   const int64_t N = w.size(1), K = w.size(2);
-  if (!is_transposed(w)) {
-    Tensor d_w = call.fresh(c.dtype, {c.E, N, K});
-    outer_products(call, c, d_out, N, in, K, d_w);
-    return d_w;
-  }
-  Tensor d_w = call.fresh(c.dtype, {c.E, K, N});
-  outer_products(call, c, in, K, d_out, N, d_w);
-  return torch::stable::transpose(d_w, 1, 2);
+  const bool turned = is_transposed(w);
+  Tensor d_w = turned ? call.fresh(c.dtype, {c.E, K, N}) : call.fresh(c.dtype, {c.E, N, K});
+  if (turned) outer_products(call, c, in, K, d_out, N, d_w);
+  else outer_products(call, c, d_out, N, in, K, d_w);
+  return turned ? torch::stable::transpose(d_w, 1, 2) : d_w;
 }
 
 // The gradient of a factor of `lora`, in the arithmetic's dtype and then rounded to its own.
-Tensor factor_gradient(Call& call, const Moe& c, const LowRank& lora, const Tensor& factor, const Rows& d_out,
-                       const Rows& in) {
+Tensor factor_gradient(Call& call, const Moe& c, const LowRank& lora, const Tensor& factor, Rows& d_out, Rows& in) {
   Experts wide = c.experts;
   wide.dtype = arithmetic_dtype(c.dtype);
-  const Tensor d_rows = as_dtype(d_out.matrix, wide.dtype), rows = as_dtype(in.matrix, wide.dtype);
-  const Tensor d = weights_gradient(call, wide, factor, d_out.operand(wide, d_rows), in.operand(wide, rows));
-  return as_dtype(d, lora.dtype);
+  return as_dtype(weights_gradient(call, wide, factor, d_out.operand(wide, wide.dtype), in.operand(wide, wide.dtype)),
+                  lora.dtype);
 }
 
 }  // namespace
@@ -233,7 +239,8 @@ std::tuple<Tensor, Tensor, Tensor> run_experts(Call& call, const Moe& c, const T
                   save && c.gated ? up.mutable_data_ptr() : nullptr, h.mutable_data_ptr());
   h = readable(call, c, products, h);
   Tensor narrow = call.nothing();
-  if (c.lora_down.rank > 0) narrow = narrow_product(call, c, c.lora_down, {h, false}, false);
+  Rows h_rows(h, false);
+  if (c.lora_down.rank > 0) narrow = narrow_product(call, c, c.lora_down, h_rows, false);
   combined_product(call, c.experts, row_major(h), c.F, products.down, c.O, call.dense(b_down), c.experts.weight, y,
                    added_columns(call, c, c.lora_down, narrow, false));
   return {y, gate, up};
@@ -242,22 +249,17 @@ std::tuple<Tensor, Tensor, Tensor> run_experts(Call& call, const Moe& c, const T
 std::array<Tensor, kInputs> run_experts_backward(Call& call, const Moe& c, const std::string& op, const Tensor& d_y,
                                                  const Tensor& x, const Products& products, const PlainWeights& plain,
                                                  const MaybeTensor& b_in, const MaybeTensor& b_down, const Tensor& gate,
-                                                 const Tensor& up, const std::array<bool, kInputs>& needs) {
+                                                 const Tensor& up, const std::array<bool, kInputs>& asked) {
   check_tensor(d_y, "d_y", c.dtype, {c.T, c.O}, call.place());
   const bool saved = check_saved(op, gate, up, c.dtype, c.R, c.F, c.gated, call.place());
   const LowRank &lora_in = c.lora_in, &lora_down = c.lora_down;
-  const bool need_x = needs[kX], need_weight = needs[kWeight] && c.routed;
-  const bool need_in = needs[kIn] && plain.in, need_up = needs[kUp] && plain.up, need_down = needs[kDown] && plain.down;
-  const bool need_a_in = needs[kLoraAIn] && lora_in.rank, need_b_in = needs[kLoraBIn] && lora_in.rank;
-  const bool need_a_down = needs[kLoraADown] && lora_down.rank, need_b_down = needs[kLoraBDown] && lora_down.rank;
-  const bool need_hidden = need_x || need_in || need_up || needs[kBIn] || need_weight || need_a_in || need_b_in;
-  const bool need_h = need_down || need_a_down || need_b_down;
+  const Needed need(asked, c.routed, plain, lora_in, lora_down);
   const DType wide = arithmetic_dtype(c.dtype);
 
   const void* gate_data = gate.const_data_ptr();
   const void* up_data = c.gated ? up.const_data_ptr() : nullptr;
   Tensor again[2] = {call.nothing(), call.nothing()};
-  if (!saved && (need_hidden || need_h)) {
+  if (!saved && (need.hidden || need.h)) {
     for (int i = 0; i < (c.gated ? 2 : 1); ++i) again[i] = call.fresh({c.R, c.F});
     void* up_again = c.gated ? again[1].mutable_data_ptr() : nullptr;
     pre_activations(call, c, readable(call, c, products, x), products.in, b_in, again[0].mutable_data_ptr(), up_again,
@@ -266,81 +268,84 @@ std::array<Tensor, kInputs> run_experts_backward(Call& call, const Moe& c, const
     up_data = up_again;
   }
 
-  Tensor d_hidden = need_hidden ? call.fresh({c.R, c.hidden()}) : call.nothing();
-  Tensor h = need_h ? call.fresh({c.R, c.F}) : call.nothing();
+  Tensor d_hidden = need.hidden ? call.fresh({c.R, c.hidden()}) : call.nothing();
+  Tensor h = need.h ? call.fresh({c.R, c.F}) : call.nothing();
   HiddenGradient of;
-  if (need_h) of.h = h.mutable_data_ptr();
+  if (need.h) of.h = h.mutable_data_ptr();
   // The weight times h can be too small for float16; dY is multiplied by the weight there, as in eager.
   of.weigh_h = c.dtype != DType::kFloat16;
   const bool weigh_d_y = c.routed && !of.weigh_h;
-  if (need_weight) {
+  if (need[kWeight]) {
     of.num_parts = row_dots_parts(c.dtype, c.F);
     of.parts = call.workspace(c.R * of.num_parts * storage_size(wide));
   }
+  Rows d_y_rows(d_y, true), x_rows(x, true);
   Tensor d_narrow = call.nothing();  // dY b_down, not yet times the row's weight
-  if (lora_down.rank && (need_hidden || (need_a_down && !weigh_d_y)))
-    d_narrow = narrow_product(call, c, lora_down, {d_y, true}, true);
-  if (need_hidden) {
+  if (lora_down.rank && (need.hidden || (need[kLoraADown] && !weigh_d_y)))
+    d_narrow = narrow_product(call, c, lora_down, d_y_rows, true);
+  if (need.hidden) {
     of.d_hidden = d_hidden.mutable_data_ptr();
     Tensor added = lora_down.rank ? call.fresh(wide, {c.R, c.F}) : call.nothing();
     if (lora_down.rank) widen_product(call, c, lora_down, d_narrow, true, 0, c.F, 1, added.mutable_data_ptr(), c.F);
     hidden_gradient(c, readable(call, c, products, d_y), products.down_columns, gate_data, up_data,
                     lora_down.rank ? added.const_data_ptr() : nullptr, of);
-  } else if (need_h) {
+  } else if (need.h) {
     hidden(call, c, gate_data, up_data, of);
   }
 
   std::array<Tensor, kInputs> d;
   d.fill(call.nothing());
-  if (need_weight) {
+  if (need[kWeight]) {
     d[kWeight] = call.fresh(wide, {c.R});
     routing_weight_gradient(call, c, d_y, b_down, of, d[kWeight]);
   }
-  if (need_down && weigh_d_y) {
+  if (need[kDown] && weigh_d_y) {
     const Tensor weighted = weighted_rows(call, c, d_y, c.dtype);
     d[kDown] = weights_gradient(call, c.experts, *plain.down, row_major(weighted), row_major(h));
-  } else if (need_down) {
+  } else if (need[kDown]) {
     d[kDown] = weights_gradient(call, c.experts, *plain.down, token_rows(c.experts, d_y), row_major(h));
   }
-  if (need_a_down || need_b_down) {
-    const Rows h_rows{h, false};
-    const Tensor weighted = weigh_d_y ? weighted_rows(call, c, as_dtype(d_y, wide), wide) : d_y;
-    const Rows d_y_rows{weighted, !weigh_d_y};
-    if (need_a_down) {
-      const Tensor narrow = weigh_d_y ? narrow_product(call, c, lora_down, d_y_rows, true) : d_narrow;
-      d[kLoraADown] = factor_gradient(call, c, lora_down, *lora_down.a, {narrow, false}, h_rows);
+  if (need[kLoraADown] || need[kLoraBDown]) {
+    Rows h_rows(h, false);
+    if (weigh_d_y) d_y_rows = Rows(weighted_rows(call, c, as_dtype(d_y, wide), wide), false);
+    if (need[kLoraADown]) {
+      Rows narrow(weigh_d_y ? narrow_product(call, c, lora_down, d_y_rows, true) : d_narrow, false);
+      d[kLoraADown] = factor_gradient(call, c, lora_down, *lora_down.a, narrow, h_rows);
     }
-    if (need_b_down) {
-      const Tensor narrow = narrow_product(call, c, lora_down, h_rows, false);
-      d[kLoraBDown] = factor_gradient(call, c, lora_down, *lora_down.b, d_y_rows, {narrow, false});
+    if (need[kLoraBDown]) {
+      Rows narrow(narrow_product(call, c, lora_down, h_rows, false), false);
+      d[kLoraBDown] = factor_gradient(call, c, lora_down, *lora_down.b, d_y_rows, narrow);
     }
   }
 
   const Operand hidden_rows = row_major(d_hidden);
-  const Rows d_hidden_rows{d_hidden, false}, x_rows{x, true};
+  Rows d_hidden_rows(d_hidden, false);
   Tensor d_in = call.nothing();
-  if (lora_in.rank && (need_x || need_a_in)) d_in = narrow_product(call, c, lora_in, d_hidden_rows, true);
-  if (need_x) {
+  if (lora_in.rank && (need[kX] || need[kLoraAIn])) d_in = narrow_product(call, c, lora_in, d_hidden_rows, true);
+  if (need[kX]) {
     d[kX] = call.fresh({c.T, c.D});
     const Tensor rows = readable(call, c, products, d_hidden);
     combined_product(call, c.experts, row_major(rows), c.hidden(), products.in_columns, c.D, nullptr, nullptr, d[kX],
                      added_columns(call, c, lora_in, d_in, true));
   }
-  if (need_in) d[kIn] = weights_gradient(call, c.experts, *plain.in, hidden_rows, token_rows(c.experts, x));
-  if (need_up) {
+  if (need[kIn]) d[kIn] = weights_gradient(call, c.experts, *plain.in, hidden_rows, token_rows(c.experts, x));
+  if (need[kUp]) {
     const Operand up_rows = dense_rows(advance(d_hidden.const_data_ptr(), c.F, c.dtype), c.hidden());
     d[kUp] = weights_gradient(call, c.experts, *plain.up, up_rows, token_rows(c.experts, x));
   }
-  if (need_a_in) d[kLoraAIn] = factor_gradient(call, c, lora_in, *lora_in.a, {d_in, false}, x_rows);
-  if (need_b_in) {
-    const Tensor narrow = narrow_product(call, c, lora_in, x_rows, false);
-    d[kLoraBIn] = factor_gradient(call, c, lora_in, *lora_in.b, d_hidden_rows, {narrow, false});
+  if (need[kLoraAIn]) {
+    Rows narrow(d_in, false);
+    d[kLoraAIn] = factor_gradient(call, c, lora_in, *lora_in.a, narrow, x_rows);
   }
-  if (needs[kBIn]) {
+  if (need[kLoraBIn]) {
+    Rows narrow(narrow_product(call, c, lora_in, x_rows, false), false);
+    d[kLoraBIn] = factor_gradient(call, c, lora_in, *lora_in.b, d_hidden_rows, narrow);
+  }
+  if (need[kBIn]) {
     d[kBIn] = call.fresh({c.E, c.hidden()});
     sum_expert_rows(call, c.experts, hidden_rows, nullptr, d[kBIn]);
   }
-  if (needs[kBDown]) {
+  if (need[kBDown]) {
     d[kBDown] = call.fresh({c.E, c.O});
     sum_expert_rows(call, c.experts, token_rows(c.experts, d_y), c.experts.weight, d[kBDown]);
   }

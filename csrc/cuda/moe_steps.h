@@ -35,6 +35,6 @@ std::tuple<Tensor, Tensor, Tensor> run_experts(Call& call, const Moe& c, const T
 std::array<Tensor, kInputs> run_experts_backward(Call& call, const Moe& c, const std::string& op, const Tensor& d_y,
                                                  const Tensor& x, const Products& products, const PlainWeights& plain,
                                                  const MaybeTensor& b_in, const MaybeTensor& b_down, const Tensor& gate,
-                                                 const Tensor& up, const std::array<bool, kInputs>& needs);
+                                                 const Tensor& up, const std::array<bool, kInputs>& asked);
 
 }  // namespace ffn_ops::cuda
