@@ -58,6 +58,12 @@ class Lora:
     b_up: Tensor | None = None
 
     def __post_init__(self) -> None:
+        pairs = (self.a_in, self.b_in), (self.a_down, self.b_down), (self.a_up, self.b_up)
+        if not all((a is None and b is None) or (isinstance(a, Tensor) and isinstance(b, Tensor)) for a, b in pairs):
+            self._refuse()
+        check.number("scale", self.scale)
+
+    def _refuse(self) -> None:
         for name in _TENSORS:
             value = getattr(self, name)
             if value is not None and not isinstance(value, Tensor):
@@ -66,7 +72,6 @@ class Lora:
             a, b = getattr(self, f"a_{place}"), getattr(self, f"b_{place}")
             if (a is None) != (b is None):
                 raise ValueError(f"a_{place}, b_{place}: expected both or neither, got one")
-        check.number("scale", self.scale)
 
 
 _PLACES = ("in", "up", "down")
@@ -121,11 +126,7 @@ def stack(a: Tensor, b: Tensor, experts: int) -> tuple[Tensor, Tensor]:
     if a.dim() == 2 and a.shape[0] % experts == 0:
         a = a.reshape(experts, a.shape[0] // experts, a.shape[1])
     if b.dim() == 2 and b.shape[1] % experts == 0:
-        by_expert, out = b.reshape(-1, experts).t(), b.shape[0]
-        if b.requires_grad and torch.is_grad_enabled():
-            # Its elements lie E apart. A step reads them four times: a copy, the transpose of a matrix, is cheaper.
-            by_expert = by_expert.contiguous()
-        b = by_expert.view(experts, out, b.shape[1] // experts)
+        b = b.reshape(b.shape[0], b.shape[1] // experts, experts).permute(2, 0, 1)
     return a, b
 
 

@@ -98,6 +98,9 @@ def operator_calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
             of_rows = (t(R, O), *given, *experts, *pre, *options, [True, False, True, False, True, True])
             calls[f"moe_backward of rows {gated=} {interleaved=} {save=}"] = (OPS.moe_backward, of_rows)
         pairs = (t(E, 2, D), t(E, rows, 2), t(E, 1, F), t(E, O, 1))
+        if interleaved:  # and with the experts last, as PEFT stores b
+            b_in, b_down = (t(n, r, E).detach().permute(2, 0, 1).requires_grad_() for n, r in ((rows, 2), (O, 1)))
+            pairs = (pairs[0], b_in, pairs[2], b_down)
         # both, or those of w_in alone; no kernels on a GPU, where the public functions compose other operators
         for at in (slice(0, 4), slice(0, 2)) if DEVICE == "cpu" else ():
             given_pairs = (*pairs[at], *(None,) * (4 - len(pairs[at])))

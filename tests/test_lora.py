@@ -177,6 +177,20 @@ def test_as_peft_stores_them() -> None:
     assert_same_bits(m.results(m.ours, {n: stored(n, v).contiguous() for n, v in t.items()}), expected)
 
 
+def test_gradients_are_stored_as_the_factors_are() -> None:
+    """PEFT keeps the experts of b side by side, and so does its gradient, also of experts without rows: the engine
+    takes the operator's memory for ``.grad``."""
+    m = Mixture(T=2, E=9)
+    t = {n: v.detach().requires_grad_("lora_b" in n) for n, v in m.tensors.items()}
+    for n in ("lora_b_in", "lora_b_down"):
+        t[n] = m.tensors[n].permute(1, 2, 0).contiguous().permute(2, 0, 1).requires_grad_()
+    grads = torch.autograd.grad(m.ours(**t), [t["lora_b_in"], t["lora_b_down"]], m.d_y)
+    expected = m.results(m.ours, m.tensors)
+    for n, grad in zip(("lora_b_in", "lora_b_down"), grads, strict=True):
+        assert grad.stride() == t[n].stride() and torch.equal(grad, expected[n])
+        assert not grad.any(-1).any(-1).all() and grad.any()
+
+
 def test_any_strides_and_frozen_base() -> None:
     m = Mixture()
     turned = {n: v.transpose(1, 2).contiguous().transpose(1, 2) if v.dim() == 3 else v for n, v in m.tensors.items()}

@@ -225,6 +225,12 @@ inline MoeShape check_moe(const Tensor& x, const MaybeTensor& token, const Maybe
 // gets a gradient without a copy.
 inline bool is_transposed(const Tensor& w) { return w.stride(1) == 1 && w.stride(2) != 1; }
 
+// Stored as [N, K, E], as PEFT stores b of an adapter; its gradient then is too.
+inline bool is_expert_last(const Tensor& w) {
+  const int64_t E = w.size(0), K = w.size(2);
+  return E > 1 && w.stride(0) == 1 && w.stride(2) == E && w.stride(1) == K * E;
+}
+
 // Rows [2F] or [N, 2F] of gate and up alternating, as all gates and then all ups of each row; or the other way round.
 inline Tensor gate_then_up(const Tensor& rows) {
   const int64_t F = rows.size(rows.dim() - 1) / 2, N = rows.dim() > 1 ? rows.size(0) : 1;

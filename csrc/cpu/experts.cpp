@@ -10,19 +10,6 @@ namespace {
 
 // The output of a product over experts is held for a slab of columns of at most this size, until tokens gather from it.
 constexpr int64_t kSlabBytes = int64_t{64} << 20;
-constexpr int64_t kTaskWork = int64_t{1} << 18;  // multiplications of a task of a product with a short side
-
-// Gradients of the experts without rows.
-Phases::Task zeros_of(const std::vector<char*>& empty, size_t bytes) {
-  return [empty, bytes](int64_t task, int64_t) { std::memset(empty[static_cast<size_t>(task)], 0, bytes); };
-}
-
-std::vector<char*> without_rows(const Experts& c, void* out, int64_t bytes) {
-  std::vector<char*> empty;
-  for (int64_t e = 0; e < c.E; ++e)
-    if (c.offsets[e] == c.offsets[e + 1]) empty.push_back(static_cast<char*>(out) + e * bytes);
-  return empty;
-}
 
 }  // namespace
 
@@ -50,50 +37,11 @@ Experts with_routes(const MoeShape& s, const std::optional<Tensor>& token, const
   return c;
 }
 
-const void* add_short_product(Steps& steps, Workspace& workspace, Experts& c, const RowsOf& rows, int64_t K,
-                              int64_t rank, const WeightsFrom& weights, double scale, const char* name) {
-  const DType arithmetic = arithmetic_dtype(c.dtype);
-  void* out = take_rows(workspace, c, rank, arithmetic, name);
-  // Rows of one expert, as many as are worth reading its factor for.
-  struct Task {
-    size_t product;
-    int64_t begin, end;
-  };
-  const int64_t most = std::max<int64_t>(16, kTaskWork / std::max<int64_t>(1, K * rank));
-  std::vector<ShortProduct> products;
-  std::vector<Task> tasks;
-  for (const Segment& s : c.segments) {
-    ShortProduct p;
-    p.K = K;
-    p.N = rank;
-    p.rows = rows(s);
-    p.b = weights(s.expert, 0);
-    p.scale = scale;
-    p.out = advance(out, s.begin * rank, arithmetic);
-    for (int64_t r = 0; r < s.rows(); r += most) tasks.push_back({products.size(), r, std::min(s.rows(), r + most)});
-    products.push_back(p);
-  }
-  const KernelTable& table = kernels();
-  const auto count = static_cast<int64_t>(tasks.size());
-  steps.beside(count, [&table, products = std::move(products), tasks = std::move(tasks)](int64_t task, int64_t) {
-    const Task& at = tasks[static_cast<size_t>(task)];
-    table.short_product(products[at.product], at.begin, at.end);
-  });
-  return out;
-}
-
-SmallRows add_down_projection(Steps& steps, Workspace& workspace, Experts& c, const LowRank& lora, const RowsOf& rows) {
-  if (lora.rank == 0) return {};
-  const void* small = add_short_product(steps, workspace, c, rows, lora.a->size(2), lora.rank,
-                                        rows_of(stacked(*lora.a, lora.dtype)), lora.scale, "a row times a^T");
-  return {small, lora.rank, rows_of(stacked(*lora.b, lora.dtype))};
-}
-
 void add_pre_activations(Steps& steps, Workspace& workspace, Experts& c, const Tensor& x, const StackedWeight& w_in,
                          const std::optional<Tensor>& b_in, void* gate, void* up, void* h) {
-  const SmallRows small = add_down_projection(steps, workspace, c, c.lora_in, token_rows(c, x));
+  const SmallRows small = add_down_projection(steps, workspace, c, c.lora_in, c.lora_b_in, token_rows(c, x));
   const auto lora_b = [&](int64_t expert, int64_t row) {
-    Matrix m = expert_matrix(*c.lora_in.b, c.lora_in.dtype, expert, row);
+    Matrix m = c.lora_b_in(expert, row, 0);
     if (c.interleaved) m.row_stride *= 2;
     return lanes_are_rows(m);
   };
@@ -189,11 +137,12 @@ std::tuple<Tensor, Tensor, Tensor> run_experts(Experts& c, const Tensor& x, cons
 
   Workspace workspace;
   Steps steps(kernels(), workspace, threads());
+  add_factors(steps, workspace, c, true);
   void* h = take_rows(workspace, c, c.F, c.dtype, "h");
   add_pre_activations(steps, workspace, c, x, w_in, b_in, save ? gate.mutable_data_ptr() : nullptr,
                       save && c.gated ? up.mutable_data_ptr() : nullptr, h);
   const RowsOf h_rows = dense_rows(h, c.F, c.dtype);
-  const SmallRows small = add_down_projection(steps, workspace, c, c.lora_down, h_rows);
+  const SmallRows small = add_down_projection(steps, workspace, c, c.lora_down, c.lora_b_down, h_rows);
   add_combined_product(steps, workspace, c, h_rows, c.F, c.O, rows_of(w_down), dense_data(b_down, c.keep), c.weight,
                        y.mutable_data_ptr(), small);
   const int64_t row_bytes = c.F * storage_size(c.dtype);
@@ -298,43 +247,7 @@ void add_outer_products(Steps& steps, Experts& c, int64_t M, int64_t N, const Ro
   }
   steps.products(products);
   const std::vector<char*> empty = without_rows(c, out, M * N * size);
-  if (!empty.empty())
-    steps.pass(static_cast<int64_t>(empty.size()), zeros_of(empty, static_cast<size_t>(M * N * size)));
-}
-
-void add_short_outer_products(Steps& steps, Experts& c, int64_t M, int64_t N, const RowsOf& a, const RowsOf& b,
-                              DType dtype, void* out) {
-  struct Task {
-    size_t product;
-    Range range;
-  };
-  const int64_t size = storage_size(dtype), rank = std::max<int64_t>(1, std::min(M, N)), length = std::max(M, N);
-  std::vector<ShortOuter> products;
-  std::vector<Task> tasks;
-  for (const Segment& s : c.segments) {
-    ShortOuter p;
-    p.rows = s.rows();
-    p.M = M;
-    p.N = N;
-    p.a = a(s);
-    p.b = b(s);
-    p.out = static_cast<char*>(out) + s.expert * M * N * size;
-    p.dtype = dtype;
-    const int64_t most = std::max<int64_t>(1, kTaskWork / (p.rows * rank) / 64) * 64;  // of the long side
-    for (int64_t i = 0; i < length; i += most) {
-      const int64_t end = std::min(length, i + most);
-      tasks.push_back({products.size(), M < N ? Range{0, M, i, end} : Range{i, end, 0, N}});
-    }
-    products.push_back(p);
-  }
-  const KernelTable& table = kernels();
-  const auto count = static_cast<int64_t>(tasks.size());
-  steps.beside(count, [&table, products = std::move(products), tasks = std::move(tasks)](int64_t task, int64_t) {
-    const Task& at = tasks[static_cast<size_t>(task)];
-    table.short_outer(products[at.product], at.range);
-  });
-  const std::vector<char*> empty = without_rows(c, out, M * N * size);
-  steps.beside(static_cast<int64_t>(empty.size()), zeros_of(empty, static_cast<size_t>(M * N * size)));
+  if (!empty.empty()) steps.pass(static_cast<int64_t>(empty.size()), zeros_of(empty, M * N * size));
 }
 
 void add_bias_gradients(Steps& steps, const Experts& c, int64_t N, const RowsOf& rows, bool weighted, void* out) {

@@ -12,6 +12,9 @@
 
 namespace ffn_ops {
 
+// A stacked weight [E, rows, columns]: that of an expert from a row and a column on.
+using StackedWeight = std::function<Matrix(int64_t expert, int64_t row, int64_t column)>;
+
 // Rows sorted by expert, and where they come from: gathered from tokens, or in order already (not routed).
 struct Experts {
   DType dtype;
@@ -24,6 +27,8 @@ struct Experts {
   const int64_t* offsets = nullptr;
   const void* weight = nullptr;  // of each row, of the arithmetic's dtype
   std::vector<Segment> segments;
+  std::vector<int64_t> segment_of;       // each expert's, -1 where it has no rows
+  StackedWeight lora_b_in, lora_b_down;  // of adapters, see add_factors
   std::vector<Tensor> keep;
   std::deque<std::array<Operand, 2>> operands;  // products point to them
   std::deque<std::array<const void*, 2>> biases;
@@ -35,6 +40,9 @@ struct Experts {
     offsets = check_offsets(expert_offsets, "offsets", E, R, keep);
     routes.kept = offsets[E];
     segments = ffn_ops::segments(offsets, E);
+    segment_of.assign(static_cast<size_t>(E), -1);
+    for (size_t i = 0; i < segments.size(); ++i)
+      segment_of[static_cast<size_t>(segments[i].expert)] = static_cast<int64_t>(i);
   }
   const Operand* hold(const Operand& first, const Operand& second = {}) {
     return operands.emplace_back(std::array{first, second}).data();
@@ -76,9 +84,6 @@ inline RowsOf dense_rows(const void* data, int64_t width, DType dtype) {
   return [=](const Segment& s) { return dense(advance(data, s.begin * width, dtype), width, dtype); };
 }
 
-// A stacked weight [E, rows, columns]: that of an expert from a row and a column on.
-using StackedWeight = std::function<Matrix(int64_t expert, int64_t row, int64_t column)>;
-
 inline StackedWeight stacked(const Tensor& w, DType dtype) {
   return [&w, dtype](int64_t e, int64_t row, int64_t col) { return expert_matrix(w, dtype, e, row, col); };
 }
@@ -97,6 +102,18 @@ inline void* take_rows(Workspace& workspace, const Experts& c, int64_t width, DT
   return workspace.take(static_cast<size_t>(c.routes.kept * width * storage_size(dtype)), name);
 }
 
+// Gradients of the experts without rows.
+inline Phases::Task zeros_of(const std::vector<char*>& empty, int64_t bytes) {
+  return [=](int64_t task, int64_t) { std::memset(empty[static_cast<size_t>(task)], 0, static_cast<size_t>(bytes)); };
+}
+
+inline std::vector<char*> without_rows(const Experts& c, void* out, int64_t bytes) {
+  std::vector<char*> empty;
+  for (int64_t e = 0; e < c.E; ++e)
+    if (c.offsets[e] == c.offsets[e + 1]) empty.push_back(static_cast<char*>(out) + e * bytes);
+  return empty;
+}
+
 // A product with few columns, of the arithmetic's dtype, as the rows of a second product that joins the first.
 struct SmallRows {
   const void* data = nullptr;  // [kept, rank]; null: none
@@ -111,12 +128,17 @@ struct SmallRows {
   }
 };
 
+// Sets lora_b_in and lora_b_down: where they stand, or turned beside the next step where is_expert_last; `along_rows`
+// suits products with their rows, as forward has them.
+void add_factors(Steps& steps, Workspace& workspace, Experts& c, bool along_rows);
+
 // scale * rows[r] weights^T [kept, rank] of the arithmetic's dtype, computed beside the step that follows.
 const void* add_short_product(Steps& steps, Workspace& workspace, Experts& c, const RowsOf& rows, int64_t K,
                               int64_t rank, const WeightsFrom& weights, double scale, const char* name);
 
 // Each row times a^T, in the arithmetic's dtype, and b as the weights of the second product. Beside the next step.
-SmallRows add_down_projection(Steps& steps, Workspace& workspace, Experts& c, const LowRank& lora, const RowsOf& rows);
+SmallRows add_down_projection(Steps& steps, Workspace& workspace, Experts& c, const LowRank& lora,
+                              const StackedWeight& b, const RowsOf& rows);
 
 // Gate and up (saved where given) and h (where given) of every row.
 void add_pre_activations(Steps& steps, Workspace& workspace, Experts& c, const Tensor& x, const StackedWeight& w_in,
@@ -162,6 +184,10 @@ void add_outer_products(Steps& steps, Experts& c, int64_t M, int64_t N, const Ro
 // The same where M or N is the rank of an adapter, and that side of the arithmetic's dtype; beside the next step.
 void add_short_outer_products(Steps& steps, Experts& c, int64_t M, int64_t N, const RowsOf& a, const RowsOf& b,
                               DType dtype, void* out);
+
+// The same as out[M, rank, E].
+void add_short_outer_products_expert_last(Steps& steps, Workspace& workspace, Experts& c, int64_t M, int64_t rank,
+                                          const RowsOf& a, const RowsOf& b, DType dtype, void* out);
 
 // Of each expert: out[N] = sum over its rows of weight * m(row).
 void add_bias_gradients(Steps& steps, const Experts& c, int64_t N, const RowsOf& rows, bool weighted, void* out);

@@ -28,6 +28,7 @@ constexpr int64_t kL2Panels = 16;
 // or get a bias, are stored together along rows, at most kRowBytes of them.
 constexpr int64_t kShortK = 64;
 constexpr int64_t kRowBytes = int64_t{24} << 10;
+constexpr int64_t kPrefetchedLines = 256;  // of a factor of an adapter, at once: a third of L1
 
 // A strided matrix: element (r, c) is data[rows ? rows[r] : r][c]. Lanes of a packed panel run along rows or columns.
 struct Matrix : StridedMatrix {
@@ -238,6 +239,7 @@ struct ShortProduct {
   Operand b;
   double scale = 1;
   void* out = nullptr;
+  const Operand* next = nullptr;  // asked for meanwhile, as the b of the product that follows on this thread
 };
 
 // out[M, N] of `dtype` = sum over rows of a(row)^T b(row), where M or N is small, and the operand of that side is of
@@ -246,6 +248,17 @@ struct ShortOuter {
   int64_t rows = 0, M = 0, N = 0;
   Matrix a, b;
   void* out = nullptr;
+  DType dtype = DType::kFloat32;
+};
+
+// A transpose: out[to[c]][r] = in(from[r], c), rows of out `out_stride` apart. Negative: `to` leaves the column out,
+// `from` is a row of zeros. Null: every place is its own. One of the dtypes is that of the arithmetic.
+struct Turn {
+  Matrix in;
+  const int64_t* from = nullptr;
+  const int64_t* to = nullptr;
+  void* out = nullptr;
+  int64_t out_stride = 0;
   DType dtype = DType::kFloat32;
 };
 
@@ -271,6 +284,7 @@ struct KernelTable {
   void (*gemm)(const ScheduledGemm&, int64_t task, void* scratch);
   void (*short_product)(const ShortProduct&, int64_t row_begin, int64_t row_end);
   void (*short_outer)(const ShortOuter&, const Range&);
+  void (*turn)(const Turn&, const Range&);
   void (*gated_act)(const GatedAct&, const Range&);
   void (*gated_act_backward)(const GatedAct&, const Range&);
   void (*gated_act_double_backward)(const GatedAct&, const Range&);

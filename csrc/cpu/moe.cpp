@@ -23,15 +23,23 @@ Tensor add_weight_gradient(Steps& steps, Experts& c, const Tensor& w, const Rows
   return turned ? torch::stable::transpose(d_w, 1, 2) : d_w;
 }
 
-Tensor add_factor_gradient(Steps& steps, Experts& c, const Tensor& w, const RowsOf& d_out, const RowsOf& in) {
-  return add_weight_gradient(steps, c, w, d_out, in, &add_short_outer_products);
+// Of a factor of an adapter.
+Tensor add_factor_gradient(Steps& steps, Workspace& workspace, Experts& c, const Tensor& w, const RowsOf& d_out,
+                           const RowsOf& in) {
+  if (!is_expert_last(w)) return add_weight_gradient(steps, c, w, d_out, in, &add_short_outer_products);
+  const int64_t N = w.size(1), K = w.size(2);
+  Tensor d_w = fresh(w, {N, K, c.E});
+  add_short_outer_products_expert_last(steps, workspace, c, N, K, d_out, in, storage_dtype(w, "w"),
+                                       d_w.mutable_data_ptr());
+  return torch::stable::transpose(torch::stable::transpose(d_w, 0, 2), 1, 2);
 }
 
 // In backward: each row of the gradient times b, and a as the second factor, which gives the gradient of the input.
-SmallRows add_up_gradient(Steps& steps, Workspace& workspace, Experts& c, const LowRank& lora, const RowsOf& rows) {
+SmallRows add_up_gradient(Steps& steps, Workspace& workspace, Experts& c, const LowRank& lora, const StackedWeight& b,
+                          const RowsOf& rows) {
   if (lora.rank == 0) return {};
-  const void* small = add_short_product(steps, workspace, c, rows, lora.b->size(1), lora.rank,
-                                        columns_of(stacked(*lora.b, lora.dtype)), lora.scale, "a gradient times b");
+  const void* small = add_short_product(steps, workspace, c, rows, lora.b->size(1), lora.rank, columns_of(b),
+                                        lora.scale, "a gradient times b");
   return {small, lora.rank, columns_of(stacked(*lora.a, lora.dtype))};
 }
 
@@ -52,6 +60,8 @@ std::array<Tensor, kInputs> run_experts_backward(Experts& c, const std::string& 
 
   Workspace workspace;
   Steps steps(kernels(), workspace, threads());
+  add_factors(steps, workspace, c, false);
+  steps.join();
   const void* gate_data = gate.const_data_ptr();
   const void* up_data = c.gated ? up.const_data_ptr() : nullptr;
   if (recompute && (need.hidden || need.h)) {
@@ -64,8 +74,9 @@ std::array<Tensor, kInputs> run_experts_backward(Experts& c, const std::string& 
 
   const RowsOf x_rows = token_rows(c, x), d_y_rows = token_rows(c, d_y);
   SmallRows d_down, of_x, of_h, d_in;  // d_down: of a_down's output, not yet times the row's weight
-  if (need.hidden || need[kLoraADown]) d_down = add_up_gradient(steps, workspace, c, c.lora_down, d_y_rows);
-  if (need[kLoraBIn]) of_x = add_down_projection(steps, workspace, c, c.lora_in, x_rows);
+  if (need.hidden || need[kLoraADown])
+    d_down = add_up_gradient(steps, workspace, c, c.lora_down, c.lora_b_down, d_y_rows);
+  if (need[kLoraBIn]) of_x = add_down_projection(steps, workspace, c, c.lora_in, c.lora_b_in, x_rows);
 
   void *d_hidden = nullptr, *h = nullptr, *parts = nullptr;
   const KernelTable& table = kernels();
@@ -97,13 +108,16 @@ std::array<Tensor, kInputs> run_experts_backward(Experts& c, const std::string& 
   const RowsOf h_rows = dense_rows(h, c.F, h_dtype), hidden_rows = dense_rows(d_hidden, c.hidden(), c.dtype);
   // Products with the adapters' factors, which need no more than the above, and gradients that need no more than those.
   if (need[kLoraBDown])  // h has the row's weight, and so has its product with a_down
-    of_h = add_down_projection(steps, workspace, c, c.lora_down, h_rows);
-  if (need[kX] || need[kLoraAIn]) d_in = add_up_gradient(steps, workspace, c, c.lora_in, hidden_rows);
-  if (need[kLoraADown]) d[kLoraADown] = add_factor_gradient(steps, c, *c.lora_down.a, small_rows(d_down), h_rows);
-  if (need[kLoraBIn]) d[kLoraBIn] = add_factor_gradient(steps, c, *c.lora_in.b, hidden_rows, small_rows(of_x));
+    of_h = add_down_projection(steps, workspace, c, c.lora_down, c.lora_b_down, h_rows);
+  if (need[kX] || need[kLoraAIn]) d_in = add_up_gradient(steps, workspace, c, c.lora_in, c.lora_b_in, hidden_rows);
+  const auto factor = [&](const Tensor& w, const RowsOf& d_out, const RowsOf& in) {
+    return add_factor_gradient(steps, workspace, c, w, d_out, in);
+  };
+  if (need[kLoraADown]) d[kLoraADown] = factor(*c.lora_down.a, small_rows(d_down), h_rows);
+  if (need[kLoraBIn]) d[kLoraBIn] = factor(*c.lora_in.b, hidden_rows, small_rows(of_x));
   steps.join();
-  if (need[kLoraBDown]) d[kLoraBDown] = add_factor_gradient(steps, c, *c.lora_down.b, d_y_rows, small_rows(of_h));
-  if (need[kLoraAIn]) d[kLoraAIn] = add_factor_gradient(steps, c, *c.lora_in.a, small_rows(d_in), x_rows);
+  if (need[kLoraBDown]) d[kLoraBDown] = factor(*c.lora_down.b, d_y_rows, small_rows(of_h));
+  if (need[kLoraAIn]) d[kLoraAIn] = factor(*c.lora_in.a, small_rows(d_in), x_rows);
 
   if (need[kWeight]) {
     d[kWeight] = fresh(*weight, {c.R});

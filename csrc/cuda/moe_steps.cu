@@ -31,6 +31,11 @@ Operand row_major(const Tensor& t) { return dense_rows(t.const_data_ptr(), t.str
 
 Tensor as_dtype(const Tensor& t, DType dtype) { return torch::stable::to(t, scalar_type_of(dtype)); }
 
+// A factor of an adapter. With the experts last its elements lie too far apart to be read together.
+Tensor dense_factor(const Tensor& t, DType dtype) {
+  return as_dtype(is_expert_last(t) ? torch::stable::contiguous(t) : t, dtype);
+}
+
 // Rows of tokens, or of the experts in order: [R, width]. Where the arithmetic's dtype is wanted they are copied once.
 class Rows {
  public:
@@ -53,7 +58,7 @@ class Rows {
 Tensor narrow_product(Call& call, const Moe& c, const LowRank& lora, Rows& rows, bool by_b) {
   const DType wide = arithmetic_dtype(c.dtype);
   const DType dtype = rows.dtype() == lora.dtype ? lora.dtype : wide;
-  const Tensor factor = as_dtype(by_b ? *lora.b : *lora.a, dtype);
+  const Tensor factor = dense_factor(by_b ? *lora.b : *lora.a, dtype);
   Tensor out = call.fresh(wide, {c.R, lora.rank});
   GroupedGemm g = rows_product(c.experts, rows.operand(c.experts, dtype), rows.width(), lora.rank);
   g.dtype = dtype;
@@ -70,7 +75,7 @@ Tensor narrow_product(Call& call, const Moe& c, const LowRank& lora, Rows& rows,
 void widen_product(Call& call, const Moe& c, const LowRank& lora, const Tensor& narrow, bool by_a, int64_t col,
                    int64_t width, int64_t step, void* out, int64_t out_stride) {
   const DType dtype = arithmetic_dtype(c.dtype);
-  const Tensor factor = as_dtype(by_a ? *lora.a : *lora.b, dtype);
+  const Tensor factor = dense_factor(by_a ? *lora.a : *lora.b, dtype);
   GroupedGemm g = rows_product(c.experts, dense_rows(narrow.const_data_ptr(), lora.rank), lora.rank, width);
   g.dtype = dtype;
   g.b = expert_weights(factor, dtype, by_a, col);
@@ -219,12 +224,16 @@ Tensor weights_gradient(Call& call, const Experts& c, const Tensor& w, const Ope
   return turned ? torch::stable::transpose(d_w, 1, 2) : d_w;
 }
 
-// The gradient of a factor of `lora`, in the arithmetic's dtype and then rounded to its own.
+// The gradient of a factor of `lora`, in the arithmetic's dtype and then rounded to its own; stored as the factor is.
 Tensor factor_gradient(Call& call, const Moe& c, const LowRank& lora, const Tensor& factor, Rows& d_out, Rows& in) {
   Experts wide = c.experts;
   wide.dtype = arithmetic_dtype(c.dtype);
-  return as_dtype(weights_gradient(call, wide, factor, d_out.operand(wide, wide.dtype), in.operand(wide, wide.dtype)),
-                  lora.dtype);
+  const Tensor d = as_dtype(
+      weights_gradient(call, wide, factor, d_out.operand(wide, wide.dtype), in.operand(wide, wide.dtype)), lora.dtype);
+  if (!is_expert_last(factor)) return d;
+  using torch::stable::transpose;
+  const Tensor stored = torch::stable::contiguous(transpose(transpose(d, 0, 1), 1, 2));  // [N, K, E]
+  return transpose(transpose(stored, 1, 2), 0, 1);
 }
 
 }  // namespace

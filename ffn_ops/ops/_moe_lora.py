@@ -100,6 +100,14 @@ def check_pairs(pairs: Sequence[Any], x: Tensor, experts: Any, hidden: Any, feat
     check_pair("down", pairs[2], pairs[3], out, features, x, experts)
 
 
+def factor_as_stored(factor: Tensor) -> Tensor:
+    """Allocates its gradient: as PEFT stores b, with the experts last, where the factor is."""
+    experts, rows, cols = factor.shape
+    if experts > 1 and factor.stride(0) == 1 and factor.stride(2) == experts and factor.stride(1) == cols * experts:
+        return dense(factor, rows, cols, experts).permute(2, 0, 1)
+    return as_stored(factor)
+
+
 def _fake_sizes(args: Sequence[Any], form: Sequence[Any]) -> Any:
     x, _token, _weight, offsets, _row, _slots, w_in, w_up, w_down, b_in, b_down, *pairs = args
     gated, interleaved, activation, params = form
@@ -139,7 +147,7 @@ def _(d_y: Tensor, *args: Any) -> Any:
         elif place == 2:
             grads.append(x.new_empty((token.shape[0],), dtype=arithmetic(x)))
         else:
-            grads.append(dense(x, *x.shape) if place == 0 else as_stored(t))
+            grads.append(dense(x, *x.shape) if place == 0 else as_stored(t) if place < 9 else factor_as_stored(t))
     return tuple(grads)
 
 

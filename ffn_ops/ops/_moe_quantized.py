@@ -19,10 +19,10 @@ from .._quantized import QuantizedWeight
 from .._quantized.formats import check_groups, columns, has_up
 from ._gated_act import gated_act_op
 from ._moe_derivatives import all_rows
-from ._moe_lora import adapters, check_pairs
+from ._moe_lora import adapters, check_pairs, factor_as_stored
 from ._moe_quantized_derivatives import linear_op, moe_op
 from ._rows import check_routing
-from ._shared import as_stored, autocast, both_biases, dense, fold, needs_grad, plus
+from ._shared import autocast, both_biases, dense, fold, needs_grad, plus
 
 if TYPE_CHECKING:
     from .._lora import Lora
@@ -255,5 +255,5 @@ def _(
     d_b_in = dense(x, experts, 2 * features if gated else features) if need_b_in else dense(x, 0)
     d_b_down = dense(x, experts, out) if need_b_down else dense(x, 0)
     pairs = zip((a_in, lora_b_in, a_down, lora_b_down), need_pairs, strict=True)
-    d_pairs = [as_stored(t) if need and t is not None else dense(x, 0) for t, need in pairs]
+    d_pairs = [factor_as_stored(t) if need and t is not None else dense(x, 0) for t, need in pairs]
     return dense(x, *x.shape) if need_x else dense(x, 0), d_weight, d_b_in, d_b_down, *d_pairs

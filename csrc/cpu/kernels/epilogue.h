@@ -161,6 +161,28 @@ void add_short_product(const Operand& b, int64_t lane0, int64_t cols, const type
   }
 }
 
+// Asks for lanes of an operand that is read from memory where it stands, at most `most` cache lines.
+FFN_FN void prefetch_lanes(const Operand& b, int64_t lane0, int64_t lanes, int64_t k, int64_t most) {
+  const Matrix& m = b.matrix;
+  if (m.codes || m.rows || m.col_stride != 1) return;
+  const int64_t size = storage_size(m.dtype), rows = b.k_along_rows ? k : lanes, cols = b.k_along_rows ? lanes : k;
+  const char* const first = static_cast<const char*>(m.data) + (b.k_along_rows ? lane0 : lane0 * m.row_stride) * size;
+  if (m.row_stride == cols) {
+    for (int64_t byte = 0; byte < rows * cols * size && most > 0; byte += 64, --most) prefetch(first + byte);
+    return;
+  }
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t byte = 0; byte < cols * size && most > 0; byte += 64, --most)
+      prefetch(first + r * m.row_stride * size + byte);
+}
+
+// Before a tile is multiplied: what joins it then comes from memory meanwhile.
+FFN_FN void prefetch_short_product(const Gemm& g, int64_t col, int64_t cols) {
+  if (!g.epilogue.small) return;
+  for (int i = 0; i < (g.gated ? 2 : 1); ++i)
+    prefetch_lanes(g.epilogue.small_b[i], col, cols, g.epilogue.rank, kPrefetchedLines);
+}
+
 // The second product joins the tile. `half` is where up's columns begin.
 template <class V>
 void join_short_product(const Gemm& g, const TilePart& t, typename V::Scalar* tile, int64_t half) {
@@ -323,6 +345,7 @@ FFN_FN void prefetch_tile(const ScheduledGemm& g, const TilePart& t) {
     }
   };
   const int64_t size = storage_size(e.dtype);
+  prefetch_short_product(g, t.col, t.cols);
   if (e.kind == Epilogue::Kind::kActivateGrad) {
     for (const void* saved : {e.gate, e.up})
       ask(saved, e.pre_stride, size, [](const char* p) __attribute__((always_inline)) { prefetch(p); });

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Textual, per instruction set: products with a short side, as low-rank additions to weights have. They read their long
-// operands where they stand: packing them would take longer than the product.
+// operands where they stand: packing them would take longer than the product. Factors that are stored with the experts
+// side by side are turned.
 
 constexpr int64_t kShortBlock = 8 * kSumBlock;          // of k, that is held at once
 constexpr int kShortRows = kVectorBytes == 64 ? 8 : 4;  // whose sums are in registers
@@ -46,6 +47,7 @@ void short_product_as(const ShortProduct& p, int64_t row_begin, int64_t row_end)
   alignas(64) T b_buffer[kShortBlock * W];
   alignas(64) T row_buffer[kShortRows][kShortBlock];
   const Matrix& m = p.b.matrix;
+  if (p.next) prefetch_lanes(*p.next, 0, p.N, p.K, kPrefetchedLines);
   const bool in_place = p.b.k_along_rows && m.col_stride == 1 && m.dtype == Codec<T>::kDType;
   for (int64_t k = 0; k < p.K || k == 0; k += kShortBlock) {
     const int64_t n = p.K - k < kShortBlock ? p.K - k : kShortBlock;
@@ -146,4 +148,54 @@ void short_outer_as(const ShortOuter& p, const Range& range) {
     dispatch_storage<T>(p.b.dtype, [&](auto tag) { short_outer_range<V, T, typename decltype(tag)::Type>(p, range); });
   else
     dispatch_storage<T>(p.a.dtype, [&](auto tag) { short_outer_range<V, typename decltype(tag)::Type, T>(p, range); });
+}
+
+// A block of vectors is transposed in registers: rows [r, r + rows) and columns [c, c + cols).
+template <class V, class S, class D>
+FFN_FN void turn_block(const Turn& t, int64_t r, int64_t rows, int64_t c, int64_t cols) {
+  constexpr int64_t W = V::kLanes;
+  V block[W];
+  if (rows == W && cols == W && !t.from) {
+    FFN_UNROLL
+    for (int64_t i = 0; i < W; ++i) block[i] = load<V>(row_pointer<S>(t.in, r + i) + c);
+  } else {
+    FFN_UNROLL
+    for (int64_t i = 0; i < W; ++i) {
+      const int64_t row = i < rows ? t.from ? t.from[r + i] : r + i : -1;
+      block[i] = row >= 0 ? load_part<V>(row_pointer<S>(t.in, row) + c, cols) : V::zero();
+    }
+  }
+  transpose(block);
+  D* const out = static_cast<D*>(t.out) + r;
+  if (rows == W && cols == W && !t.to) {
+    FFN_UNROLL
+    for (int64_t i = 0; i < W; ++i) store(out + (c + i) * t.out_stride, block[i]);
+  } else {
+    FFN_UNROLL
+    for (int64_t i = 0; i < W; ++i) {
+      const int64_t place = i < cols ? t.to ? t.to[c + i] : c + i : -1;
+      if (place >= 0) store_part(out + place * t.out_stride, block[i], rows);
+    }
+  }
+}
+
+template <class V, class S, class D>
+void turn_range(const Turn& t, const Range& range) {
+  constexpr int64_t W = V::kLanes;
+  for (int64_t r = range.row_begin; r < range.row_end; r += W) {
+    for (int64_t c = range.col_begin; c < range.col_end; c += W) {
+      const int64_t cols = range.col_end - c < W ? range.col_end - c : W;
+      bool wanted = !t.to;
+      for (int64_t i = 0; i < cols && !wanted; ++i) wanted = t.to[c + i] >= 0;
+      if (wanted) turn_block<V, S, D>(t, r, range.row_end - r < W ? range.row_end - r : W, c, cols);
+    }
+  }
+}
+
+template <class V>
+void turn_as(const Turn& t, const Range& range) {
+  using T = typename V::Scalar;
+  if (t.in.dtype == Codec<T>::kDType)
+    dispatch_storage<T>(t.dtype, [&](auto tag) { turn_range<V, T, typename decltype(tag)::Type>(t, range); });
+  else dispatch_storage<T>(t.in.dtype, [&](auto tag) { turn_range<V, typename decltype(tag)::Type, T>(t, range); });
 }

@@ -189,6 +189,7 @@ void dot_task(const ScheduledGemm& g, int64_t task, void* scratch) {
     for (int64_t q = panels.begin; q < panels.end; ++q) {
       const int64_t col = q * g.nr;
       const int64_t cols = g.N - col < g.nr ? g.N - col : g.nr;
+      prefetch_short_product(g, col, cols);
       const int64_t vectors = divide_up(cols, W), count = g.branches() * operands * vectors;
       const auto rows = [&](int64_t i) { return row_pointer<S>(streamed[i / vectors].matrix, col + i % vectors * W); };
       for (int64_t i = 0; i < count; ++i) {
@@ -223,6 +224,7 @@ void broadcast_task(const ScheduledGemm& g, int64_t task, void* scratch) {
     for (int64_t q = panels.begin; q < panels.end; ++q) {
       const int64_t col = q * g.nr;
       const int64_t cols = g.N - col < g.nr ? g.N - col : g.nr;
+      prefetch_short_product(g, col, cols);
       for (int64_t i = 0; i < g.branches() * operands; ++i) {
         const bool more = i + 1 < g.branches() * operands;
         kernel(g.b[i].matrix, col, cols, g.K, x, dots, copied,
@@ -299,6 +301,7 @@ void axpy_task(const ScheduledGemm& g, int64_t task, void* scratch) {
   T* decoded = tile + H * kWidth;  // quantised: [kAxpyFuse][stride + kWidth]
   const int64_t begin = task * stride;
   const int64_t cols = g.N - begin < stride ? g.N - begin : stride;
+  prefetch_short_product(g, begin, cols);
   for (int64_t i = 0; i < g.k_blocks(); ++i) {
     const KBlock c = k_block_at(g, i);
     const Matrix& m = g.b[c.b].matrix;

@@ -133,6 +133,7 @@ inline void dot_codes_task(const ScheduledGemm& g, int64_t task) {
     int64_t count = 0;
     for (int64_t p = 0; p < together; ++p) {
       const int64_t col = (q + p) * g.nr, cols = g.N - col < g.nr ? g.N - col : g.nr;
+      prefetch_short_product(g, col, cols);
       for (int64_t operand = 0; operand < operands; ++operand) {
         for (int64_t lane = 0; lane < cols; lane += W)
           lanes[count++] = {&g.b[operand].matrix, col + lane, cols - lane < W ? cols - lane : W,

@@ -86,6 +86,11 @@ void short_outer(const ShortOuter& p, const Range& range) {
   else short_outer_as<Vec<float>>(p, range);
 }
 
+void turn(const Turn& t, const Range& range) {
+  if (t.dtype == DType::kFloat64) turn_as<Vec<double>>(t, range);
+  else turn_as<Vec<float>>(t, range);
+}
+
 void gated_act(const GatedAct& g, const Range& range) {
   if (g.gate.dtype == DType::kFloat64) gated_act_range<Vec<double>>(g, &ActKernels<Vec<double>>::forward, range);
   else gated_act_range<Vec<float>>(g, &ActKernels<Vec<float>>::forward, range);
@@ -149,6 +154,7 @@ const KernelTable kTable = {Vec<float>::kLanes,
                             gemm,
                             FFN_OPS_ENTRY(short_product),
                             FFN_OPS_ENTRY(short_outer),
+                            FFN_OPS_ENTRY(turn),
                             FFN_OPS_ENTRY(gated_act),
                             FFN_OPS_ENTRY(gated_act_backward),
                             FFN_OPS_ENTRY(gated_act_double_backward),
