@@ -264,6 +264,16 @@ def test_adapters_of_another_orientation(monkeypatch: pytest.MonkeyPatch) -> Non
     assert_alike(*models)
 
 
+def test_hooks_of_every_wrapper_run() -> None:
+    """The outermost wrapper calls the experts, unless one inside has something to do."""
+    ours = adapted("ffn_ops", "mixtral", torch.float32)
+    expected, seen = ours(input_ids=tokens()).logits, []
+    for wrapper in wrappers(ours):
+        wrapper.register_forward_hook(lambda module, _given, _out: seen.append(module))
+    assert operators(ours) == ["moe_lora"] * 2 and len(seen) == len(wrappers(ours)) == 4
+    assert torch.equal(ours(input_ids=tokens()).logits, expected)
+
+
 def test_adapters_of_a_call_are_those_of_its_thread() -> None:
     ours = adapted("ffn_ops")
     entered, leave = threading.Event(), threading.Event()

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from .._checks import DTYPES
 from .._lora import Lora, together
 from .._quantized import QuantizedWeight
+from ..modules import is_unhooked
 
 
 class _Held(threading.local):
@@ -36,16 +37,16 @@ _held = _Held()
 
 
 class _Holding(AbstractContextManager[None]):
-    """Holds the adapters of one more parameter of ``experts``. A class, as it is entered in each call of each layer."""
+    """Holds the adapters of more parameters of ``experts``. A class, as it is entered in each call of each layer."""
 
-    __slots__ = ("before", "experts", "found", "name")
+    __slots__ = ("before", "experts", "found")
 
-    def __init__(self, experts: Any, name: str, found: list[tuple[Tensor, Tensor, float]]) -> None:
-        self.experts, self.name, self.found = experts, name, found
+    def __init__(self, experts: Any, found: dict[str, list[tuple[Tensor, Tensor, float]]]) -> None:
+        self.experts, self.found = experts, found
 
     def __enter__(self) -> None:
         self.before = _held.of.get(self.experts)
-        _held.of[self.experts] = {**(self.before or {}), self.name: self.found}
+        _held.of[self.experts] = {**self.before, **self.found} if self.before else self.found
 
     def __exit__(self, *_: object) -> None:
         if self.before is None:
@@ -70,10 +71,12 @@ def adopt(runs_ours: Callable[[nn.Module], bool]) -> None:
         # The wrapper around this one has looked, if there is one.
         known = experts in _held.of or runs_ours(experts)
         found = _plain_adapters(self, experts, active_adapters) if known else None
-        return theirs(self, active_adapters) if found is None else _Holding(experts, self.parameter_name, found)  # type: ignore[no-any-return]
+        return theirs(self, active_adapters) if found is None else _Holding(experts, {self.parameter_name: found})  # type: ignore[no-any-return]
 
     activate._ffn_ops = theirs  # type: ignore[attr-defined]
     wrapper._activate_lora = activate
+    if not hasattr(wrapper.forward, "_ffn_ops"):
+        wrapper.forward = _all_at_once(wrapper, runs_ours)
     wrapper.merge = _refusing(wrapper.merge)
     tuner: Any = sys.modules["peft.tuners.tuners_utils"].BaseTuner
     tuner.merge_adapter = _refusing_first(tuner.merge_adapter)
@@ -81,6 +84,41 @@ def adopt(runs_ours: Callable[[nn.Module], bool]) -> None:
     inject = getattr(tuner, "_inject_parameters", None)
     if inject is not None:
         tuner._inject_parameters = _showing_parameters(inject)
+
+
+def _all_at_once(wrapper: Any, runs_ours: Callable[[nn.Module], bool]) -> Callable[..., Any]:
+    """``forward`` of the wrappers around experts that run as our operator: the outermost one calls the experts."""
+    theirs = wrapper.forward
+
+    def of_all(outermost: Any) -> tuple[Any, dict[str, Any]] | None:
+        """The experts, and the adapters of each parameter; None where a wrapper does more than hold plain ones."""
+        wrappers: list[Any] = []
+        experts = outermost
+        while type(experts) is wrapper:
+            if experts._disable_adapters or experts.merged_adapters or (wrappers and not is_unhooked(experts)):
+                return None
+            wrappers.append(experts)
+            experts = experts._modules["base_layer"]
+        if not hasattr(wrapper._activate_lora, "_ffn_ops") or not runs_ours(experts):
+            return None
+        found: dict[str, Any] = {}
+        for each in wrappers:
+            adapters = _plain_adapters(each, experts, each.active_adapters)
+            if adapters is None:
+                return None
+            found[each.parameter_name] = adapters
+        return experts, found
+
+    @functools.wraps(theirs)
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        found = of_all(self) if "adapter_names" not in kwargs else None
+        if found is None:
+            return theirs(self, x, *args, **kwargs)
+        with _Holding(*found):
+            return found[0](x, *args, **kwargs)
+
+    forward._ffn_ops = theirs  # type: ignore[attr-defined]
+    return forward
 
 
 def _refuse(layer: Any, adapter_names: Any) -> None:
