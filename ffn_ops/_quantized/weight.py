@@ -142,8 +142,8 @@ class QuantizedWeight(Readers, nn.Module):
     def as_parameters(self) -> QuantizedWeight:
         """Turns its tensors of bytes into parameters without a gradient, for libraries that look at parameters only.
 
-        FSDP2's ``fully_shard``, from torch 2.15 on, shards them by ``Shard(0)`` and gathers them for a call. Scales of a
-        floating-point dtype stay buffers, of which every rank has all: mixed precision would round them.
+        FSDP2's ``fully_shard``, from torch 2.15 on, shards them by ``Shard(0)`` and gathers them for a call. Scales of
+        a floating-point dtype stay buffers, of which every rank has all: mixed precision would round them.
 
         Example:
             >>> layer = ffn_ops.FeedForward(dim=64, d_ff=96)
