@@ -12,10 +12,12 @@ from expert_checks import TOKENS, mesh_of, part
 from ranks import raised
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import ffn_ops
 from ffn_ops import QuantizedWeight, expert_parallel
+
+SHARDS_BYTES = torch.__version__ >= "2.15"  # before, FSDP2 takes no parameters of integers
 
 
 def gradients(layer: Any, x: Tensor, d_y: Tensor) -> list[Tensor]:
@@ -89,12 +91,43 @@ def _local(w: QuantizedWeight) -> QuantizedWeight:
 
 
 def sharded(rank: int) -> None:
-    """FSDP2 shards parameters: biases and the router here. Bytes are buffers, of which every rank has all."""
-    whole, _ = layers(4, None, "mxfp4", bias=True, num_shared=0)
-    ours = copy.deepcopy(whole)
-    fully_shard(ours, mesh=mesh_of(2))
-    x, d_y = (torch.randn(6, 32, generator=torch.Generator().manual_seed(3)) for _ in range(2))
-    for found, expected in zip(gradients(ours, x, d_y), gradients(whole, x, d_y), strict=True):
-        assert torch.equal(found, expected)
-    for (name, p), (_, q) in zip(ours.named_parameters(), whole.named_parameters(), strict=True):
-        torch.testing.assert_close(p.grad.full_tensor(), q.grad, msg=name)  # type: ignore[union-attr]
+    """FSDP2 shards parameters: biases and the router, and bytes that became parameters. Those of a rank are its half;
+    of three experts one rank has two. Buffers, such as bytes of which none was asked, every rank has whole."""
+    mesh = mesh_of(2)
+    cases = ((4, "mxfp4", ()), (4, "mxfp4", ("codes", "scales")), (3, "int4", ("codes",)))
+    for E, format, cut in cases[: None if SHARDS_BYTES else 1]:
+        whole, _ = layers(E, None, format, bias=True, num_shared=0)
+        ours = copy.deepcopy(whole)
+        for w in (ours.w_in, ours.w_down) if cut else ():
+            assert w.as_parameters() is w
+        fully_shard(ours, mesh=mesh)
+        for w, same in ((ours.w_in, whole.w_in), (ours.w_down, whole.w_down)):
+            begin, end = expert_parallel.experts_of(E, 2, rank)
+            for name, t in w.named_parts().items():
+                local = t.to_local() if name in cut else t  # type: ignore[attr-defined]
+                assert torch.equal(local, getattr(same, name)[begin:end] if name in cut else getattr(same, name))
+        x, d_y = (torch.randn(6, 32, generator=torch.Generator().manual_seed(3)) for _ in range(2))
+        for found, expected in zip(gradients(ours, x, d_y), gradients(whole, x, d_y), strict=True):
+            assert torch.equal(found, expected)
+        for name, q in whole.named_parameters():
+            p = ours.get_parameter(name)
+            torch.testing.assert_close(p.grad.full_tensor(), q.grad, msg=name)  # type: ignore[union-attr]
+        state = ours.state_dict()
+        for name in (f"w_in.{each}" for each in cut):
+            assert torch.equal(state[name].full_tensor(), whole.state_dict()[name])
+            state[name] = state[name] * 1
+            ours.get_parameter(name).to_local().zero_()  # type: ignore[attr-defined]
+        ours.load_state_dict(state)
+        assert torch.equal(ours(x), whole(x))
+    if SHARDS_BYTES:
+        _mixed(mesh)
+
+
+def _mixed(mesh: DeviceMesh) -> None:
+    """Mixed precision rounds parameters of floating-point numbers, and no bytes or scales."""
+    whole, _ = layers(4, None, "int4", bias=True, num_shared=0)
+    ours, x = copy.deepcopy(whole), torch.randn(6, 32, generator=torch.Generator().manual_seed(3))
+    for w in (ours.w_in, ours.w_down):
+        w.as_parameters()
+    fully_shard(ours, mesh=mesh, mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32))
+    assert torch.equal(ours(x), whole.to(torch.bfloat16)(x.bfloat16()))

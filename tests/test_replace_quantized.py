@@ -72,6 +72,10 @@ def by_compressed_tensors(format: str | None = None, **weights: Any) -> Quantise
         initialize_module_for_quantization(child, scheme)
         child.weight_scale.data.fill_(0.02)
         child.weight_scale.data += 0.01 * torch.rand(child.weight_scale.shape, generator=generator(2))
+        if weights["type"] == "float" and weights["strategy"] == "group":  # mxfp4: its scales are powers of two
+            child.weight_scale.data = (
+                torch.randint(-8, -4, child.weight_scale.shape, generator=generator(2)).float().exp2()
+            )
         if weights["strategy"] == "tensor_group":
             child.weight_scale.data = (100 * child.weight_scale.data.float()).to(child.weight_scale.dtype)
             child.weight_global_scale.data.fill_(128.0)  # of a power of two the library's bfloat16 values are exact
@@ -142,6 +146,9 @@ ZERO_COPY: dict[str, Callable[[], Quantised]] = {
     ),
     "compressed-tensors int8": lambda: by_compressed_tensors(
         "naive-quantized", num_bits=8, type="int", symmetric=True, strategy="channel"
+    ),
+    "compressed-tensors mxfp4": lambda: by_compressed_tensors(
+        num_bits=4, type="float", symmetric=True, strategy="group", group_size=32, scale_dtype=torch.uint8
     ),
 }
 TURNED: dict[str, Callable[[], Quantised]] = {

@@ -23,7 +23,8 @@ class QuantizedWeight(Readers, nn.Module):
 
     It has no gradient: x, the routing's weights and biases do. It is a module without a forward, so that its tensors
     are buffers of the layer that holds it: in the state dict, moved by ``to`` (which leaves their dtypes), copied and
-    pickled. Format and shape do not change. It is also a pytree of its tensors.
+    pickled; :meth:`as_parameters` makes parameters of them. Format and shape do not change. It is also a pytree of its
+    tensors.
 
     Args:
         format: ``mxfp4``, ``nvfp4``, ``fp8`` (e4m3), ``int8``, ``int4`` (symmetric, stored plus 8), ``uint4`` (with a
@@ -90,7 +91,12 @@ class QuantizedWeight(Readers, nn.Module):
     @property
     def parts(self) -> list[Tensor]:
         """Codes, then scales, then zeros or the factor: what the format has."""
-        return [self._buffers[name] for name in ("codes", *FORMATS[self.format].parts)]  # type: ignore[misc]
+        return list(self.named_parts().values())
+
+    def named_parts(self) -> dict[str, Tensor]:
+        """The same by their names."""
+        held: Any = {**self._parameters, **self._buffers}
+        return {name: held[name] for name in ("codes", *FORMATS[self.format].parts)}
 
     @property
     def shape(self) -> torch.Size:
@@ -133,13 +139,33 @@ class QuantizedWeight(Readers, nn.Module):
             )
         return self
 
+    def as_parameters(self) -> QuantizedWeight:
+        """Turns its tensors of bytes into parameters without a gradient, for libraries that look at parameters only.
+
+        FSDP2's ``fully_shard``, from torch 2.15 on, shards them by ``Shard(0)`` and gathers them for a call. Scales of
+        a floating-point dtype stay buffers, of which every rank has all: mixed precision would round them.
+
+        Example:
+            >>> layer = ffn_ops.FeedForward(dim=64, d_ff=96)
+            >>> layer.w2 = ffn_ops.QuantizedLinear(ffn_ops.quantize(layer.w2.weight, "mxfp4"))
+            >>> layer.w2.weight.as_parameters()
+            QuantizedWeight(mxfp4, [64, 96], 0.0 of 0.0 MB in bfloat16)
+            >>> [name for name, _ in layer.named_parameters()]
+            ['w1.weight', 'w3.weight', 'w2.weight.codes', 'w2.weight.scales']
+        """
+        for name, t in tuple(self._buffers.items()):
+            if t is not None and t.dtype is torch.uint8:
+                del self._buffers[name]
+                self._parameters[name] = nn.Parameter(t, requires_grad=False)
+        return self
+
     def extra_repr(self) -> str:
         dense = 2e-6 * self.shape.numel()
         return f"{self.format}, {list(self.shape)}, {self.nbytes * 1e-6:.1f} of {dense:.1f} MB in bfloat16"
 
     def __setattr__(self, name: str, value: Any) -> None:
         if "format" in self.__dict__ and not name.startswith("_") and name != "training":
-            old = self._buffers.get(name)
+            old: Any = self._buffers.get(name, self._parameters.get(name))
             same = isinstance(value, Tensor) and isinstance(old, Tensor) and value.shape == old.shape
             if not same or value.dtype is not old.dtype:  # type: ignore[union-attr]
                 raise AttributeError(f"{name}: a QuantizedWeight does not change, make another one")
@@ -147,12 +173,15 @@ class QuantizedWeight(Readers, nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedWeight:
         """Moves bytes, so that a change of the model's dtype leaves scales as they are."""
-        for name, t in self._buffers.items():
-            if t is not None:
-                local: Any = t.to_local() if check.is_dtensor(t) else t  # type: ignore[attr-defined]
-                moved = fn(local.reshape(-1).view(torch.uint8))
-                if moved.dtype is torch.uint8:
-                    self._buffers[name] = _as(t, moved.view(t.dtype).reshape(local.shape))
+        held: Any
+        for held in (self._parameters, self._buffers):
+            for name, t in held.items():
+                if t is not None:
+                    local: Any = t.data.to_local() if check.is_dtensor(t) else t.data
+                    moved = fn(local.reshape(-1).view(torch.uint8))
+                    if moved.dtype is torch.uint8:
+                        new = _as(t, moved.view(t.dtype).reshape(local.shape))
+                        held[name] = new if held is self._buffers else nn.Parameter(new, requires_grad=False)
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -175,7 +204,7 @@ class QuantizedWeight(Readers, nn.Module):
         wrong = []
         if (saved := local_metadata.get("format", wanted)) != wanted:
             wrong.append(f"{prefix[:-1]}: expected a quantised weight in {wanted}, got one in {saved}")
-        for name, t in self._buffers.items():
+        for name, t in (*self._parameters.items(), *self._buffers.items()):
             new = state_dict.get(prefix + name)
             if isinstance(new, Tensor) and isinstance(t, Tensor) and new.dtype is not t.dtype:
                 want, got = (str(each.dtype).removeprefix("torch.") for each in (t, new))
@@ -183,7 +212,7 @@ class QuantizedWeight(Readers, nn.Module):
         if wrong:
             errors.extend(wrong)
             return
-        if not FORMATS[self.format].parts:
+        if not FORMATS[self.format].parts and "codes" in self._buffers:
             self._buffers["codes"] = self.codes.clone()  # else it would write to the mapped file
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
@@ -224,9 +253,7 @@ def _unflatten(parts: Any, context: Any) -> QuantizedWeight:
 
 
 def _with_keys(w: QuantizedWeight) -> tuple[list[Any], Any]:
-    parts, context = _flatten(w)
-    names = ("codes", *FORMATS[w.format].parts)
-    return [(pytree.GetAttrKey(name), t) for name, t in zip(names, parts, strict=True)], context
+    return [(pytree.GetAttrKey(name), t) for name, t in w.named_parts().items()], _flatten(w)[1]
 
 
 pytree.register_pytree_node(

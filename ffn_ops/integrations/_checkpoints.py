@@ -227,7 +227,7 @@ def stacked(branches: Sequence[Sequence[QuantizedWeight]]) -> QuantizedWeight:
     inner = [branch[0].shape[0] for branch in branches[:-1]]
     cut = math.gcd(rows, *inner) if any(each % rows for each in inner) else rows
     made = {}
-    for name, t in first.named_buffers():
+    for name, t in first.named_parts().items():
         if name == "factor":
             made[name] = torch.stack([w.parts[-1] for w in branches[0]])
             continue
@@ -243,7 +243,7 @@ def stacked(branches: Sequence[Sequence[QuantizedWeight]]) -> QuantizedWeight:
 
 def why_apart(branches: Sequence[Sequence[QuantizedWeight]]) -> str | None:
     """Why gate and up of an expert cannot become one weight."""
-    factors = [[each._buffers.get("factor") for w in branch for each in _experts(w)] for branch in branches]
+    factors = [[each.named_parts().get("factor") for w in branch for each in _experts(w)] for branch in branches]
     pairs = [pair for other in factors[1:] for pair in zip(factors[0], other, strict=False)]
     apart = any(a is not None and b is not None and not torch.equal(a, b) for a, b in pairs)
     return "gate and up of an expert have different factors" if apart else None
@@ -252,7 +252,7 @@ def why_apart(branches: Sequence[Sequence[QuantizedWeight]]) -> str | None:
 def _experts(w: QuantizedWeight) -> Sequence[QuantizedWeight]:
     if w.dim() == 2:
         return (w,)
-    parts = {name: t.unbind() for name, t in w.named_buffers()}
+    parts = {name: t.unbind() for name, t in w.named_parts().items()}
     return [
         QuantizedWeight(w.format, block=w.block, **{name: each[e] for name, each in parts.items()})
         for e in range(w.shape[0])

@@ -23,9 +23,11 @@ class QuantizedEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         w, rows = self.weight, ids.flatten()
-        parts: dict[str, Any] = {"factor": w.factor} if "factor" in w._buffers else {}
-        for name in ("codes", "scales", "zeros"):
-            if (table := w._buffers.get(name)) is not None:
+        parts: dict[str, Any] = {}
+        for name, table in w.named_parts().items():
+            if name == "factor":
+                parts[name] = table
+            else:
                 parts[name] = F.embedding(rows if name == "codes" else rows // w.block[0], table)
         picked = QuantizedWeight(w.format, block=(1, w.block[1]), **parts)
         return picked.dequantize(self.dtype).reshape(*ids.shape, self.embedding_dim)
