@@ -101,7 +101,7 @@ def operator_calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         if interleaved:  # and with the experts last, as PEFT stores b
             b_in, b_down = (t(n, r, E).detach().permute(2, 0, 1).requires_grad_() for n, r in ((rows, 2), (O, 1)))
             pairs = (pairs[0], b_in, pairs[2], b_down)
-        # both, or those of w_in alone; no kernels on a GPU, where the public functions compose other operators
+        # both, or those of w_in alone
         for at in (slice(0, 4), slice(0, 2)) if DEVICE == "cpu" else ():
             given_pairs = (*pairs[at], *(None,) * (4 - len(pairs[at])))
             whole, scaled = (*route, experts[0], None, *experts[1:], *given_pairs), (*options, 1.5)
