@@ -117,14 +117,15 @@ def ffn_then_dropout(
     def operator() -> Tensor:
         grad = needs_grad(x, w_in, w_down, w_up, b_in, b_up, b_down)
         form = (gated, gate.interleaved, gate.activation, gate.params, grad and not recompute)
-        args = (fold(x), w_in, w_up, w_down, b_in, b_up, b_down, *form)
-        if p and grad and x.is_cpu and torch._C._get_tracing_state() is None and not is_transformed():
-            return _Dropping.apply(*args, None, p)[0]  # type: ignore[no-any-return]
-        y = _ffn(*args, grad=grad)[0]
+        args = (w_in, w_up, w_down, b_in, b_up, b_down, *form)
+        more = x.dim() != 2 if p == 0 else x.is_cpu
+        if more and grad and torch._C._get_tracing_state() is None and not is_transformed():
+            return _OneNode.apply(x, *args, None, p)[0]  # type: ignore[no-any-return]
+        y = _ffn(fold(x), *args, grad=grad)[0]
         return F.dropout(y, p) if p else y  # type: ignore[no-any-return]
 
     y = checked(operator, lambda: _check_ffn(x, w_in, w_up, w_down, b_in, b_up, b_down, gated))
-    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], w_down.shape[0])  # type: ignore[no-any-return]
+    return y if x.dim() == y.dim() else y.reshape(*x.shape[:-1], w_down.shape[0])  # type: ignore[no-any-return]
 
 
 def _with_adapters(
@@ -300,10 +301,15 @@ def _ffn_backward_formula(ctx: Any, d_y: Tensor | None, _gate: Any = None, _up: 
     x, w_in, w_up, w_down, b_in, b_up, gate, up, *noise = ctx.saved_tensors
     if noise:
         d_y = d_y * noise[0]
+    shape = x.shape
+    if len(shape) != 2:
+        x, d_y = fold(x), fold(d_y)
     needs = list(ctx.needs_input_grad[:7])
     grads = _ffn_backward(
         d_y, x, w_in, w_up, w_down, b_in, b_up, gate, up, ctx.gated, ctx.interleaved, *ctx.form, needs
     )
+    if len(shape) != 2 and needs[0]:
+        grads = (grads[0].view(shape), *grads[1:])
     if False not in needs:
         return grads
     return tuple([grad if need else None for grad, need in zip(grads, needs, strict=True)])
@@ -361,14 +367,22 @@ _ffn = differentiable("ffn", _ffn_setup, _ffn_backward_formula, _ffn_tangent)
 _Ffn: Any = _ffn.function  # type: ignore[attr-defined]
 
 
-class _Dropping(_Ffn):  # type: ignore[misc]
+class _OneNode(_Ffn):  # type: ignore[misc]
+    """Folds leading dimensions and drops elements too, which would each be a node of the graph."""
+
     @staticmethod
-    def forward(ctx: Any, *flat: Any) -> Any:
-        y = _Ffn.forward(ctx, *flat[:-1])[0]
-        kept = 1 - flat[-1]
-        noise = torch.empty_like(y).bernoulli_(kept).div_(kept)  # as torch.dropout draws and scales it
-        ctx.save_for_backward(*ctx.to_save, noise)
-        return (y.mul_(noise),)
+    def forward(ctx: Any, x: Any, *rest: Any) -> Any:
+        *rest, p = rest  # type: ignore[assignment]
+        y = _Ffn.forward(ctx, fold(x), *rest)[0]
+        ctx.asks = ctx.asks or not x.is_leaf  # of the folded x nothing is known
+        if x.dim() != 2:
+            y = y.view(*x.shape[:-1], y.shape[-1])
+        noise: tuple[Tensor, ...] = ()
+        if p:  # as torch.dropout draws and scales it
+            noise = (torch.empty_like(y).bernoulli_(1 - p).div_(1 - p),)
+            y.mul_(noise[0])
+        ctx.save_for_backward(x, *ctx.to_save[1:], *noise)
+        return (y,)
 
 
 for _name in ("ffn", "ffn_backward"):
