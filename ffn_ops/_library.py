@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sysconfig
@@ -152,40 +153,58 @@ class ContextWith:
         return getattr(self._ctx, name)
 
 
-# For gradients of fewer elements, asking the engine costs more than computing gradients that nobody asked for.
+# For inputs of fewer elements, asking the engine for leaves costs more than computing gradients that nobody asked for.
 _WORTH_ASKING = 1 << 18
 
 
-def _asked_for(ctx: Any, grads: Sequence[Any]) -> tuple[bool, ...]:
+def _asked_for(ctx: Any) -> tuple[bool, ...]:
     """Which inputs' gradients this backward pass uses. ``autograd.grad(y, x)`` with trainable weights uses only x's.
 
     ``needs_input_grad`` only says which inputs require a gradient. The engine knows which functions it will run next:
     the next functions of a Python Function are those of its tensors, or None for a tensor that requires no gradient.
-    For a leaf that ``autograd.grad`` asks for, the engine raises, which costs 20 microseconds, so small layers stop
-    at the first one.
+    For a leaf that ``autograd.grad`` asks for, the engine raises, which costs 20 microseconds, so small layers do not
+    ask for leaves.
     """
     needs: tuple[bool, ...] = ctx.needs_input_grad
-    if _will_run is None or torch.compiler.is_compiling():
+    if not ctx.asks or _will_run is None or torch.compiler.is_compiling():
         return needs
     functions = [function for function, _ in ctx.next_functions if function is not None]
     if len(functions) != sum(needs):
         return needs
     places = [place for place, need in enumerate(needs) if need]
     asked = list(needs)
-    small: bool | None = None
     for place, function in zip(places, functions, strict=True):
-        try:
+        if ctx.small and type(function) is _LEAF:
+            continue
+        # it raises if autograd.grad asks for this leaf, or if no engine is running: the gradient is needed
+        with contextlib.suppress(RuntimeError):
             asked[place] = _will_run(function)
-        except RuntimeError:  # autograd.grad asks for this leaf, or no engine is running: the gradient is needed
-            if small is None:
-                sizes = [f.variable.numel() for f in functions if hasattr(f, "variable")]
-                small = sum(sizes) + sum(g.numel() for g in grads if g is not None) < _WORTH_ASKING
-            if small:
-                break
     return tuple(asked)
 
 
+def _set_up_asking(ctx: Any, flat: Sequence[Any]) -> None:
+    elements: Any = 0
+    leaves = True
+    for t in flat:
+        if isinstance(t, Tensor):
+            elements += t.numel()
+            leaves = leaves and t.is_leaf
+    ctx.small = type(elements) is int and elements < _WORTH_ASKING  # a graph may have numbers without values
+    ctx.asks = not (ctx.small and leaves)
+
+
+def is_transformed() -> bool:
+    """True where a call of an operator means more than its result and its backward."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._dispatch_tls_is_dispatch_key_included(GRADS_BATCHED)
+    )
+
+
 observer: Callable[[Any, tuple[Any, ...]], Any] | None = None  # calls an operator in its place, for `profile`
+_LEAF: Any = getattr(torch._C._functions, "AccumulateGrad", None)  # the type of a leaf's function in the graph
 _will_run = getattr(torch._C, "_will_engine_execute_node", None)
 GRADS_BATCHED: Any = torch._C._parse_dispatch_key("VmapMode")  # active in the vmap of is_grads_batched=True
 _IMPLEMENTATIONS = torch.library.Library("ffn_ops", "IMPL")
@@ -208,38 +227,35 @@ def differentiable(
     """
     op = overload(name)
 
-    def observed(*args: Any) -> Any:
-        look = observer  # another thread may set it
-        return op(*args) if look is None else look(op, args)
-
     takes_lists = any(str(each.type) == "List[Tensor]" for each in op._schema.arguments)
+
+    def below_autograd(args: tuple[Any, ...]) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            look = observer  # another thread may set it
+            return op(*args) if look is None else look(op, args)
 
     def without_autocast(ctx: Any, *grads: Any) -> Any:
         """Runs in the saved dtypes even under autocast, which may be on when second derivatives are computed."""
-        if not torch._C._is_any_autocast_enabled():
-            return formula(ctx, *grads)
         device = next((grad.device.type for grad in grads if isinstance(grad, Tensor)), "cpu")
         with torch.autocast(device, enabled=False):
             return formula(ctx, *grads)
 
-    def run(flat: Sequence[Any]) -> tuple[tuple[Any, ...], Any]:
-        args = _unflatten(flat[:-1], flat[-1])
-        with torch._C._AutoDispatchBelowAutograd():
-            return args, observed(*args)
-
-    def set_up(ctx: Any, lengths: Any, args: tuple[Any, ...], output: Any) -> None:
-        ctx.arg_lengths = lengths
+    def set_up(ctx: Any, flat: tuple[Any, ...], args: tuple[Any, ...], output: Any) -> None:
+        ctx.arg_lengths = flat[-1]
         setup_context(ctx, args, output)
+        _set_up_asking(ctx, flat)
         if forward_ad._current_level >= 0:
             ctx.save_for_forward(*(ctx.to_save or ()))
 
     def flat_backward(ctx: Any, *grads: Any) -> Any:
-        lengths, needs = ctx.arg_lengths, _asked_for(ctx, grads)
+        lengths, needs = ctx.arg_lengths, _asked_for(ctx)
+        in_autocast = torch._C._is_any_autocast_enabled()
         if lengths is None:
             asked = ctx if needs == ctx.needs_input_grad else ContextWith(ctx, needs_input_grad=needs)
-            result = without_autocast(asked, *grads)
+            result = without_autocast(asked, *grads) if in_autocast else formula(asked, *grads)
             return *result, *(None,) * (len(needs) - len(result))
-        result = without_autocast(ContextWith(ctx, needs_input_grad=_unflatten(needs[:-1], lengths)), *grads)
+        run = without_autocast if in_autocast else formula
+        result = run(ContextWith(ctx, needs_input_grad=_unflatten(needs[:-1], lengths)), *grads)
         flat: list[Any] = []
         for grad, length in zip(result, lengths, strict=False):
             flat.extend([grad] if length is None else grad if isinstance(grad, (list, tuple)) else [grad] * length)
@@ -256,8 +272,9 @@ def differentiable(
     class Eager(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *flat: Any) -> Any:
-            args, output = run(flat)
-            set_up(ctx, flat[-1], args, output)
+            args = _unflatten(flat[:-1], flat[-1])
+            output = below_autograd(args)
+            set_up(ctx, flat, args, output)
             return output
 
         backward = staticmethod(flat_backward)
@@ -270,11 +287,11 @@ def differentiable(
         @staticmethod
         def forward(*flat: Any) -> Any:
             with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
-                return run(flat)[1]
+                return below_autograd(_unflatten(flat[:-1], flat[-1]))
 
         @staticmethod
         def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-            set_up(ctx, inputs[-1], _unflatten(inputs[:-1], inputs[-1]), output)
+            set_up(ctx, inputs, _unflatten(inputs[:-1], inputs[-1]), output)
 
         backward = staticmethod(flat_backward)
         jvp = staticmethod(flat_tangent)
@@ -287,28 +304,22 @@ def differentiable(
                 return OneLevel.apply(*flat, lengths)  # type: ignore[attr-defined]
         if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and torch._C._any_requires_grad(*flat)):
             return Eager.apply(*flat, lengths)
-        with torch._C._AutoDispatchBelowAutograd():
-            return observed(*args)
+        return below_autograd(args)
 
     _IMPLEMENTATIONS.impl(name, autograd_kernel, "Autograd")
 
     def call(*args: Any, grad: bool = True) -> Any:
         """``grad=False`` says that nothing needs a gradient; the call then bypasses autograd."""
-        if (
-            torch.compiler.is_compiling()
-            or torch._C._are_functorch_transforms_active()
-            or forward_ad._current_level >= 0
-            or torch._C._dispatch_tls_is_dispatch_key_included(GRADS_BATCHED)
-        ):
+        if is_transformed():
             return op(*args)
         if not (grad and torch.is_grad_enabled()):
-            with torch._C._AutoDispatchBelowAutograd():
-                return observed(*args)
+            return below_autograd(args)
         if torch._C._get_tracing_state() is not None:  # torch.jit.trace keeps operators, not autograd.Functions
             return op(*args)
         flat, lengths = _flatten(args) if takes_lists else (args, None)
         return Eager.apply(*flat, lengths)
 
+    call.function = Eager  # type: ignore[attr-defined]
     return call
 
 

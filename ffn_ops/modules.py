@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules.module import _has_any_global_hook
 
 from . import _checks as check
 from . import ops
@@ -22,6 +23,7 @@ from ._gate import Gate, as_gate
 from ._quantized import QuantizedWeight
 from ._quantized.foreign import is_compressed
 from ._quantized.linear import weight_of
+from .ops._ffn import ffn_then_dropout
 
 # A small layer feels every look-up by nn.Module.__getattr__, so forward reads _modules and _parameters directly.
 # FakeTensor: torch.export. DTensors and other subclasses have behaviour of their own
@@ -89,6 +91,13 @@ def is_idle(dropout: nn.Module) -> bool:
     kind = type(dropout)
     idle = kind is nn.Identity or (kind is nn.Dropout and not (dropout.training and dropout.p > 0))  # type: ignore[operator]
     return idle and is_unhooked(dropout)
+
+
+def plain_probability(dropout: nn.Module) -> float:
+    """The ``p`` of ``dropout``, if calling it computes only ``F.dropout`` with p below 1; else 0."""
+    if type(dropout) is not nn.Dropout or not dropout.training or not is_unhooked(dropout) or _has_any_global_hook():
+        return 0.0
+    return dropout.p if dropout.p < 1 else 0.0
 
 
 def _alike(layers: list[nn.Linear]) -> bool:
@@ -195,6 +204,11 @@ class FeedForward(_OfLinears):
         w1, w2, w3, dropout = children["w1"], children["w2"], children["w3"], children["dropout"]
         if is_plain_linear(w1) and is_plain_linear(w2) and is_plain_linear(w3):
             p1, p2, p3 = w1._parameters, w2._parameters, w3._parameters
+            if isinstance(x, Tensor) and (p := plain_probability(dropout)):
+                return ffn_then_dropout(
+                    x, p1["weight"], p2["weight"], p3["weight"], None, p1["bias"], p3["bias"], p2["bias"],
+                    self.activation, self.recompute, None, p,
+                )  # fmt: skip
             y = ops.ffn(
                 x, p1["weight"], p2["weight"], w_up=p3["weight"], b_in=p1["bias"], b_up=p3["bias"], b_down=p2["bias"],
                 recompute=self.recompute, activation=self.activation,

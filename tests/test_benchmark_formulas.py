@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""FLOPs and bytes that benchmarks report, against tensors counted here."""
+"""FLOPs and bytes that benchmarks report, against tensors counted here; and the benchmark of busy cores."""
 
 from __future__ import annotations
 
 import dataclasses
 import gc
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from test_benchmarks import FEW_CHOSEN, MIXED, MIXED_BIAS, MOE_RUNNING, RUNNING, SMALL
 
-from benchmarks import workloads
+from benchmarks import busy, workloads
 from benchmarks.providers import (
     EAGER,
     OURS,
@@ -94,3 +96,28 @@ def test_saved_bytes_of_mixtures(shape: Mixture, dtype: str) -> None:
     (ours,) = (p for p in MOE_RUNNING if p.name == OURS)
     found = Local(ours.build(inputs, shape), shape, "training").saved_bytes()
     assert found is not None and found <= Row(shape, dtype, "training").saved_bytes
+
+
+def test_busy_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A small row in each state: verified, sampled, saved; another process runs where one should, and only then. A
+    layer that computes something else is refused."""
+    others: list[int] = []
+    start = busy.subprocess.Popen
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        process = start(*args, **kwargs)
+        others.append(process.pid)
+        return process
+
+    monkeypatch.setattr(busy.subprocess, "Popen", counted)
+    monkeypatch.setattr(busy, "rows", lambda count: [busy.Row(20, 16, 24, state, count) for state in busy.STATES])
+    file = tmp_path / "busy.json"
+    assert busy.main(["--threads", "1", "--rounds", "3", "--out", str(file)]) == 0
+    found = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    assert [row["state"] for row in found] == list(busy.STATES)
+    assert all(len(each["seconds"]) == 3 and each["error"] <= 1 for row in found for each in row["providers"].values())
+    assert len(others) == 2
+    assert not any(Path(f"/proc/{pid}").exists() for pid in others)
+    monkeypatch.setattr(busy.Eager, "forward", lambda self, x: self.w2(self.w1(x) * self.w3(x)))
+    (ours, _) = busy.measure(busy.Row(20, 16, 24, busy.STATES[0], 1), 1)
+    assert ours.refused and "y: " in ours.note and not ours.seconds

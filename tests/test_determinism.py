@@ -3,13 +3,19 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 from device import generator
 from problems import DTYPES, FORMS, INVARIANT_FORMS, Problem, assert_same_bits, dtype_name, results
 from torch.nn import functional as F
+
+import ffn_ops
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 
@@ -54,6 +60,59 @@ def test_python_threads() -> None:
     with ThreadPoolExecutor(4) as pool:
         for done in [pool.submit(repeat, i) for i in range(4)]:
             done.result()
+
+
+@pytest.mark.cpu_only("threads are the CPU's")
+def test_python_threads_with_helpers(threads: None) -> None:
+    """More threads than cores, and as many callers: helpers lose their core in the middle of a task, or do not come
+    before the call ends. Every call gets the bits of one thread."""
+    time.sleep(0.15)  # after such waits callers work alone for a tenth of a second
+    problems = [Problem("gated", T=100 + 31 * i, D=270, F=300, O=48) for i in range(4)]
+    drawn = [p.draw(seed, torch.float32) for seed, p in enumerate(problems)]
+    torch.set_num_threads(1)
+    expected = [results(p.ours, *d) for p, d in zip(problems, drawn, strict=True)]
+
+    def repeat(i: int) -> None:
+        torch.set_num_threads((64, 2, 3, 5)[i])
+        for _ in range(5):
+            assert_same_bits(results(problems[i].ours, *drawn[i]), expected[i], f"problem {i}:")
+
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(repeat, i) for i in range(4)]:
+            done.result()
+
+
+def _threads_started(call: Callable[[], object], count: int) -> int:
+    """How many threads ``call`` starts in a thread that may use ``count`` and has started none."""
+    started = []
+
+    def run() -> None:
+        torch.set_num_threads(count)
+        before = set(Path("/proc/self/task").iterdir())
+        call()
+        started.append(len(set(Path("/proc/self/task").iterdir()) - before))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    return started[0]
+
+
+@pytest.mark.cpu_only("threads are the CPU's")
+def test_small_calls_wake_no_threads(threads: None) -> None:
+    """Work for two or three threads does not wake 64; more work does. torch wakes all or none."""
+    time.sleep(0.15)  # as above
+    layer, gate = ffn_ops.FeedForward(128, 256, 16, 0.0), torch.randn(64, 1500)
+    experts, x = ffn_ops.MoEFFN(32, 64, num_experts=4), torch.randn(4, 32)
+    token, many = torch.randn(4, 128, requires_grad=True), torch.randn(2048, 128)
+
+    def step() -> object:
+        return torch.autograd.grad(layer(token).sum(), [token, *layer.parameters()])
+
+    for call in (step, lambda: experts(x).sum().backward(), lambda: ffn_ops.gated_act(gate), lambda: layer(many[:20])):
+        assert _threads_started(call, 64) == 0
+    assert _threads_started(lambda: layer(many[:20]), 2) == 1
+    assert _threads_started(lambda: layer(many), 64) == 63
 
 
 BATCH = 257

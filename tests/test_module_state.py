@@ -1,15 +1,21 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""State of modules: values after ``to_empty``, float32 buffers in a model of another dtype, layers without biases."""
+"""State of modules: values after ``to_empty``, float32 buffers in a model of another dtype, layers without biases; and
+the dropout of a training step."""
 
 from __future__ import annotations
 
 import copy
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from device import DEVICE, generator
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import ffn_ops
 from ffn_ops import reference, routing
@@ -199,3 +205,50 @@ def test_plain_ffn_without_biases() -> None:
     torch.testing.assert_close(layer(x), (x @ layer.linear1.weight.t()).relu() @ layer.linear2.weight.t())
     with pytest.raises(TypeError, match="bias: expected True or False"):
         ffn_ops.PlainFFN(6, 10, bias=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_dropout_in_the_node_of_the_layer(dtype: torch.dtype) -> None:
+    """On a CPU the dropout of a training step is no node of its own, nor is the folding of leading dimensions. The
+    random numbers, the output and all derivatives to second order are those of ``F.dropout`` of the layer, under
+    checkpoint, autocast and torch.func too."""
+    layer = ffn_ops.FeedForward(12, 30, 8, 0.3).to(dtype)
+    plain = copy.deepcopy(layer)
+    plain.dropout = nn.Identity()
+    x = torch.randn(3, 2, 12, generator=generator(0)).to(dtype).requires_grad_()
+    d_y = torch.randn(3, 2, 12, generator=generator(1)).to(dtype)
+
+    def ways(call: Callable[[Tensor], Tensor], module: nn.Module) -> list[Tensor]:
+        found = []
+        leaves = [x, *module.parameters()]
+        again = functools.partial(checkpoint, call, use_reentrant=False)
+        for way in (call, again, torch.autocast(DEVICE, torch.bfloat16)(call)):
+            torch.manual_seed(3)
+            y = way(x)
+            first = torch.autograd.grad(y, leaves, d_y.to(y.dtype), create_graph=way is call)
+            second = (
+                ()
+                if way is not call
+                else torch.autograd.grad([g.square().sum() for g in first], leaves, materialize_grads=True)
+            )
+            found += [y, *first, *second]
+        torch.manual_seed(3)
+        found += torch.func.vjp(call, x.detach())[1](d_y)
+        torch.manual_seed(3)
+        return [*found, *torch.func.jvp(call, (x.detach(),), (d_y,))]
+
+    def by_torch(x: Tensor) -> Tensor:
+        return F.dropout(plain(x), 0.3)
+
+    ours, theirs = ways(layer, layer), ways(by_torch, plain)
+    for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        assert torch.equal(a, b), i
+    node: Any = layer(x).grad_fn
+    assert ("OneNode" in node.name()) == (DEVICE == "cpu")
+    seen: list[type] = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: seen.append(type(module)))
+    layer(x)
+    handle.remove()
+    assert nn.Dropout in seen
+    layer.dropout.p = 1.0
+    assert not layer(x).any()

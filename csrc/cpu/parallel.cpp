@@ -4,7 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
-#include <thread>
+#include <chrono>
 
 #include <torch/csrc/stable/ops.h>
 
@@ -23,6 +23,16 @@ TaskOf find_task(const std::vector<int64_t>& ends, int64_t task) {
   return {item, item ? task - ends[item - 1] : task};
 }
 
+// Weights that a product reads, each as often as it takes that time: up to 8 rows take about the time of reading them.
+double work_of(const Gemm& g) {
+  if (g.M <= 0) return 0;
+  const auto weights = static_cast<double>(g.N * std::max<int64_t>(g.K, 1) * (g.gated ? g.num_b : 1));
+  return weights * std::max(1.0, static_cast<double>(g.M) / 8);
+}
+
+// Work of this size, about 10 microseconds, is worth another thread.
+constexpr double kWorkerWeights = 1 << 16;
+
 // The shared operand, if it is one row that packing would only copy; else null.
 void* packed_row(const ScheduledGemm& g) {
   const Operand& shared = g.transposed ? g.b[0] : g.a;
@@ -31,6 +41,37 @@ void* packed_row(const ScheduledGemm& g) {
   if (m.dtype != g.epilogue.arithmetic()) return nullptr;
   const int64_t row = m.rows ? m.rows[g.first_row] : g.first_row;
   return static_cast<char*>(const_cast<void*>(m.data)) + row * m.row_stride * g.element();
+}
+
+constexpr int kLooks = 2000;            // before a thread sleeps: about as long as waking it takes, or a little longer
+constexpr int64_t kLongWait = 500'000;  // nanoseconds: tasks are shorter, so a worker that takes that long does not run
+constexpr int64_t kAlone = 32;          // times such a wait is how long callers then work alone,
+constexpr int64_t kMostAlone = 100'000'000;  // nanoseconds, at most
+std::atomic<int64_t> alone_until{0};
+
+int64_t now() {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
+      .count();
+}
+
+void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("isb");
+#endif
+}
+
+// Returns when `value` is at least `least`, which whoever reaches it notifies. Gives the nanoseconds that it slept.
+int64_t wait_for(const std::atomic<int64_t>& value, int64_t least) {
+  for (int i = 0; i < kLooks; ++i) {
+    if (value.load(std::memory_order_acquire) >= least) return 0;
+    relax();
+  }
+  const int64_t begun = now();
+  for (int64_t seen; (seen = value.load(std::memory_order_acquire)) < least;)
+    value.wait(seen, std::memory_order_acquire);
+  return now() - begun;
 }
 
 }  // namespace
@@ -42,30 +83,47 @@ void Phases::add(int64_t tasks, Task run) {
 
 void Phases::run(int64_t workers) const {
   if (phases_.empty()) return;
+  int64_t most = 1;
+  for (const Phase& phase : phases_) most = std::max(most, phase.end - phase.begin);
+  workers = std::min(workers, most);
   if (workers <= 1) {
     for (const Phase& phase : phases_)
       for (int64_t t = phase.begin; t < phase.end; ++t) phase.run(t - phase.begin, 0);
     return;
   }
-  // Workers take tasks in order, so a worker that waits for an earlier phase waits for tasks that already run. This
-  // ends even if all workers run one after the other on a single thread.
+  const int64_t begun = now();
+  if (begun < alone_until.load(std::memory_order_relaxed)) workers = 1;
+  // A worker takes a task only when its phase has begun. So one that the system does not run holds at most a task that
+  // it has begun, and the others take all that is left. This ends even if all workers run one after the other on a
+  // single thread: the tasks of an earlier phase have all been taken, so they run.
   std::atomic<int64_t> next{0};
   std::atomic<int64_t> done{0};
+  std::atomic<int64_t> ended{0};
+  int64_t waited = 0;  // by the caller
   const auto work = [&](int64_t worker) {
     size_t p = 0;
     for (;;) {
-      const int64_t t = next.fetch_add(1, std::memory_order_relaxed);
+      int64_t t = next.load(std::memory_order_relaxed);
       if (t >= phases_.back().end) return;
       while (t >= phases_[p].end) ++p;
-      for (int spins = 0; done.load(std::memory_order_acquire) < phases_[p].begin; ++spins)
-        if (spins > 2000) std::this_thread::yield();
+      const int64_t slept = wait_for(done, phases_[p].begin);
+      if (worker == 0) waited += slept;
+      if (!next.compare_exchange_strong(t, t + 1, std::memory_order_relaxed)) continue;
       phases_[p].run(t - phases_[p].begin, worker);
-      done.fetch_add(1, std::memory_order_release);
+      if (done.fetch_add(1, std::memory_order_acq_rel) + 1 == phases_[p].end) done.notify_all();
     }
   };
   torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; ++worker) work(worker);
+    // The end of torch's parallel region looks for the others for milliseconds before it sleeps. This thread sleeps
+    // sooner: its core is then free for one that waits for a core.
+    if (ended.fetch_add(end - begin, std::memory_order_acq_rel) + end - begin == workers) ended.notify_all();
+    if (begin == 0) waited += wait_for(ended, workers);
   });
+  // Other processes keep the cores busy: for some time a call takes less on this thread alone.
+  const int64_t at = now();
+  if (waited > kLongWait && 3 * waited > at - begun)
+    alone_until.store(at + std::min(kAlone * waited, kMostAlone), std::memory_order_relaxed);
 }
 
 void Steps::pass(int64_t tasks, Phases::Task run) { steps_.push_back({{}, tasks, std::move(run), Step::Kind::kPass}); }
@@ -74,10 +132,7 @@ void Steps::beside(int64_t tasks, Phases::Task run) {
   steps_.push_back({{}, tasks, std::move(run), Step::Kind::kBeside});
 }
 
-void Steps::products(const std::vector<Gemm>& gemms) {
-  for (std::vector<ScheduledGemm>& group : plan_products(gemms, table_, workers_))
-    steps_.push_back({std::move(group), 0, nullptr, Step::Kind::kProducts});
-}
+void Steps::products(const std::vector<Gemm>& gemms) { steps_.push_back({gemms, 0, nullptr, Step::Kind::kProducts}); }
 
 // A phase of these tasks and of those that wait.
 void Steps::add_phase(Phases& phases, int64_t tasks, Phases::Task run) {
@@ -137,30 +192,35 @@ void Steps::add_products(std::vector<ScheduledGemm>& gemms, Phases& phases, char
 }
 
 void Steps::run() {
+  double work = 0;
+  for (const Step& step : steps_)
+    for (const Gemm& g : step.gemms) work += work_of(g);
+  const int64_t workers = workers_for(work, kWorkerWeights, threads_);
+
   size_t most_packed = 0;
   size_t scratch_bytes = 0;
-  double work = 0;
+  std::vector<std::vector<std::vector<ScheduledGemm>>> plans;  // the groups of each step
   for (const Step& step : steps_) {
-    size_t packed = 0;
-    for (const ScheduledGemm& g : step.gemms) {
-      packed += static_cast<size_t>(packed_bytes(g));
-      scratch_bytes = std::max(scratch_bytes, round_up(gemm_scratch_bytes(g, table_), 4096));
-      // Up to 8 rows take about the time of reading the weights.
-      const auto weights = static_cast<double>(g.N * std::max<int64_t>(g.K, 1) * (g.gated ? g.num_b : 1));
-      work += weights * std::max(1.0, static_cast<double>(g.M) / 8);
+    plans.push_back(plan_products(step.gemms, table_, workers));
+    for (const std::vector<ScheduledGemm>& group : plans.back()) {
+      size_t packed = 0;
+      for (const ScheduledGemm& g : group) {
+        packed += static_cast<size_t>(packed_bytes(g));
+        scratch_bytes = std::max(scratch_bytes, round_up(gemm_scratch_bytes(g, table_), 4096));
+      }
+      most_packed = std::max(most_packed, packed);
     }
-    most_packed = std::max(most_packed, packed);
   }
-  constexpr double kParallelWork = 1 << 17;  // bytes of weights, read once, that are worth waking a second thread
-  const int64_t workers = work < kParallelWork ? 1 : workers_;
   char* packed = static_cast<char*>(workspace_.take(most_packed, "packed operands"));
   char* scratch =
       static_cast<char*>(workspace_.take(scratch_bytes * static_cast<size_t>(workers), "scratch of each thread"));
 
   Phases phases;
-  for (Step& step : steps_) {
-    if (step.kind == Step::Kind::kProducts) add_products(step.gemms, phases, packed, scratch, scratch_bytes, workers);
-    else if (step.kind == Step::Kind::kPass) add_phase(phases, step.tasks, std::move(step.task));
+  for (size_t i = 0; i < steps_.size(); ++i) {
+    Step& step = steps_[i];
+    for (std::vector<ScheduledGemm>& group : plans[i])
+      add_products(group, phases, packed, scratch, scratch_bytes, workers);
+    if (step.kind == Step::Kind::kPass) add_phase(phases, step.tasks, std::move(step.task));
     else if (step.tasks > 0) beside_.emplace_back(step.tasks, std::move(step.task));
   }
   add_phase(phases, 0, nullptr);

@@ -2,6 +2,7 @@
 // Threads of one operator call: phases of tasks in a single parallel region. It never changes a bit of a result.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -12,6 +13,13 @@
 #include "plan.h"
 
 namespace ffn_ops {
+
+// As many workers as `work` fills with `least` each, of `threads`; 1 where it is too little to wake them. A parallel
+// region of torch wakes all of its threads, however few get work, so the more there are, the more work they need.
+inline int64_t workers_for(double work, double least, int64_t threads) {
+  const auto filled = static_cast<int64_t>(work / least);
+  return filled < 2 + threads / 8 ? 1 : std::min(filled, threads);
+}
 
 // Tasks of a phase start when every task of the phases before it has ended. One parallel region; workers take the next
 // task as they become free. Which worker runs a task never matters to its result.
@@ -34,8 +42,8 @@ class Phases {
 // depend on each other. Packed A operands live only for their step, so all share one region.
 class Steps {
  public:
-  Steps(const KernelTable& table, Workspace& workspace, int64_t workers)
-      : table_(table), workspace_(workspace), workers_(workers) {}
+  Steps(const KernelTable& table, Workspace& workspace, int64_t threads)
+      : table_(table), workspace_(workspace), threads_(threads) {}
   void product(const Gemm& g) { products({g}); }
   void products(const std::vector<Gemm>& gemms);
   void pass(int64_t tasks, Phases::Task run);
@@ -48,7 +56,7 @@ class Steps {
 
  private:
   struct Step {
-    std::vector<ScheduledGemm> gemms;
+    std::vector<Gemm> gemms;  // scheduled by run(), which knows how many workers all steps fill
     int64_t tasks;
     Phases::Task task;
     enum class Kind { kProducts, kPass, kBeside } kind;
@@ -59,7 +67,7 @@ class Steps {
 
   const KernelTable& table_;
   Workspace& workspace_;
-  int64_t workers_;
+  int64_t threads_;
   std::vector<Step> steps_;
   std::vector<std::pair<int64_t, Phases::Task>> beside_;  // that wait for the next phase
 };

@@ -42,7 +42,7 @@ class ElementwiseTasks {
       const int64_t r = task / col_tasks_ * row_step_, c = task % col_tasks_ * col_step_;
       kernel(Range{r, std::min(rows_, r + row_step_), c, std::min(cols_, c + col_step_)}, task);
     });
-    phases.run(std::min(count_, threads()));
+    phases.run(workers_for(static_cast<double>(count_), 1, threads()));
   }
 
  private:

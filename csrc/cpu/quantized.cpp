@@ -45,7 +45,7 @@ Tensor dequantize(std::vector<Tensor> w, std::string format, std::string dtype) 
     table.dequantize({&weight.codes(e), weight.K, data + e * expert_bytes, storage}, begin,
                      std::min(weight.N, begin + rows));
   });
-  phases.run(weight.E * weight.N * weight.K < 1 << 15 ? 1 : threads());
+  phases.run(workers_for(static_cast<double>(weight.E * weight.N * weight.K), 1 << 14, threads()));
   return out;
 }
 

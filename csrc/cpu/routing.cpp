@@ -17,7 +17,7 @@ namespace {
 
 void run_top_k(const TopK& job, void (*kernel)(const TopK&, int64_t, int64_t, void*)) {
   constexpr int64_t kRows = 64;
-  const int64_t workers = job.T * job.E < 1 << 14 ? 1 : threads();
+  const int64_t workers = workers_for(static_cast<double>(job.T * job.E), 1 << 13, threads());
   Workspace workspace;
   const int64_t bytes = divide_up(top_k_scratch_bytes(job), 128) * 128;
   char* scratch = static_cast<char*>(workspace.take(static_cast<size_t>(bytes * workers), "scratch of each thread"));

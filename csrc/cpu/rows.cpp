@@ -40,7 +40,7 @@ void in_parallel(int64_t rows, int64_t cols, const std::function<void(int64_t, i
   Phases phases;
   phases.add(divide_up(rows, each),
              [&](int64_t task, int64_t) { run(task * each, std::min(rows, (task + 1) * each)); });
-  phases.run(rows * cols < 1 << 15 ? 1 : threads());
+  phases.run(workers_for(static_cast<double>(rows * cols), 1 << 14, threads()));
 }
 
 MoveRows moved(const Move& m, const Tensor& in, Tensor& out) {

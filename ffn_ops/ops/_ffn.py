@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from .. import _checks as check
 from .._gate import Gate, as_gate, check_gate
-from .._library import differentiable, fake, vmap_by_loop
+from .._library import differentiable, fake, is_transformed, vmap_by_loop
 from .._quantized import QuantizedWeight
 from ._gated_act import act_tangent, gated_act, gated_act_op
 from ._moe_lora import adapters, unchecked
@@ -84,6 +84,16 @@ def ffn(
         >>> y = ffn_ops.ffn(x, w_gate, w_down, activation="relu")  # no gate
         >>> torch.testing.assert_close(y, torch.relu(x @ w_gate.T) @ w_down.T)
     """
+    return ffn_then_dropout(x, w_in, w_down, w_up, gated, b_in, b_up, b_down, activation, recompute, lora, 0.0)
+
+
+def ffn_then_dropout(
+    x: Tensor, w_in: Tensor | QuantizedWeight, w_down: Tensor | QuantizedWeight, w_up: Tensor | QuantizedWeight | None,
+    gated: bool | None, b_in: Tensor | None, b_up: Tensor | None, b_down: Tensor | None, activation: str | Gate,
+    recompute: bool, lora: Lora | None, p: float,
+) -> Tensor:  # fmt: skip
+    """``F.dropout(ffn(x), p)`` with the same random numbers, 0 <= p < 1. A small training step feels every node of the
+    graph, so on a CPU it is one."""
     check.first("x", x)
     if gated is not None:
         check.flag("gated", gated)
@@ -93,21 +103,29 @@ def ffn(
     gated = bool(gated) or w_up is not None
     gate = as_gate(activation, gated=gated, one_weight=gated and w_up is None)
     if isinstance(w_in, QuantizedWeight) or isinstance(w_up, QuantizedWeight) or isinstance(w_down, QuantizedWeight):
-        return quantized_ffn(x, w_in, w_up, w_down, gated, b_in, b_up, b_down, gate, recompute, lora)
+        y = quantized_ffn(x, w_in, w_up, w_down, gated, b_in, b_up, b_down, gate, recompute, lora)
+        return F.dropout(y, p) if p else y
     x, w_in, w_up, w_down, b_in, b_up, b_down = autocast(x, w_in, w_up, w_down, b_in, b_up, b_down)  # type: ignore[assignment]
     if lora is not None:
-        return _with_adapters(x, w_in, w_up, w_down, b_in, b_up, b_down, gated, gate, recompute, lora)
+        y = _with_adapters(x, w_in, w_up, w_down, b_in, b_up, b_down, gated, gate, recompute, lora)
+        return F.dropout(y, p) if p else y
     if prefers_torch(x):
         _check_ffn(x, w_in, w_up, w_down, b_in, b_up, b_down, gated)
-        return _ffn_by_torch(x, w_in, w_up, w_down, b_in, b_up, b_down, gated, gate)
+        y = _ffn_by_torch(x, w_in, w_up, w_down, b_in, b_up, b_down, gated, gate)
+        return F.dropout(y, p) if p else y
 
     def operator() -> Tensor:
         grad = needs_grad(x, w_in, w_down, w_up, b_in, b_up, b_down)
         form = (gated, gate.interleaved, gate.activation, gate.params, grad and not recompute)
-        return _ffn(fold(x), w_in, w_up, w_down, b_in, b_up, b_down, *form, grad=grad)[0]  # type: ignore[no-any-return]
+        args = (w_in, w_up, w_down, b_in, b_up, b_down, *form)
+        more = x.dim() != 2 if p == 0 else x.is_cpu
+        if more and grad and torch._C._get_tracing_state() is None and not is_transformed():
+            return _OneNode.apply(x, *args, None, p)[0]  # type: ignore[no-any-return]
+        y = _ffn(fold(x), *args, grad=grad)[0]
+        return F.dropout(y, p) if p else y  # type: ignore[no-any-return]
 
     y = checked(operator, lambda: _check_ffn(x, w_in, w_up, w_down, b_in, b_up, b_down, gated))
-    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], w_down.shape[0])  # type: ignore[no-any-return]
+    return y if x.dim() == y.dim() else y.reshape(*x.shape[:-1], w_down.shape[0])  # type: ignore[no-any-return]
 
 
 def _with_adapters(
@@ -277,15 +295,24 @@ def _ffn_setup(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(x, w_in, w_up, w_down, b_in, b_up, gate, up)
 
 
-def _ffn_backward_formula(ctx: Any, d_y: Tensor | None, _gate: Any, _up: Any) -> Any:
+def _ffn_backward_formula(ctx: Any, d_y: Tensor | None, _gate: Any = None, _up: Any = None) -> Any:
     if d_y is None:
         return (None,) * 12
-    x, w_in, w_up, w_down, b_in, b_up, gate, up = ctx.saved_tensors
+    x, w_in, w_up, w_down, b_in, b_up, gate, up, *noise = ctx.saved_tensors
+    if noise:
+        d_y = d_y * noise[0]
+    shape = x.shape
+    if len(shape) != 2:
+        x, d_y = fold(x), fold(d_y)
     needs = list(ctx.needs_input_grad[:7])
     grads = _ffn_backward(
         d_y, x, w_in, w_up, w_down, b_in, b_up, gate, up, ctx.gated, ctx.interleaved, *ctx.form, needs
     )
-    return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), *(None,) * 5)
+    if len(shape) != 2 and needs[0]:
+        grads = (grads[0].view(shape), *grads[1:])
+    if False not in needs:
+        return grads
+    return tuple([grad if need else None for grad, need in zip(grads, needs, strict=True)])
 
 
 def _ffn_backward_setup(ctx: Any, inputs: Any, output: Any) -> None:
@@ -335,6 +362,27 @@ def _along(ctx: Any, inputs: Sequence[Any], directions: Sequence[Any]) -> Tensor
 
 _ffn_backward = differentiable("ffn_backward", _ffn_backward_setup, _ffn_double_backward, _ffn_backward_tangent)
 _ffn = differentiable("ffn", _ffn_setup, _ffn_backward_formula, _ffn_tangent)
+
+
+_Ffn: Any = _ffn.function  # type: ignore[attr-defined]
+
+
+class _OneNode(_Ffn):  # type: ignore[misc]
+    """Folds leading dimensions and drops elements too, which would each be a node of the graph."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any, *rest: Any) -> Any:
+        *rest, p = rest  # type: ignore[assignment]
+        y = _Ffn.forward(ctx, fold(x), *rest)[0]
+        ctx.asks = ctx.asks or not x.is_leaf  # of the folded x nothing is known
+        if x.dim() != 2:
+            y = y.view(*x.shape[:-1], y.shape[-1])
+        noise: tuple[Tensor, ...] = ()
+        if p:  # as torch.dropout draws and scales it
+            noise = (torch.empty_like(y).bernoulli_(1 - p).div_(1 - p),)
+            y.mul_(noise[0])
+        ctx.save_for_backward(x, *ctx.to_save[1:], *noise)
+        return (y,)
 
 
 for _name in ("ffn", "ffn_backward"):
