@@ -101,6 +101,23 @@ void Steps::add_phase(Phases& phases, int64_t tasks, Phases::Task run) {
   beside_.clear();
 }
 
+// Each product by one worker, whose caches hold what it packs.
+void Steps::add_products_alone(std::vector<ScheduledGemm>& gemms, Phases& phases, char* packed, size_t packed_each,
+                               char* scratch, size_t scratch_bytes) {
+  add_phase(phases, 0, nullptr);
+  phases.add(static_cast<int64_t>(gemms.size()), [=, this, &gemms](int64_t product, int64_t worker) {
+    ScheduledGemm& g = gemms[static_cast<size_t>(product)];
+    g.packed_a = packed_row(g);
+    if (product + 1 < static_cast<int64_t>(gemms.size())) g.then = &g + 1;
+    if (!g.packed_a) {
+      g.packed_a = packed + static_cast<size_t>(worker) * packed_each;
+      for (int64_t k = 0; k < g.k_blocks(); ++k) table_.pack_a(g, k, 0, g.panels_m);
+    }
+    for (int64_t task = 0; task < g.tasks_m() * g.tasks_n(); ++task)
+      table_.gemm(g, task, scratch + static_cast<size_t>(worker) * scratch_bytes);
+  });
+}
+
 void Steps::add_products(std::vector<ScheduledGemm>& gemms, Phases& phases, char* packed, char* scratch,
                          size_t scratch_bytes, int64_t workers) {
   const auto count = static_cast<int64_t>(gemms.size());
@@ -137,13 +154,15 @@ void Steps::add_products(std::vector<ScheduledGemm>& gemms, Phases& phases, char
 }
 
 void Steps::run() {
-  size_t most_packed = 0;
+  size_t most_packed = 0;  // of products that workers share
+  size_t packed_each = 0;  // of one that a worker computes alone
   size_t scratch_bytes = 0;
   double work = 0;
   for (const Step& step : steps_) {
     size_t packed = 0;
     for (const ScheduledGemm& g : step.gemms) {
-      packed += static_cast<size_t>(packed_bytes(g));
+      if (g.alone) packed_each = std::max(packed_each, round_up(packed_bytes(g), 4096));
+      else packed += static_cast<size_t>(packed_bytes(g));
       scratch_bytes = std::max(scratch_bytes, round_up(gemm_scratch_bytes(g, table_), 4096));
       // Up to 8 rows take about the time of reading the weights.
       const auto weights = static_cast<double>(g.N * std::max<int64_t>(g.K, 1) * (g.gated ? g.num_b : 1));
@@ -153,13 +172,17 @@ void Steps::run() {
   }
   constexpr double kParallelWork = 1 << 17;  // bytes of weights, read once, that are worth waking a second thread
   const int64_t workers = work < kParallelWork ? 1 : workers_;
+  most_packed = std::max(most_packed, packed_each * static_cast<size_t>(workers));
   char* packed = static_cast<char*>(workspace_.take(most_packed, "packed operands"));
   char* scratch =
       static_cast<char*>(workspace_.take(scratch_bytes * static_cast<size_t>(workers), "scratch of each thread"));
 
   Phases phases;
   for (Step& step : steps_) {
-    if (step.kind == Step::Kind::kProducts) add_products(step.gemms, phases, packed, scratch, scratch_bytes, workers);
+    if (step.kind == Step::Kind::kProducts && step.gemms[0].alone)
+      add_products_alone(step.gemms, phases, packed, packed_each, scratch, scratch_bytes);
+    else if (step.kind == Step::Kind::kProducts)
+      add_products(step.gemms, phases, packed, scratch, scratch_bytes, workers);
     else if (step.kind == Step::Kind::kPass) add_phase(phases, step.tasks, std::move(step.task));
     else if (step.tasks > 0) beside_.emplace_back(step.tasks, std::move(step.task));
   }
