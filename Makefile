@@ -11,7 +11,7 @@ KERNEL_FLAGS := -std=c++20 -ffp-contract=off -fno-math-errno -fno-trapping-math 
 SANITIZERS := -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined
 TMP := build/kernels
 
-.PHONY: build test isas lint bench docs coverage-transformers coverage-dense sanitize aarch64 simt simt-operators cuda products kernels format
+.PHONY: build test isas lint bench against docs coverage-transformers coverage-dense sanitize aarch64 simt simt-operators cuda products kernels format
 
 build:
 	$(PYTHON) -m pip install -e ".[compare,test,lint]"
@@ -54,6 +54,11 @@ coverage-dense:
 bench:
 	$(PYTHON) -m benchmarks.dense
 	$(PYTHON) -m benchmarks.moe
+
+# Before a release: fails where a row is slower than with the library of COMMIT, which is built for it.
+against:
+	$(PYTHON) -m benchmarks.dense --targets --against $(COMMIT)
+	$(PYTHON) -m benchmarks.moe --targets --against $(COMMIT)
 
 # The kernel tests need no torch: plain, under the sanitizers, and for aarch64 under an emulator.
 define kernel_tests

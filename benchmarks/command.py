@@ -24,13 +24,16 @@ from ffn_ops._files import file_name, whole
 from ffn_ops._timing import Timed
 
 from . import gpu, gpu_report, report
+from .commits import commit_of, package_of, slower_rows
 from .harness import QUICK, Budget, Cpu, Harness, Machine
-from .providers import COMPILING, OURS, Provider
+from .providers import COMPILING, EAGER, HUGE, OURS, OURS_FLOAT32, RECOMPUTE, Provider
 from .report import Record
 from .targets import judged, targets_text
+from .worker import OtherProcess
 from .workloads import Row, in_order
 
 ROOT = Path(__file__).parents[1]
+ALL_OURS = (OURS, RECOMPUTE, OURS_FLOAT32)
 HELP = (
     "With FFN_OPS_ISA=avx2 set ATEN_CPU_CAPABILITY=avx2, MKL_ENABLE_INSTRUCTIONS=AVX2 and ONEDNN_MAX_CPU_ISA=AVX2 too:"
     " they hold the other providers to AVX2."
@@ -90,8 +93,24 @@ def chosen_rows(suite: Suite, options: argparse.Namespace) -> list[Row]:
     return rows
 
 
+def huge_pages() -> OtherProcess:
+    """Eager with torch's huge-page switch."""
+    return OtherProcess(HUGE, EAGER, lambda row: row.dtype == "float32", {"THP_MEM_ALLOC_ENABLE": "1"})
+
+
+def two_commits(commit: str) -> tuple[OtherProcess, OtherProcess]:
+    """The present package and that of another commit, both in processes of their own: neither has an advantage."""
+    return OtherProcess(OURS, OURS), OtherProcess(at(commit), OURS, folder=package_of(commit, ROOT))
+
+
+def at(commit: str) -> str:
+    return f"{OURS} at {commit}"
+
+
 def default_file(suite: Suite, options: argparse.Namespace, facts: Record) -> Path:
     """Only a complete run is kept in the repository."""
+    if options.against:
+        return ROOT / "out" / "benchmarks" / f"{suite.name}-against-{options.against}.json"
     if options.quick or options.targets or options.only or options.no_compile:
         return ROOT / "out" / "benchmarks" / f"{suite.name}.json"
     on_gpu = options.device == "cuda"
@@ -150,8 +169,9 @@ def _shown(file: Path) -> str:
     return str(file.relative_to(ROOT)) if file.is_relative_to(ROOT) else str(file)
 
 
-def run(rows: list[Row], harness: Harness, facts: Record, file: Path) -> int:
-    """Measures the rows, and prints and saves each as it ends. Returns 1 if a provider was refused or ours failed."""
+def run(rows: list[Row], harness: Harness, facts: Record, file: Path, against: str = "") -> int:
+    """Measures the rows, and prints and saves each as it ends. Returns 1 if a provider was refused or ours failed, or
+    if ours is slower in a row than the library of the commit ``against``."""
     on_gpu = facts.get("device") == "cuda"
     texts = gpu_report if on_gpu else report
     print(texts.machine_text(facts), flush=True)
@@ -165,7 +185,7 @@ def run(rows: list[Row], harness: Harness, facts: Record, file: Path) -> int:
             refused += [
                 f"{row.name}: {each.provider}: {each.note}"
                 for each in measured.timed
-                if each.refused or (each.provider.startswith(OURS) and each.note.startswith("failed"))
+                if each.refused or (each.provider in ALL_OURS and each.note.startswith("failed"))
             ]
             results["rows"].append(record)
             elapsed = time.perf_counter() - start
@@ -179,7 +199,7 @@ def run(rows: list[Row], harness: Harness, facts: Record, file: Path) -> int:
     print(f"\n{texts.LEGEND}\n\n{texts.summary_text(results['rows'])}\n\n{targets_text(results['rows'])}\n")
     save(file, results)
     written = [_shown(file)]
-    if not on_gpu:
+    if not on_gpu and not against:
         try:
             from .plot import plot
         except ImportError as missing:
@@ -188,9 +208,11 @@ def run(rows: list[Row], harness: Harness, facts: Record, file: Path) -> int:
             plot(results, file.with_suffix(".png"))
             written.append(_shown(file.with_suffix(".png")))
     print(f"{' and '.join(written)} written after {time.perf_counter() - start:.0f} s")
-    for line in refused:
-        print(f"REFUSED {line}", file=sys.stderr)
-    return 1 if refused else 0
+    slower = slower_rows(results["rows"], OURS, at(against)) if against else []
+    for word, lines in (("REFUSED", refused), ("SLOWER", slower)):
+        for line in lines:
+            print(f"{word} {line}", file=sys.stderr)
+    return 1 if refused or slower else 0
 
 
 def main(suite: Suite, arguments: list[str] | None = None) -> int:
@@ -202,8 +224,21 @@ def main(suite: Suite, arguments: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1, help="of every row (default 1, and some rows with 2)")
     parser.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="rows whose name has every TEXT")
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
+    parser.add_argument(
+        "--against",
+        metavar="COMMIT",
+        default="",
+        help="only our library and that of another commit, in turns; status 1 if a row became slower",
+    )
     parser.add_argument("--out", type=file_name, help="the JSON file; the plot stands beside it")
     options = parser.parse_args(arguments)
+    if options.against:
+        if options.device == "cuda":
+            parser.error("--against compares on the CPU")
+        try:
+            options.against = commit_of(options.against, ROOT)
+        except ValueError as unknown:
+            parser.error(f"--against: {unknown}")
     if options.threads < 1:
         parser.error(f"--threads: expected at least 1, got {options.threads}")
     rows = chosen_rows(suite, options)
@@ -219,6 +254,8 @@ def main(suite: Suite, arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         if not options.quick:  # a fresh cache, so that a first call says what compilation takes
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
-        huge = suite.huge and options.device == "cpu"
-        harness = Harness(QUICK if options.quick else Budget(), on, providers, huge)
-        return run(rows, harness, facts, options.out or default_file(suite, options, facts))
+        others: tuple[OtherProcess, ...] = (huge_pages(),) if suite.huge and options.device == "cpu" else ()
+        if options.against:
+            providers, others = [], two_commits(options.against)
+        harness = Harness(QUICK if options.quick else Budget(), on, providers, others)
+        return run(rows, harness, facts, options.out or default_file(suite, options, facts), options.against)

@@ -19,13 +19,13 @@ from ffn_ops import _peak as peak
 from ffn_ops._accuracy import Limit, WrongResultError, limit, worst
 from ffn_ops._timing import Timed, take_turns, verified
 
-from .providers import COMPILING, HUGE, PROVIDERS, Inputs, Provider, converted, eager_inputs, groups, limit_inputs
+from .providers import COMPILING, PROVIDERS, Inputs, Provider, converted, eager_inputs, groups, limit_inputs
 from .runners import Local, Remote, Runner
-from .worker import HugePageProcess, norms
-from .workloads import Mode, Row, Shape
+from .worker import OtherProcess, norms
+from .workloads import DTYPES, Mode, Row, Shape
 
 PREDICTING_ROWS = 64  # elements of a weight from which a call's time follows its FLOPs
-NORM_TOLERANCE = 1e-3  # of float32 results of the same code in another process
+NORM_TOLERANCE = 1e-3  # of float32 results in another process; 16 bits: a few roundings of them
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,9 @@ class Case:
         return worst(self.names[:count], results, self.exact[:count], self.limits[:count], slack)
 
     def check_norms(self, found: Sequence[float]) -> None:
+        tolerance = max(NORM_TOLERANCE, 2 * torch.finfo(DTYPES[self.dtype]).eps)
         for name, norm, right in zip(self.names, found, norms(self.exact[: len(found)]), strict=False):
-            if not math.isclose(norm, right, rel_tol=NORM_TOLERANCE):
+            if not math.isclose(norm, right, rel_tol=tolerance):
                 raise WrongResultError(f"{name}: norm {norm:.6g}, expected {right:.6g}")
 
 
@@ -143,16 +144,19 @@ class Harness:
     """Measures one row after another; keeps the case that rows share and the rates that predict a call's time."""
 
     def __init__(
-        self, budget: Budget, machine: Machine, providers: Sequence[Provider] = PROVIDERS, huge: bool = True
+        self,
+        budget: Budget,
+        machine: Machine,
+        providers: Sequence[Provider] = PROVIDERS,
+        others: Sequence[OtherProcess] = (),
     ) -> None:
-        self.budget, self.machine, self.providers = budget, machine, providers
-        self.huge = HugePageProcess() if huge else None
+        self.budget, self.machine, self.providers, self.others = budget, machine, providers, others
         self._case: Case | None = None
         self._rates: dict[tuple[str, str, str], float] = {}  # seconds per FLOP
 
     def close(self) -> None:
-        if self.huge is not None:
-            self.huge.close()
+        for process in self.others:
+            process.close()
 
     def case(self, row: Row) -> Case:
         wanted = (row.shape, row.dtype, row.device)
@@ -191,8 +195,9 @@ class Harness:
                     provider.name,
                     lambda it=provider: self.machine.runner(it.build(case.inputs, row.shape), row.shape, row.mode),
                 )
-        if (process := self.huge) is not None and row.dtype == "float32":
-            yield HUGE, lambda: Remote(process, row)
+        for process in self.others:
+            if process.serves(row):
+                yield process.name, lambda it=process: Remote(it, row)
 
     def _verified(self, timed: Timed, row: Row, case: Case, prepare: Any) -> tuple[Timed, Runner | None, int]:
         """Checks a provider and plans its rounds; no runner where it must not or need not run again."""

@@ -128,7 +128,8 @@ def row_text(row: Record) -> str:
 
 def summary_text(rows: list[Record]) -> str:
     """A line for each row: ours, in shares and against the others."""
-    peers = [name for name in PEERS if any(name in row["providers"] for row in rows)]
+    names = {name for row in rows for name in row["providers"]}
+    peers = [name for name in PEERS if name in names] + sorted(n for n in names if n.startswith(f"{OURS} at "))
     heads = ["row", "ffn_ops", "of peak", "of read", *(f"x {name}" for name in peers)]
     lines = []
     for row in rows:

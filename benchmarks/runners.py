@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""A provider, ready to be called and timed: on the CPU in this process, or eager in the process on huge pages."""
+"""A provider, ready to be called and timed: in this process, or in one of its own."""
 
 from __future__ import annotations
 
@@ -11,10 +11,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 
-from ffn_ops.compare.layers import saved_for_backward
-
 from .providers import ENOUGH, Inputs, groups
-from .worker import HugePageProcess
+from .worker import OtherProcess
 from .workloads import Mode, Row, Shape
 
 if TYPE_CHECKING:
@@ -125,15 +123,17 @@ class Local:
         """Storages that autograd keeps between forward and backward, the parameters' own not counted."""
         if self.mode == "inference":
             return None
+        from ffn_ops.compare.layers import saved_for_backward
+
         return saved_for_backward(self.module, *self.draws[0][0])
 
 
 class Remote:
-    """Eager in the huge-page process."""
+    """A provider in another process."""
 
     forward = None
 
-    def __init__(self, process: HugePageProcess, row: Row) -> None:
+    def __init__(self, process: OtherProcess, row: Row) -> None:
         self.process, self.row = process, row
 
     def check(self, case: Case) -> tuple[float | None, float]:

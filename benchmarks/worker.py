@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Eager in a process of its own, started with torch's huge-page switch: both ends of the pipe.
+"""A provider in a process of its own: both ends of the pipe.
 
-torch reads the switch once, when it allocates first, so it cannot be a provider in the harness's process. The process
-lives as long as the run and sleeps between samples; its samples interleave with the others round by round.
+Some providers cannot share the harness's process. torch reads its huge-page switch once, when it allocates first, and
+a process loads one library of ours. The process lives as long as the run and sleeps between samples; its samples
+interleave with the others round by round.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .workloads import Row, Shape
+from .workloads import Elementwise, Mixture, Row, Shape
 
-SWITCH = {"THP_MEM_ALLOC_ENABLE": "1"}
+ROOT = Path(__file__).parents[1]
+KINDS = {kind.__name__: kind for kind in (Shape, Elementwise, Mixture)}
 
 
 def norms(results: Sequence[Tensor]) -> list[float]:
@@ -29,17 +31,26 @@ def norms(results: Sequence[Tensor]) -> list[float]:
     return [float(torch.linalg.vector_norm(t.detach().to(torch.float64))) for t in results]
 
 
-class HugePageProcess:
-    """The harness's end."""
+class OtherProcess:
+    """The harness's end: ``provider`` as the package in ``folder`` computes it, called ``name`` in reports."""
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        name: str,
+        provider: str,
+        serves: Callable[[Row], bool] = lambda row: True,
+        environment: Mapping[str, str] | None = None,
+        folder: Path = ROOT,
+    ) -> None:
+        self.name, self.provider, self.serves = name, provider, serves
         self.process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, **SWITCH, "OMP_WAIT_POLICY": "passive"},  # spinning would disturb the others' samples
-            cwd=Path(__file__).parents[1],
+            # spinning would disturb the others' samples
+            env={**os.environ, "OMP_WAIT_POLICY": "passive", **(environment or {})},
+            cwd=folder,
         )
 
     def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
@@ -48,13 +59,22 @@ class HugePageProcess:
         self.process.stdin.flush()
         answer = self.process.stdout.readline()
         if not answer:
-            raise RuntimeError(f"the process with {SWITCH} ended with status {self.process.wait()}")
+            raise RuntimeError(f"the process of {self.name} ended with status {self.process.wait()}")
         reply: dict[str, Any] = json.loads(answer)
         return reply
 
     def prepare(self, row: Row) -> tuple[list[float], float]:
         """Makes the row's tensors and runs once: the norms of the results and the seconds."""
-        answer = self._ask({"shape": asdict(row.shape), "dtype": row.dtype, "mode": row.mode, "threads": row.threads})
+        answer = self._ask(
+            {
+                "provider": self.provider,
+                "kind": type(row.shape).__name__,
+                "shape": asdict(row.shape),
+                "dtype": row.dtype,
+                "mode": row.mode,
+                "threads": row.threads,
+            }
+        )
         return answer["norms"], answer["seconds"]
 
     def sample(self, repeats: int) -> float:
@@ -66,7 +86,7 @@ class HugePageProcess:
 
 def main() -> None:
     """The other end: one line of JSON in, one out."""
-    from .providers import Inputs, eager_inputs
+    from .providers import MOE_PROVIDERS, PROVIDERS, Inputs, eager_inputs
     from .runners import Local
 
     runner: Local | None = None
@@ -76,11 +96,13 @@ def main() -> None:
         question = json.loads(line)
         if "shape" in question:
             torch.set_num_threads(question["threads"])
-            shape, dtype = Shape(**question["shape"]), question["dtype"]
+            shape, dtype = KINDS[question["kind"]](**question["shape"]), question["dtype"]
             if inputs is None or of != (shape, dtype):
                 runner = inputs = None  # free first
                 inputs, of = eager_inputs(shape, dtype), (shape, dtype)
-            runner = Local(inputs, shape, question["mode"])
+            providers = MOE_PROVIDERS if isinstance(shape, Mixture) else PROVIDERS
+            build = next(each.build for each in providers if each.name == question["provider"])
+            runner = Local(build(inputs, shape), shape, question["mode"])
             results = runner.results()
             answer: dict[str, Any] = {"norms": norms(results), "seconds": runner.first_call}
             del results

@@ -217,9 +217,12 @@ ONE = Shape(1, 2048, 5632)
 TINY = Shape(1, 16, 16)
 EXAMPLE = Shape(4, 128, 176, bias=True, dropout=0.1)  # FeedForward(128, 256, 16, 0.1) on (4, 128)
 
+BRIEF = Shape(64, 512, 2048)
+PAIRED = (TALL, WIDE, BRIEF)  # on one thread and on two
+
 CONFIGURATIONS = {
     "1": Shape(4096, 512, 2048),
-    "2": Shape(64, 512, 2048),
+    "2": BRIEF,
     "3": Shape(1, 512, 2048),
     "4": Shape(1, 4096, 11008),
     "5": Shape(128, 4096, 11008),
@@ -229,19 +232,18 @@ CONFIGURATIONS = {
 
 
 def target_rows(threads: int = 1, pair: bool = True) -> list[Row]:
-    """The rows that the targets read; ``pair``: with the two that run on two threads."""
+    """The rows that the targets read; ``pair``: with those that run on two threads."""
     rows = [
-        Row(TALL, "float32", "training", threads),
-        Row(WIDE, "float32", "training", threads),
+        *(Row(shape, "float32", "training", threads) for shape in PAIRED),
         *(Row(shape, "float32", mode, threads) for shape in (FEW, ONE) for mode in MODES),
         Row(TALL, "bfloat16", "training", threads),
-        Row(CONFIGURATIONS["2"], "float16", "training", threads),  # for the rate of native float16
+        Row(BRIEF, "float16", "training", threads),  # for the rate of native float16
         Row(TALL, "float16", "training", threads),
         Row(TINY, "float32", "inference", threads),
         Row(EXAMPLE, "float32", "training", threads),
     ]
     if pair and threads == 1 and (os.cpu_count() or 1) >= 2:
-        rows += [Row(shape, "float32", "training", 2) for shape in (TALL, WIDE)]
+        rows += [Row(shape, "float32", "training", 2) for shape in PAIRED]
     return rows
 
 
@@ -256,9 +258,8 @@ def configuration_rows(threads: int = 1) -> list[Row]:
 
 def quick_rows(threads: int = 1) -> list[Row]:
     """A minute: the targets at fewer samples, the 16-bit one at a size that native 16-bit backward survives."""
-    small = CONFIGURATIONS["2"]
-    rows = [row for row in target_rows(threads) if row.shape != WIDE and row.dtype == "float32"]
-    return rows + [Row(small, "bfloat16", mode, threads, "2") for mode in MODES]
+    rows = [row for row in target_rows(threads) if row.shape not in (WIDE, BRIEF) and row.dtype == "float32"]
+    return rows + [Row(BRIEF, "bfloat16", mode, threads, "2") for mode in MODES]
 
 
 def all_rows(threads: int = 1) -> list[Row]:
@@ -277,6 +278,9 @@ FINE = Mixture(1024, 512, 256, E=64, K=8)
 FINE_GELU = replace(FINE, activation="gelu")
 MANY = Mixture(64, 2048, 768, E=128, K=8)
 ROUTING = Mixture(4096, 0, 0, E=64, K=8)
+MOE_PAIRED: tuple[tuple[Mixture, Mode], ...] = (
+    (MOE_TALL, "training"), (FINE, "training"), (FINE_GELU, "training"), (MOE_FEW, "inference"), (MOE_ONE, "inference"),
+)  # fmt: skip
 GROWTH = tuple(Mixture(1024, 128, 64, E=experts, K=8) for experts in (8, 16, 32, 64, 128, 256))  # 24 MiB at most
 GROWING = "growth"  # their configuration
 
@@ -292,14 +296,16 @@ MOE_CONFIGURATIONS = (
 
 
 def moe_target_rows(threads: int = 1, pair: bool = True) -> list[Row]:
-    """The rows that the targets of mixtures read; ``pair``: with the one that runs on two threads."""
+    """The rows that the targets of mixtures read; ``pair``: with those that run on two threads."""
     rows = [
-        *(Row(shape, "float32", "training", threads) for shape in (MOE_TALL, FINE, FINE_GELU, MOE_FEW)),
-        *(Row(shape, "float32", "inference", threads) for shape in (MOE_FEW, MOE_ONE, ROUTING)),
+        *(Row(shape, "float32", mode, threads) for shape, mode in MOE_PAIRED),
+        Row(MOE_FEW, "float32", "training", threads),
+        Row(ROUTING, "float32", "inference", threads),
         *(Row(shape, "bfloat16", "training", threads) for shape in (MOE_TALL, FINE)),
         *(Row(shape, "float32", mode, threads, GROWING) for shape in GROWTH for mode in MODES),
     ]
     if pair and threads == 1 and (os.cpu_count() or 1) >= 2:
+        rows += [Row(shape, "float32", mode, 2) for shape, mode in MOE_PAIRED]
         rows.append(Row(MANY, "bfloat16", "inference", 2))
     return rows
 

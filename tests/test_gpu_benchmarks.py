@@ -64,7 +64,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> gpu.Gpu:
 def test_rows_are_verified_and_timed(shape: Shape, machine: gpu.Gpu) -> None:
     providers = [p for p in (MOE_PROVIDERS if isinstance(shape, Mixture) else PROVIDERS) if p.name not in COMPILING]
     row = Row(shape, "bfloat16", "training", configuration="1")
-    measured = Harness(SHORT, machine, providers, huge=False).measure(row)
+    measured = Harness(SHORT, machine, providers).measure(row)
     record = {**measured.record(), "device": "cuda"}
     ours = record["providers"][OURS]
     assert ours["n"] == 2 and ours["error"] <= 1 and ours["note"] == ""
@@ -79,7 +79,7 @@ def test_rows_are_verified_and_timed(shape: Shape, machine: gpu.Gpu) -> None:
 
 def test_inference_has_no_backward(machine: gpu.Gpu) -> None:
     row = Row(SMALL, "bfloat16", "inference")
-    (eager,) = Harness(SHORT, machine, PROVIDERS[:1], huge=False).measure(row).timed
+    (eager,) = Harness(SHORT, machine, PROVIDERS[:1]).measure(row).timed
     assert eager.forward_seconds and all(
         f <= whole < 2 * f for f, whole in zip(eager.forward_seconds, eager.seconds, strict=True)
     )
@@ -139,8 +139,8 @@ def test_rows_of_the_list() -> None:
 
 
 def options(*arguments: str) -> argparse.Namespace:
-    given = {"device": "cuda", "quick": False, "targets": False, "only": [], "no_compile": False, "threads": 1}
-    return argparse.Namespace(**{**given, "only": list(arguments)})
+    off = dict.fromkeys(("quick", "targets", "no_compile"), False)
+    return argparse.Namespace(**off, device="cuda", threads=1, against="", only=list(arguments))
 
 
 def test_chosen_rows_and_file() -> None:
@@ -161,7 +161,7 @@ def test_end_to_end(machine: gpu.Gpu, tmp_path: Path, capsys: pytest.CaptureFixt
     providers = [p for p in PROVIDERS if p.name not in COMPILING]
     file = tmp_path / "gpu.json"
     rows = [Row(ACTIVATION, "bfloat16", "training", configuration="act")]
-    assert command.run(rows, Harness(SHORT, machine, providers, huge=False), facts, file) == 0
+    assert command.run(rows, Harness(SHORT, machine, providers), facts, file) == 0
     printed = capsys.readouterr().out
     assert "a GPU · sm_90 · 132 SMs" in printed and "GB/s fwd / bwd" in printed and gpu_rows.SOURCE in printed
     saved = json.loads(file.read_text(encoding="utf-8"))

@@ -338,17 +338,16 @@ void add_short_outer_products(Steps& steps, Experts& c, int64_t M, int64_t N, co
 }
 
 void add_bias_gradients(Steps& steps, const Experts& c, int64_t N, const RowsOf& rows, bool weighted, void* out) {
-  constexpr int64_t kColumns = 64;
   const KernelTable& table = kernels();
   std::vector<ColumnSum> sums;
   for (int64_t e = 0; e < c.E; ++e) {
     const Segment s{e, c.offsets[e], c.offsets[e + 1]};
     sums.push_back({s.rows(), N, rows(s), weighted ? c.row_weight(s) : nullptr, advance(out, e * N, c.dtype)});
   }
-  const int64_t pieces = divide_up(N, kColumns);
+  const int64_t step = columns_of_task(N), pieces = divide_up(N, step);
   steps.pass(c.E * pieces, [=, &table](int64_t task, int64_t) {
-    const int64_t col = task % pieces * kColumns;
-    table.column_sum(sums[static_cast<size_t>(task / pieces)], col, std::min(N, col + kColumns));
+    const int64_t col = task % pieces * step;
+    table.column_sum(sums[static_cast<size_t>(task / pieces)], col, std::min(N, col + step));
   });
 }
 

@@ -120,11 +120,16 @@ inline void add_gated_act_backward(Steps& steps, const GatedAct& a) {
   });
 }
 
+// Columns of a task of column sums: long pieces of rows, as many as two for each thread want.
+inline int64_t columns_of_task(int64_t cols) {
+  return std::clamp<int64_t>(divide_up(divide_up(cols, 2 * threads()), 64) * 64, 64, 1024);
+}
+
 inline void add_column_sum(Steps& steps, const Matrix& m, int64_t rows, int64_t cols, void* out) {
-  constexpr int64_t kColumns = 64;
+  const int64_t step = columns_of_task(cols);
   const KernelTable& table = kernels();
-  steps.pass(divide_up(cols, kColumns), [=, &table](int64_t task, int64_t) {
-    table.column_sum({rows, cols, m, nullptr, out}, task * kColumns, std::min(cols, (task + 1) * kColumns));
+  steps.pass(divide_up(cols, step), [=, &table](int64_t task, int64_t) {
+    table.column_sum({rows, cols, m, nullptr, out}, task * step, std::min(cols, (task + 1) * step));
   });
 }
 

@@ -35,6 +35,8 @@ void combine_rows_as(const MoveRows& m, int64_t token_begin, int64_t token_end) 
       for (int64_t t = token_begin; t < token_end; ++t) {
         To* to = static_cast<To*>(m.out) + t * m.out_stride;
         const int64_t begin = m.routes.slot_offsets[t], end = m.routes.slot_offsets[t + 1];
+        // Rows lie anywhere: those of the next token are asked for while the present ones are added.
+        const int64_t next_end = t + 1 < token_end ? m.routes.slot_offsets[t + 2] : end;
         for (int64_t c = 0; c < m.cols; c += kAtOnce * W) {
           V sum[kAtOnce];
           FFN_UNROLL
@@ -48,6 +50,12 @@ void combine_rows_as(const MoveRows& m, int64_t token_begin, int64_t token_end) 
               const int64_t n = m.cols - c - j * W < W ? m.cols - c - j * W : W;
               sum[j] = fma(w, load_columns<V>(from, m.in.col_stride, c + j * W, n), sum[j]);
             }
+          }
+          for (int64_t i = end; i < next_end; ++i) {
+            const int64_t r = m.routes.row[i];
+            if (r >= m.routes.kept) continue;
+            const From* next = row_pointer<From>(m.in, r) + c * m.in.col_stride;
+            for (int64_t j = 0; j < kAtOnce * W; j += 64 / static_cast<int64_t>(sizeof(From))) prefetch_l2(next + j);
           }
           for (int64_t j = 0; j < kAtOnce && c + j * W < m.cols; ++j)
             store_part(to + c + j * W, sum[j], m.cols - c - j * W < W ? m.cols - c - j * W : W);
