@@ -193,7 +193,7 @@ void packed_task(const ScheduledGemm& g, int64_t task, void* scratch) {
     const bool pieces = g.few_panels() && g.b[0].k_along_rows;
     const int64_t block = g.K < kShortK ? 1 : kL2Panels;
     const int64_t piece = pieces && l1_steps<V>() < c.steps ? l1_steps<V>() : c.steps;
-    const int64_t lines = divide_up(next.lines, groups * (p1 - p0) * divide_up(c.steps, piece));
+    const int64_t lines = next.count ? divide_up(next.lines, groups * (p1 - p0) * divide_up(c.steps, piece)) : 0;
     for (int64_t pb = p0; pb < p1; pb += block) {
       const int64_t pe = pb + block < p1 ? pb + block : p1;
       for (int64_t q = 0; q < groups; ++q) {
