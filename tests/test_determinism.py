@@ -37,6 +37,19 @@ def test_threads_and_runs(form: str, dtype: torch.dtype, isa: str, threads: None
 
 
 @pytest.mark.cpu_only("threads are the CPU's")
+def test_threads_with_many_experts(threads: None) -> None:
+    """So many that a thread packs and multiplies all of an expert by itself."""
+    problem = Problem("moe", E=64, T=320, D=170, F=148, O=40)
+    tensors, d_y = problem.draw(dtype=torch.float32)
+    torch.set_num_threads(1)
+    expected = results(problem.ours, tensors, d_y)
+    for count in (2, 3):
+        torch.set_num_threads(count)
+        for _ in range(3):
+            assert_same_bits(results(problem.ours, tensors, d_y), expected, f"{count} threads:")
+
+
+@pytest.mark.cpu_only("threads are the CPU's")
 def test_gated_act_threads(threads: None) -> None:
     """Rows longer than one task."""
     problem = Problem("gated_act", T=5, F=50001)

@@ -103,6 +103,8 @@ struct Gemm {
   }
 };
 
+struct ScheduledGemm;
+
 // The schedule, how it is computed; it never changes a bit of the result. In BLIS's words, kr in XNNPACK's:
 // - micro-kernel: computes a micro-tile, mr rows by nr columns of sums, in registers.
 // - panel: mr rows of A, or nr columns of B, packed as the micro-kernel reads them, kc steps along k at a time.
@@ -130,8 +132,10 @@ struct Schedule {
   int64_t mc_panels = 0;     // A panels of one task
   int64_t nc_panels = 0;     // B panels of one task; of a few tokens see `guided`
   int64_t at_once = 1;       // tasks that run side by side: a thread's next one is about so many later
+  bool alone = false;        // one thread packs A and computes all tasks, while A is in its caches
   int64_t guided = 0;        // kDot, kBroadcast: a task takes one of so many parts of the B panels that are left
   void* packed_a = nullptr;  // [k block][panel][step of k][mr]
+  const ScheduledGemm* then = nullptr;  // alone: what the thread computes after this product
 
   int64_t steps(int64_t k) const { return divide_up(k, kr); }  // that k takes when packed
   int64_t tasks_m() const { return divide_up(panels_m, mc_panels); }
@@ -156,6 +160,8 @@ struct Schedule {
 struct ScheduledGemm : Gemm, Schedule {
   int64_t packed_length() const { return K == 0 ? 0 : K / b_length() * steps(b_length()); }
   bool few_panels() const { return K >= kShortK && mc_panels <= kL2Panels; }
+  // Packing takes a part of the time that is worth asking for its operand while the panels before are multiplied.
+  bool asks_ahead() const { return K >= kShortK && mc_panels <= 4 * kL2Panels; }
   // A sum without bias, in the arithmetic's dtype: kPacked adds up whole tiles in their place.
   bool stores_directly() const {
     const Epilogue& e = epilogue;

@@ -156,6 +156,23 @@ void Steps::add_phase(Phases& phases, int64_t tasks, Phases::Task run) {
   beside_.clear();
 }
 
+// Each product by one worker, whose caches hold what it packs.
+void Steps::add_products_alone(std::vector<ScheduledGemm>& gemms, Phases& phases, char* packed, size_t packed_each,
+                               char* scratch, size_t scratch_bytes) {
+  add_phase(phases, 0, nullptr);
+  phases.add(static_cast<int64_t>(gemms.size()), [=, this, &gemms](int64_t product, int64_t worker) {
+    ScheduledGemm& g = gemms[static_cast<size_t>(product)];
+    g.packed_a = packed_row(g);
+    if (product + 1 < static_cast<int64_t>(gemms.size())) g.then = &g + 1;
+    if (!g.packed_a) {
+      g.packed_a = packed + static_cast<size_t>(worker) * packed_each;
+      for (int64_t k = 0; k < g.k_blocks(); ++k) table_.pack_a(g, k, 0, g.panels_m);
+    }
+    for (int64_t task = 0; task < g.tasks_m() * g.tasks_n(); ++task)
+      table_.gemm(g, task, scratch + static_cast<size_t>(worker) * scratch_bytes);
+  });
+}
+
 void Steps::add_products(std::vector<ScheduledGemm>& gemms, Phases& phases, char* packed, char* scratch,
                          size_t scratch_bytes, int64_t workers) {
   const auto count = static_cast<int64_t>(gemms.size());
@@ -197,7 +214,8 @@ void Steps::run() {
     for (const Gemm& g : step.gemms) work += work_of(g);
   const int64_t workers = workers_for(work, kWorkerWeights, threads_);
 
-  size_t most_packed = 0;
+  size_t most_packed = 0;  // of products that workers share
+  size_t packed_each = 0;  // of one that a worker computes alone
   size_t scratch_bytes = 0;
   std::vector<std::vector<std::vector<ScheduledGemm>>> plans;  // the groups of each step
   for (const Step& step : steps_) {
@@ -205,12 +223,14 @@ void Steps::run() {
     for (const std::vector<ScheduledGemm>& group : plans.back()) {
       size_t packed = 0;
       for (const ScheduledGemm& g : group) {
-        packed += static_cast<size_t>(packed_bytes(g));
+        if (g.alone) packed_each = std::max(packed_each, round_up(packed_bytes(g), 4096));
+        else packed += static_cast<size_t>(packed_bytes(g));
         scratch_bytes = std::max(scratch_bytes, round_up(gemm_scratch_bytes(g, table_), 4096));
       }
       most_packed = std::max(most_packed, packed);
     }
   }
+  most_packed = std::max(most_packed, packed_each * static_cast<size_t>(workers));
   char* packed = static_cast<char*>(workspace_.take(most_packed, "packed operands"));
   char* scratch =
       static_cast<char*>(workspace_.take(scratch_bytes * static_cast<size_t>(workers), "scratch of each thread"));
@@ -218,8 +238,10 @@ void Steps::run() {
   Phases phases;
   for (size_t i = 0; i < steps_.size(); ++i) {
     Step& step = steps_[i];
-    for (std::vector<ScheduledGemm>& group : plans[i])
-      add_products(group, phases, packed, scratch, scratch_bytes, workers);
+    for (std::vector<ScheduledGemm>& group : plans[i]) {
+      if (group[0].alone) add_products_alone(group, phases, packed, packed_each, scratch, scratch_bytes);
+      else add_products(group, phases, packed, scratch, scratch_bytes, workers);
+    }
     if (step.kind == Step::Kind::kPass) add_phase(phases, step.tasks, std::move(step.task));
     else if (step.tasks > 0) beside_.emplace_back(step.tasks, std::move(step.task));
   }

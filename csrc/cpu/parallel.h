@@ -64,6 +64,8 @@ class Steps {
   void add_phase(Phases& phases, int64_t tasks, Phases::Task run);
   void add_products(std::vector<ScheduledGemm>& gemms, Phases& phases, char* packed, char* scratch,
                     size_t scratch_bytes, int64_t workers);
+  void add_products_alone(std::vector<ScheduledGemm>& gemms, Phases& phases, char* packed, size_t packed_each,
+                          char* scratch, size_t scratch_bytes);
 
   const KernelTable& table_;
   Workspace& workspace_;

@@ -11,6 +11,7 @@ namespace {
 constexpr int64_t kPackedBytes = int64_t{32} << 20;  // a packed A operand, shared by all tasks
 constexpr int64_t kTileBytes = int64_t{1} << 20;     // partial sums of one task: they stay in L2 or L3
 constexpr int64_t kGroupBytes = int64_t{256} << 10;  // packed B of one task: it stays in L2
+constexpr int64_t kShares = 8;                       // products of a worker that end at about the same time
 constexpr int64_t kLongK = 1024;
 constexpr int64_t kLongPiece = 2048;  // elements of a row of weights that are read together
 
@@ -71,12 +72,13 @@ Schedule::Kernel choose_kernel(const ScheduledGemm& g, const KernelTable& table)
                                                                   : Schedule::Kernel::kPacked;
 }
 
-// `tasks`: how many the product should fall into at least.
-void fill_schedule(ScheduledGemm& g, const KernelTable& table, int64_t workers, int64_t tasks) {
+// `tasks`: how many the product should fall into at least. `alone`: see Schedule.
+void fill_schedule(ScheduledGemm& g, const KernelTable& table, int64_t workers, int64_t tasks, bool alone) {
   const int64_t lanes = table.lanes * 4 / g.element();
   const int64_t width = table.nr_vectors * lanes;
   g.kernel = choose_kernel(g, table);
-  g.at_once = workers;
+  g.alone = alone;
+  g.at_once = alone ? 1 : workers;
   const int64_t rows = g.kernel == Schedule::Kernel::kAxpy  ? table.axpy_rows
                        : g.kernel == Schedule::Kernel::kDot ? g.M
                                                             : table.mr;
@@ -114,7 +116,7 @@ void fill_schedule(ScheduledGemm& g, const KernelTable& table, int64_t workers, 
       by_rows || g.kernel == Schedule::Kernel::kAxpy ? g.panels_m : divide_up(g.panels_m, divide_up(g.panels_m, most));
 }
 
-void add_parts(const Gemm& wanted, const KernelTable& table, int64_t workers, int64_t tasks,
+void add_parts(const Gemm& wanted, const KernelTable& table, int64_t workers, int64_t tasks, bool alone,
                std::vector<ScheduledGemm>& parts) {
   ScheduledGemm g = small_operand_first(wanted, table);
   if (g.in_bfloat16()) g.kr = table.bfloat16_kr;
@@ -123,7 +125,7 @@ void add_parts(const Gemm& wanted, const KernelTable& table, int64_t workers, in
   const int64_t rows = divide_up(divide_up(g.M, divide_up(g.M, fit)), table.mr) * table.mr;
   for (int64_t m = 0; m < g.M; m += rows) {
     parts.push_back(slice_rows(g, m, std::min(g.M, m + rows)));
-    fill_schedule(parts.back(), table, workers, tasks);
+    fill_schedule(parts.back(), table, workers, tasks, alone);
   }
 }
 
@@ -140,13 +142,19 @@ std::vector<std::vector<ScheduledGemm>> plan_products(const std::vector<Gemm>& w
   if (workers > 1)
     std::stable_sort(order.begin(), order.end(), [&](const Gemm* a, const Gemm* b) { return work(a) > work(b); });
   const int64_t tasks = workers > 1 ? divide_up(4 * workers, static_cast<int64_t>(order.size())) : 1;
+  int64_t all = 0, most = 0;  // bytes of the largest A
+  for (const Gemm* g : order) {
+    all += work(g);
+    most = std::max(most, g->M * g->K * g->element());
+  }
+  const bool alone = workers == 1 || (work(order.front()) * kShares * workers <= all && most * workers <= kPackedBytes);
   std::vector<std::vector<ScheduledGemm>> groups;
   int64_t bytes = 0;
   for (const Gemm* g : order) {
     std::vector<ScheduledGemm> parts;
-    add_parts(*g, table, workers, tasks, parts);
+    add_parts(*g, table, workers, tasks, alone, parts);
     for (const ScheduledGemm& part : parts) {
-      if (groups.empty() || bytes + packed_bytes(part) > kPackedBytes) {
+      if (groups.empty() || (!alone && bytes + packed_bytes(part) > kPackedBytes)) {
         groups.emplace_back();
         bytes = 0;
       }

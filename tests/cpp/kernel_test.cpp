@@ -346,6 +346,30 @@ void test_printing() {
               "kr 1, 1 panels of A, 9 of B, mc 1 panels, guided 1");
 }
 
+// A thread has a product to itself where there are so many that all threads end at about the same time.
+void test_alone() {
+  KernelTable table = {};
+  table.lanes = 8;
+  table.mr = 6;
+  table.nr_vectors = 2;
+  table.axpy_rows = 8;
+  Operand b;
+  std::vector<Gemm> products(16, product({70, 40, 131}, DType::kFloat32));
+  for (Gemm& g : products) g.b = &b;
+  const auto expect_alone = [&](int64_t workers, bool wanted) {
+    const std::vector<std::vector<ScheduledGemm>> groups = plan_products(products, table, workers);
+    bool right = groups.size() == 1 && groups[0].size() == products.size();
+    for (const ScheduledGemm& g : groups[0]) right = right && g.alone == wanted;
+    if (!right && ++failures <= 20) std::printf("alone: expected %d with %d workers\n", wanted, int(workers));
+  };
+  expect_alone(1, true);
+  expect_alone(2, true);
+  expect_alone(3, false);
+  products[3].M *= 3;
+  expect_alone(1, true);
+  expect_alone(2, false);
+}
+
 void test_table(const char* isa, const KernelTable& table) {
   const int activation = kActivations.index("silu");
   // One row, the micro-tile's edges, primes, more than one block of k, more than one task in both directions.
@@ -382,6 +406,7 @@ void test_table(const char* isa, const KernelTable& table) {
 int main() {
   using namespace ffn_ops;
   test_printing();
+  test_alone();
   for (const Isa isa : kIsas) {
     const KernelTable* table = kernel_table(isa);
     if (table && isa_supported(isa)) test_table(isa_name(isa), *table);

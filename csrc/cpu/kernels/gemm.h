@@ -88,8 +88,8 @@ void pack_a_as(const ScheduledGemm& g, int64_t k_block, int64_t panel_begin, int
                  g.mr, out, g.mr, c.steps * g.mr, panel_end - panel_begin);
 }
 
-// What the next B panels of a few rows are packed from. It is asked for while the present ones are multiplied, a few
-// lines for each micro-tile: the micro-kernel leaves memory idle, and packing would wait for it.
+// What the next B panels are packed from. It is asked for while the present ones are multiplied, a few lines for each
+// micro-tile: the micro-kernel leaves memory idle, and packing would wait for it.
 struct NextSource {
   struct Rows {
     const char* data;
@@ -98,15 +98,15 @@ struct NextSource {
   Rows parts[2] = {};
   int64_t count = 0, part = 0, byte = 0, lines = 0;
 
-  // Rows along k come from so far apart that the hardware does not look ahead.
   FFN_FN void add(const Operand& operand, int64_t lane, int64_t lanes, int64_t k, int64_t length) {
     const Matrix& m = operand.matrix;
-    if (!operand.k_along_rows || m.codes || m.rows || m.col_stride != 1 || lanes <= 0 || length <= 0) return;
+    if (m.codes || m.rows || m.col_stride != 1 || lanes <= 0 || length <= 0) return;
     const int64_t size = storage_size(m.dtype);
-    const Rows rows = {static_cast<const char*>(m.data) + (k * m.row_stride + lane) * size, m.row_stride * size, length,
-                       lanes * size};
-    lines += rows.rows * divide_up(rows.bytes, 64);
-    parts[count++] = rows;
+    const int64_t row = operand.k_along_rows ? k : lane, col = operand.k_along_rows ? lane : k;
+    const int64_t rows = operand.k_along_rows ? length : lanes, cols = operand.k_along_rows ? lanes : length;
+    parts[count++] = {static_cast<const char*>(m.data) + (row * m.row_stride + col) * size, m.row_stride * size, rows,
+                      cols * size};
+    lines += rows * divide_up(cols * size, 64);
   }
   FFN_FN void ask(int64_t n) {
     for (; n > 0 && part < count; --n) {
@@ -121,17 +121,25 @@ struct NextSource {
   }
 };
 
-// Of block i + 1 of k, or of the task that follows on this thread.
+// Of block i + 1 of k, or of the task or product that follows on this thread.
 template <class V>
-FFN_FN NextSource next_source(const ScheduledGemm& g, int64_t task, int64_t i, int64_t blocks, int64_t width) {
+FFN_FN NextSource next_source(const ScheduledGemm& now, int64_t task, int64_t i, int64_t blocks, int64_t width) {
   NextSource next;
-  if (i + 1 == blocks) task += g.at_once;
-  if (task >= g.tasks_m() * g.tasks_n()) return next;
-  const KBlock c = k_block_at(g, (i + 1) % blocks);
-  const int64_t q = task % g.tasks_n() * g.nc_panels;
-  for_each_part(g, c, width, [&](const Operand& operand, int64_t k, int64_t part, int64_t) {
-    const int64_t left = g.N - q * part;
-    next.add(operand, q * part, left < g.nc_panels * part ? left : g.nc_panels * part, k, c.length);
+  const ScheduledGemm* g = &now;
+  if (++i == blocks) {
+    i = 0;
+    task += now.at_once;
+    if (task >= now.tasks_m() * now.tasks_n()) {
+      task = 0;
+      g = now.then;
+    }
+  }
+  if (!g || g->kernel != Schedule::Kernel::kPacked) return next;
+  const KBlock c = k_block_at(*g, i);
+  const int64_t q = task % g->tasks_n() * g->nc_panels;
+  for_each_part(*g, c, width, [&](const Operand& operand, int64_t k, int64_t part, int64_t) {
+    const int64_t left = g->N - q * part;
+    next.add(operand, q * part, left < g->nc_panels * part ? left : g->nc_panels * part, k, c.length);
   });
   return next;
 }
@@ -181,11 +189,11 @@ void packed_task(const ScheduledGemm& g, int64_t task, void* scratch) {
     // While memory is asked for the next panels, a piece of a B panel stays in L1 and all A panels pass it; else each
     // streams the whole B panel from L2. Short sums are bound by their stores: whole rows of the output are finished
     // one after the other.
-    NextSource next = g.few_panels() ? next_source<V>(g, task, i, blocks, kWidth) : NextSource{};
-    const bool pieces = next.count > 0;
+    NextSource next = g.asks_ahead() ? next_source<V>(g, task, i, blocks, kWidth) : NextSource{};
+    const bool pieces = g.few_panels() && g.b[0].k_along_rows;
     const int64_t block = g.K < kShortK ? 1 : kL2Panels;
     const int64_t piece = pieces && l1_steps<V>() < c.steps ? l1_steps<V>() : c.steps;
-    const int64_t lines = pieces ? divide_up(next.lines, groups * (p1 - p0) * divide_up(c.steps, piece)) : 0;
+    const int64_t lines = next.count ? divide_up(next.lines, groups * (p1 - p0) * divide_up(c.steps, piece)) : 0;
     for (int64_t pb = p0; pb < p1; pb += block) {
       const int64_t pe = pb + block < p1 ? pb + block : p1;
       for (int64_t q = 0; q < groups; ++q) {

@@ -22,8 +22,23 @@ FFN_FN void multiply_block(const typename V::Scalar* a, const V* block, int64_t 
   }
 }
 
+// What is read after the rows at hand: asked for in the order of its addresses, into L2, which holds it until its turn.
+// Memory gives one run of lines faster than many rows in turns.
+template <class S>
+struct NextRows {
+  const S* row;
+  int64_t stride, length, col = 0;
+
+  template <int64_t kCount>
+  FFN_FN void ask() {
+    FFN_UNROLL
+    for (int64_t i = 0; i < kCount; i += 64 / sizeof(S)) prefetch_l2(row + col + i);
+    for (col += kCount; col >= length; col -= length) row += stride;
+  }
+};
+
 // Rows along k, transposed in registers. One vector of columns of the tile: lanes lane0 .. of `m`, the last of which is
-// repeated where there are fewer. Near their ends the rows from `next` on, which are read after these, are asked for.
+// repeated where there are fewer. The rows from `next` on are read after these.
 template <class V, class S, int H>
 void dot_kernel(const Matrix& m, int64_t lane0, int64_t valid, int64_t K, const typename V::Scalar* a,
                 typename V::Scalar* tile, const S* next) {
@@ -31,6 +46,14 @@ void dot_kernel(const Matrix& m, int64_t lane0, int64_t valid, int64_t K, const 
   constexpr int64_t W = V::kLanes, kBlockK = W * V::kKR;
   const S* row[W];
   for (int64_t i = 0; i < W; ++i) row[i] = row_pointer<S>(m, lane0 + (i < valid ? i : valid - 1));
+  // One or two tokens are bound by memory, where this way is the faster.
+  constexpr bool kByRows = H <= 2;
+  NextRows<S> later = {next, m.row_stride, K};
+  const auto ask = [&](int64_t k, int64_t ahead, auto count) __attribute__((always_inline)) {
+    if constexpr (!kByRows) return later.template ask<decltype(count)::value>();
+    FFN_UNROLL
+    for (int64_t i = 0; i < W; ++i) prefetch(row[i] + k + ahead);
+  };
   Sum total[H];
   FFN_UNROLL
   for (int t = 0; t < H; ++t) total[t] = Sum::zero();
@@ -47,10 +70,8 @@ void dot_kernel(const Matrix& m, int64_t lane0, int64_t valid, int64_t K, const 
       for (; k + 2 * W <= end; k += 2 * W) {
         V block[W];
         FFN_UNROLL
-        for (int64_t i = 0; i < W; ++i) {
-          block[i] = load<V>(reinterpret_cast<const float*>(row[i] + k));
-          prefetch(row[i] + k + ahead);
-        }
+        for (int64_t i = 0; i < W; ++i) block[i] = load<V>(reinterpret_cast<const float*>(row[i] + k));
+        ask(k, ahead, std::integral_constant<int64_t, 2 * W * W>{});
         transpose(block);
         FFN_UNROLL
         for (int64_t i = 0; i < W; ++i) {
@@ -66,10 +87,8 @@ void dot_kernel(const Matrix& m, int64_t lane0, int64_t valid, int64_t K, const 
       V block[W];
       if (n == kBlockK) {
         FFN_UNROLL
-        for (int64_t i = 0; i < W; ++i) {
-          block[i] = load<V>(row[i] + k);
-          prefetch(row[i] + k + ahead);
-        }
+        for (int64_t i = 0; i < W; ++i) block[i] = load<V>(row[i] + k);
+        ask(k, ahead, std::integral_constant<int64_t, W * kBlockK>{});
       } else {
         for (int64_t i = 0; i < W; ++i) block[i] = load<V>(row[i] + k, static_cast<int>(n));
       }
@@ -84,10 +103,10 @@ void dot_kernel(const Matrix& m, int64_t lane0, int64_t valid, int64_t K, const 
 }
 
 // Rows along k, tokens in the lanes: dots[R][N vectors] (+)= sum over a block of k of row r's element k * x[k][N
-// vectors]. `rows` are a block apart. Meanwhile the next block of the rows at `ahead`, `stride` apart, is asked for.
+// vectors]. `rows` are a block apart. Meanwhile as much of what is read later is asked for.
 template <class V, class S, int R, int N>
 void broadcast_kernel(const typename V::Scalar* rows, int64_t steps, const typename V::Scalar* x,
-                      typename V::Scalar* dots, bool add, const S* ahead, int64_t stride) {
+                      typename V::Scalar* dots, bool add, NextRows<S>& later) {
   constexpr int W = V::kLanes;
   constexpr int kAtOnce = N == 1 ? 4 : N == 2 ? 2 : 1;  // of k: as many vectors of x as registers are left
   constexpr int64_t kSumSteps = kSumBlock / V::kKR;
@@ -117,10 +136,10 @@ void broadcast_kernel(const typename V::Scalar* rows, int64_t steps, const typen
     }
   };
   int64_t k = 0;
-  constexpr int64_t kLine = 64 / sizeof(S), kRowLines = kSumBlock / kLine, kLines = R * kRowLines;
+  constexpr int64_t kLine = 64 / sizeof(S), kLines = R * kSumBlock / kLine;
   for (; k + kAtOnce <= steps; k += kAtOnce) {
     for (int64_t line = k * kLines / kSumSteps; line < (k + kAtOnce) * kLines / kSumSteps; ++line)
-      prefetch(ahead + line / kRowLines * stride + line % kRowLines * kLine);
+      later.template ask<kLine>();
     multiply(k, std::integral_constant<int, kAtOnce>{});
   }
   for (; k < steps; ++k) multiply(k, std::integral_constant<int, 1>{});
@@ -133,6 +152,7 @@ template <class V, class S, int R, int N>
 void broadcast_rows(const S* rows, int64_t stride, int64_t K, const typename V::Scalar* x, typename V::Scalar* dots,
                     typename V::Scalar* copied, const S* next) {
   constexpr int64_t W = V::kLanes, kAtOnce = W * V::kKR;
+  NextRows<S> later = {next, stride, K};
   for (int64_t begin = 0; begin < K; begin += kSumBlock) {
     const int64_t n = K - begin < kSumBlock ? K - begin : kSumBlock;
     for (int r = 0; r < R; ++r) {
@@ -146,8 +166,7 @@ void broadcast_rows(const S* rows, int64_t stride, int64_t K, const typename V::
           store(to + i / V::kKR, load_part<V>(row + i, n - i < kAtOnce ? n - i : kAtOnce));
       }
     }
-    broadcast_kernel<V, S, R, N>(copied, divide_up(n, V::kKR), x + begin / V::kKR * N * W, dots, begin > 0,
-                                 begin + kSumBlock < K ? rows + begin + kSumBlock : next, stride);
+    broadcast_kernel<V, S, R, N>(copied, divide_up(n, V::kKR), x + begin / V::kKR * N * W, dots, begin > 0, later);
   }
 }
 
