@@ -207,6 +207,21 @@ def test_plain_ffn_without_biases() -> None:
         ffn_ops.PlainFFN(6, 10, bias=1)
 
 
+@pytest.mark.parametrize("shape", [(6, 12), (3, 2, 12)])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_output_may_be_changed_in_place(shape: tuple[int, ...], p: float) -> None:
+    layer = ffn_ops.FeedForward(12, 30, 8, p)
+    x = torch.randn(*shape, generator=generator(0)).requires_grad_()
+
+    def gradient(changed: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        torch.manual_seed(3)
+        y = changed(layer(x))
+        return [y, *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])]
+
+    for in_place, apart in zip(gradient(lambda y: y.add_(x).mul_(2)), gradient(lambda y: (y + x) * 2), strict=True):
+        assert torch.equal(in_place, apart)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_dropout_in_the_node_of_the_layer(dtype: torch.dtype) -> None:
     """On a CPU the dropout of a training step is no node of its own, nor is the folding of leading dimensions. The

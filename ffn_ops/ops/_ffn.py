@@ -376,7 +376,8 @@ class _OneNode(_Ffn):  # type: ignore[misc]
         y = _Ffn.forward(ctx, fold(x), *rest)[0]
         ctx.asks = ctx.asks or not x.is_leaf  # of the folded x nothing is known
         if x.dim() != 2:
-            y = y.view(*x.shape[:-1], y.shape[-1])
+            # Not a view, which autograd would not let anyone change in place.
+            y = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
         noise: tuple[Tensor, ...] = ()
         if p:  # as torch.dropout draws and scales it
             noise = (torch.empty_like(y).bernoulli_(1 - p).div_(1 - p),)
