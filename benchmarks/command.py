@@ -124,12 +124,19 @@ def save(file: Path, results: dict[str, Any]) -> None:
         fresh.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def positive(text: str) -> int:
+    """A number of threads or rounds, of the command line."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
 def row_options(name: str, rounds: int) -> argparse.ArgumentParser:
     """The options of a suite that measures its rows by itself."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}")
     parser.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="rows whose name has every TEXT")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--threads", type=positive, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=positive, default=rounds)
     parser.add_argument("--out", type=file_name, help="the JSON file")
     return parser
 
@@ -221,7 +228,7 @@ def main(suite: Suite, arguments: list[str] | None = None) -> int:
     which.add_argument("--quick", action="store_true", help="a minute: most targets with few samples")
     which.add_argument("--targets", action="store_true", help="only the rows that the targets read")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: its own rows, in bfloat16")
-    parser.add_argument("--threads", type=int, default=1, help="of every row (default 1, and some rows with 2)")
+    parser.add_argument("--threads", type=positive, default=1, help="of every row (default 1, and some rows with 2)")
     parser.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="rows whose name has every TEXT")
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
     parser.add_argument(
@@ -239,8 +246,6 @@ def main(suite: Suite, arguments: list[str] | None = None) -> int:
             options.against = commit_of(options.against, ROOT)
         except ValueError as unknown:
             parser.error(f"--against: {unknown}")
-    if options.threads < 1:
-        parser.error(f"--threads: expected at least 1, got {options.threads}")
     rows = chosen_rows(suite, options)
     on: Machine
     if options.device == "cuda":

@@ -89,7 +89,7 @@ def fused_ffn(
 def is_idle(dropout: nn.Module) -> bool:
     """True if calling ``dropout`` only returns its input."""
     kind = type(dropout)
-    idle = kind is nn.Identity or (kind is nn.Dropout and not (dropout.training and dropout.p > 0))  # type: ignore[operator]
+    idle = kind is nn.Identity or (kind is nn.Dropout and not (dropout.training and dropout.p != 0))  # type: ignore[operator]
     return idle and is_unhooked(dropout)
 
 
@@ -97,7 +97,7 @@ def plain_probability(dropout: nn.Module) -> float:
     """The ``p`` of ``dropout``, if calling it computes only ``F.dropout`` with p below 1; else 0."""
     if type(dropout) is not nn.Dropout or not dropout.training or not is_unhooked(dropout) or _has_any_global_hook():
         return 0.0
-    return dropout.p if dropout.p < 1 else 0.0
+    return dropout.p if 0 < dropout.p < 1 else 0.0
 
 
 def _alike(layers: list[nn.Linear]) -> bool:

@@ -37,6 +37,13 @@ def test_wrong_pass_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ours.refused and not ours.seconds and copy.seconds and eager.seconds
 
 
+@pytest.mark.parametrize("wrong", [["--threads", "0"], ["--rounds", "-1"], ["--rounds", "many"]])
+def test_numbers_of_a_command_are_checked(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        passes.main(wrong)
+    assert f"{wrong[0]}: expected a whole number of at least 1, got '{wrong[1]}'" in capsys.readouterr().err
+
+
 def test_a_row_that_became_slower_is_named() -> None:
     def row(name: str, ours: list[float], other: list[float]) -> dict[str, Any]:
         return {"name": name, "providers": {"new": {"seconds": ours}, "old": {"seconds": other}}}

@@ -17,6 +17,7 @@ from seen import Seen
 from test_quantized_model import dense_again
 from test_transformers import MODELS, config_of, tokens
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrize
 
 import ffn_ops
@@ -272,6 +273,10 @@ def test_hooks_of_every_wrapper_run() -> None:
         wrapper.register_forward_hook(lambda module, _given, _out: seen.append(module))
     assert operators(ours) == ["moe_lora"] * 2 and len(seen) == len(wrappers(ours)) == 4
     assert torch.equal(ours(input_ids=tokens()).logits, expected)
+    other, seen_by_all = adapted("ffn_ops", "mixtral", torch.float32), []
+    with register_module_forward_hook(lambda module, _given, _out: seen_by_all.append(module)):
+        other(input_ids=tokens())
+    assert sum(each in wrappers(other) for each in seen_by_all) == 4
 
 
 def test_adapters_of_a_call_are_those_of_its_thread() -> None:

@@ -267,3 +267,6 @@ def test_dropout_in_the_node_of_the_layer(dtype: torch.dtype) -> None:
     assert nn.Dropout in seen
     layer.dropout.p = 1.0
     assert not layer(x).any()
+    for layer.dropout.p in (-0.1, float("nan")):
+        with pytest.raises((ValueError, RuntimeError), match="dropout probability has to be"):
+            layer(x)

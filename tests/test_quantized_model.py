@@ -193,11 +193,14 @@ def test_bytes_that_mean_something_else_are_not_loaded(assign: bool) -> None:
             assert all(torch.equal(t, was) for t, was in zip(ours.parts, before, strict=True))
 
 
-def test_a_mapped_file_is_not_written_to(tmp_path: Any) -> None:
+@pytest.mark.parametrize("as_parameters", [False, True])
+def test_a_mapped_file_is_not_written_to(as_parameters: bool, tmp_path: Any) -> None:
     np = pytest.importorskip("numpy")
     (tmp_path / "weights").write_bytes(bytes(range(68)))
     data = np.memmap(tmp_path / "weights", mode="r+", dtype="uint8", shape=(2, 34))
     w = QuantizedWeight.from_gguf(SimpleNamespace(data=data, tensor_type=SimpleNamespace(name="Q8_0")))
+    if as_parameters:
+        w.as_parameters()
     other = torch.full((2, 34), 1, dtype=torch.uint8)
     holder(w).load_state_dict({"w.codes": other})
     assert torch.equal(w.codes, other)

@@ -172,11 +172,12 @@ def test_func_grad_in_one_graph(name: str, dynamo: None) -> None:
         torch.testing.assert_close(of_parameters[list(leaves)[i]], expected[i], rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("name", ["GLU", "GatedFFN"])
-def test_grads_batched_of_layers(name: str) -> None:
-    """The layers whose operator takes lists. (A regression: torch's own rule takes none.)"""
+@pytest.mark.parametrize("shape", [(3, 4), (2, 3, 4)], ids=str)
+@pytest.mark.parametrize("name", ["GLU", "GatedFFN", "GELUFFN", "FeedForward"])
+def test_grads_batched_of_layers(name: str, shape: tuple[int, ...]) -> None:
+    """Through lists of weights and with leading dimensions, for which torch has no rule of its own."""
     ours, plain = layers()[name]
-    x = torch.randn(3, 4, dtype=torch.float64)
+    x = torch.randn(*shape, dtype=torch.float64)
     d = torch.randn(2, *plain(x).shape, dtype=torch.float64)
     names = list(dict(plain.named_parameters()))
     actual, expected = (

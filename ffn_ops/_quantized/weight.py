@@ -144,6 +144,7 @@ class QuantizedWeight(Readers, nn.Module):
 
         FSDP2's ``fully_shard``, from torch 2.15 on, shards them by ``Shard(0)`` and gathers them for a call. Scales of
         a floating-point dtype stay buffers, of which every rank has all: mixed precision would round them.
+        ``requires_grad_(True)`` of the whole model then raises torch's error: bytes have no gradient.
 
         Example:
             >>> layer = ffn_ops.FeedForward(dim=64, d_ff=96)
@@ -212,8 +213,12 @@ class QuantizedWeight(Readers, nn.Module):
         if wrong:
             errors.extend(wrong)
             return
-        if not FORMATS[self.format].parts and "codes" in self._buffers:
-            self._buffers["codes"] = self.codes.clone()  # else it would write to the mapped file
+        if not FORMATS[self.format].parts and not check.is_dtensor(self.codes):
+            own = self.codes.clone()  # else it would write to the mapped file
+            if "codes" in self._buffers:
+                self._buffers["codes"] = own
+            else:
+                self._parameters["codes"] = nn.Parameter(own, requires_grad=False)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
 

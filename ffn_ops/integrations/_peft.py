@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from .._checks import DTYPES
 from .._lora import Lora, together
@@ -99,7 +100,7 @@ def _all_at_once(wrapper: Any, runs_ours: Callable[[nn.Module], bool]) -> Callab
                 return None
             wrappers.append(experts)
             experts = experts._modules["base_layer"]
-        if not hasattr(wrapper._activate_lora, "_ffn_ops") or not runs_ours(experts):
+        if not hasattr(wrapper._activate_lora, "_ffn_ops") or _has_any_global_hook() or not runs_ours(experts):
             return None
         found: dict[str, Any] = {}
         for each in wrappers:

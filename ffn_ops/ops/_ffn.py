@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -302,8 +303,9 @@ def _ffn_backward_formula(ctx: Any, d_y: Tensor | None, _gate: Any = None, _up: 
     if noise:
         d_y = d_y * noise[0]
     shape = x.shape
-    if len(shape) != 2:
-        x, d_y = fold(x), fold(d_y)
+    if len(shape) != 2:  # by numbers of their own: is_grads_batched=True knows reshape, not flatten
+        rows = math.prod(shape[:-1])
+        x, d_y = x.reshape(rows, shape[-1]), d_y.reshape(rows, d_y.shape[-1])
     needs = list(ctx.needs_input_grad[:7])
     grads = _ffn_backward(
         d_y, x, w_in, w_up, w_down, b_in, b_up, gate, up, ctx.gated, ctx.interleaved, *ctx.form, needs
