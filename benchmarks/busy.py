@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 import ffn_ops
 from ffn_ops._accuracy import limit, worst
-from ffn_ops._timing import Timed, take_turns, verified
+from ffn_ops._timing import Timed, ready, take_turns
 
 from .command import row_options, run_rows
 from .harness import threads
@@ -120,7 +120,7 @@ def prepared(row: Row, timed: Timed) -> Callable[[], float]:
 def measure(row: Row, rounds: int) -> list[Timed]:
     found = [Timed(provider) for provider in PROVIDERS]
     with threads(row.threads):
-        running = [(t, s, rounds) for t in found if (s := verified(t, functools.partial(prepared, row, t))) is not None]
+        running = ready(found, functools.partial(prepared, row), rounds)
         with core_busy(row.state):
             take_turns(running)
     return found

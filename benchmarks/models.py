@@ -25,7 +25,7 @@ from torch import Tensor
 
 import ffn_ops
 from ffn_ops._accuracy import Limit, limit, worst
-from ffn_ops._timing import Timed, take_turns, verified
+from ffn_ops._timing import Timed, ready, take_turns
 from ffn_ops.integrations.transformers import register
 
 from .command import row_options, run_rows
@@ -201,19 +201,11 @@ def measure(row: Row, providers: list[str], rounds: int, with_memory: bool) -> l
     exact = results(copy.deepcopy(original).double(), row.mode)
     eager = results(copy.deepcopy(original), row.mode)
     limits = [limit(e, x) for e, x in zip(eager, exact, strict=True)]
-    found, running = [], []
+    found = [Timed(provider, note=unfit(row, provider)) for provider in providers]
+    prepare = functools.partial(prepared, row, original=original, exact=exact, limits=limits)
     with threads(row.threads):
-        for provider in providers:
-            timed = Timed(provider, note=unfit(row, provider))
-            found.append(timed)
-            if timed.note:
-                continue
-            if (
-                sample := verified(timed, functools.partial(prepared, row, timed, original, exact, limits))
-            ) is not None:
-                running.append((timed, sample, rounds))
-        take_turns(running)
-    del original, running
+        take_turns(ready([timed for timed in found if not timed.note], prepare, rounds))
+    del original, prepare
     if with_memory:
         for timed in found:
             if timed.seconds and not timed.provider.endswith(COMPILED):

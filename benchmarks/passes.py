@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 import ffn_ops
 from ffn_ops._accuracy import limit, worst
-from ffn_ops._timing import Timed, take_turns, verified
+from ffn_ops._timing import Timed, ready, take_turns
 
 from .command import row_options, run_rows
 from .harness import threads
@@ -135,12 +135,7 @@ def measure(row: Row, rounds: int) -> tuple[list[Timed], str, dict[str, Any]]:
             _timed(calls[timed.provider])
             return functools.partial(_timed, calls[timed.provider])
 
-        running = []
-        for timed in found:
-            sample = verified(timed, functools.partial(prepared, timed))
-            if sample is not None:
-                running.append((timed, sample, rounds))
-        take_turns(running)
+        take_turns(ready(found, prepared, rounds))
     record = {"bytes": 4 * each.moved, "providers": {t.provider: t.record() for t in found}}
     return found, _text(row, found, record), {"bytes": record["bytes"]}
 

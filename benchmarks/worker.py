@@ -61,6 +61,8 @@ class OtherProcess:
         if not answer:
             raise RuntimeError(f"the process of {self.name} ended with status {self.process.wait()}")
         reply: dict[str, Any] = json.loads(answer)
+        if "failed" in reply:
+            raise RuntimeError(reply["failed"])
         return reply
 
     def prepare(self, row: Row) -> tuple[list[float], float]:
@@ -84,32 +86,42 @@ class OtherProcess:
         self.process.communicate()  # the end of its input ends it
 
 
-def main() -> None:
-    """The other end: one line of JSON in, one out."""
-    from .providers import MOE_PROVIDERS, PROVIDERS, Inputs, eager_inputs
-    from .runners import Local
+class Worker:
+    """The other end: the row at hand."""
 
-    runner: Local | None = None
-    inputs: Inputs | None = None
-    of: tuple[Shape, str] | None = None
+    def __init__(self) -> None:
+        self.runner: Any = None
+        self.inputs: Any = None
+        self.of: tuple[Shape, str] | None = None
+
+    def answer(self, question: dict[str, Any]) -> dict[str, Any]:
+        from .providers import MOE_PROVIDERS, PROVIDERS, eager_inputs
+        from .runners import Local
+
+        if "shape" not in question:
+            return {"seconds": self.runner.sample(question["repeats"])}
+        torch.set_num_threads(question["threads"])
+        shape, dtype = KINDS[question["kind"]](**question["shape"]), question["dtype"]
+        self.runner = None
+        if self.of != (shape, dtype):
+            self.inputs = None  # free first
+            self.inputs, self.of = eager_inputs(shape, dtype), (shape, dtype)
+        providers = MOE_PROVIDERS if isinstance(shape, Mixture) else PROVIDERS
+        build = next(each.build for each in providers if each.name == question["provider"])
+        self.runner = Local(build(self.inputs, shape), shape, question["mode"])
+        found = norms(self.runner.results())
+        self.runner.begin()
+        return {"norms": found, "seconds": self.runner.first_call}
+
+
+def main() -> None:
+    """One line of JSON in, one out. What fails, fails for its row: another commit may not know a provider's call."""
+    worker = Worker()
     for line in sys.stdin:
-        question = json.loads(line)
-        if "shape" in question:
-            torch.set_num_threads(question["threads"])
-            shape, dtype = KINDS[question["kind"]](**question["shape"]), question["dtype"]
-            if inputs is None or of != (shape, dtype):
-                runner = inputs = None  # free first
-                inputs, of = eager_inputs(shape, dtype), (shape, dtype)
-            providers = MOE_PROVIDERS if isinstance(shape, Mixture) else PROVIDERS
-            build = next(each.build for each in providers if each.name == question["provider"])
-            runner = Local(build(inputs, shape), shape, question["mode"])
-            results = runner.results()
-            answer: dict[str, Any] = {"norms": norms(results), "seconds": runner.first_call}
-            del results
-            runner.begin()
-        else:
-            assert runner is not None
-            answer = {"seconds": runner.sample(question["repeats"])}
+        try:
+            answer = worker.answer(json.loads(line))
+        except Exception as failure:
+            answer = {"failed": f"{type(failure).__name__}: {failure}"}
         print(json.dumps(answer), flush=True)
 
 

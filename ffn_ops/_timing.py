@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import median, quantiles
@@ -74,6 +75,14 @@ def verified(timed: Timed, prepare: Callable[[], T]) -> T | None:
         reason = (str(failure).strip() or "no reason given").splitlines()[0]
         timed.note = f"failed: {type(failure).__name__}: {reason[:160]}"
     return None
+
+
+def ready(
+    providers: Sequence[Timed], prepare: Callable[[Timed], Callable[[], float]], rounds: int
+) -> list[tuple[Timed, Callable[[], float], int]]:
+    """What :func:`take_turns` takes: the samples of those that ``prepare`` verifies."""
+    found = [(timed, verified(timed, functools.partial(prepare, timed))) for timed in providers]
+    return [(timed, sample, rounds) for timed, sample in found if sample is not None]
 
 
 def take_turns(

@@ -85,14 +85,12 @@ void Phases::run(int64_t workers) const {
   if (phases_.empty()) return;
   int64_t most = 1;
   for (const Phase& phase : phases_) most = std::max(most, phase.end - phase.begin);
-  workers = std::min(workers, most);
-  if (workers <= 1) {
+  const int64_t begun = now();
+  if (workers = std::min(workers, most); workers <= 1 || begun < alone_until.load(std::memory_order_relaxed)) {
     for (const Phase& phase : phases_)
       for (int64_t t = phase.begin; t < phase.end; ++t) phase.run(t - phase.begin, 0);
     return;
   }
-  const int64_t begun = now();
-  if (begun < alone_until.load(std::memory_order_relaxed)) workers = 1;
   // A worker takes a task only when its phase has begun. So one that the system does not run holds at most a task that
   // it has begun, and the others take all that is left. This ends even if all workers run one after the other on a
   // single thread: the tasks of an earlier phase have all been taken, so they run.

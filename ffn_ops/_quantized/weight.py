@@ -157,8 +157,15 @@ class QuantizedWeight(Readers, nn.Module):
         for name, t in tuple(self._buffers.items()):
             if t is not None and t.dtype is torch.uint8:
                 del self._buffers[name]
-                self._parameters[name] = nn.Parameter(t, requires_grad=False)
+                self._hold(name, t)
         return self
+
+    def _hold(self, name: str, t: Tensor) -> None:
+        """As a buffer where it is one, else as a parameter."""
+        if name in self._buffers:
+            self._buffers[name] = t
+        else:
+            self._parameters[name] = nn.Parameter(t, requires_grad=False)
 
     def extra_repr(self) -> str:
         dense = 2e-6 * self.shape.numel()
@@ -174,15 +181,11 @@ class QuantizedWeight(Readers, nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedWeight:
         """Moves bytes, so that a change of the model's dtype leaves scales as they are."""
-        held: Any
-        for held in (self._parameters, self._buffers):
-            for name, t in held.items():
-                if t is not None:
-                    local: Any = t.data.to_local() if check.is_dtensor(t) else t.data
-                    moved = fn(local.reshape(-1).view(torch.uint8))
-                    if moved.dtype is torch.uint8:
-                        new = _as(t, moved.view(t.dtype).reshape(local.shape))
-                        held[name] = new if held is self._buffers else nn.Parameter(new, requires_grad=False)
+        for name, t in self.named_parts().items():
+            local: Any = t.data.to_local() if check.is_dtensor(t) else t.data  # type: ignore[attr-defined]
+            moved = fn(local.reshape(-1).view(torch.uint8))
+            if moved.dtype is torch.uint8:
+                self._hold(name, _as(t, moved.view(t.dtype).reshape(local.shape)))
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -205,7 +208,7 @@ class QuantizedWeight(Readers, nn.Module):
         wrong = []
         if (saved := local_metadata.get("format", wanted)) != wanted:
             wrong.append(f"{prefix[:-1]}: expected a quantised weight in {wanted}, got one in {saved}")
-        for name, t in (*self._parameters.items(), *self._buffers.items()):
+        for name, t in self.named_parts().items():
             new = state_dict.get(prefix + name)
             if isinstance(new, Tensor) and isinstance(t, Tensor) and new.dtype is not t.dtype:
                 want, got = (str(each.dtype).removeprefix("torch.") for each in (t, new))
@@ -214,11 +217,7 @@ class QuantizedWeight(Readers, nn.Module):
             errors.extend(wrong)
             return
         if not FORMATS[self.format].parts and not check.is_dtensor(self.codes):
-            own = self.codes.clone()  # else it would write to the mapped file
-            if "codes" in self._buffers:
-                self._buffers["codes"] = own
-            else:
-                self._parameters["codes"] = nn.Parameter(own, requires_grad=False)
+            self._hold("codes", self.codes.clone())  # else it would write to the mapped file
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
 

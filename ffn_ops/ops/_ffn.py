@@ -107,26 +107,28 @@ def ffn_then_dropout(
         y = quantized_ffn(x, w_in, w_up, w_down, gated, b_in, b_up, b_down, gate, recompute, lora)
         return F.dropout(y, p) if p else y
     x, w_in, w_up, w_down, b_in, b_up, b_down = autocast(x, w_in, w_up, w_down, b_in, b_up, b_down)  # type: ignore[assignment]
-    if lora is not None:
-        y = _with_adapters(x, w_in, w_up, w_down, b_in, b_up, b_down, gated, gate, recompute, lora)
-        return F.dropout(y, p) if p else y
-    if prefers_torch(x):
-        _check_ffn(x, w_in, w_up, w_down, b_in, b_up, b_down, gated)
-        y = _ffn_by_torch(x, w_in, w_up, w_down, b_in, b_up, b_down, gated, gate)
-        return F.dropout(y, p) if p else y
+    left = p  # of the dropout, behind what is computed here
 
     def operator() -> Tensor:
+        nonlocal left
         grad = needs_grad(x, w_in, w_down, w_up, b_in, b_up, b_down)
         form = (gated, gate.interleaved, gate.activation, gate.params, grad and not recompute)
         args = (w_in, w_up, w_down, b_in, b_up, b_down, *form)
         more = x.dim() != 2 if p == 0 else x.is_cpu
         if more and grad and torch._C._get_tracing_state() is None and not is_transformed():
+            left = 0.0
             return _OneNode.apply(x, *args, None, p)[0]  # type: ignore[no-any-return]
-        y = _ffn(fold(x), *args, grad=grad)[0]
-        return F.dropout(y, p) if p else y  # type: ignore[no-any-return]
+        return _ffn(fold(x), *args, grad=grad)[0]  # type: ignore[no-any-return]
 
-    y = checked(operator, lambda: _check_ffn(x, w_in, w_up, w_down, b_in, b_up, b_down, gated))
-    return y if x.dim() == y.dim() else y.reshape(*x.shape[:-1], w_down.shape[0])  # type: ignore[no-any-return]
+    if lora is not None:
+        y = _with_adapters(x, w_in, w_up, w_down, b_in, b_up, b_down, gated, gate, recompute, lora)
+    elif prefers_torch(x):
+        _check_ffn(x, w_in, w_up, w_down, b_in, b_up, b_down, gated)
+        y = _ffn_by_torch(x, w_in, w_up, w_down, b_in, b_up, b_down, gated, gate)
+    else:
+        y = checked(operator, lambda: _check_ffn(x, w_in, w_up, w_down, b_in, b_up, b_down, gated))
+        y = y if x.dim() == y.dim() else y.reshape(*x.shape[:-1], w_down.shape[0])
+    return F.dropout(y, left) if left else y
 
 
 def _with_adapters(
