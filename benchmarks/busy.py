@@ -13,24 +13,19 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-
-import ffn_ops
-from ffn_ops._accuracy import limit, worst
 from ffn_ops._timing import Timed, ready, take_turns
 
 from .command import row_options, run_rows
-from .harness import threads
+from .harness import Case, threads
+from .providers import EAGER, OURS, PROVIDERS
 from .report import table, time_text
+from .runners import Local
+from .workloads import Shape
 
-PROVIDERS = ("ffn_ops", "eager")
 # What the other process may run on: nothing of it, every core, the last one alone
 STATES = ("quiet", "one core busy", "the last core busy")
 
@@ -69,58 +64,20 @@ def core_busy(state: str) -> Iterator[None]:
         other.wait()
 
 
-class Eager(nn.Module):
-    """The same layer by torch's own operators, of ``layer``'s parameters."""
-
-    def __init__(self, layer: Any) -> None:
-        super().__init__()
-        self.w1, self.w2, self.w3 = layer.w1, layer.w2, layer.w3
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.w2(F.silu(self.w1(x)) * self.w3(x))
-        return y
-
-
-def layer_of(row: Row, provider: str) -> nn.Module:
-    torch.manual_seed(0)
-    layer = ffn_ops.FeedForward(row.D, d_ff=row.F)
-    return layer if provider == "ffn_ops" else Eager(layer)
-
-
-def results(row: Row, layer: nn.Module, dtype: torch.dtype) -> list[Tensor]:
-    """The output, and the gradients of x and of each parameter."""
-    g = torch.Generator().manual_seed(1)
-    x, d_y = (torch.randn(row.T, row.D, generator=g).to(dtype) for _ in range(2))
-    y = layer(x.requires_grad_())
-    parameters = dict(sorted(layer.named_parameters()))  # providers hold them in other orders
-    return [y.detach(), *torch.autograd.grad(y, [x, *parameters.values()], d_y)]
-
-
-def prepared(row: Row, timed: Timed) -> Callable[[], float]:
+def prepared(case: Case, timed: Timed) -> Callable[[], float]:
     """Verifies, and returns what times one step."""
-    layer = layer_of(row, timed.provider)
-    exact = results(row, layer_of(row, "eager").double(), torch.float64)
-    eager = results(row, layer_of(row, "eager"), torch.float32)
-    limits = [limit(e, x) for e, x in zip(eager, exact, strict=True)]
-    names = ["y", "d_x", *(f"d_{name}" for name in sorted(dict(layer.named_parameters())))]
-    timed.error = worst(names, results(row, layer, torch.float32), exact, limits)
-    x, d_y = torch.randn(row.T, row.D, requires_grad=True), torch.ones(row.T, row.D)
-    leaves = [x, *layer.parameters()]
-
-    def sample() -> float:
-        begin = time.perf_counter()
-        torch.autograd.grad(layer(x), leaves, d_y)
-        return time.perf_counter() - begin
-
-    for _ in range(3):
-        sample()
-    return sample
+    (provider,) = (each for each in PROVIDERS if each.name == timed.provider)
+    runner = Local(provider.build(case.inputs, case.shape), case.shape, "training")
+    timed.error, timed.first_call = runner.check(case)
+    runner.sample(3)
+    return functools.partial(runner.sample, 1)
 
 
 def measure(row: Row, rounds: int) -> list[Timed]:
-    found = [Timed(provider) for provider in PROVIDERS]
+    found = [Timed(provider) for provider in (OURS, EAGER)]
+    case = Case(Shape(row.T, row.D, row.F, bias=True), "float32")
     with threads(row.threads):
-        running = ready(found, functools.partial(prepared, row), rounds)
+        running = ready(found, functools.partial(prepared, case), rounds)
         with core_busy(row.state):
             take_turns(running)
     return found

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from test_benchmarks import FEW_CHOSEN, MIXED, MIXED_BIAS, MOE_RUNNING, RUNNING, SMALL
 
+import ffn_ops
 from benchmarks import busy, workloads
 from benchmarks.providers import (
     EAGER,
@@ -119,6 +120,6 @@ def test_busy_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert all(len(each["seconds"]) == 3 and each["error"] <= 1 for row in found for each in row["providers"].values())
     assert len(others) == 2
     assert not any(Path(f"/proc/{pid}").exists() for pid in others)
-    monkeypatch.setattr(busy.Eager, "forward", lambda self, x: self.w2(self.w1(x) * self.w3(x)))
+    monkeypatch.setattr(ffn_ops.FeedForward, "forward", lambda self, x: self.w2(self.w1(x) * self.w3(x)))
     (ours, _) = busy.measure(busy.Row(20, 16, 24, busy.STATES[0], 1), 1)
     assert ours.refused and "y: " in ours.note and not ours.seconds
