@@ -32,8 +32,11 @@ Operand row_major(const Tensor& t) { return dense_rows(t.const_data_ptr(), t.str
 Tensor as_dtype(const Tensor& t, DType dtype) { return torch::stable::to(t, scalar_type_of(dtype)); }
 
 // A factor of an adapter. With the experts last its elements lie too far apart to be read together.
-Tensor dense_factor(const Tensor& t, DType dtype) {
-  return as_dtype(is_expert_last(t) ? torch::stable::contiguous(t) : t, dtype);
+const Tensor& dense_factor(const Moe& c, const Tensor& t, DType dtype) {
+  for (const Moe::Copy& each : c.factors)
+    if (each.of == &t && each.dtype == dtype) return each.dense;
+  c.factors.push_back({&t, dtype, as_dtype(is_expert_last(t) ? torch::stable::contiguous(t) : t, dtype)});
+  return c.factors.back().dense;
 }
 
 // Rows of tokens, or of the experts in order: [R, width]. Where the arithmetic's dtype is wanted they are copied once.
@@ -58,7 +61,7 @@ class Rows {
 Tensor narrow_product(Call& call, const Moe& c, const LowRank& lora, Rows& rows, bool by_b) {
   const DType wide = arithmetic_dtype(c.dtype);
   const DType dtype = rows.dtype() == lora.dtype ? lora.dtype : wide;
-  const Tensor factor = dense_factor(by_b ? *lora.b : *lora.a, dtype);
+  const Tensor factor = dense_factor(c, by_b ? *lora.b : *lora.a, dtype);
   Tensor out = call.fresh(wide, {c.R, lora.rank});
   GroupedGemm g = rows_product(c.experts, rows.operand(c.experts, dtype), rows.width(), lora.rank);
   g.dtype = dtype;
@@ -75,7 +78,7 @@ Tensor narrow_product(Call& call, const Moe& c, const LowRank& lora, Rows& rows,
 void widen_product(Call& call, const Moe& c, const LowRank& lora, const Tensor& narrow, bool by_a, int64_t col,
                    int64_t width, int64_t step, void* out, int64_t out_stride) {
   const DType dtype = arithmetic_dtype(c.dtype);
-  const Tensor factor = dense_factor(by_a ? *lora.a : *lora.b, dtype);
+  const Tensor factor = dense_factor(c, by_a ? *lora.a : *lora.b, dtype);
   GroupedGemm g = rows_product(c.experts, dense_rows(narrow.const_data_ptr(), lora.rank), lora.rank, width);
   g.dtype = dtype;
   g.b = expert_weights(factor, dtype, by_a, col);

@@ -2,6 +2,7 @@
 // A mixture of experts on a GPU, forward and backward, on dense and on quantised weights, with adapters or without.
 #pragma once
 
+#include <vector>
 #include <array>
 #include <string>
 #include <tuple>
@@ -14,6 +15,13 @@ namespace ffn_ops::cuda {
 struct Moe : MoeShape {
   Experts experts;
   LowRank lora_in, lora_down;
+  // Factors of adapters that products cannot read where they stand: several products of a call read one copy.
+  struct Copy {
+    const Tensor* of;
+    DType dtype;
+    Tensor dense;
+  };
+  mutable std::vector<Copy> factors;
 };
 
 Moe describe(Call& call, const MoeShape& s, const MaybeTensor& token, const MaybeTensor& weight,
