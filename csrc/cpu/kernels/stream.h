@@ -46,13 +46,23 @@ void dot_kernel(const Matrix& m, int64_t lane0, int64_t valid, int64_t K, const 
   constexpr int64_t W = V::kLanes, kBlockK = W * V::kKR;
   const S* row[W];
   for (int64_t i = 0; i < W; ++i) row[i] = row_pointer<S>(m, lane0 + (i < valid ? i : valid - 1));
-  // One or two tokens are bound by memory, where this way is the faster.
+  // One or two tokens are bound by memory. Asking in each row for what follows there is the faster way then; where a
+  // row has several lines of a block of k, for all of them together.
   constexpr bool kByRows = H <= 2;
+  constexpr int64_t kLine = 64 / sizeof(S), kLines = kSumBlock / kLine;
   NextRows<S> later = {next, m.row_stride, K};
-  const auto ask = [&](int64_t k, int64_t ahead, auto count) __attribute__((always_inline)) {
-    if constexpr (!kByRows) return later.template ask<decltype(count)::value>();
+  const auto ask = [&](int64_t c, int64_t k, int64_t ahead, auto count) __attribute__((always_inline)) {
+    constexpr int64_t kCount = decltype(count)::value;  // elements of the rows, multiplied meanwhile
+    if constexpr (!kByRows) return later.template ask<kCount>();
+    if constexpr (kLines < 4) {
+      FFN_UNROLL
+      for (int64_t i = 0; i < W; ++i) prefetch(row[i] + k + ahead);
+      return;
+    }
+    const int64_t first = (k - c) * W / kLine;
     FFN_UNROLL
-    for (int64_t i = 0; i < W; ++i) prefetch(row[i] + k + ahead);
+    for (int64_t i = first; i < first + kCount / kLine; ++i)
+      prefetch(row[i / kLines] + c + ahead + i % kLines * kLine);
   };
   Sum total[H];
   FFN_UNROLL
@@ -71,7 +81,7 @@ void dot_kernel(const Matrix& m, int64_t lane0, int64_t valid, int64_t K, const 
         V block[W];
         FFN_UNROLL
         for (int64_t i = 0; i < W; ++i) block[i] = load<V>(reinterpret_cast<const float*>(row[i] + k));
-        ask(k, ahead, std::integral_constant<int64_t, 2 * W * W>{});
+        ask(c, k, ahead, std::integral_constant<int64_t, 2 * W * W>{});
         transpose(block);
         FFN_UNROLL
         for (int64_t i = 0; i < W; ++i) {
@@ -88,7 +98,7 @@ void dot_kernel(const Matrix& m, int64_t lane0, int64_t valid, int64_t K, const 
       if (n == kBlockK) {
         FFN_UNROLL
         for (int64_t i = 0; i < W; ++i) block[i] = load<V>(row[i] + k);
-        ask(k, ahead, std::integral_constant<int64_t, W * kBlockK>{});
+        ask(c, k, ahead, std::integral_constant<int64_t, W * kBlockK>{});
       } else {
         for (int64_t i = 0; i < W; ++i) block[i] = load<V>(row[i] + k, static_cast<int>(n));
       }
