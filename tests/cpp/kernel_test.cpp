@@ -344,6 +344,7 @@ int main() {
   using namespace ffn_ops;
   test_printing();
   test_alone();
+  test_few_rows();
   for (const Isa isa : kIsas) {
     const KernelTable* table = kernel_table(isa);
     if (table && isa_supported(isa)) test_table(isa_name(isa), *table);
