@@ -15,9 +15,9 @@ struct Shape {
   int64_t M, N, K;
 };
 
-inline void run(const KernelTable& table, const Gemm& whole) {
+inline void run(const KernelTable& table, const Gemm& whole, int64_t workers = 2) {
   std::vector<ScheduledGemm> parts;
-  for (const std::vector<ScheduledGemm>& group : plan_products({whole}, table, 2))
+  for (const std::vector<ScheduledGemm>& group : plan_products({whole}, table, workers))
     parts.insert(parts.end(), group.begin(), group.end());
   for (ScheduledGemm& g : parts) {
     std::vector<char> packed(static_cast<size_t>(g.panels_m * g.mr * g.packed_length() * g.element()));

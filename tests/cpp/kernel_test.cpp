@@ -325,6 +325,7 @@ void test_table(const char* isa, const KernelTable& table) {
       for (const int64_t N : {5, 8, 70})
         for (const int64_t num_b : {0, 1, 3}) test_kernels_agree(isa, table, dtype, {40, N, K}, num_b);
     }
+    for (const bool unrounded : {false, true}) test_transpose_agrees(isa, table, dtype, unrounded);
     test_low_rank(isa, table, dtype);
     test_elementwise(isa, table, dtype, 5, 77, activation);
     test_elementwise(isa, table, dtype, 1100, 3, activation);
