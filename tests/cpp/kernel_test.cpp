@@ -311,7 +311,7 @@ void test_table(const char* isa, const KernelTable& table) {
   const int activation = kActivations.index("silu");
   // One row, the micro-tile's edges, primes, more than one block of k, more than one task in both directions.
   const Shape shapes[] = {{1, 1, 1},      {1, 37, 600},  {6, 16, 64},   {14, 32, 512}, {15, 33, 1031}, {3, 2, 0},
-                          {61, 307, 131}, {16, 70, 150}, {32, 9, 1031}, {40, 8, 600},  {42, 70, 31}};
+                          {61, 307, 131}, {16, 70, 150}, {32, 9, 1031}, {40, 8, 600},  {42, 70, 31},   {103, 70, 31}};
   const int before = failures;
   for (int type = 0; type < StorageTypes::kSize; ++type) {
     const DType dtype = static_cast<DType>(type);
