@@ -166,6 +166,7 @@ void add_hidden_gradient(Steps& steps, Experts& c, const Tensor& d_y, const Stac
                          const void* up, void* d_hidden, void* h, DType h_dtype, void* parts, int64_t num_parts,
                          const SmallRows& small) {
   const RowsOf tokens = token_rows(c, d_y);
+  const int64_t d_stride = apart(c.hidden(), c.dtype);
   std::vector<Gemm> products;
   for (const Segment& s : c.segments) {
     Gemm g;
@@ -177,10 +178,10 @@ void add_hidden_gradient(Steps& steps, Experts& c, const Tensor& d_y, const Stac
     Epilogue& e = g.epilogue;
     e.kind = Epilogue::Kind::kActivateGrad;
     e.dtype = c.dtype;
-    e.out = advance(d_hidden, s.begin * c.hidden(), c.dtype);
+    e.out = advance(d_hidden, s.begin * d_stride, c.dtype);
     e.out_up = c.gated && !c.interleaved ? advance(e.out, c.F, c.dtype) : nullptr;
     e.interleaved = c.interleaved;
-    e.out_stride = c.hidden();
+    e.out_stride = d_stride;
     e.h = advance(h, s.begin * c.F, h_dtype);
     e.h_unrounded = h_dtype != c.dtype;
     e.gate = advance(const_cast<void*>(gate), s.begin * c.F, c.dtype);

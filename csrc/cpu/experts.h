@@ -167,8 +167,8 @@ std::array<Tensor, kInputs> run_experts_backward(Experts& c, const std::string& 
 // rows[r] weights^T [R, N]; rows after the experts' are zero.
 Tensor run_linear(Experts& c, const Tensor& rows, int64_t N, const WeightsFrom& weights);
 
-// d_hidden [R, 2F] (d_gate, then d_up, or alternating) and h, times the row's weight where there is one; parts of the
-// gradient of the weight (null: not routed). `small` joins the gradient of h, unweighted.
+// d_hidden [R, 2F] (d_gate, then d_up, or alternating), its rows `apart`, and h, times the row's weight where there is
+// one; parts of the gradient of the weight (null: not routed). `small` joins the gradient of h, unweighted.
 void add_hidden_gradient(Steps& steps, Experts& c, const Tensor& d_y, const StackedWeight& w_down, const void* gate,
                          const void* up, void* d_hidden, void* h, DType h_dtype, void* parts, int64_t num_parts,
                          const SmallRows& small = {});

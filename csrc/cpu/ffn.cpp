@@ -131,11 +131,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_backward(
   g.epilogue.dtype = c.dtype;
 
   // d_hidden [T, 2F]: d_gate, then d_up, or alternating.
+  const int64_t d_stride = apart(c.hidden(), c.dtype);
   const Operand down_by_k = lanes_are_columns(matrix(w_down, c.dtype));
   void* d_hidden = nullptr;
   void* h = need_down ? workspace.take(static_cast<size_t>(c.T * c.F * element), "h") : nullptr;
   if (need_hidden) {
-    d_hidden = workspace.take(static_cast<size_t>(c.T * c.hidden() * element), "d_hidden");
+    d_hidden = workspace.take(static_cast<size_t>(c.T * d_stride * element), "d_hidden");
     Gemm d = g;
     d.M = c.T;
     d.N = c.F;
@@ -147,7 +148,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_backward(
     e.out = d_hidden;
     e.out_up = c.gated && !c.interleaved ? advance(d_hidden, c.F, c.dtype) : nullptr;
     e.interleaved = c.interleaved;
-    e.out_stride = c.hidden();
+    e.out_stride = d_stride;
     e.h = h;
     e.gate = gate_data;
     e.up = up_data;
@@ -185,7 +186,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_backward(
   if (need_x) {
     g.M = c.T;
     g.K = c.hidden();
-    g.a = lanes_are_rows(dense(d_hidden, c.hidden(), c.dtype));
+    g.a = lanes_are_rows(dense(d_hidden, d_stride, c.dtype));
     g.b = c.in_by_k.data();
     g.num_b = static_cast<int64_t>(c.in_by_k.size());
     g.epilogue.out = d_x.mutable_data_ptr();
@@ -200,7 +201,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_backward(
   const bool need_w[2] = {need_in, need_up};
   const bool need_b[2] = {need_b_in, need_b_up};
   for (int i = 0; i < 2; ++i) {
-    const Matrix part = dense(advance(d_hidden, i * in_rows, c.dtype), c.hidden(), c.dtype);
+    const Matrix part = dense(advance(d_hidden, i * in_rows, c.dtype), d_stride, c.dtype);
     if (need_w[i]) {
       d_w[i] = fresh(x, {in_rows, c.D});
       g.M = in_rows;

@@ -79,11 +79,12 @@ std::array<Tensor, kInputs> run_experts_backward(Experts& c, const std::string& 
   if (need[kLoraBIn]) of_x = add_down_projection(steps, workspace, c, c.lora_in, c.lora_b_in, x_rows);
 
   void *d_hidden = nullptr, *h = nullptr, *parts = nullptr;
+  const int64_t d_stride = apart(c.hidden(), c.dtype);
   const KernelTable& table = kernels();
   const int64_t num_parts = divide_up(c.F, table.nr_vectors * table.lanes * 4 / storage_size(arithmetic));
   if (need.h) h = take_rows(workspace, c, c.F, h_dtype, "h");
   if (need.hidden) {
-    d_hidden = take_rows(workspace, c, c.hidden(), c.dtype, "d_hidden");
+    d_hidden = take_rows(workspace, c, d_stride, c.dtype, "d_hidden");
     if (c.routed) parts = take_rows(workspace, c, num_parts, arithmetic, "d_weight");
     add_hidden_gradient(steps, c, d_y, w_down, gate_data, up_data, d_hidden, h, h_dtype, parts, num_parts, d_down);
   } else if (need.h) {
@@ -105,7 +106,7 @@ std::array<Tensor, kInputs> run_experts_backward(Experts& c, const std::string& 
   std::array<Tensor, kInputs> d;
   for (Tensor& each : d) each = nothing(x);
   const auto small_rows = [&](const SmallRows& s) { return dense_rows(s.data, s.rank, arithmetic); };
-  const RowsOf h_rows = dense_rows(h, c.F, h_dtype), hidden_rows = dense_rows(d_hidden, c.hidden(), c.dtype);
+  const RowsOf h_rows = dense_rows(h, c.F, h_dtype), hidden_rows = dense_rows(d_hidden, d_stride, c.dtype);
   // Products with the adapters' factors, which need no more than the above, and gradients that need no more than those.
   if (need[kLoraBDown])  // h has the row's weight, and so has its product with a_down
     of_h = add_down_projection(steps, workspace, c, c.lora_down, c.lora_b_down, h_rows);
@@ -134,7 +135,7 @@ std::array<Tensor, kInputs> run_experts_backward(Experts& c, const std::string& 
   }
   if (need[kIn]) d[kIn] = add_weight_gradient(steps, c, *plain.in, hidden_rows, x_rows);
   if (need[kUp]) {
-    const RowsOf up_rows = dense_rows(advance(d_hidden, c.F, c.dtype), c.hidden(), c.dtype);
+    const RowsOf up_rows = dense_rows(advance(d_hidden, c.F, c.dtype), d_stride, c.dtype);
     d[kUp] = add_weight_gradient(steps, c, *plain.up, up_rows, x_rows);
   }
   if (need[kBIn]) {

@@ -33,6 +33,13 @@ inline Matrix matrix(const Tensor& t, DType dtype, int64_t from_row = 0) {
 
 inline Matrix dense(const void* data, int64_t row_stride, DType dtype) { return {data, row_stride, 1, dtype, nullptr}; }
 
+// Elements from row to row of a matrix in the workspace. Rows that lie whole pages apart share a few places of L1, and
+// a load waits for an earlier store to the same place of another page: such rows lie two cache lines further.
+inline int64_t apart(int64_t cols, DType dtype) {
+  const int64_t size = storage_size(dtype);
+  return cols * size % 1024 == 0 ? cols + 128 / size : cols;
+}
+
 inline Operand operand(Matrix m, bool k_along_rows) {
   // If columns lie closer than rows, as in a transposed weight, read the transpose.
   if (m.row_stride > 0 && m.row_stride < m.col_stride && !m.rows) {

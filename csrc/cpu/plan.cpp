@@ -103,6 +103,9 @@ void fill_schedule(ScheduledGemm& g, const KernelTable& table, int64_t workers, 
   if (by_rows) g.nc_panels = 1;
   if (g.kernel == Schedule::Kernel::kAxpy)
     g.nc_panels = std::clamp<int64_t>(divide_up(g.panels_n, divide_up(tasks, 4)), 1, divide_up(kLongPiece, width));
+  // Few rows: each cut of them would pack B once more, while narrower groups read A panels, from L2, more often.
+  if (tasks > 1 && g.kernel == Schedule::Kernel::kPacked && g.panels_m <= kL2Panels && g.K >= kShortK)
+    g.nc_panels = std::clamp<int64_t>(g.panels_n / tasks, 1, g.nc_panels);
   // Sums that wait for their next block of k stay near the core; short ones are written as they come, whole rows at a
   // time.
   const bool waiting = g.k_blocks() * g.branches() > 1;

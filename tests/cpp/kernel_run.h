@@ -15,9 +15,9 @@ struct Shape {
   int64_t M, N, K;
 };
 
-inline void run(const KernelTable& table, const Gemm& whole) {
+inline void run(const KernelTable& table, const Gemm& whole, int64_t workers = 2) {
   std::vector<ScheduledGemm> parts;
-  for (const std::vector<ScheduledGemm>& group : plan_products({whole}, table, 2))
+  for (const std::vector<ScheduledGemm>& group : plan_products({whole}, table, workers))
     parts.insert(parts.end(), group.begin(), group.end());
   for (ScheduledGemm& g : parts) {
     std::vector<char> packed(static_cast<size_t>(g.panels_m * g.mr * g.packed_length() * g.element()));
@@ -27,6 +27,13 @@ inline void run(const KernelTable& table, const Gemm& whole) {
     // Last panels first: a store over a panel's end must not touch its neighbour.
     for (int64_t c = g.k_blocks() - 1; c >= 0; --c)
       for (int64_t p = g.panels_m - 1; p >= 0; --p) table.pack_a(g, c, p, p + 1);
+    if (g.kernel == Schedule::Kernel::kPacked) {  // all panels at once are the same
+      std::vector<char> together(packed.size());
+      g.packed_a = together.data();
+      for (int64_t c = 0; c < g.k_blocks(); ++c) table.pack_a(g, c, 0, g.panels_m);
+      if (together != packed && ++failures <= 20) std::printf("packed together: %s\n", to_string(g).c_str());
+      g.packed_a = packed.data();
+    }
     for (int64_t t = 0; t < g.tasks_m() * g.tasks_n(); ++t) table.gemm(g, t, scratch.data());
   }
 }

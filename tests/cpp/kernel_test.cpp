@@ -311,7 +311,7 @@ void test_table(const char* isa, const KernelTable& table) {
   const int activation = kActivations.index("silu");
   // One row, the micro-tile's edges, primes, more than one block of k, more than one task in both directions.
   const Shape shapes[] = {{1, 1, 1},      {1, 37, 600},  {6, 16, 64},   {14, 32, 512}, {15, 33, 1031}, {3, 2, 0},
-                          {61, 307, 131}, {16, 70, 150}, {32, 9, 1031}, {40, 8, 600},  {42, 70, 31}};
+                          {61, 307, 131}, {16, 70, 150}, {32, 9, 1031}, {40, 8, 600},  {42, 70, 31},   {103, 70, 31}};
   const int before = failures;
   for (int type = 0; type < StorageTypes::kSize; ++type) {
     const DType dtype = static_cast<DType>(type);
@@ -325,6 +325,7 @@ void test_table(const char* isa, const KernelTable& table) {
       for (const int64_t N : {5, 8, 70})
         for (const int64_t num_b : {0, 1, 3}) test_kernels_agree(isa, table, dtype, {40, N, K}, num_b);
     }
+    for (const bool unrounded : {false, true}) test_transpose_agrees(isa, table, dtype, unrounded);
     test_low_rank(isa, table, dtype);
     test_elementwise(isa, table, dtype, 5, 77, activation);
     test_elementwise(isa, table, dtype, 1100, 3, activation);
@@ -344,6 +345,7 @@ int main() {
   using namespace ffn_ops;
   test_printing();
   test_alone();
+  test_few_rows();
   for (const Isa isa : kIsas) {
     const KernelTable* table = kernel_table(isa);
     if (table && isa_supported(isa)) test_table(isa_name(isa), *table);

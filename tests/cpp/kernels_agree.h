@@ -56,4 +56,35 @@ inline void test_kernels_agree(const char* isa, const KernelTable& table, DType 
   }
 }
 
+// More rows than columns and a long k: computed as the transpose, whose tiles go to their place several panels at a
+// time, those of all panels or of a task's part. Few of the rows are not; they have the same bits.
+inline void test_transpose_agrees(const char* isa, const KernelTable& table, DType dtype, bool unrounded) {
+  constexpr Shape s = {226, 113, 1031};
+  constexpr int64_t kFew = s.M / 2;
+  const DType out_type = unrounded ? arithmetic_dtype(dtype) : dtype;
+  Buffer x(dtype, s.M * s.K), w(dtype, s.N * s.K), bias(dtype, s.N), out(out_type, s.M * s.N), few(out_type, s.M * s.N);
+  Operand b;
+  b.matrix = {w.data.get(), s.K, 1, dtype, nullptr};
+  const void* biases[] = {bias.data.get()};
+  const auto multiply = [&](int64_t first, int64_t M, Buffer& to, int64_t workers) {
+    Gemm g = product({M, s.N, s.K}, dtype);
+    g.a.matrix = {x.data.get() + first * s.K * storage_size(dtype), s.K, 1, dtype, nullptr};
+    g.b = &b;
+    g.epilogue.out_unrounded = unrounded;
+    g.epilogue.out = to.data.get() + first * s.N * storage_size(out_type);
+    g.epilogue.bias = biases;
+    if (plan_products({g}, table, workers)[0][0].transposed != (M > s.N) && ++failures <= 20)
+      std::printf("%s transpose: unexpected schedule of %d rows\n", isa, int(M));
+    run(table, g, workers);
+  };
+  multiply(0, kFew, few, 1);
+  multiply(kFew, s.M - kFew, few, 1);
+  const auto bytes = static_cast<size_t>(s.M * s.N * storage_size(out_type));
+  for (const int64_t workers : {1, 2}) {
+    multiply(0, s.M, out, workers);
+    if (std::memcmp(few.data.get(), out.data.get(), bytes) != 0 && ++failures <= 20)
+      std::printf("%s transpose %s: other bits\n", isa, kDTypeNames[static_cast<int>(dtype)]);
+  }
+}
+
 }  // namespace ffn_ops

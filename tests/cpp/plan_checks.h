@@ -76,4 +76,25 @@ inline void test_alone() {
   expect_alone(2, false);
 }
 
+// A product of few rows falls into tasks of columns, each of which packs its part of B once for all rows. More rows are
+// cut where the columns do not suffice.
+inline void test_few_rows() {
+  const KernelTable table = known_table();
+  Operand b;
+  const auto expect_tasks = [&](int64_t M, int64_t workers, int64_t tasks_m, int64_t tasks_n) {
+    Gemm g = product({M, 128, 2048}, DType::kFloat32);
+    g.b = &b;
+    g.epilogue.kind = Epilogue::Kind::kActivateGrad;  // never transposed
+    const ScheduledGemm planned = plan_products({g}, table, workers)[0][0];
+    if ((planned.tasks_m() != tasks_m || planned.tasks_n() != tasks_n) && ++failures <= 20)
+      std::printf("%d rows on %d workers: %d by %d tasks, expected %d by %d\n", int(M), int(workers),
+                  int(planned.tasks_m()), int(planned.tasks_n()), int(tasks_m), int(tasks_n));
+  };
+  expect_tasks(64, 1, 1, 1);
+  expect_tasks(64, 2, 1, 8);
+  expect_tasks(96, 2, 1, 8);
+  expect_tasks(96, 4, 2, 8);
+  expect_tasks(960, 2, 8, 1);
+}
+
 }  // namespace ffn_ops

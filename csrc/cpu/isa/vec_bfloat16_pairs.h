@@ -42,6 +42,14 @@ struct BFloat16Pairs {
       : reg((Register)((Uint32Lanes)first.reg >> 16 | (Uint32Lanes)second.reg)) {}
   FFN_FN static BFloat16Pairs zero() { return BFloat16Pairs(0.0f); }
 
+  // Two rows along the columns become pairs, of the few lanes of a narrow panel.
+  static constexpr int64_t kFew = 8;
+  FFN_FN static void store_few(float* to, const BFloat16* first, const BFloat16* second) {
+    const __m128i a = _mm_loadu_si128((const __m128i*)first), b = _mm_loadu_si128((const __m128i*)second);
+    _mm_storeu_si128((__m128i*)to, _mm_unpacklo_epi16(a, b));
+    _mm_storeu_si128((__m128i*)to + 1, _mm_unpackhi_epi16(a, b));
+  }
+
   FFN_FN friend Sum fma(BFloat16Pairs a, BFloat16Pairs b, Sum sum) {
     return Sum(dot_pairs_lanes(a.reg, b.reg, sum.reg));
   }

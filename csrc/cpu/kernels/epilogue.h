@@ -231,28 +231,43 @@ void finish_gated(const Gemm& g, int64_t branch, typename V::Scalar* tile, const
   tile_to_storage<V>(t, e.dtype, tile, e.out, e.out_stride);
 }
 
-// out[n][m]: blocks are transposed in registers, so that stores run along m.
+// out[n][m], of panels whose tiles lie `apart`: blocks are transposed in registers, so that stores run along m, whole
+// cache lines where there are rows for them.
 template <class V>
-void finish_transposed(const ScheduledGemm& g, const typename V::Scalar* tile, const TilePart& t) {
+void finish_transposed(const ScheduledGemm& g, const typename V::Scalar* tiles, int64_t apart, const TilePart& t) {
+  using T = typename V::Scalar;
   constexpr int64_t W = V::kLanes;
   const Epilogue& e = g.epilogue;
   const void* const bias = e.bias ? e.bias[0] : nullptr;
-  for (int64_t i = 0; i < t.rows; i += W) {
-    const int64_t n = t.rows - i < W ? t.rows - i : W;
-    V b = V::zero();
+  for (int64_t i = 0; i < t.rows; i += 2 * W) {
+    const int64_t n = t.rows - i < 2 * W ? t.rows - i : 2 * W;
+    const T* from[2 * W];
+    for (int64_t r = 0; r < n; ++r) from[r] = tiles + (i + r) / g.mr * apart + (i + r) % g.mr * kNRVectors * W;
+    const int64_t part[2] = {n < W ? n : W, n - W};
+    V b[2] = {V::zero(), V::zero()};
     if (bias)
-      dispatch_storage<typename V::Scalar>(e.dtype, [&](auto tag) {
-        b = load_part<V>(static_cast<const typename decltype(tag)::Type*>(bias) + g.first_row + t.row0 + i, n);
+      dispatch_storage<T>(e.dtype, [&](auto tag) {
+        const auto* of = static_cast<const typename decltype(tag)::Type*>(bias) + g.first_row + t.row0 + i;
+        for (int h = 0; h < 2 && part[h] > 0; ++h) b[h] = load_part<V>(of + h * W, part[h]);
       });
-    dispatch_storage<typename V::Scalar>(e.out_dtype(), [&](auto tag) {
+    dispatch_storage<T>(e.out_dtype(), [&](auto tag) {
       using S = typename decltype(tag)::Type;
       for (int64_t j = 0; j < t.cols; j += W) {
-        V block[W];
-        for (int64_t r = 0; r < W; ++r) block[r] = r < n ? load<V>(tile + (i + r) * kNRVectors * W + j) : V::zero();
-        transpose(block);
+        V block[2][W];
+        for (int h = 0; h < 2 && part[h] > 0; ++h) {
+          for (int64_t r = 0; r < W; ++r) block[h][r] = r < part[h] ? load<V>(from[h * W + r] + j) : V::zero();
+          transpose(block[h]);
+          if (bias)
+            for (int64_t c = 0; c < W; ++c) block[h][c] += b[h];
+        }
         S* to = static_cast<S*>(e.out) + (t.col + j) * e.out_stride + t.row0 + i;
-        for (int64_t c = 0; c < W && c < t.cols - j; ++c)
-          store_part(to + c * e.out_stride, bias ? block[c] + b : block[c], n);
+        for (int64_t c = 0; c < W && c < t.cols - j; ++c, to += e.out_stride) {
+          if (n == 2 * W) {
+            store_two(to, block[0][c], block[1][c]);
+            continue;
+          }
+          for (int h = 0; h < 2 && part[h] > 0; ++h) store_part(to + h * W, block[h][c], part[h]);
+        }
       }
     });
   }
@@ -334,25 +349,25 @@ void finish_activate_grad(const Epilogue& e, typename V::Scalar* tile, const Til
   if (e.h) tile_to_storage<V>(t, e.h_dtype(), d, e.h, e.pre_stride);
 }
 
-// Asks for what finish_tile will read and write.
+// Asks for what finish_tile will read and write: into L2, as rows may share a few places of L1.
 FFN_FN void prefetch_tile(const ScheduledGemm& g, const TilePart& t) {
   const Epilogue& e = g.epilogue;
-  const auto ask = [&](const void* base, int64_t stride, int64_t size, auto of) __attribute__((always_inline)) {
+  const auto ask = [&](const void* base, int64_t stride, int64_t size,
+                       int64_t times = 1) __attribute__((always_inline)) {
     if (!base) return;
     for (int64_t i = 0; i < t.rows; ++i) {
-      const char* row = static_cast<const char*>(base) + ((t.row0 + i) * stride + t.col) * size;
-      for (int64_t byte = 0; byte < t.cols * size; byte += 64) of(row + byte);
+      const char* row = static_cast<const char*>(base) + ((t.row0 + i) * stride + t.col * times) * size;
+      for (int64_t byte = 0; byte < t.cols * times * size; byte += 64) prefetch_l2(row + byte);
     }
   };
   const int64_t size = storage_size(e.dtype);
   prefetch_short_product(g, t.col, t.cols);
-  if (e.kind == Epilogue::Kind::kActivateGrad) {
-    for (const void* saved : {e.gate, e.up})
-      ask(saved, e.pre_stride, size, [](const char* p) __attribute__((always_inline)) { prefetch(p); });
-  } else if (!g.transposed) {
-    ask(e.out, e.out_stride, storage_size(e.out_dtype()),
-        [](const char* p) __attribute__((always_inline)) { prefetch_to_write(p); });
-  }
+  if (g.transposed) return;
+  ask(e.gate, e.pre_stride, size);
+  ask(e.up, e.pre_stride, size);
+  ask(e.out, e.out_stride, storage_size(e.out_dtype()), e.interleaved ? 2 : 1);
+  ask(e.out_up, e.out_stride, size);
+  ask(e.h, e.pre_stride, storage_size(e.h_dtype()));
 }
 
 template <class V>
@@ -361,6 +376,6 @@ void finish_tile(const ScheduledGemm& g, int64_t branch, typename V::Scalar* til
   if (g.epilogue.small) join_short_product<V>(g, t, tile, kNRVectors / 2 * V::kLanes);
   if (g.epilogue.kind == Epilogue::Kind::kActivateGrad) finish_activate_grad<V>(g.epilogue, tile, t);
   else if (g.gated) finish_gated<V>(g, branch, tile, t, sums);
-  else if (g.transposed) finish_transposed<V>(g, tile, t);
+  else if (g.transposed) finish_transposed<V>(g, tile, 0, t);
   else finish_plain<V>(g.epilogue, tile, t);
 }

@@ -176,6 +176,8 @@ void packed_task(const ScheduledGemm& g, int64_t task, void* scratch) {
 
   const Epilogue& e = g.epilogue;
   const bool direct = g.stores_directly();
+  const bool waiting = g.k_blocks() > 1;          // sums, for their next block of k
+  const bool together = g.transposed && waiting;  // tiles of a few panels go to their place at once
   const int64_t blocks = g.k_blocks() * g.branches();
   for (int64_t i = 0; i < blocks; ++i) {
     const KBlock c = k_block_at(g, i);
@@ -205,7 +207,7 @@ void packed_task(const ScheduledGemm& g, int64_t task, void* scratch) {
           const bool begins = first && k == 0, ends = last && k + steps == c.steps;
           for (int64_t p = pb; p < pe; ++p) {
             const int64_t slot = (p - p0) * groups + q;
-            T* tile = tiles + (g.k_blocks() > 1 ? slot : in_row > 1 ? q % in_row : pieces ? p - pb : 0) * H * kWidth;
+            T* tile = tiles + (waiting ? slot : in_row > 1 ? q % in_row : pieces ? p - pb : 0) * H * kWidth;
             const TilePart part = {p * H, g.M - p * H < H ? g.M - p * H : H, col, cols};
             const T* const a = packed_a + (p * c.steps + k) * H;
             next.ask(lines);
@@ -223,12 +225,15 @@ void packed_task(const ScheduledGemm& g, int64_t task, void* scratch) {
                 row_to_storage<typename V::Sum>({part.row0, part.rows, begin, col + part.cols - begin}, e, tiles,
                                                 H * kWidth);
               }
-            } else if (ends) {
+            } else if (ends && !together) {
               finish_tile<typename V::Sum>(g, c.branch, tile, part, sums + slot * H * columns);
             }
           }
           k += steps;
         } while (k < c.steps);
+        if (last && together)
+          finish_transposed<typename V::Sum>(g, tiles + ((pb - p0) * groups + q) * H * kWidth, groups * H * kWidth,
+                                             {pb * H, (pe * H < g.M ? pe * H : g.M) - pb * H, col, cols});
       }
     }
   }

@@ -147,6 +147,13 @@ void pack_copied(const Matrix& m, int64_t lane0, int64_t valid, int64_t k0, int6
             continue;
           }
         }
+        if constexpr (V::kKR > 1) {
+          const bool inside = panel_lanes == stride && step * stride + V::kFew <= steps * stride;
+          if (dense && panel_lanes <= V::kFew && n - i > 1 && lane + V::kFew <= valid && inside) {
+            V::store_few(to, from[i] + lane, from[i + 1] + lane);
+            continue;
+          }
+        }
         // A whole vector may run over the end of its row where the rows behind are written later, within the panel.
         const bool may_run_over =
             whole == panel_lanes || (panel_lanes == stride && step * stride + whole <= steps * stride);
@@ -252,7 +259,12 @@ void pack_panels(const Operand& op, int64_t lane0, int64_t lane_end, int64_t k0,
   dispatch_operand<V>(op.matrix.dtype, [&](auto storage) {
     using S = typename decltype(storage)::Type;
     if (op.k_along_rows) {
-      pack_copied<V, S>(op.matrix, lane0, lane_end - lane0, k0, kc, panel_lanes, out, stride, panel_step, panels);
+      const int64_t together = panel_lanes <= kMR ? kNarrowPanels : panels;
+      for (int64_t p = 0; p < panels; p += together) {
+        const int64_t lane = lane0 + p * panel_lanes, count = panels - p < together ? panels - p : together;
+        pack_copied<V, S>(op.matrix, lane, lane_end - lane, k0, kc, panel_lanes, out + p * panel_step, stride,
+                          panel_step, count);
+      }
     } else {
       for (int64_t p = 0; p < panels; ++p) {
         for (int64_t i = 0; i < panel_lanes; i += W) {

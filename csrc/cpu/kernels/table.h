@@ -7,6 +7,7 @@
 constexpr int64_t kL1Bytes = int64_t{32} << 10;      // of a B panel that stay in L1 while a few A panels pass
 constexpr int64_t kRowsAtOnce = 16;                  // where rows are copied
 constexpr int64_t kNarrowRows = 8;                   // the same, into narrow panels: fewer than L1 has ways
+constexpr int64_t kNarrowPanels = 16;                // the same: at once, as their ends share a few places of L1
 constexpr int64_t kRowsAhead = 16;                   // the same: what is asked for
 constexpr int64_t kStreamBytes = 512;                // in each row while streaming
 constexpr int kAxpyRows = kMR * kNRVectors * 2 / 3;  // accumulators, where the rest is one row and its factor
