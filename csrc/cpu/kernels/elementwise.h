@@ -100,6 +100,7 @@ constexpr int64_t kRowBlock = 256;  // elements that pass through scratch in L1 
 template <class V>
 struct RowBlock {
   alignas(64) typename V::Scalar values[kRowBlock];
+  bool nontemporal = false;
 
   // Whole vectors of what the arithmetic takes stay where they are.
   static bool in_place(DType dtype, int64_t n) { return dtype == arithmetic_dtype(dtype) && n % V::kLanes == 0; }
@@ -111,16 +112,19 @@ struct RowBlock {
     return values;
   }
 
+  bool stays(DType dtype, int64_t n) const { return in_place(dtype, n) && !nontemporal; }
+
   typename V::Scalar* place(DType dtype, void* to, int64_t at, int64_t n) {
-    return to && in_place(dtype, n) ? static_cast<typename V::Scalar*>(to) + at : values;
+    return to && stays(dtype, n) ? static_cast<typename V::Scalar*>(to) + at : values;
   }
 
   void write(DType dtype, void* to, int64_t at, int64_t n) const {
-    if (!to || in_place(dtype, n)) return;
+    if (!to || stays(dtype, n)) return;
     dispatch_storage<typename V::Scalar>(dtype, [&](auto tag) {
       using S = typename decltype(tag)::Type;
-      for (int64_t i = 0; i < n; i += V::kLanes)
-        store_part(static_cast<S*>(to) + at + i, load<V>(values + i), n - i < V::kLanes ? n - i : V::kLanes);
+      store_row<V>(static_cast<S*>(to) + at, n, nontemporal,
+                   [&](int64_t i, int64_t left)
+                       __attribute__((always_inline)) { return load_part<V>(values + i, left); });
     });
   }
 };
@@ -130,6 +134,7 @@ template <class V>
 void gated_act_range(const GatedAct& g, void (*ActKernels<V>::*pick)(const ActVectors<V>&), const Range& range) {
   const auto kernel = act_kernels<V>(g).*pick;
   RowBlock<V> gate, up, d, dd_gate, dd_up, out[3];
+  for (RowBlock<V>& each : out) each.nontemporal = g.nontemporal;
   for (int64_t r = range.row_begin; r < range.row_end; ++r) {
     for (int64_t c = range.col_begin; c < range.col_end; c += kRowBlock) {
       const int64_t n = range.col_end - c < kRowBlock ? range.col_end - c : kRowBlock;
@@ -153,6 +158,7 @@ void gated_act_range(const GatedAct& g, void (*ActKernels<V>::*pick)(const ActVe
       for (int i = 0; i < 3; ++i) out[i].write(dtype(i), g.out[i], at, n);
     }
   }
+  if (g.nontemporal) end_nontemporal();
 }
 
 // Sums over a block of the range have the arithmetic's dtype, their sum is added in double.
@@ -176,17 +182,12 @@ void own_sums_range(const GatedAct& g, const Range& range, double* sums) {
   }
 }
 
-template <class V>
-FFN_FN V add_weighted(V sum, V value, const typename V::Scalar* weight, int64_t r) {
-  return weight ? fma(V(weight[r]), value, sum) : sum + value;
-}
-
 // Three levels of 32 rows: the error grows with the cube root of the number of rows, the order depends on nothing else.
 // Several rows at a time pass over a page of columns, whose sums wait in L1: memory is read along the rows.
 template <class V>
 void column_sum_as(const ColumnSum& s, int64_t col_begin, int64_t col_end) {
   using T = typename V::Scalar;
-  constexpr int64_t W = V::kLanes, kLevel = 32, kAtOnce = 8, kColumns = 4096 / sizeof(T);
+  constexpr int64_t W = V::kLanes, kLevel = 32, kAtOnce = 8, kColumns = 8192 / sizeof(T);
   const auto* weight = static_cast<const T*>(s.weight);
   alignas(64) T sum[kColumns], middle[kColumns], total[kColumns];
   // A level that ends joins the next and begins anew.
@@ -198,6 +199,7 @@ void column_sum_as(const ColumnSum& s, int64_t col_begin, int64_t col_end) {
   };
   dispatch_storage<T>(s.matrix.dtype, [&](auto storage) {
     using S = typename decltype(storage)::Type;
+    constexpr int64_t kLine = 64 / sizeof(S), kAsked = 4;  // lines of a row: the hardware then looks ahead
     for (int64_t begin = col_begin; begin < col_end; begin += kColumns) {
       const int64_t cols = col_end - begin < kColumns ? col_end - begin : kColumns;
       for (int64_t c = 0; c < cols; c += W) {
@@ -207,17 +209,27 @@ void column_sum_as(const ColumnSum& s, int64_t col_begin, int64_t col_end) {
       }
       for (int64_t r = 0; r < s.rows; r += kAtOnce) {
         const int64_t rows = s.rows - r < kAtOnce ? s.rows - r : kAtOnce;
-        const S *from[kAtOnce], *next_from[kAtOnce];
+        const S* from[kAtOnce];
+        V w[kAtOnce];
         for (int64_t i = 0; i < rows; ++i) {
-          from[i] = row_pointer<S>(s.matrix, r + i);
-          next_from[i] = row_pointer<S>(s.matrix, r + i + kAtOnce < s.rows ? r + i + kAtOnce : s.rows - 1);
+          from[i] = row_pointer<S>(s.matrix, r + i) + begin * s.matrix.col_stride;
+          w[i] = V(weight ? weight[r + i] : T(1));
+          if (r + i + kAtOnce >= s.rows) continue;
+          const S* next = row_pointer<S>(s.matrix, r + i + kAtOnce) + begin * s.matrix.col_stride;
+          for (int64_t c = 0; c < kAsked * kLine && c < cols; c += kLine) prefetch_l2(next + c);
         }
-        for (int64_t c = 0; c < cols; c += W) {
+        const int64_t whole = rows == kAtOnce && s.matrix.col_stride == 1 ? cols / W * W : 0;
+        int64_t c = 0;
+        for (; c < whole; c += W) {
+          V v = load<V>(sum + c);
+          FFN_UNROLL
+          for (int64_t i = 0; i < kAtOnce; ++i) v = fma(w[i], load<V>(from[i] + c), v);
+          store(sum + c, v);
+        }
+        for (; c < cols; c += W) {
           const int64_t n = cols - c < W ? cols - c : W;
           V v = load<V>(sum + c);
-          for (int64_t i = 0; i < rows; ++i)
-            v = add_weighted(v, load_columns<V>(from[i], s.matrix.col_stride, begin + c, n), weight, r + i);
-          for (int64_t i = 0; i < rows; ++i) prefetch_l2(next_from[i] + (begin + c) * s.matrix.col_stride);
+          for (int64_t i = 0; i < rows; ++i) v = fma(w[i], load_columns<V>(from[i], s.matrix.col_stride, c, n), v);
           store(sum + c, v);
         }
         const int64_t next = r + rows;
