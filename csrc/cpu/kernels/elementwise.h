@@ -199,7 +199,8 @@ void column_sum_as(const ColumnSum& s, int64_t col_begin, int64_t col_end) {
   };
   dispatch_storage<T>(s.matrix.dtype, [&](auto storage) {
     using S = typename decltype(storage)::Type;
-    constexpr int64_t kLine = 64 / sizeof(S), kAsked = 4;  // lines of a row: the hardware then looks ahead
+    constexpr int64_t kLine = 64 / sizeof(S), kPage = 4096 / sizeof(S);
+    constexpr int64_t kAsked = 4;  // lines of the next rows, where pieces are short: the hardware then looks ahead
     for (int64_t begin = col_begin; begin < col_end; begin += kColumns) {
       const int64_t cols = col_end - begin < kColumns ? col_end - begin : kColumns;
       for (int64_t c = 0; c < cols; c += W) {
@@ -214,7 +215,7 @@ void column_sum_as(const ColumnSum& s, int64_t col_begin, int64_t col_end) {
         for (int64_t i = 0; i < rows; ++i) {
           from[i] = row_pointer<S>(s.matrix, r + i) + begin * s.matrix.col_stride;
           w[i] = V(weight ? weight[r + i] : T(1));
-          if (r + i + kAtOnce >= s.rows) continue;
+          if (cols >= kPage || r + i + kAtOnce >= s.rows) continue;
           const S* next = row_pointer<S>(s.matrix, r + i + kAtOnce) + begin * s.matrix.col_stride;
           for (int64_t c = 0; c < kAsked * kLine && c < cols; c += kLine) prefetch_l2(next + c);
         }

@@ -68,6 +68,7 @@ void add_rows(const RowsToAdd<V, From>& a, int64_t col_stride, int64_t cols, boo
   // One index for all pointers: the fewer instructions, the more loads are on their way.
   const int64_t whole = col_stride == 1 ? cols / W * W : 0;
   int64_t c = 0;
+#pragma GCC unroll 2
   for (; c < whole; c += W) {
     FFN_UNROLL
     for (int i = 0; i < N; ++i) prefetch_l2(next[i] + c);
