@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""``python -m benchmarks.busy``: a small training step on a quiet machine, and while another process keeps a core busy.
+"""``python -m benchmarks.busy``: a small training step, and one token, on a quiet machine and while another process
+keeps a core busy.
 
 Samples are single calls: what counts is how long one call may take. A caller whose helpers do not run should take about
 the time of one thread.
@@ -24,7 +25,7 @@ from .harness import Case, threads
 from .providers import EAGER, OURS, PROVIDERS
 from .report import table, time_text
 from .runners import Local
-from .workloads import Shape
+from .workloads import Mode, Shape
 
 # What the other process may run on: nothing of it, every core, the last one alone
 STATES = ("quiet", "one core busy", "the last core busy")
@@ -35,17 +36,19 @@ class Row:
     T: int
     D: int
     F: int
+    mode: Mode
     state: str
     threads: int
 
     @property
     def name(self) -> str:
-        return f"T {self.T}, {self.D}/{self.F}, training, float32, {self.threads} thread(s), {self.state}"
+        return f"T {self.T}, {self.D}/{self.F}, {self.mode}, float32, {self.threads} thread(s), {self.state}"
 
 
 def rows(count: int) -> list[Row]:
     """On one thread and on ``count``."""
-    return [Row(1024, 96, 384, state, each) for state in STATES for each in sorted({1, count})]
+    layers: list[tuple[int, int, int, Mode]] = [(1024, 96, 384, "training"), (1, 1024, 2816, "inference")]
+    return [Row(*layer, state, each) for layer in layers for state in STATES for each in sorted({1, count})]
 
 
 @contextlib.contextmanager
@@ -64,10 +67,10 @@ def core_busy(state: str) -> Iterator[None]:
         other.wait()
 
 
-def prepared(case: Case, timed: Timed) -> Callable[[], float]:
-    """Verifies, and returns what times one step."""
+def prepared(case: Case, mode: Mode, timed: Timed) -> Callable[[], float]:
+    """Verifies, and returns what times one call."""
     (provider,) = (each for each in PROVIDERS if each.name == timed.provider)
-    runner = Local(provider.build(case.inputs, case.shape), case.shape, "training")
+    runner = Local(provider.build(case.inputs, case.shape), case.shape, mode)
     timed.error, timed.first_call = runner.check(case)
     runner.sample(3)
     return functools.partial(runner.sample, 1)
@@ -77,7 +80,7 @@ def measure(row: Row, rounds: int) -> list[Timed]:
     found = [Timed(provider) for provider in (OURS, EAGER)]
     case = Case(Shape(row.T, row.D, row.F, bias=True), "float32")
     with threads(row.threads):
-        running = ready(found, functools.partial(prepared, case), rounds)
+        running = ready(found, functools.partial(prepared, case, row.mode), rounds)
         with core_busy(row.state):
             take_turns(running)
     return found

@@ -26,14 +26,14 @@ from ffn_ops._timing import Timed
 from . import gpu, gpu_report, report
 from .commits import commit_of, package_of, slower_rows
 from .harness import QUICK, Budget, Cpu, Harness, Machine
-from .providers import COMPILING, EAGER, HUGE, OURS, OURS_FLOAT32, RECOMPUTE, Provider
+from .providers import COMPILING, EAGER, HUGE, OURS, OURS_FLOAT32, OURS_HUGE, RECOMPUTE, Provider
 from .report import Record
 from .targets import judged, targets_text
 from .worker import OtherProcess
 from .workloads import Row, in_order
 
 ROOT = Path(__file__).parents[1]
-ALL_OURS = (OURS, RECOMPUTE, OURS_FLOAT32)
+ALL_OURS = (OURS, RECOMPUTE, OURS_FLOAT32, OURS_HUGE)
 HELP = (
     "With FFN_OPS_ISA=avx2 set ATEN_CPU_CAPABILITY=avx2, MKL_ENABLE_INSTRUCTIONS=AVX2 and ONEDNN_MAX_CPU_ISA=AVX2 too:"
     " they hold the other providers to AVX2."

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -24,6 +25,7 @@ COMPILE = "torch.compile"
 OURS = "ffn_ops"
 RECOMPUTE = "ffn_ops recompute"
 OURS_FLOAT32 = "ffn_ops in float32"
+OURS_HUGE = "ffn_ops, huge pages"
 LOOP = "loop"
 LOOP_FLOAT32 = "loop via float32"
 GROUPED = "grouped_mm"
@@ -252,6 +254,23 @@ def _compiled(inputs: Inputs, shape: Shape) -> Inputs:
     return replace(inputs, module=cast(nn.Module, torch.compile(inputs.module)))
 
 
+def _on_huge_pages(build: Callable[[Inputs, Shape], Inputs]) -> Callable[[Inputs, Shape], Inputs]:
+    """With weights of its own."""
+
+    def moved(inputs: Inputs, shape: Shape) -> Inputs:
+        built = build(inputs, shape)
+        module = copy.deepcopy(built.module)
+        ffn_ops.use_huge_pages(module)
+        return replace(built, module=module)
+
+    return moved
+
+
+def _reads_weights(row: Row) -> bool:
+    """Inference whose time is that of reading the weights."""
+    return row.mode == "inference" and row.device == "cpu" and row.shape.D >= 512 and row.shape.T <= 16
+
+
 def _through_wide(row: Row) -> bool:
     """Where float32 is the faster way to a 16-bit result."""
     return row.dtype != "float32" and row.device == "cpu"
@@ -275,6 +294,7 @@ PROVIDERS = (
         lambda inputs, shape: _ours(converted(inputs, shape, torch.float32), shape),
         lambda row: _through_wide(row) and row.mode == "training" and row.shape == TALL,
     ),
+    Provider(OURS_HUGE, _on_huge_pages(_ours), _reads_weights),
 )
 
 
@@ -317,4 +337,5 @@ MOE_PROVIDERS = (
         lambda inputs, shape: _our_mixture(converted(inputs, shape, torch.float32), shape),
         lambda row: _through_wide(row) and row.mode == "training" and row.shape == MOE_TALL,
     ),
+    Provider(OURS_HUGE, _on_huge_pages(_our_mixture), _reads_weights),
 )

@@ -22,6 +22,7 @@ from .providers import (
     HUGE,
     OURS,
     OURS_FLOAT32,
+    OURS_HUGE,
     RECOMPUTE,
     TORCH_ROUTING,
 )
@@ -81,10 +82,15 @@ def against_best(row: Record, others: tuple[str, ...] = (EAGER, COMPILE)) -> flo
     return None if None in ratios else min(r for r in ratios if r is not None)
 
 
-def _best_peer(row: Record) -> float | None:
+def _best_peer(row: Record, ours: str = OURS) -> float | None:
     """Of those that ran: native 16 bits or a compiler may be missing."""
-    ratios = [ratio(row, name, OURS) for name in row["providers"] if not name.startswith(OURS)]
+    ratios = [ratio(row, name, ours) for name in row["providers"] if not name.startswith(OURS)]
     return min((r for r in ratios if r is not None), default=None)
+
+
+def _read_share(row: Record, ours: str = OURS) -> float | None:
+    found = row["providers"].get(ours)
+    return of_read(row, found) if found and found["seconds"] else None
 
 
 def _two_threads(shape: Shape, mode: Mode) -> Target:
@@ -171,7 +177,12 @@ TARGETS = (
     Target(
         "T 1 2048/5632 inference: of the read bandwidth",
         0.9,
-        _of_row(ONE, "inference", lambda row: of_read(row, row["providers"][OURS])),
+        _of_row(ONE, "inference", _read_share),
+    ),
+    Target(
+        "the same after use_huge_pages",
+        0.9,
+        _of_row(ONE, "inference", lambda row: _read_share(row, OURS_HUGE)),
     ),
     *_bfloat16(TALL, "T 2048 512/2048"),
     Target(
@@ -214,11 +225,16 @@ MOE_TARGETS = (
         Target(f"T {s.T} 512/2048 E 8 K 2 {mode}: x the best peer", least, _of_row(s, mode, _best_peer))
         for s, mode, least in ((MOE_FEW, "inference", 2.3), (MOE_FEW, "training", 2.0), (MOE_ONE, "inference", 1.4))
     ),
+    Target(
+        "T 1 512/2048 E 8 K 2 inference after use_huge_pages: x the best peer",
+        1.4,
+        _of_row(MOE_ONE, "inference", lambda row: _best_peer(row, OURS_HUGE)),
+    ),
     *(_two_threads(shape, mode) for shape, mode in MOE_PAIRED),
     Target(
         "bfloat16 T 64 2048/768 E 128 K 8 inference, 2 threads: of the read bandwidth",
         0.7,
-        _of_row(MANY, "inference", lambda row: of_read(row, row["providers"][OURS]), "bfloat16", 2),
+        _of_row(MANY, "inference", _read_share, "bfloat16", 2),
     ),
     *_bfloat16(MOE_TALL, "T 2048 512/2048 E 8 K 2"),
     *(

@@ -11,7 +11,7 @@ from . import _flops, expert_parallel, ops, routing  # noqa: F401  (_flops regis
 from ._gate import Gate
 from ._info import info
 from ._lora import Lora
-from ._memory import empty_cache, set_cache_limit
+from ._memory import empty_cache, set_cache_limit, use_huge_pages
 from ._profile import Profile, profile
 from ._quantized import QuantizationError, QuantizedWeight, quantize
 from ._quantized.linear import QuantizedLinear
@@ -75,6 +75,7 @@ __all__ = [
     "routing",
     "set_cache_limit",
     "upcycle",
+    "use_huge_pages",
 ]
 
 for _name in ops.__all__:

@@ -112,7 +112,9 @@ def test_busy_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
         return process
 
     monkeypatch.setattr(busy.subprocess, "Popen", counted)
-    monkeypatch.setattr(busy, "rows", lambda count: [busy.Row(20, 16, 24, state, count) for state in busy.STATES])
+    monkeypatch.setattr(
+        busy, "rows", lambda count: [busy.Row(20, 16, 24, "training", state, count) for state in busy.STATES]
+    )
     file = tmp_path / "busy.json"
     assert busy.main(["--threads", "1", "--rounds", "3", "--out", str(file)]) == 0
     found = json.loads(file.read_text(encoding="utf-8"))["rows"]
@@ -121,5 +123,5 @@ def test_busy_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert len(others) == 2
     assert not any(Path(f"/proc/{pid}").exists() for pid in others)
     monkeypatch.setattr(ffn_ops.FeedForward, "forward", lambda self, x: self.w2(self.w1(x) * self.w3(x)))
-    (ours, _) = busy.measure(busy.Row(20, 16, 24, busy.STATES[0], 1), 1)
+    (ours, _) = busy.measure(busy.Row(20, 16, 24, "training", busy.STATES[0], 1), 1)
     assert ours.refused and "y: " in ours.note and not ours.seconds

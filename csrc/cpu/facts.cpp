@@ -44,6 +44,12 @@ void use_isa(std::string name) {
   chosen_isa.store(static_cast<int>(choice.isa), std::memory_order_relaxed);
 }
 
+// Of a dense tensor.
+int64_t use_huge_pages(const Tensor& tensor) {
+  const auto bytes = static_cast<size_t>(tensor.numel()) * aoti_torch_dtype_element_size(dtype_code(tensor));
+  return move_to_huge_pages(tensor.const_data_ptr(), bytes);
+}
+
 }  // namespace
 }  // namespace ffn_ops
 
@@ -57,3 +63,5 @@ STABLE_TORCH_LIBRARY_IMPL(ffn_ops, CompositeExplicitAutograd, m) {
   m.impl("_cache_limit", TORCH_BOX(&ffn_ops::cache_limit));
   m.impl("_set_cache_limit", TORCH_BOX(&ffn_ops::set_cache_limit));
 }
+
+STABLE_TORCH_LIBRARY_IMPL(ffn_ops, CPU, m) { m.impl("_use_huge_pages", TORCH_BOX(&ffn_ops::use_huge_pages)); }

@@ -35,6 +35,9 @@ class Workspace {
 // Asks for huge pages behind large fresh memory: one fault for 2 MiB in place of 512.
 void advise_huge_pages(void* data, size_t bytes);
 
+// Moves memory in use onto huge pages, in its place. Gives the bytes of it that lie on them then.
+int64_t move_to_huge_pages(const void* data, size_t bytes);
+
 // Frees all kept blocks.
 void empty_cache();
 int64_t cached_bytes();

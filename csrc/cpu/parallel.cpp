@@ -97,7 +97,7 @@ void Phases::run(int64_t workers) const {
   std::atomic<int64_t> next{0};
   std::atomic<int64_t> done{0};
   std::atomic<int64_t> ended{0};
-  int64_t waited = 0;  // by the caller
+  int64_t worked = 0;  // nanoseconds of the caller: what is left of its time it waited, also for torch's own region
   const auto work = [&](int64_t worker) {
     size_t p = 0;
     for (;;) {
@@ -105,21 +105,23 @@ void Phases::run(int64_t workers) const {
       if (t >= phases_.back().end) return;
       while (t >= phases_[p].end) ++p;
       const int64_t slept = wait_for(done, phases_[p].begin);
-      if (worker == 0) waited += slept;
+      if (worker == 0) worked -= slept;
       if (!next.compare_exchange_strong(t, t + 1, std::memory_order_relaxed)) continue;
       phases_[p].run(t - phases_[p].begin, worker);
       if (done.fetch_add(1, std::memory_order_acq_rel) + 1 == phases_[p].end) done.notify_all();
     }
   };
   torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+    const int64_t entered = begin == 0 ? now() : 0;
     for (int64_t worker = begin; worker < end; ++worker) work(worker);
+    if (begin == 0) worked += now() - entered;
     // The end of torch's parallel region looks for the others for milliseconds before it sleeps. This thread sleeps
     // sooner: its core is then free for one that waits for a core.
     if (ended.fetch_add(end - begin, std::memory_order_acq_rel) + end - begin == workers) ended.notify_all();
-    if (begin == 0) waited += wait_for(ended, workers);
+    if (begin == 0) (void)wait_for(ended, workers);
   });
   // Other processes keep the cores busy: for some time a call takes less on this thread alone.
-  const int64_t at = now();
+  const int64_t at = now(), waited = at - begun - worked;
   if (waited > kLongWait && 3 * waited > at - begun)
     alone_until.store(at + std::min(kAlone * waited, kMostAlone), std::memory_order_relaxed);
 }

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""use_huge_pages: what the system says of the memory afterwards, and that nothing else changes."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
+
+import ffn_ops
+
+pytestmark = pytest.mark.cpu_only("the pages of the CPU's memory")
+HUGE = 2 << 20
+
+
+def can_collapse() -> bool:
+    """Whether the system moves memory of its own onto a huge page."""
+    if sys.platform != "linux":
+        return False
+    memory = mmap.mmap(-1, 2 * HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.write(b"x" * len(memory))
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    madvise = ctypes.CDLL(None).madvise
+    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return bool(madvise((start + HUGE - 1) // HUGE * HUGE, HUGE, 25) == 0)  # MADV_COLLAPSE
+
+
+def huge_bytes() -> int:
+    """Of this process, as the system counts them."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("AnonHugePages"))
+
+
+def layer() -> nn.Module:
+    """16 MB in float32, a quantised weight, and one that is tied."""
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.up, model.tied = nn.Linear(1024, 2048), nn.Linear(1024, 2048, bias=False)
+    model.tied.weight = model.up.weight
+    model.down = ffn_ops.quantize(torch.randn(4096, 2048), "int8")
+    model.pair = nn.Parameter(TwoTensor(torch.randn(512, 2048), torch.randn(512, 2048)))
+    return model
+
+
+@pytest.mark.skipif(not can_collapse(), reason="needs Linux 6.1 with transparent huge pages")
+def test_the_system_counts_what_is_returned() -> None:
+    model = layer()
+    before = huge_bytes()
+    moved = ffn_ops.use_huge_pages(model)
+    grown = huge_bytes() - before
+    total = 4 * 1025 * 2048 + model.down.nbytes + 2 * 4 * 512 * 2048  # type: ignore[union-attr,operator]
+    assert 0.6 * total < moved <= total  # what shares its huge page with nothing of ours may stay
+    assert moved <= grown <= moved + 2 * HUGE * len(list(model.state_dict())), (moved, grown)
+    assert ffn_ops.use_huge_pages(model) >= moved  # again: they lie there already
+
+
+def test_values_and_addresses_stay() -> None:
+    model = layer()
+    tensors = {name: t for name, t in model.state_dict().items() if type(t) is torch.Tensor}
+    before = {name: (t.data_ptr(), t.clone()) for name, t in tensors.items()}
+    x = torch.randn(3, 1024)
+    y = model.up(x)  # type: ignore[operator]
+    ffn_ops.use_huge_pages(model)
+    for name, (address, values) in before.items():
+        assert tensors[name].data_ptr() == address
+        assert torch.equal(tensors[name], values), name
+    assert torch.equal(model.up(x), y)  # type: ignore[operator]
+
+
+def test_small_and_absent_memory() -> None:
+    """Nothing, tensors of another device, and what lies within a page cost nothing and raise nothing."""
+    model = nn.Linear(4, 4)
+    assert 0 <= ffn_ops.use_huge_pages(model) <= 4 * 20
+    assert ffn_ops.use_huge_pages(nn.Linear(4096, 4096, device="meta")) == 0
+    assert ffn_ops.use_huge_pages(nn.Linear(0, 4, bias=False)) == 0
+    with pytest.raises(TypeError, match=r"model: expected an nn\.Module, got Tensor"):
+        ffn_ops.use_huge_pages(torch.zeros(4))  # type: ignore[arg-type]
