@@ -127,7 +127,7 @@ inline void add_gated_act_backward(Steps& steps, const GatedAct& a) {
 
 // Columns of a task of column sums: long pieces of rows, as many as two for each thread want.
 inline int64_t columns_of_task(int64_t cols) {
-  return std::clamp<int64_t>(divide_up(divide_up(cols, 2 * threads()), 64) * 64, 64, 2048);
+  return std::clamp<int64_t>(divide_up(divide_up(cols, 2 * threads()), 64) * 64, 64, 1024);
 }
 
 inline void add_column_sum(Steps& steps, const Matrix& m, int64_t rows, int64_t cols, void* out) {

@@ -182,12 +182,17 @@ void own_sums_range(const GatedAct& g, const Range& range, double* sums) {
   }
 }
 
+template <class V>
+FFN_FN V add_weighted(V sum, V value, const typename V::Scalar* weight, int64_t r) {
+  return weight ? fma(V(weight[r]), value, sum) : sum + value;
+}
+
 // Three levels of 32 rows: the error grows with the cube root of the number of rows, the order depends on nothing else.
 // Several rows at a time pass over a page of columns, whose sums wait in L1: memory is read along the rows.
 template <class V>
 void column_sum_as(const ColumnSum& s, int64_t col_begin, int64_t col_end) {
   using T = typename V::Scalar;
-  constexpr int64_t W = V::kLanes, kLevel = 32, kAtOnce = 8, kColumns = 8192 / sizeof(T);
+  constexpr int64_t W = V::kLanes, kLevel = 32, kAtOnce = 8, kColumns = 4096 / sizeof(T);
   const auto* weight = static_cast<const T*>(s.weight);
   alignas(64) T sum[kColumns], middle[kColumns], total[kColumns];
   // A level that ends joins the next and begins anew.
@@ -199,8 +204,6 @@ void column_sum_as(const ColumnSum& s, int64_t col_begin, int64_t col_end) {
   };
   dispatch_storage<T>(s.matrix.dtype, [&](auto storage) {
     using S = typename decltype(storage)::Type;
-    constexpr int64_t kLine = 64 / sizeof(S), kPage = 4096 / sizeof(S);
-    constexpr int64_t kAsked = 4;  // lines of the next rows, where pieces are short: the hardware then looks ahead
     for (int64_t begin = col_begin; begin < col_end; begin += kColumns) {
       const int64_t cols = col_end - begin < kColumns ? col_end - begin : kColumns;
       for (int64_t c = 0; c < cols; c += W) {
@@ -210,27 +213,17 @@ void column_sum_as(const ColumnSum& s, int64_t col_begin, int64_t col_end) {
       }
       for (int64_t r = 0; r < s.rows; r += kAtOnce) {
         const int64_t rows = s.rows - r < kAtOnce ? s.rows - r : kAtOnce;
-        const S* from[kAtOnce];
-        V w[kAtOnce];
+        const S *from[kAtOnce], *next_from[kAtOnce];
         for (int64_t i = 0; i < rows; ++i) {
-          from[i] = row_pointer<S>(s.matrix, r + i) + begin * s.matrix.col_stride;
-          w[i] = V(weight ? weight[r + i] : T(1));
-          if (cols >= kPage || r + i + kAtOnce >= s.rows) continue;
-          const S* next = row_pointer<S>(s.matrix, r + i + kAtOnce) + begin * s.matrix.col_stride;
-          for (int64_t c = 0; c < kAsked * kLine && c < cols; c += kLine) prefetch_l2(next + c);
+          from[i] = row_pointer<S>(s.matrix, r + i);
+          next_from[i] = row_pointer<S>(s.matrix, r + i + kAtOnce < s.rows ? r + i + kAtOnce : s.rows - 1);
         }
-        const int64_t whole = rows == kAtOnce && s.matrix.col_stride == 1 ? cols / W * W : 0;
-        int64_t c = 0;
-        for (; c < whole; c += W) {
-          V v = load<V>(sum + c);
-          FFN_UNROLL
-          for (int64_t i = 0; i < kAtOnce; ++i) v = fma(w[i], load<V>(from[i] + c), v);
-          store(sum + c, v);
-        }
-        for (; c < cols; c += W) {
+        for (int64_t c = 0; c < cols; c += W) {
           const int64_t n = cols - c < W ? cols - c : W;
           V v = load<V>(sum + c);
-          for (int64_t i = 0; i < rows; ++i) v = fma(w[i], load_columns<V>(from[i], s.matrix.col_stride, c, n), v);
+          for (int64_t i = 0; i < rows; ++i)
+            v = add_weighted(v, load_columns<V>(from[i], s.matrix.col_stride, begin + c, n), weight, r + i);
+          for (int64_t i = 0; i < rows; ++i) prefetch_l2(next_from[i] + (begin + c) * s.matrix.col_stride);
           store(sum + c, v);
         }
         const int64_t next = r + rows;
