@@ -2,7 +2,7 @@
 """``python -m benchmarks.passes``: the passes between products, which memory limits, beside a copy and eager PyTorch.
 
 The copy is ``Tensor.copy_`` between tensors that exist; the operators and eager write memory that they have just been
-given.
+given. A column sum writes next to nothing: beside it stands a loop that only reads the same matrix.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .command import row_options, run_rows
 from .harness import threads
 from .report import Record, number_text, ratio, table, time_text
 
-COPY, OURS, EAGER = "copy", "ffn_ops", "eager"
+COPY, READ, OURS, EAGER = "copy", "read", "ffn_ops", "eager"
 EXPERTS = 64
 K = 8
 
@@ -50,6 +50,7 @@ class Pass:
     moved: int
     ours: Callable[[], Sequence[Tensor]]
     eager: Callable[[torch.dtype], Sequence[Tensor]]  # arithmetic in this dtype, from the same inputs
+    only_read: Tensor | None = None  # where next to nothing is written
 
 
 def rows(count: int) -> list[Row]:
@@ -81,7 +82,10 @@ def _column_sum(row: Row) -> Pass:
     d, x, w = torch.randn(row.T, row.width), torch.empty(row.T, 1), torch.empty(row.width, 1)
     operator = torch.ops.ffn_ops.route_linear_backward  # of it the bias's gradient alone
     return Pass(
-        d.numel(), lambda: [operator(d, x, w, [False, False, True])[2]], lambda dtype: [d.to(dtype).sum(0, dtype=dtype)]
+        d.numel(),
+        lambda: [operator(d, x, w, [False, False, True])[2]],
+        lambda dtype: [d.to(dtype).sum(0, dtype=dtype)],
+        d.view(-1),
     )
 
 
@@ -111,6 +115,15 @@ def pass_of(row: Row) -> Pass:
     return _rows(row, row.kind == "combine")
 
 
+def _bound(row: Row, each: Pass) -> tuple[str, Callable[[], object]]:
+    """What moves the same bytes and computes nothing."""
+    if each.only_read is not None:
+        operators = torch.ops.ffn_ops
+        return READ, functools.partial(operators._peak_read, each.only_read, operators._isa(), row.threads)
+    half, to = torch.zeros(2, each.moved // 2)
+    return COPY, lambda: to.copy_(half)
+
+
 def _timed(call: Callable[[], object]) -> float:
     begin = time.perf_counter()
     call()
@@ -118,14 +131,14 @@ def _timed(call: Callable[[], object]) -> float:
 
 
 def measure(row: Row, rounds: int) -> tuple[list[Timed], str, dict[str, Any]]:
-    """Bytes per second, and the share of what the copy reaches in the same rounds."""
+    """Bytes per second, and the share of what the copy, or the read, reaches in the same rounds."""
     with threads(row.threads):
         each = pass_of(row)
         exact, eager = each.eager(torch.float64), each.eager(torch.float32)
         limits = [limit(e, x) for e, x in zip(eager, exact, strict=True)]
-        half, to = torch.zeros(2, each.moved // 2)
+        bound, move = _bound(row, each)
         calls: dict[str, Callable[[], object]] = {
-            COPY: lambda: to.copy_(half), OURS: each.ours, EAGER: lambda: each.eager(torch.float32),
+            bound: move, OURS: each.ours, EAGER: lambda: each.eager(torch.float32),
         }  # fmt: skip
         found = [Timed(name) for name in calls]
 
@@ -137,20 +150,20 @@ def measure(row: Row, rounds: int) -> tuple[list[Timed], str, dict[str, Any]]:
 
         take_turns(ready(found, prepared, rounds))
     record = {"bytes": 4 * each.moved, "providers": {t.provider: t.record() for t in found}}
-    return found, _text(row, found, record), {"bytes": record["bytes"]}
+    return found, _text(row, found, record, bound), {"bytes": record["bytes"]}
 
 
-def _text(row: Row, found: Sequence[Timed], record: Record) -> str:
+def _text(row: Row, found: Sequence[Timed], record: Record, bound: str) -> str:
     lines = []
     for t in found:
         if t.seconds:
-            share = number_text(ratio(record, COPY, t.provider), ".2f")
+            share = number_text(ratio(record, bound, t.provider), ".2f")
             lines.append(
                 [t.provider, time_text(t.median), f"{t.spread:.0%}", f"{1e-9 * record['bytes'] / t.median:.1f}", share]
             )
         else:
             lines.append([t.provider, t.note, "", "", ""])
-    return f"{row.name}\n{table(['provider', 'median', 'spread', 'GB/s', 'of copy'], lines)}"
+    return f"{row.name}\n{table(['provider', 'median', 'spread', 'GB/s', f'of {bound}'], lines)}"
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -60,6 +60,40 @@ def test_gated_act_threads(threads: None) -> None:
     assert_same_bits(results(problem.ours, tensors, d_y), expected)
 
 
+LARGE = 33 << 20  # bytes: outputs of more than 32 MiB are stored past the caches
+
+
+@pytest.mark.cpu_only("the caches are the CPU's")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
+def test_activations_larger_than_the_caches(dtype: torch.dtype, isa: str) -> None:
+    """The bits of small calls. Rows of an odd width begin anywhere in a cache line."""
+    F = 30011
+    T = LARGE // (F * dtype.itemsize) + 1
+    gate, up = torch.randn(T, 2 * F, generator=generator(0)).to(dtype).chunk(2, -1)
+    d_y = torch.randn(T, F, generator=generator(1)).to(dtype)
+
+    def run(rows: slice) -> list[torch.Tensor]:
+        leaves = [t[rows].detach().requires_grad_() for t in (gate, up)]
+        y = ffn_ops.gated_act(*leaves)
+        return [y.detach(), *torch.autograd.grad(y, leaves, d_y[rows])]
+
+    whole = run(slice(T))
+    for begin in range(0, T, 50):
+        rows = slice(begin, begin + 50)
+        assert all(torch.equal(w[rows], part) for w, part in zip(whole, run(rows), strict=True))
+
+
+@pytest.mark.cpu_only("the caches are the CPU's")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
+def test_dispatch_larger_than_the_caches(dtype: torch.dtype, isa: str) -> None:
+    D = 1501
+    T = LARGE // (8 * D * dtype.itemsize) + 1
+    x = torch.randn(T, D, generator=generator(0)).to(dtype)
+    routing = ffn_ops.routing.top_k(torch.randn(T, 16, generator=generator(1)), 8, capacity_factor=1.0)
+    rows, kept = ffn_ops.moe_dispatch(x, routing), int(routing.offsets[-1])
+    assert kept < len(rows) and torch.equal(rows[:kept], x[routing.token[:kept]]) and not rows[kept:].any()
+
+
 def test_python_threads() -> None:
     """Calls at the same time share no memory: four threads, different sizes, each gets the bits it gets alone."""
     problems = [Problem("gated", T=20 + 31 * i, D=64, F=96, O=48) for i in range(4)]

@@ -189,6 +189,7 @@ struct GatedAct : Gate {
   int64_t out_stride = 0;
   const void* row_weight = nullptr;  // of h, of the arithmetic's dtype; null: 1
   bool h_unrounded = false;          // h is of the arithmetic's dtype
+  bool nontemporal = false;          // outputs go past the caches
 };
 
 struct Range {
@@ -216,8 +217,8 @@ struct Routes : RowsOfTokens {
   int64_t kept = 0;
 };
 
-// dispatch: out[r] = weight[r] * in[token[r]], zero from `kept` on. combine: out[t] = sum of weight[r] * in[r] over the
-// rows of t, in their order.
+// dispatch: out[r] = weight[r] * in[t] for the rows r of t. combine: out[t] = sum of weight[r] * in[r] over the rows of
+// t, in their order.
 struct MoveRows {
   Routes routes;
   int64_t cols = 0;
@@ -226,6 +227,7 @@ struct MoveRows {
   void* out = nullptr;
   int64_t out_stride = 0;
   DType out_dtype = DType::kFloat32;
+  bool nontemporal = false;  // dispatch: out goes past the caches
 };
 
 // out[r] = sum over c of a(r, c) * b(r, c), plus the sum of the `parts` of row r.
@@ -298,7 +300,7 @@ struct KernelTable {
   // Adds the sums over the range of d_out (times dd_gate, where given) times own_factors of value (or slope).
   void (*own_sums)(const GatedAct&, const Range&, double* sums);
   void (*column_sum)(const ColumnSum&, int64_t col_begin, int64_t col_end);
-  void (*dispatch_rows)(const MoveRows&, int64_t row_begin, int64_t row_end);
+  void (*dispatch_rows)(const MoveRows&, int64_t token_begin, int64_t token_end);
   void (*combine_rows)(const MoveRows&, int64_t token_begin, int64_t token_end);
   void (*row_dots)(const RowDots&, int64_t row_begin, int64_t row_end);
   void (*top_k)(const TopK&, int64_t row_begin, int64_t row_end, void* scratch);

@@ -55,6 +55,11 @@ inline Operand operand(Matrix m, bool k_along_rows) {
 inline Operand lanes_are_rows(const Matrix& m) { return operand(m, false); }    // element (lane, k) is m(lane, k)
 inline Operand lanes_are_columns(const Matrix& m) { return operand(m, true); }  // element (lane, k) is m(k, lane)
 
+// Whether an output of so many bytes is stored past the caches: its first lines have left the last level, 32 MiB for a
+// core of today's servers, before its last is written; so no line is read from memory only to be overwritten, and what
+// the cores read stays in the caches.
+inline bool past_caches(int64_t bytes) { return bytes > int64_t{32} << 20; }
+
 using Strides = std::array<int64_t, 3>;  // of an output: no operator has one of more dimensions
 inline Strides dense_strides(std::initializer_list<int64_t> sizes) {
   assert(sizes.size() <= std::tuple_size_v<Strides>);

@@ -51,6 +51,7 @@ class ElementwiseTasks {
 };
 
 inline void run_elementwise(GatedAct& g, void (*kernel)(const GatedAct&, const Range&)) {
+  g.nontemporal = past_caches(g.rows * g.cols * storage_size(g.gate.dtype));
   ElementwiseTasks(g).run([&](const Range& range, int64_t) { kernel(g, range); });
 }
 

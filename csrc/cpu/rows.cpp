@@ -60,8 +60,15 @@ Tensor moe_dispatch(const Tensor& x, const Tensor& token, std::optional<Tensor> 
   const Move m = check_move(x, "x", token, weight, offsets, row, slot_offsets);
   check_tensor(x, "x", m.dtype, {m.routes.tokens, "D"});
   Tensor rows = fresh(x, {token.numel(), m.cols});
-  const MoveRows job = moved(m, x, rows);
-  in_parallel(token.numel(), m.cols, [&](int64_t begin, int64_t end) { kernels().dispatch_rows(job, begin, end); });
+  MoveRows job = moved(m, x, rows);
+  const int64_t R = token.numel(), row_bytes = m.cols * storage_size(m.dtype);
+  job.nontemporal = past_caches(R * row_bytes);
+  in_parallel(m.routes.tokens, m.cols * divide_up(R, std::max<int64_t>(1, m.routes.tokens)),
+              [&](int64_t begin, int64_t end) { kernels().dispatch_rows(job, begin, end); });
+  in_parallel(R - m.routes.kept, m.cols, [&](int64_t begin, int64_t end) {
+    std::memset(static_cast<char*>(job.out) + (m.routes.kept + begin) * row_bytes, 0,
+                static_cast<size_t>((end - begin) * row_bytes));
+  });
   return rows;
 }
 

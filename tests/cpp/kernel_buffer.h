@@ -29,6 +29,11 @@ struct Buffer {
   Buffer(DType type, int64_t n) : dtype(type), size(n), data(new char[static_cast<size_t>(n * storage_size(type))]) {
     for (int64_t i = 0; i < n; ++i) set(i, uniform());
   }
+  explicit Buffer(const Buffer& other) : Buffer(other.dtype, other.size) {
+    std::memcpy(data.get(), other.data.get(), bytes());
+  }
+  Buffer(Buffer&&) = default;
+  size_t bytes() const { return static_cast<size_t>(size * storage_size(dtype)); }
   void set(int64_t i, double value) {
     visit_type(StorageTypes{}, static_cast<int>(dtype), [&](auto tag) {
       using S = typename decltype(tag)::Type;
@@ -61,6 +66,12 @@ inline void expect(const char* what, const char* isa, DType dtype, double actual
   if (++failures <= 20)
     std::printf("%s %s %s: %.17g, expected %.17g within %.3g\n", isa, what, kDTypeNames[static_cast<int>(dtype)],
                 actual, wanted, bound);
+}
+
+inline void expect_same(const char* what, const char* isa, const Buffer& actual, const Buffer& wanted) {
+  if (actual.bytes() == wanted.bytes() && std::memcmp(actual.data.get(), wanted.data.get(), wanted.bytes()) == 0)
+    return;
+  if (++failures <= 20) std::printf("%s %s %s: other bits\n", isa, what, kDTypeNames[static_cast<int>(wanted.dtype)]);
 }
 
 }  // namespace ffn_ops

@@ -190,6 +190,17 @@ void test_elementwise(const char* isa, const KernelTable& table, DType dtype, in
   g.out[0] = d_gate.data.get();
   g.out[1] = d_up.data.get();
   table.gated_act_backward(g, {0, rows, 0, cols});
+  // Past the caches: the same bits, and nothing beside them. Rows of an odd width begin anywhere in a cache line.
+  Buffer past[] = {{dtype, n}, {dtype, n}, {dtype, n}};
+  const Buffer* const plain[] = {&out, &d_gate, &d_up};
+  g.nontemporal = true;
+  g.out[0] = past[0].data.get();
+  g.out[1] = nullptr;
+  table.gated_act(g, {0, rows, 0, cols});
+  g.out[0] = past[1].data.get();
+  g.out[1] = past[2].data.get();
+  table.gated_act_backward(g, {0, rows, 0, cols});
+  for (int i = 0; i < 3; ++i) expect_same("gated_act past the caches", isa, *plain[i], past[i]);
   table.column_sum({rows, cols, matrix(gate), nullptr, sums.data.get()}, 0, cols);
   for (int64_t i = 0; i < n; ++i) {
     const Act act = silu(gate.get(i));
@@ -208,11 +219,11 @@ void test_elementwise(const char* isa, const KernelTable& table, DType dtype, in
 }
 
 // Rows between tokens and experts: the first `kept` of them count, the others are dropped.
-void test_rows(const char* isa, const KernelTable& table, DType dtype, int64_t T, int64_t cols) {
+void test_rows(const char* isa, const KernelTable& table, DType dtype, int64_t T, int64_t cols, bool even) {
   const int64_t R = 2 * T, kept = R - 1;
   const DType wide = arithmetic_dtype(dtype);
   std::vector<int64_t> token, row, slot_offsets = {0};
-  for (int64_t r = 0; r < R; ++r) token.push_back((r * 5 + 3) % T);
+  for (int64_t r = 0; r < R; ++r) token.push_back(even ? (r * 5 + 3) % T : r * r % T);  // squares: none or several
   for (int64_t t = 0; t < T; ++t) {
     for (int64_t r = R - 1; r >= 0; --r)  // any order that the list gives
       if (token[static_cast<size_t>(r)] == t) row.push_back(r);
@@ -228,7 +239,12 @@ void test_rows(const char* isa, const KernelTable& table, DType dtype, int64_t T
   m.out_dtype = dtype;
   m.in = {x.data.get(), cols, 1, dtype, nullptr};
   m.out = out.data.get();
-  table.dispatch_rows(m, 0, R);
+  Buffer past(out), dropped(out);
+  table.dispatch_rows(m, 0, T);
+  m.out = past.data.get();
+  m.nontemporal = true;
+  table.dispatch_rows(m, 0, T);
+  expect_same("dispatch past the caches", isa, out, past);
   m.in.data = rows.data.get();
   m.out = y.data.get();
   table.combine_rows(m, 0, T);
@@ -246,7 +262,7 @@ void test_rows(const char* isa, const KernelTable& table, DType dtype, int64_t T
     const int64_t t = token[static_cast<size_t>(r)];
     double dot = parts.get(r * 3) + parts.get(r * 3 + 1) + parts.get(r * 3 + 2);
     for (int64_t c = 0; c < cols; ++c) {
-      const double wanted = r < kept ? weight.get(r) * x.get(t * cols + c) : 0;
+      const double wanted = r < kept ? weight.get(r) * x.get(t * cols + c) : dropped.get(r * cols + c);
       expect("dispatch", isa, dtype, out.get(r * cols + c), wanted, 0.1, 1);
       dot += x.get(t * cols + c) * rows.get(r * cols + c);
     }
@@ -329,7 +345,8 @@ void test_table(const char* isa, const KernelTable& table) {
     test_low_rank(isa, table, dtype);
     test_elementwise(isa, table, dtype, 5, 77, activation);
     test_elementwise(isa, table, dtype, 1100, 3, activation);
-    for (const int64_t cols : {1, 16, 77, 300}) test_rows(isa, table, dtype, 9, cols);
+    for (const int64_t cols : {1, 16, 77, 300, 2100})
+      for (const bool even : {false, true}) test_rows(isa, table, dtype, 9, cols, even);
     for (const int64_t experts : {1, 7, 64, 130}) {
       test_top_k(isa, table, dtype, experts, std::min<int64_t>(experts, 8));
       test_top_k(isa, table, dtype, experts, experts);

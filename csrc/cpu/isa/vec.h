@@ -104,6 +104,14 @@ FFN_FN void store(S* p, V v, int n) {
   store_lanes(p, v.reg, n);
 }
 
+// Past the caches: a line that is stored whole is not read from memory first. p is a multiple of what is stored, and
+// `end_nontemporal` comes before other threads read.
+template <class S, class V>
+FFN_FN void store_nontemporal(S* p, V v) {
+  static_assert(__is_same(typename Codec<S>::Compute, typename V::Scalar));
+  store_nontemporal_lanes(p, v.reg);
+}
+
 // Two vectors, one behind the other.
 template <class S, class V>
 FFN_FN void store_two(S* p, V first, V second) {

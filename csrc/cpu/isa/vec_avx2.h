@@ -94,6 +94,12 @@ FFN_FN void store_lanes(BFloat16* p, FloatLanes v, int n) { store_16bit(p, narro
 FFN_FN void store_lanes(Half* p, FloatLanes v) { store_16bit(p, narrow_half(v)); }
 FFN_FN void store_lanes(Half* p, FloatLanes v, int n) { store_16bit(p, narrow_half(v), n); }
 
+FFN_FN void store_nontemporal_lanes(float* p, FloatLanes v) { _mm256_stream_ps(p, v); }
+FFN_FN void store_nontemporal_lanes(double* p, DoubleLanes v) { _mm256_stream_pd(p, v); }
+FFN_FN void store_nontemporal_lanes(BFloat16* p, FloatLanes v) { _mm_stream_si128((__m128i*)p, narrow_bfloat16(v)); }
+FFN_FN void store_nontemporal_lanes(Half* p, FloatLanes v) { _mm_stream_si128((__m128i*)p, narrow_half(v)); }
+FFN_FN void end_nontemporal() { _mm_sfence(); }
+
 // ---- codes of quantised weights -------------------------------------------------------------------------------------
 
 // One byte for each lane; one nibble for each lane, from half as many bytes: it fills the lowest four bits, and the

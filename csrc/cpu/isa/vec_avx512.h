@@ -101,6 +101,12 @@ FFN_FN void store_lanes(BFloat16* p, FloatLanes v, int n) {
 FFN_FN void store_lanes(Half* p, FloatLanes v) { _mm256_storeu_si256((__m256i*)p, narrow_half(v)); }
 FFN_FN void store_lanes(Half* p, FloatLanes v, int n) { _mm256_mask_storeu_epi16(p, tail_mask16(n), narrow_half(v)); }
 
+FFN_FN void store_nontemporal_lanes(float* p, FloatLanes v) { _mm512_stream_ps(p, v); }
+FFN_FN void store_nontemporal_lanes(double* p, DoubleLanes v) { _mm512_stream_pd(p, v); }
+FFN_FN void store_nontemporal_lanes(BFloat16* p, FloatLanes v) { _mm256_stream_si256((__m256i*)p, narrow_bfloat16(v)); }
+FFN_FN void store_nontemporal_lanes(Half* p, FloatLanes v) { _mm256_stream_si256((__m256i*)p, narrow_half(v)); }
+FFN_FN void end_nontemporal() { _mm_sfence(); }
+
 // ---- codes of quantised weights -------------------------------------------------------------------------------------
 
 // One byte for each lane; one nibble for each lane, from half as many bytes: it fills the lowest four bits, and the

@@ -130,6 +130,13 @@ FFN_FN void store_lanes(BFloat16* p, FloatLanes v, int n) { store_bits(p, narrow
 FFN_FN void store_lanes(Half* p, FloatLanes v) { store_bits(p, narrow_half(v)); }
 FFN_FN void store_lanes(Half* p, FloatLanes v, int n) { store_bits(p, narrow_half(v), n); }
 
+// Not every machine has such stores.
+template <class S, class R>
+FFN_FN void store_nontemporal_lanes(S* p, R v) {
+  store_lanes(p, v);
+}
+FFN_FN void end_nontemporal() {}
+
 // ---- transposition --------------------------------------------------------------------------------------------------
 
 FFN_FN void transpose_lanes(FloatLanes (&r)[4]) {

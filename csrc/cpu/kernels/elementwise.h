@@ -100,6 +100,7 @@ constexpr int64_t kRowBlock = 256;  // elements that pass through scratch in L1 
 template <class V>
 struct RowBlock {
   alignas(64) typename V::Scalar values[kRowBlock];
+  bool nontemporal = false;
 
   // Whole vectors of what the arithmetic takes stay where they are.
   static bool in_place(DType dtype, int64_t n) { return dtype == arithmetic_dtype(dtype) && n % V::kLanes == 0; }
@@ -111,16 +112,19 @@ struct RowBlock {
     return values;
   }
 
+  bool stays(DType dtype, int64_t n) const { return in_place(dtype, n) && !nontemporal; }
+
   typename V::Scalar* place(DType dtype, void* to, int64_t at, int64_t n) {
-    return to && in_place(dtype, n) ? static_cast<typename V::Scalar*>(to) + at : values;
+    return to && stays(dtype, n) ? static_cast<typename V::Scalar*>(to) + at : values;
   }
 
   void write(DType dtype, void* to, int64_t at, int64_t n) const {
-    if (!to || in_place(dtype, n)) return;
+    if (!to || stays(dtype, n)) return;
     dispatch_storage<typename V::Scalar>(dtype, [&](auto tag) {
       using S = typename decltype(tag)::Type;
-      for (int64_t i = 0; i < n; i += V::kLanes)
-        store_part(static_cast<S*>(to) + at + i, load<V>(values + i), n - i < V::kLanes ? n - i : V::kLanes);
+      store_row<V>(static_cast<S*>(to) + at, n, nontemporal,
+                   [&](int64_t i, int64_t left)
+                       __attribute__((always_inline)) { return load_part<V>(values + i, left); });
     });
   }
 };
@@ -130,6 +134,7 @@ template <class V>
 void gated_act_range(const GatedAct& g, void (*ActKernels<V>::*pick)(const ActVectors<V>&), const Range& range) {
   const auto kernel = act_kernels<V>(g).*pick;
   RowBlock<V> gate, up, d, dd_gate, dd_up, out[3];
+  for (RowBlock<V>& each : out) each.nontemporal = g.nontemporal;
   for (int64_t r = range.row_begin; r < range.row_end; ++r) {
     for (int64_t c = range.col_begin; c < range.col_end; c += kRowBlock) {
       const int64_t n = range.col_end - c < kRowBlock ? range.col_end - c : kRowBlock;
@@ -153,6 +158,7 @@ void gated_act_range(const GatedAct& g, void (*ActKernels<V>::*pick)(const ActVe
       for (int i = 0; i < 3; ++i) out[i].write(dtype(i), g.out[i], at, n);
     }
   }
+  if (g.nontemporal) end_nontemporal();
 }
 
 // Sums over a block of the range have the arithmetic's dtype, their sum is added in double.

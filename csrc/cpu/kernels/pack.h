@@ -38,6 +38,27 @@ FFN_FN void store_part(S* to, V v, int64_t n) {
   else store(to, v, static_cast<int>(n));
 }
 
+// Stores value(c, n), a vector of n columns from column c on, for every column of a row. Nontemporal: whole cache lines
+// go past the caches, what lies before and behind them does not.
+template <class V, class S, class F>
+FFN_FN void store_row(S* to, int64_t cols, bool nontemporal, const F& value) {
+  constexpr int64_t W = V::kLanes, kLine = 64 / static_cast<int64_t>(sizeof(S));
+  int64_t c = 0;
+  const auto plain = [&](int64_t end) __attribute__((always_inline)) {
+    for (; c < end; c += W) store_part(to + c, value(c, end - c < W ? end - c : W), end - c < W ? end - c : W);
+    c = end;
+  };
+  if (nontemporal) {
+    const auto before = static_cast<int64_t>((0 - reinterpret_cast<uintptr_t>(to)) % 64 / sizeof(S));
+    plain(before < cols ? before : cols);
+    for (; cols - c >= kLine; c += kLine) {
+      FFN_UNROLL
+      for (int64_t i = 0; i < kLine; i += W) store_nontemporal(to + c + i, value(c + i, W));
+    }
+  }
+  plain(cols);
+}
+
 #include "codes.h"
 
 #include "lanes_of_codes.h"

@@ -118,9 +118,9 @@ void column_sum(const ColumnSum& s, int64_t c0, int64_t c1) {
   else column_sum_as<Vec<float>>(s, c0, c1);
 }
 
-void dispatch_rows(const MoveRows& m, int64_t r0, int64_t r1) {
-  if (m.in.dtype == DType::kFloat64) dispatch_rows_as<Vec<double>>(m, r0, r1);
-  else dispatch_rows_as<Vec<float>>(m, r0, r1);
+void dispatch_rows(const MoveRows& m, int64_t t0, int64_t t1) {
+  if (m.in.dtype == DType::kFloat64) dispatch_rows_as<Vec<double>>(m, t0, t1);
+  else dispatch_rows_as<Vec<float>>(m, t0, t1);
 }
 
 void combine_rows(const MoveRows& m, int64_t t0, int64_t t1) {
