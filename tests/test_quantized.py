@@ -170,6 +170,28 @@ def test_every_scale_has_the_bits_of_the_dequantised_weight(format: str, isa: st
             assert_linear_has_the_bits_of_the_dequantised_one(w, x[:T])
 
 
+@pytest.mark.cpu_only("layouts that the CPU's kernels tell apart")
+@pytest.mark.parametrize("format", ("mxfp4", "gguf_mxfp4"))
+def test_sums_in_units_of_a_scale_have_the_bits_whatever_x_is(format: str, isa: str) -> None:
+    """One token's sums are kept in units of the scale at hand, between scales 2^48 apart and where x is neither too
+    large nor too small; another kernel takes the others, and scales beyond."""
+    g = generator(14)
+    w = random_weight(format, (150, 288), g)
+    scales = w.codes[:, ::17] if format == "gguf_mxfp4" else w.scales
+    assert scales is not None
+    scales[:, 0::2], scales[:, 1::2] = 87, 135
+    scales[100:] = 135 - torch.randint(48, (50, 9), generator=g).byte()
+    one = torch.randn(1, 288, generator=g)
+    one[0, 7:60:3] = 0
+    for power in (0, 28, 31, 90, -60, -69, -75, -110):
+        assert_linear_has_the_bits_of_the_dequantised_one(w, one * 2.0**power)
+    one[0, 50] = torch.inf
+    assert_linear_has_the_bits_of_the_dequantised_one(w, one)
+    for beyond in (86, 136):
+        scales[70, 4] = beyond
+        assert_linear_has_the_bits_of_the_dequantised_one(w, one.nan_to_num(0) * 2.0**-69)
+
+
 @pytest.mark.cpu_only("threads of a CPU have that mode")
 @pytest.mark.parametrize("T", (1, 20))
 def test_codes_are_what_they_are_where_denormals_are_taken_as_zero(T: int, isa: str) -> None:

@@ -107,6 +107,9 @@ FFN_FN void end_nontemporal() { _mm_sfence(); }
 FFN_FN Uint32Lanes byte_lanes(const uint8_t* p) {
   return (Uint32Lanes)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
 }
+FFN_FN Int32Lanes signed_byte_lanes(const uint8_t* p) {
+  return (Int32Lanes)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p));
+}
 FFN_FN Uint32Lanes nibble_lanes(const uint8_t* p) {
   int four = 0;
   __builtin_memcpy(&four, p, 4);
@@ -141,7 +144,12 @@ FFN_FN void transpose_words(const uint8_t* const* rows, int64_t at, Uint32Lanes 
   out[3] = (Uint32Lanes)_mm256_unpackhi_epi64(b, d);
 }
 
-// A word's eight nibbles, the lowest first, and their values: bytes by table, which are integers.
+constexpr bool kTransposesEight = false;
+FFN_FN void transpose_eight_words(const uint8_t* const*, int64_t, Uint32Lanes*) {}
+
+// A word's eight nibbles, the lowest first, and their values, times 1 / kNibbleFactor: bytes by table, which stay at
+// the top of an integer.
+constexpr float kNibbleFactor = 0x1p-24f;
 struct WordTable {
   __m256i values;
 };
@@ -157,19 +165,20 @@ FFN_FN NibbleWord nibble_word(const WordTable& t, Uint32Lanes words) {
            _mm256_shuffle_epi8(t.values, _mm256_and_si256(_mm256_srli_epi32((__m256i)words, 4), mask))}};
 }
 FFN_FN FloatLanes nibble_value(const WordTable&, const NibbleWord& word, int e) {
-  const Int32Lanes top = (Int32Lanes)((Uint32Lanes)word.halves[e % 2] << (24 - e / 2 * 8));
-  return __builtin_convertvector(top >> 24, FloatLanes);
+  const Uint32Lanes half = (Uint32Lanes)word.halves[e % 2], top = e < 6 ? half << (24 - e / 2 * 8) : half;
+  return __builtin_convertvector((Int32Lanes)(e < 2 ? top : top & 0xff000000u), FloatLanes);
 }
 
 constexpr bool kAddsExponents = false;  // codes that scales of powers of two are applied to by integers
 struct NibblePairs;
+constexpr bool kLooksUpPairs = false;
+template <int kBits, int kMinus>
+struct BytePairs;
 
 // Bits of e4m3 as halves: exact, but 256 times smaller.
 FFN_FN FloatLanes e4m3_half_lanes(const uint8_t* p) {
-  const __m128i b = _mm_cvtepu8_epi16(_mm_loadl_epi64((const __m128i*)p));
-  const __m128i sign = _mm_slli_epi16(_mm_and_si128(b, _mm_set1_epi16(0x80)), 8);
-  const __m128i magnitude = _mm_slli_epi16(_mm_and_si128(b, _mm_set1_epi16(0x7f)), 7);
-  return _mm256_cvtph_ps(_mm_or_si128(sign, magnitude));
+  const __m128i b = _mm_slli_epi16(_mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i*)p)), 7);
+  return _mm256_cvtph_ps(_mm_and_si128(b, _mm_set1_epi16(static_cast<short>(0xbf80))));  // the sign was there twice
 }
 
 // ---- transposition --------------------------------------------------------------------------------------------------

@@ -114,6 +114,9 @@ FFN_FN void end_nontemporal() { _mm_sfence(); }
 FFN_FN Uint32Lanes byte_lanes(const uint8_t* p) {
   return (Uint32Lanes)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
 }
+FFN_FN Int32Lanes signed_byte_lanes(const uint8_t* p) {
+  return (Int32Lanes)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p));
+}
 FFN_FN Uint32Lanes nibble_lanes(const uint8_t* p) {
   const __m512i bytes = _mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i*)p));
   return (Uint32Lanes)_mm512_or_si512(bytes, _mm512_slli_epi64(bytes, 28));
@@ -146,7 +149,31 @@ FFN_FN void transpose_words(const uint8_t* const* rows, int64_t at, Uint32Lanes 
   out[3] = (Uint32Lanes)_mm512_unpackhi_epi64(b, d);
 }
 
-// A word's eight nibbles, the lowest first, and their values.
+// The same of 32 bytes and eight words: a third of the shuffles become loads.
+constexpr bool kTransposesEight = true;
+FFN_FN void transpose_eight_words(const uint8_t* const* rows, int64_t at, Uint32Lanes* out) {
+  const auto of = [&](int i)
+                      __attribute__((always_inline)) { return _mm256_loadu_si256((const __m256i*)(rows[i] + at)); };
+  __m512i quads[8];
+  for (int i = 0; i < 8; i += 4) {
+    __m512i two[4];
+    for (int j = 0; j < 4; ++j)
+      two[j] = _mm512_inserti64x4(_mm512_castsi256_si512(of(2 * i + j)), of(2 * i + j + 4), 1);
+    const __m512i a = _mm512_unpacklo_epi32(two[0], two[1]), b = _mm512_unpackhi_epi32(two[0], two[1]);
+    const __m512i c = _mm512_unpacklo_epi32(two[2], two[3]), d = _mm512_unpackhi_epi32(two[2], two[3]);
+    quads[i] = _mm512_unpacklo_epi64(a, c);
+    quads[i + 1] = _mm512_unpackhi_epi64(a, c);
+    quads[i + 2] = _mm512_unpacklo_epi64(b, d);
+    quads[i + 3] = _mm512_unpackhi_epi64(b, d);
+  }
+  for (int d = 0; d < 4; ++d) {  // quarters: word d of four rows and word d + 4, then of the next four rows
+    out[d] = (Uint32Lanes)_mm512_shuffle_i64x2(quads[d], quads[d + 4], 0x88);
+    out[d + 4] = (Uint32Lanes)_mm512_shuffle_i64x2(quads[d], quads[d + 4], 0xdd);
+  }
+}
+
+// A word's eight nibbles, the lowest first, and their values, times 1 / kNibbleFactor.
+constexpr float kNibbleFactor = 1;
 struct WordTable {
   __m512 values;
 };
@@ -190,12 +217,43 @@ struct NibblePairs {
   }
 };
 
+// Unsigned codes of kBits, of which kMinus is taken, in the lowest bits of a word's bytes; the bits above are not read.
+// Two of them, two bytes apart, become bfloat16 in a lane at once.
+constexpr bool kLooksUpPairs = true;
+template <int kBits, int kMinus>
+struct CodeTable {
+  uint16_t values[64] = {};
+  constexpr CodeTable() {
+    for (int i = 0; i < 64; ++i)
+      values[i] = static_cast<uint16_t>(__builtin_bit_cast(uint32_t, float(i % (1 << kBits) - kMinus)) >> 16);
+  }
+};
+template <int kBits, int kMinus>
+struct BytePairs {
+  alignas(64) static constexpr CodeTable<kBits, kMinus> kTable{};
+  struct Word {
+    __m512i pairs[2];
+  };
+  FFN_FN static Word word(Uint32Lanes words) {
+    const __m512i first = _mm512_load_si512(kTable.values), second = _mm512_load_si512(kTable.values + 32);
+    Word w;
+    for (int e = 0; e < 2; ++e) {
+      const __m512i at = (__m512i)(words >> (8 * e));
+      w.pairs[e] = kBits < 6 ? _mm512_permutexvar_epi16(at, first) : _mm512_permutex2var_epi16(first, at, second);
+    }
+    return w;
+  }
+  FFN_FN static FloatLanes value(const Word& word, int e) {
+    const Uint32Lanes pair = (Uint32Lanes)word.pairs[e % 2];
+    return (FloatLanes)(e < 2 ? pair << 16 : pair & 0xffff0000u);
+  }
+};
+
 // Bits of e4m3 as halves: exact, but 256 times smaller.
 FFN_FN FloatLanes e4m3_half_lanes(const uint8_t* p) {
-  const __m256i b = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)p));
-  const __m256i sign = _mm256_slli_epi16(_mm256_and_si256(b, _mm256_set1_epi16(0x80)), 8);
-  const __m256i magnitude = _mm256_slli_epi16(_mm256_and_si256(b, _mm256_set1_epi16(0x7f)), 7);
-  return _mm512_cvtph_ps(_mm256_or_si256(sign, magnitude));
+  const __m256i b = _mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)), 7);
+  return _mm512_cvtph_ps(
+      _mm256_and_si256(b, _mm256_set1_epi16(static_cast<short>(0xbf80))));  // the sign was there twice
 }
 
 // ---- transposition --------------------------------------------------------------------------------------------------

@@ -160,6 +160,7 @@ FFN_FN void transpose_lanes(DoubleLanes (&r)[2]) {
 // One byte for each lane; one nibble for each lane, from half as many bytes: it fills the lowest four bits, and the
 // bits above are not zero.
 FFN_FN Uint32Lanes byte_lanes(const uint8_t* p) { return Uint32Lanes{p[0], p[1], p[2], p[3]}; }
+FFN_FN Int32Lanes signed_byte_lanes(const uint8_t* p) { return (Int32Lanes)(byte_lanes(p) << 24) >> 24; }
 FFN_FN Uint32Lanes nibble_lanes(const uint8_t* p) {
   const uint32_t first = p[0], second = p[1];
   return Uint32Lanes{first, first >> 4, second, second >> 4};
@@ -183,7 +184,11 @@ FFN_FN void transpose_words(const uint8_t* const* rows, int64_t at, Uint32Lanes 
   for (int d = 0; d < 4; ++d) out[d] = (Uint32Lanes)four[d];
 }
 
-// A word's eight nibbles, the lowest first, and their values.
+constexpr bool kTransposesEight = false;
+FFN_FN void transpose_eight_words(const uint8_t* const*, int64_t, Uint32Lanes*) {}
+
+// A word's eight nibbles, the lowest first, and their values, times 1 / kNibbleFactor.
+constexpr float kNibbleFactor = 1;
 struct WordTable {
   float values[16];
 };
@@ -199,6 +204,9 @@ FFN_FN FloatLanes nibble_value(const WordTable& t, const NibbleWord& words, int 
 }
 constexpr bool kAddsExponents = false;  // codes that scales of powers of two are applied to by integers
 struct NibblePairs;
+constexpr bool kLooksUpPairs = false;
+template <int kBits, int kMinus>
+struct BytePairs;
 
 // Bits of e4m3 as halves: exact, but 256 times smaller.
 FFN_FN FloatLanes e4m3_half_lanes(const uint8_t* p) {

@@ -89,6 +89,19 @@ FFN_FN FloatLanes e4m3_lanes(const uint8_t* p) {
   return ((Uint32Lanes)v & 0x7fffffffu) == 0x43f00000u ? (FloatLanes)not_a_number : v;  // 480 has the bits of NaN
 }
 
+FFN_FN bool has_e4m3_nan(const uint8_t* p, int64_t n) {
+  uint64_t any = 0;
+  const auto next = [&any](const uint8_t* from, size_t bytes) __attribute__((always_inline)) {
+    uint64_t eight = 0;
+    __builtin_memcpy(&eight, from, bytes);
+    any |= (eight & 0x7f7f7f7f7f7f7f7fu) + 0x0101010101010101u;  // 0x7f alone reaches the highest bit
+  };
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) next(p + i, 8);
+  if (i < n) next(p + i, static_cast<size_t>(n - i));
+  return (any & 0x8080808080808080u) != 0;
+}
+
 FFN_FN FloatLanes e8m0_lanes(Uint32Lanes bits) {
   const Uint32Lanes lowest = Uint32Lanes{} + 0x00400000u, nan = Uint32Lanes{} + 0x7fc00000u;
   return (FloatLanes)(bits == 0u ? lowest : bits == 255u ? nan : bits << 23);
@@ -110,11 +123,17 @@ FFN_FN void decode_run(const Codes& c, const uint8_t* row, int64_t n_row, int64_
       return decode_nibbles(row, k, n, MinusZero{static_cast<float>(g % 2 ? byte >> 4 : byte & 15)}, scale, out);
     }
     case Format::kFp8:
+      if (__builtin_fabsf(scale) < 0x1p119f && !has_e4m3_nan(row + k, n)) {
+        const FloatLanes larger = s * 256.0f;  // a power of two: exact, like the halves
+        return decode_bytes<1>(row + k, n, out, [&](const uint8_t* p, int64_t) __attribute__((always_inline)) {
+          return e4m3_half_lanes(p) * larger;
+        });
+      }
       return decode_bytes<1>(
           row + k, n, out, [&](const uint8_t* p, int64_t) __attribute__((always_inline)) { return e4m3_lanes(p) * s; });
     case Format::kInt8:
       return decode_bytes<1>(row + k, n, out, [&](const uint8_t* p, int64_t) __attribute__((always_inline)) {
-        return __builtin_convertvector((Int32Lanes)(byte_lanes(p) << 24) >> 24, FloatLanes) * s;
+        return __builtin_convertvector(signed_byte_lanes(p), FloatLanes) * s;
       });
     default:
       return;
@@ -138,7 +157,7 @@ FFN_FN void decode_gguf_run(const Codes& c, const uint8_t* row, int64_t k, int64
     case Format::kQ8_0: {
       const FloatLanes d = broadcast_lanes(half_at(b));
       return decode_bytes<1>(b + 2 + i, n, out, [&](const uint8_t* p, int64_t) __attribute__((always_inline)) {
-        return d * __builtin_convertvector((Int32Lanes)(byte_lanes(p) << 24) >> 24, FloatLanes);
+        return d * __builtin_convertvector(signed_byte_lanes(p), FloatLanes);
       });
     }
     case Format::kQ4_0:

@@ -3,203 +3,33 @@
 // rows and for packing. Codes move into lanes as words of four bytes, which costs a fraction of moving floats, and
 // become float32 there. Formats and shapes that no reader is for are decoded by codes.h.
 
-// How a value comes from its code: code * scale, (code - zero) * scale or code * scale - minimum; or code * scale by an
-// addition to exponents.
-enum class Affine { kScale, kZero, kMinimum, kExponent };
-
-// W rows of a quantised matrix from lane0 on, of which the last is repeated where there are fewer, and where their sums
-// go. The rows that are read after these lie `step` behind them.
-struct CodeLanes {
-  const Matrix* matrix;
-  int64_t lane0, valid;
-  float* tile;
-  int64_t step;
-};
-
-FFN_FN int64_t columns_of_group(const Codes& c) {
-  return c.scales ? c.block_cols : c.format == Format::kQ6_K ? 16 : 32;
-}
-
-FFN_FN int64_t scale_bytes(const Codes& c) {
-  return c.scale_type == ScaleType::kFloat32                                    ? 4
-         : c.scale_type == ScaleType::kE8M0 || c.scale_type == ScaleType::kE4M3 ? 1
-                                                                                : 2;
-}
-
-// n scales from `at` on in a tensor of them; the other lanes are undefined.
-FFN_FN FloatLanes scale_lanes_at(const Codes& c, int64_t at, int64_t n) {
-  using V = Vec<float>;
-  constexpr int64_t W = V::kLanes;
-  FloatLanes scales;
-  if (c.scale_type == ScaleType::kFloat32) {
-    scales = load_part<V>(static_cast<const float*>(c.scales) + at, n).reg;
-  } else if (c.scale_type == ScaleType::kFloat16) {
-    scales = load_part<V>(static_cast<const Half*>(c.scales) + at, n).reg;
-  } else if (c.scale_type == ScaleType::kBFloat16) {
-    scales = load_part<V>(static_cast<const BFloat16*>(c.scales) + at, n).reg;
-  } else {
-    const uint8_t* from = static_cast<const uint8_t*>(c.scales) + at;
-    uint8_t last[W] = {};
-    if (n < W) {
-      __builtin_memcpy(last, from, static_cast<size_t>(n));
-      from = last;
-    }
-    scales = c.scale_type == ScaleType::kE4M3 ? e4m3_lanes(from) : e8m0_lanes(byte_lanes(from));
-  }
-  return c.format == Format::kNvfp4 ? scales * c.factor : scales;
-}
-
-FFN_FN FloatLanes zero_lanes_at(const uint8_t* row, int64_t group, int64_t n) {
-  constexpr int64_t W = Vec<float>::kLanes;
-  uint8_t bytes[W] = {};
-  __builtin_memcpy(bytes, row + group / 2, static_cast<size_t>((n + 1) / 2));
-  return to_float_lanes(nibble_lanes(bytes) & 15u);
-}
-
-// Scales of n groups of a row of GGUF blocks from `group`, a multiple of W, on, and their minima where there are any.
-template <Format kFormat>
-FFN_FN void gguf_scales(const uint8_t* row, int64_t group, int64_t n, Vec<float>& scales, Vec<float>& minima) {
-  using V = Vec<float>;
-  constexpr int64_t W = V::kLanes, kBlock = info_of(kFormat).block, kBytes = info_of(kFormat).block_bytes;
-  constexpr int64_t kGroups = kFormat == Format::kQ6_K ? 16 : kBlock / 32;  // of a block
-  uint16_t halves[2][W] = {};
-  uint8_t bytes[2][W + 8] = {};
-  for (int64_t i = 0; i < n; i += kGroups) {
-    const uint8_t* b = row + (group + i) / kGroups * kBytes;
-    if constexpr (kFormat == Format::kGgufMxfp4) {
-      bytes[0][i] = b[0];
-    } else if constexpr (kGroups == 1) {
-      __builtin_memcpy(&halves[0][i], b, 2);
-    } else {
-      const int64_t from = group % kGroups, together = kGroups < W ? kGroups : W;
-      for (int64_t j = 0; j < together; ++j) {
-        __builtin_memcpy(&halves[0][i + j], b + (kFormat == Format::kQ6_K ? 208 : 0), 2);
-        if constexpr (kGroups == 8) __builtin_memcpy(&halves[1][i + j], b + 2, 2);
-      }
-      if constexpr (kFormat == Format::kQ6_K) {
-        __builtin_memcpy(bytes[0] + i, b + 192 + from, together);
-      } else {  // k_scale_min, four at a time
-        uint32_t packed[3], each[2][2];
-        __builtin_memcpy(packed, b + 4, 12);
-        for (int j = 0; j < 2; ++j) {
-          each[j][0] = packed[j] & 0x3f3f3f3fu;
-          each[j][1] = ((packed[2] >> (4 * j)) & 0x0f0f0f0fu) | (((packed[j] >> 6) & 0x03030303u) << 4);
-          uint8_t eight[8];
-          __builtin_memcpy(eight, each[j], 8);
-          __builtin_memcpy(bytes[j] + i, eight + from, together);
-        }
-      }
-    }
-  }
-  const auto half = [&](int i)
-                        __attribute__((always_inline)) { return load<V>(reinterpret_cast<const Half*>(halves[i])); };
-  const auto integer = [&](int i) __attribute__((always_inline)) {
-    return V(__builtin_convertvector((Int32Lanes)(byte_lanes(bytes[i]) << 24) >> 24, FloatLanes));
-  };
-  if constexpr (kFormat == Format::kGgufMxfp4) scales = V(e8m0_lanes(byte_lanes(bytes[0])));
-  else scales = kGroups == 1 ? half(0) : half(0) * integer(0);
-  if constexpr (kGroups == 8) minima = half(1) * integer(1);
-}
-
 #include "code_readers.h"
 
-// Rows of one CodeLanes and the scales of W groups of them.
-template <class Layout>
-struct ScaledRows {
-  static constexpr Affine kAffine = Layout::kAffine;
-  static constexpr int64_t W = Vec<float>::kLanes;
+#include "scales_of_codes.h"
 
-  const uint8_t* row[W];
-  int64_t block_row[W];
-  int64_t ahead, scales_ahead;      // bytes from a row, and its scales, to those that are read after these rows
-  alignas(64) float scales[W * W];  // [group][row]
-  alignas(64) float offsets[kAffine == Affine::kZero || kAffine == Affine::kMinimum ? W * W : 1];
-  Uint32Lanes exponents[4];  // kExponent: bytes of four groups in each lane
-  Uint32Lanes unfit{};       // not 0: a scale does not fit the reader
+// What is read after a unit of the codes at k: a line of each row is asked for once, evenly, as many at once would wait
+// for each other.
+template <class Layout, int R>
+struct AskedRows {
+  static constexpr FormatInfo kInfo = info_of(Layout::kFormat);
+  static constexpr int64_t W = Vec<float>::kLanes, kUnit = Layout::Read::kUnit;
+  static constexpr int64_t kAsked = divide_up(W * kUnit * kInfo.block_bytes, kInfo.block * 64);  // lines of a unit
 
-  FFN_FN void begin(const CodeLanes& lanes) {
-    const Matrix& m = *lanes.matrix;
-    const Codes& c = *m.codes;
-    for (int64_t i = 0; i < W; ++i) {
-      const int64_t index = m.first_row + (lanes.lane0 + (i < lanes.valid ? i : lanes.valid - 1)) * m.row_stride;
-      row[i] = c.data + index * c.row_bytes;
-      block_row[i] = c.scales ? index / c.block_rows : 0;
-    }
-    ahead = lanes.step * m.row_stride * c.row_bytes;
-    scales_ahead = c.scales ? lanes.step * m.row_stride / c.block_rows * c.scale_row * scale_bytes(c) : 0;
-  }
-  FFN_FN void load_groups(const Codes& c, int64_t group, int64_t groups) {
-    const int64_t n = groups - group < W ? groups - group : W;
-    if (c.scales) {
-      const int64_t bytes = scale_bytes(c);
-      const char* from = static_cast<const char*>(c.scales) + (block_row[0] * c.scale_row + W * group) * bytes;
-      for (int64_t at = 0; at < W * n * bytes; at += 64) prefetch_l2(from + scales_ahead + at);
-    }
-    if constexpr (kAffine == Affine::kExponent) load_exponents(c, group, n);
-    else load_scales(c, group, n);
-  }
-  FFN_FN void load_exponents(const Codes& c, int64_t group, int64_t n) {
-    uint8_t copied[W][16];
-    const uint8_t* from[W];
-    for (int64_t i = 0; i < W; ++i) {
-      from[i] = copied[i];
-      if constexpr (Layout::kInBlocks) {
-        __builtin_memset(copied[i], kPlainExponent, 16);
-        for (int64_t j = 0; j < n; ++j) copied[i][j] = row[i][(group + j) * info_of(Layout::kFormat).block_bytes];
-      } else {
-        const uint8_t* at = static_cast<const uint8_t*>(c.scales) + block_row[i] * c.scale_row + group;
-        if (n == 16) {
-          from[i] = at;
-        } else {
-          __builtin_memset(copied[i], kPlainExponent, 16);
-          __builtin_memcpy(copied[i], at, static_cast<size_t>(n));
-        }
-      }
-    }
-    transpose_words(from, 0, exponents);
-    for (const Uint32Lanes w : exponents) unfit |= (Uint32Lanes)((Uint8Lanes)w - uint8_t{2} > uint8_t{225});
-  }
-  FFN_FN void load_scales(const Codes& c, int64_t group, int64_t n) {
-    using V = Vec<float>;
-    V block[W], second[W];
-    const bool plain = c.scale_type == ScaleType::kFloat32;
-    for (int64_t i = 0; i < W && plain && !Layout::kInBlocks; ++i)
-      block[i] = load_part<V>(static_cast<const float*>(c.scales) + block_row[i] * c.scale_row + group, n);
-    for (int64_t i = 0; i < W; ++i) {
-      if constexpr (!Layout::kInBlocks) {
-        if (!plain) block[i].reg = scale_lanes_at(c, block_row[i] * c.scale_row + group, n);
-        if constexpr (kAffine == Affine::kZero)
-          second[i].reg = zero_lanes_at(c.zeros + block_row[i] * c.zero_row_bytes, group, n);
-      } else {
-        gguf_scales<Layout::kFormat>(row[i], group, n, block[i], second[i]);
-      }
-    }
-    transpose(block);
-    constexpr float kFactor = Layout::Read::kFactor;
-    for (int64_t i = 0; i < W; ++i) {
-      const V scaled = block[i] * V(kFactor);
-      if (i < n) unfit |= (Uint32Lanes)((scaled * V(1 / kFactor)).reg != block[i].reg);
-      store(scales + i * W, scaled);
-    }
-    if constexpr (kAffine != Affine::kScale) {
-      transpose(second);
-      for (int64_t i = 0; i < W; ++i) store(offsets + i * W, second[i]);
+  const ScaledRows<Layout>* rows;
+  int64_t row_bytes, later, turn, asked = 0;
+  FFN_FN AskedRows(const ScaledRows<Layout>* rows, const Codes& c, int64_t k)
+      : rows(rows),
+        row_bytes(c.row_bytes),
+        later(k * kInfo.block_bytes / kInfo.block + kStreamBytes),
+        turn(k / kUnit * kAsked) {}
+  FFN_FN void until(int64_t part, int64_t parts) {
+    for (; asked * parts < part * kAsked; ++asked) {
+      const int64_t at = later + (kAsked > W ? asked / W * 64 : 0);
+      FFN_UNROLL
+      for (int r = 0; r < R; ++r)
+        prefetch(rows[r].row[(turn + asked) % W] + at + (at < row_bytes ? 0 : rows[r].ahead - row_bytes));
     }
   }
-  // In both halves of a lane, as NibblePairs takes them: 2^(byte - 127 - 100) is that of bfloat16.
-  FFN_FN Uint32Lanes exponent_pairs(int64_t group) const {
-    const int64_t in_groups = group % W;
-    const Uint32Lanes less = ((exponents[in_groups / 4] >> static_cast<uint32_t>(in_groups % 4 * 8)) & 255u) - 227u;
-    return (less << 23) | ((less << 7) & 0xffffu);
-  }
-  FFN_FN bool fit() const {
-    uint32_t any = 0;
-    for (int64_t i = 0; i < W; ++i) any |= unfit[i];
-    return any == 0;
-  }
-
- private:
-  static constexpr int kPlainExponent = 127;
 };
 
 // What reads a format: `Reader` of codes, or a part of one.
@@ -210,6 +40,17 @@ struct CodeLayout {
   static constexpr bool kInBlocks = info_of(kFormat_).tensors == 1;  // scales, with their codes
   static constexpr Affine kAffine = kAffine_;
 };
+
+// Calls f(layout) where sums of rows of K such codes may be kept in units of their scales.
+template <class F>
+FFN_FN void with_powers_layout(const Codes& c, int64_t K, const F& f) {
+  if constexpr (ReadNibbles<true, false>::kUnit % kSumBlock == 0) {
+    if (c.format == Format::kMxfp4 && c.scale_type == ScaleType::kE8M0 && c.block_cols == 32 && K % 32 == 0)
+      return f(CodeLayout<Format::kMxfp4, ReadNibbles<true, false>, Affine::kPower>{});
+    if (c.format == Format::kGgufMxfp4)
+      return f(CodeLayout<Format::kGgufMxfp4, ReadBlocks4<true, false, 4>, Affine::kPower>{});
+  }
+}
 
 // Calls f(layout) where a reader is for rows of K such codes.
 template <class F>
@@ -252,10 +93,11 @@ FFN_FN bool with_layout(const Codes& c, int64_t K, const F& f) {
   return false;
 }
 
-// Calls f(k, vectors of R times W rows) for each k of [begin, end), which are whole words of rows of K, or whole units
-// of blocks, and after(next k) behind each part of a unit. False where a code or a scale has no value that the reader
-// knows: nothing that f did may be used then.
-template <class Layout, int R, class F, class After>
+// Calls f(i, k, vectors of R times W rows) for each k of [begin, end), which are whole words of rows of K, or whole
+// units of blocks. Blocks of kSumBlock steps have sums of their own: where a unit is C of them they run side by side,
+// as block i, else i is 0. after(next k of block 0, how many blocks) follows each part of a unit. False where a code or
+// a scale has no value that the reader knows: nothing that f did may be used then.
+template <class Layout, int R, int C, class F, class After>
 FFN_FN bool for_each_code(const CodeLanes* lanes, int64_t K, int64_t begin, int64_t end, const F& f,
                           const After& after) {
   using V = Vec<float>;
@@ -266,67 +108,76 @@ FFN_FN bool for_each_code(const CodeLanes* lanes, int64_t K, int64_t begin, int6
   const Codes& c = *lanes[0].matrix->codes;
   const int64_t columns = columns_of_group(c), groups = divide_up(K, columns);
   ScaledRows<Layout> rows[R];
-  int64_t group = begin / columns, group_end = (group + 1) * columns;  // of the part at hand, and where it ends
-  [[maybe_unused]] Uint32Lanes exponents[R];
-  const auto load_group = [&](bool first = false) __attribute__((always_inline)) {
-    for (int r = 0; r < R; ++r) {
-      if (first) rows[r].begin(lanes[r]);
-      if (first || group % W == 0) rows[r].load_groups(*lanes[r].matrix->codes, group / W * W, groups);
-      if constexpr (kAffine == Affine::kExponent) exponents[r] = rows[r].exponent_pairs(group);
-    }
-  };
-  load_group(true);
+  for (int r = 0; r < R; ++r) rows[r].begin(lanes[r]);
+  int64_t loaded = -1;  // of each W groups
   Read read(c);
-  constexpr int64_t kLine = 64 / Read::kBytes, kAsked = W > kLine ? W / kLine : 1;  // units of a line; rows
-  for (int64_t k = begin; k < end; k += kUnit) {
+  const auto multiply = [&](int64_t k, int parts, auto blocks) __attribute__((always_inline)) {
+    constexpr int B = decltype(blocks)::value;
     const int64_t at = read.offset(k);
-    const int parts = end - k < kUnit ? static_cast<int>((end - k) / kSteps) : Read::kParts;
     typename Read::Unit units[R];
     FFN_UNROLL
     for (int r = 0; r < R; ++r) read.load(rows[r].row, at, parts, units[r]);
-    // A line of each row is asked for once, evenly: many at once would wait for each other.
-    const int64_t later = at + kStreamBytes, turn = (k - begin) / kUnit * kAsked % W;
-    int64_t asked = 0;
+    AskedRows<Layout, R> ask(rows, c, k);
+    const int parts_of_block = parts / B;
+    int64_t group[B], group_end[B];  // of the part at hand, and where it ends
+    [[maybe_unused]] Uint32Lanes exponents[B][R];
+    FFN_UNROLL
+    for (int i = 0; i < B; ++i) {
+      group[i] = (k + i * kSumBlock) / columns - 1;
+      group_end[i] = 0;
+    }
 #pragma GCC unroll 1
-    for (int part = 0; part < parts; ++part) {
-      for (; asked * parts < (part + 1) * kAsked; ++asked) {
-        FFN_UNROLL
-        for (int r = 0; r < R; ++r)
-          prefetch(rows[r].row[turn + asked] + later + (later < c.row_bytes ? 0 : rows[r].ahead - c.row_bytes));
-      }
+    for (int part = 0; part < parts_of_block; ++part) {
+      ask.until(part + 1, parts_of_block);
       const int64_t k_part = k + part * kSteps;
-      if (k_part == group_end) {
-        ++group;
-        group_end += columns;
-        load_group();
-      }
-      V scales[R], offsets[R];
-      decltype(read.word(units[0], 0)) words[R];
+      V scales[B][R], offsets[B][R];
+      decltype(read.word(units[0], 0)) words[B][R];
       FFN_UNROLL
-      for (int r = 0; r < R; ++r) {
-        words[r] = read.word(units[r], part);
-        if constexpr (kAffine == Affine::kExponent) {
-          words[r] = Read::Nibbles::scaled(words[r], exponents[r]);
-        } else {
-          scales[r] = load<V>(rows[r].scales + group % W * W);
-          if constexpr (kAffine != Affine::kScale) offsets[r] = load<V>(rows[r].offsets + group % W * W);
+      for (int i = 0; i < B; ++i) {
+        if (k_part + i * kSumBlock >= group_end[i]) {
+          group_end[i] = (++group[i] + 1) * columns;
+          if (group[i] / W != loaded) {  // by the first block: W groups are whole units
+            loaded = group[i] / W;
+            for (int r = 0; r < R; ++r) rows[r].load_groups(*lanes[r].matrix->codes, loaded * W, groups);
+          }
+          if constexpr (kAffine == Affine::kExponent) {
+            for (int r = 0; r < R; ++r) exponents[i][r] = rows[r].exponent_pairs(group[i]);
+          }
+        }
+        FFN_UNROLL
+        for (int r = 0; r < R; ++r) {
+          words[i][r] = read.word(units[r], part + i * parts_of_block);
+          if constexpr (kAffine == Affine::kExponent) {
+            words[i][r] = Read::Nibbles::scaled(words[i][r], exponents[i][r]);
+          } else {
+            scales[i][r] = load<V>(rows[r].scales + group[i] % W * W);
+            if constexpr (kAffine != Affine::kScale) offsets[i][r] = load<V>(rows[r].offsets + group[i] % W * W);
+          }
         }
       }
       FFN_UNROLL
       for (int e = 0; e < kSteps; ++e) {
-        V b[R];
         FFN_UNROLL
-        for (int r = 0; r < R; ++r) {
-          b[r] = V(read.value(words[r], e));
-          if constexpr (kAffine == Affine::kZero) b[r] = b[r] - offsets[r];
-          if constexpr (kAffine != Affine::kExponent) b[r] = b[r] * scales[r];
-          if constexpr (kAffine == Affine::kMinimum) b[r] = b[r] - offsets[r];
+        for (int i = 0; i < B; ++i) {
+          V b[R];
+          FFN_UNROLL
+          for (int r = 0; r < R; ++r) {
+            b[r] = V(read.value(words[i][r], e));
+            if constexpr (kAffine == Affine::kZero) b[r] = b[r] - offsets[i][r];
+            if constexpr (kAffine == Affine::kMinimum)
+              b[r] = fma(b[r], scales[i][r], offsets[i][r]);  // an exact product
+            else if constexpr (kAffine != Affine::kExponent) b[r] = b[r] * scales[i][r];
+          }
+          f(i, k_part + i * kSumBlock + e, b);
         }
-        f(k_part + e, b);
       }
-      after(k_part + kSteps);
+      after(k_part + kSteps, B);
     }
-  }
+  };
+  constexpr int kBlocks = C * kSumBlock == kUnit ? C : 1;
+  int64_t k = begin;
+  for (; k + kUnit <= end; k += kUnit) multiply(k, Read::kParts, std::integral_constant<int, kBlocks>{});
+  if (k < end) multiply(k, static_cast<int>((end - k) / kSteps), std::integral_constant<int, 1>{});
   bool ok = read.ok();
   for (int r = 0; r < R; ++r) ok = ok && rows[r].fit();
   return ok;

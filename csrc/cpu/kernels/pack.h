@@ -223,32 +223,40 @@ bool pack_code_lanes(const Matrix& m, int64_t lane0, int64_t lanes, int64_t k0, 
   return ok &&
          with_layout(*m.codes, K,
                      [&](auto layout) {
-                       ok = for_each_code<decltype(layout), 1>(
+                       ok = for_each_code<decltype(layout), 1, 1>(
                            &rows, K, k0, k0 + kc,
-                           [&](int64_t k, const V(&b)[1])
+                           [&](int, int64_t k, const V(&b)[1])
                                __attribute__((always_inline)) { store_part(out + (k - k0) * stride, b[0], lanes); },
-                           [](int64_t) {});
+                           [](int64_t, int) {});
                      }) &&
          ok;
 }
 
-// pack_panels of a quantised operand, in pieces that are decoded in L1.
+// pack_panels of a quantised operand: rows along the lanes are decoded in place, others in lanes or in pieces in L1.
 template <class V>
 void pack_codes(const Operand& op, int64_t lane0, int64_t lane_end, int64_t k0, int64_t kc, int64_t panel_lanes,
                 float* out, int64_t stride, int64_t panel_step, int64_t panels) {
   constexpr int64_t W = V::kLanes, kStride = kDecodeAtOnce + 16;
   alignas(64) float buffer[kRowsAtOnce * kStride];
   if (op.k_along_rows) {
-    const int64_t together = kDecodeAtOnce / panel_lanes;
-    for (int64_t k = 0; k < kc; k += kRowsAtOnce) {
-      const int64_t n = kc - k < kRowsAtOnce ? kc - k : kRowsAtOnce;
-      for (int64_t p = 0; p < panels; p += together) {
-        const int64_t count = panels - p < together ? panels - p : together;
+    // Rows lie pages apart, where the hardware does not look ahead.
+    const Codes& c = *op.matrix.codes;
+    const FormatInfo& info = info_of(c.format);
+    const int64_t row_bytes = op.matrix.row_stride * c.row_bytes;
+    const auto byte_of = [&](int64_t lane) { return (op.matrix.first_col + lane) / info.block * info.block_bytes; };
+    const uint8_t* row = c.data + (op.matrix.first_row + k0 * op.matrix.row_stride) * c.row_bytes;
+    const int64_t first = byte_of(lane0),
+                  last = byte_of(lane0 + panels * panel_lanes < lane_end ? lane0 + panels * panel_lanes : lane_end);
+    for (int64_t k = 0; k < kc; ++k, row += row_bytes) {
+      if (k + kRowsAhead < kc) {
+        for (int64_t byte = first; byte < last; byte += 64) prefetch_l2(row + kRowsAhead * row_bytes + byte);
+      }
+      for (int64_t p = 0; p < panels; ++p) {
         const int64_t lane = lane0 + p * panel_lanes, left = lane_end - lane > 0 ? lane_end - lane : 0;
-        const int64_t valid = left < count * panel_lanes ? left : count * panel_lanes;
-        const Matrix piece = decoded(op.matrix, k0 + k, n, lane, valid, buffer, kStride);
-        pack_copied<V, float>(piece, 0, valid, 0, n, panel_lanes, out + p * panel_step + k * stride, stride, panel_step,
-                              count);
+        const int64_t valid = left < panel_lanes ? left : panel_lanes;
+        float* to = out + p * panel_step + k * stride;
+        decode_row(op.matrix, k0 + k, lane, valid, to);  // a panel is whole vectors
+        for (int64_t i = valid; i < panel_lanes; ++i) to[i] = 0;
       }
     }
     return;
