@@ -129,4 +129,5 @@ FFN_FN void transpose(V (&rows)[V::kLanes]) {
 }
 
 FFN_FN void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+FFN_FN void prefetch_to_write(const void* p) { __builtin_prefetch(p, 1, 3); }
 FFN_FN void prefetch_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
