@@ -54,15 +54,19 @@ void dot_kernel(const Matrix& m, int64_t lane0, int64_t valid, int64_t K, const 
   const auto ask = [&](int64_t c, int64_t k, int64_t ahead, auto count) __attribute__((always_inline)) {
     constexpr int64_t kCount = decltype(count)::value;  // elements of the rows, multiplied meanwhile
     if constexpr (!kByRows) return later.template ask<kCount>();
-    if constexpr (kLines < 4) {
+    constexpr int64_t kRows = kCount / kSumBlock;  // a block of k of so many rows
+    if constexpr (kLines < 4 || kRows == 0) {
       FFN_UNROLL
       for (int64_t i = 0; i < W; ++i) prefetch(row[i] + k + ahead);
-      return;
+    } else {
+      const S* const* asked = row + (k - c) * W / kSumBlock;
+      FFN_UNROLL
+      for (int64_t i = 0; i < kRows; ++i) {
+        const S* at = asked[i] + c + ahead;
+        FFN_UNROLL
+        for (int64_t line = 0; line < kLines; ++line) prefetch(at + line * kLine);
+      }
     }
-    const int64_t first = (k - c) * W / kLine;
-    FFN_UNROLL
-    for (int64_t i = first; i < first + kCount / kLine; ++i)
-      prefetch(row[i / kLines] + c + ahead + i % kLines * kLine);
   };
   Sum total[H];
   FFN_UNROLL
