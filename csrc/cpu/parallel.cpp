@@ -45,9 +45,12 @@ void* packed_row(const ScheduledGemm& g) {
 
 constexpr int kLooks = 2000;            // before a thread sleeps: about as long as waking it takes, or a little longer
 constexpr int64_t kLongWait = 500'000;  // nanoseconds: tasks are shorter, so a worker that takes that long does not run
-constexpr int64_t kAlone = 32;          // times such a wait is how long callers then work alone,
+constexpr int64_t kLateRegion = 2'000'000;   // the same of torch's region, whose threads may have to be woken,
+constexpr int kLateRegions = 2;              // in so many calls that follow each other
+constexpr int64_t kAlone = 32;               // times such a wait is how long callers then work alone,
 constexpr int64_t kMostAlone = 100'000'000;  // nanoseconds, at most
 std::atomic<int64_t> alone_until{0};
+std::atomic<int> late_regions{0};
 
 int64_t now() {
   return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
@@ -97,7 +100,7 @@ void Phases::run(int64_t workers) const {
   std::atomic<int64_t> next{0};
   std::atomic<int64_t> done{0};
   std::atomic<int64_t> ended{0};
-  int64_t worked = 0;  // nanoseconds of the caller: what is left of its time it waited, also for torch's own region
+  int64_t waited = 0, inside = 0;  // nanoseconds of the caller: for workers, and in all within torch's region
   const auto work = [&](int64_t worker) {
     size_t p = 0;
     for (;;) {
@@ -105,7 +108,7 @@ void Phases::run(int64_t workers) const {
       if (t >= phases_.back().end) return;
       while (t >= phases_[p].end) ++p;
       const int64_t slept = wait_for(done, phases_[p].begin);
-      if (worker == 0) worked -= slept;
+      if (worker == 0) waited += slept;
       if (!next.compare_exchange_strong(t, t + 1, std::memory_order_relaxed)) continue;
       phases_[p].run(t - phases_[p].begin, worker);
       if (done.fetch_add(1, std::memory_order_acq_rel) + 1 == phases_[p].end) done.notify_all();
@@ -114,16 +117,19 @@ void Phases::run(int64_t workers) const {
   torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
     const int64_t entered = begin == 0 ? now() : 0;
     for (int64_t worker = begin; worker < end; ++worker) work(worker);
-    if (begin == 0) worked += now() - entered;
     // The end of torch's parallel region looks for the others for milliseconds before it sleeps. This thread sleeps
     // sooner: its core is then free for one that waits for a core.
     if (ended.fetch_add(end - begin, std::memory_order_acq_rel) + end - begin == workers) ended.notify_all();
-    if (begin == 0) (void)wait_for(ended, workers);
+    if (begin != 0) return;
+    waited += wait_for(ended, workers);
+    inside = now() - entered;
   });
   // Other processes keep the cores busy: for some time a call takes less on this thread alone.
-  const int64_t at = now(), waited = at - begun - worked;
-  if (waited > kLongWait && 3 * waited > at - begun)
-    alone_until.store(at + std::min(kAlone * waited, kMostAlone), std::memory_order_relaxed);
+  const int64_t at = now(), region = at - begun - inside;  // torch's region begins and ends when all its threads come
+  const int late = region > kLateRegion ? late_regions.load(std::memory_order_relaxed) + 1 : 0;
+  late_regions.store(late, std::memory_order_relaxed);
+  if ((waited > kLongWait && 3 * waited > at - begun) || late >= kLateRegions)
+    alone_until.store(at + std::min(kAlone * std::max(waited, region), kMostAlone), std::memory_order_relaxed);
 }
 
 void Steps::pass(int64_t tasks, Phases::Task run) { steps_.push_back({{}, tasks, std::move(run), Step::Kind::kPass}); }
