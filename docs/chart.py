@@ -11,14 +11,14 @@ import statistics
 from pathlib import Path
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
-GPU, CPU = "H200, bfloat16", "2 cores of a Xeon"
+GPU, CPU = "H200, bfloat16", "2 cores of an EPYC"
 MOE = "moe-nvidia-h200"
 BARS = [  # label, machine, file, row, peers: the fastest counts
     ("mixture, 128 experts, training", GPU, MOE, "T 40960 768/256 E 128 K 8", ["grouped_mm"]),
     ("mixture, 32 experts, training", GPU, MOE, "T 40960 768/1024 E 32 K 2", ["grouped_mm"]),
     ("dense, 4096/14336, training", GPU, "dense-nvidia-h200", "T 8192 4096/14336", ["eager"]),
     *(
-        (f"{model}, {mode}, {dtype}", CPU, "models-xeon-emerald-rapids-avx512", f"{key} {mode} {dtype}", peers)
+        (f"{model}, {mode}, {dtype}", CPU, "models-epyc-zen5-avx512-bf16", f"{key} {mode} {dtype}", peers)
         for key, model, peers in [
             ("moe", "MoE model", ["eager", "batched_mm", "grouped_mm"]),
             ("llama", "Llama", ["untouched"]),
