@@ -129,8 +129,8 @@ STABLE_TORCH_LIBRARY(ffn_ops, m) {
   // The machine's limits: GFLOP/s of float32 multiply-adds, and GB/s of one pass over a float32 buffer.
   m.def("_peak_fma(str isa, int threads, float seconds) -> float");
   m.def("_peak_read(Tensor buffer, str isa, int threads) -> float");
-  // Moves a tensor of the CPU onto huge pages in its place; gives the bytes that lie on them.
-  m.def("_use_huge_pages(Tensor tensor) -> int");
+  // Moves memory onto huge pages in its place; gives the bytes of it that lie on them.
+  m.def("_use_huge_pages(int address, int bytes) -> int");
   // Workspace that the CPU keeps for later calls.
   m.def("_empty_cache() -> ()");
   m.def("_cached_bytes() -> int");

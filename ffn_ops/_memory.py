@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import _checks as check
@@ -49,13 +50,30 @@ def set_cache_limit(limit: int | None) -> None:
         raise ValueError(str(error)) from None
 
 
-def _dense_parts(tensor: Tensor) -> Iterator[Tensor]:
+def _plain(tensor: Tensor) -> Iterator[Tensor]:
     """The plain tensors that a tensor is made of: a subclass's own (DTensor, torchao), or itself."""
     if not is_traceable_wrapper_subclass(tensor):
         yield tensor
         return
     for name in tensor.__tensor_flatten__()[0]:  # type: ignore[attr-defined]
-        yield from _dense_parts(getattr(tensor, name))
+        part = getattr(tensor, name)
+        if isinstance(part, Tensor):  # DTensor names its mesh too
+            yield from _plain(part)
+
+
+def _span(tensor: Tensor) -> tuple[int, int] | None:
+    """Where a plain tensor begins and ends in the CPU's memory, if it has any there."""
+    if is_lazy(tensor) or tensor.layout != torch.strided or tensor.numel() == 0:
+        return None
+    try:
+        storage = tensor.untyped_storage()
+        if storage.device.type != "cpu" or storage.data_ptr() == 0:
+            return None
+    except RuntimeError:  # a subclass without memory
+        return None
+    begin = storage.data_ptr() + tensor.storage_offset() * tensor.itemsize
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return int(begin), int(begin + (last + 1) * tensor.itemsize)
 
 
 def use_huge_pages(model: nn.Module) -> int:
@@ -90,13 +108,12 @@ def use_huge_pages(model: nn.Module) -> int:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    storages = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        for part in _dense_parts(tensor):
-            if part.device.type == "cpu" and part.layout == torch.strided:
-                storage = part.untyped_storage()
-                storages[storage.data_ptr()] = storage
-    return sum(
-        torch.ops.ffn_ops._use_huge_pages(torch.empty(0, dtype=torch.uint8).set_(storage))
-        for storage in storages.values()
-    )
+    tensors = (*model.parameters(), *model.buffers())
+    spans = sorted(filter(None, (_span(part) for tensor in tensors for part in _plain(tensor))))
+    moved = end = 0
+    for begin, stop in spans:
+        begin = max(begin, end)  # of memory that several share, once
+        if begin < stop:
+            moved += torch.ops.ffn_ops._use_huge_pages(begin, stop - begin)
+            end = stop
+    return moved

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.tensor
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.testing._internal.two_tensor import TwoTensor
 
 import ffn_ops
@@ -71,6 +73,34 @@ def test_values_and_addresses_stay() -> None:
         assert tensors[name].data_ptr() == address
         assert torch.equal(tensors[name], values), name
     assert torch.equal(model.up(x), y)  # type: ignore[operator]
+
+
+@pytest.mark.skipif(not can_collapse(), reason="needs Linux 6.1 with transparent huge pages")
+def test_memory_that_tensors_share_counts_once() -> None:
+    """And of a view only what it covers."""
+    memory = torch.randn(8 << 20)
+    model = nn.ParameterList([memory[: 3 << 20], memory[2 << 20 : 5 << 20], memory[:4].t(), memory[: 3 << 20]])
+    moved = ffn_ops.use_huge_pages(model)
+    assert 4 * (5 << 20) - 2 * HUGE <= moved <= 4 * (5 << 20)
+    assert ffn_ops.use_huge_pages(nn.ParameterList([memory[: 1 << 20].view(1024, 1024).t()])) <= 4 << 20
+
+
+def test_tensors_of_other_kinds() -> None:
+    """DTensors, lazy and fake ones; whatever device is torch's default."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        sharded = torch.distributed.tensor.distribute_tensor(torch.randn(2048, 2048), mesh)
+        model = nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(3))
+        model.register_parameter("sharded", nn.Parameter(sharded))
+        with FakeTensorMode():
+            model.fake = nn.Linear(2048, 2048)
+        with torch.device("meta"):
+            moved = ffn_ops.use_huge_pages(model)
+        assert 4 * 2048 * 2048 - 2 * HUGE <= moved <= 4 * 2048 * 2048 + 4 * 6 if can_collapse() else moved == 0
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_small_and_absent_memory() -> None:

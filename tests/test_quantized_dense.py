@@ -187,3 +187,18 @@ def test_bad_linear_layers_are_refused_by_name() -> None:
     ):  # fmt: skip
         with pytest.raises(error, match=message):
             call()
+
+
+@pytest.mark.parametrize("columns", (3, 5, 12, 20, 24, 40, 100, 192))
+def test_groups_that_end_within_a_vector(columns: int, isa: str) -> None:
+    """Forward and the gradient of x, which packs rows of codes into panels whose neighbours are full already."""
+    g = generator(9)
+    codes = torch.randint(256, (70, 192), dtype=torch.uint8, generator=g)
+    w = ffn_ops.QuantizedWeight("int8", codes, torch.rand(70, -(-192 // columns), generator=g), block=(1, columns))
+    dense, (parts, name) = w.dequantize(), w.stacked()
+    for T in (3, 40):
+        offsets, x, d_y = torch.tensor([0, T]), torch.randn(T, 192, generator=g), torch.randn(T, 70, generator=g)
+        y = torch.ops.ffn_ops.quantized_linear(x, parts, name, offsets, False)
+        assert torch.equal(y, torch.ops.ffn_ops.moe_linear(x, dense[None], offsets)), f"T {T}"
+        d_x = torch.ops.ffn_ops.quantized_linear(d_y, parts, name, offsets, True)
+        assert torch.equal(d_x, torch.ops.ffn_ops.moe_linear(d_y, dense.t()[None], offsets)), f"T {T}"

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The instruction set in use, what `info` reports of this build and machine, and the memory that is kept.
+#include <algorithm>
 #include <atomic>
 #include <string>
 
@@ -44,10 +45,8 @@ void use_isa(std::string name) {
   chosen_isa.store(static_cast<int>(choice.isa), std::memory_order_relaxed);
 }
 
-// Of a dense tensor.
-int64_t use_huge_pages(const Tensor& tensor) {
-  const auto bytes = static_cast<size_t>(tensor.numel()) * aoti_torch_dtype_element_size(dtype_code(tensor));
-  return move_to_huge_pages(tensor.const_data_ptr(), bytes);
+int64_t use_huge_pages(int64_t address, int64_t bytes) {
+  return move_to_huge_pages(reinterpret_cast<const void*>(address), static_cast<size_t>(std::max<int64_t>(0, bytes)));
 }
 
 }  // namespace
@@ -62,6 +61,5 @@ STABLE_TORCH_LIBRARY_IMPL(ffn_ops, CompositeExplicitAutograd, m) {
   m.impl("_cached_bytes", TORCH_BOX(&ffn_ops::cached_bytes));
   m.impl("_cache_limit", TORCH_BOX(&ffn_ops::cache_limit));
   m.impl("_set_cache_limit", TORCH_BOX(&ffn_ops::set_cache_limit));
+  m.impl("_use_huge_pages", TORCH_BOX(&ffn_ops::use_huge_pages));
 }
-
-STABLE_TORCH_LIBRARY_IMPL(ffn_ops, CPU, m) { m.impl("_use_huge_pages", TORCH_BOX(&ffn_ops::use_huge_pages)); }

@@ -239,6 +239,14 @@ inline void decode_row(const Codes& c, int64_t n_row, int64_t k, int64_t n, floa
   }
 }
 
+// Whether decode_row writes no further than the whole vectors that hold the n elements: a run of one scale that ends
+// within a vector is written to the vector's end.
+inline bool decodes_whole_vectors(const Codes& c, int64_t k, int64_t n) {
+  constexpr int64_t W = Vec<float>::kLanes;
+  const int64_t of_one_scale = c.scales ? c.block_cols : c.format == Format::kQ6_K ? 16 : 32;
+  return k % of_one_scale + n <= of_one_scale || (of_one_scale % W == 0 && k % W == 0);
+}
+
 // Row r of a quantised matrix, from column k on.
 FFN_FN void decode_row(const Matrix& m, int64_t r, int64_t k, int64_t n, float* out) {
   decode_row(*m.codes, m.first_row + r * m.row_stride, m.first_col + k, n, out);

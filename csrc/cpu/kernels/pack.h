@@ -255,7 +255,12 @@ void pack_codes(const Operand& op, int64_t lane0, int64_t lane_end, int64_t k0, 
         const int64_t lane = lane0 + p * panel_lanes, left = lane_end - lane > 0 ? lane_end - lane : 0;
         const int64_t valid = left < panel_lanes ? left : panel_lanes;
         float* to = out + p * panel_step + k * stride;
-        decode_row(op.matrix, k0 + k, lane, valid, to);  // a panel is whole vectors
+        if (decodes_whole_vectors(c, op.matrix.first_col + lane, valid)) {  // as a panel is
+          decode_row(op.matrix, k0 + k, lane, valid, to);
+        } else {
+          decode_row(op.matrix, k0 + k, lane, valid, buffer);
+          __builtin_memcpy(to, buffer, static_cast<size_t>(valid) * sizeof(float));
+        }
         for (int64_t i = valid; i < panel_lanes; ++i) to[i] = 0;
       }
     }

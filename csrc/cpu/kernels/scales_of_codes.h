@@ -72,7 +72,8 @@ FFN_FN bool fits_powers(const float* x, int64_t n) {
   for (int64_t i = 0; i < n; i += V::kLanes) {
     const V v = load_part<V>(x + i, n - i < V::kLanes ? n - i : V::kLanes);
     const Uint32Lanes magnitude = (Uint32Lanes)v.reg & 0x7fffffffu;
-    constexpr uint32_t kFrom = 57u << 23, kTo = 157u << 23;  // 2^-70, 2^30
+    // 2^-62, 2^30: what is left of x where sums cancel, 2^-23 of it, is a normal number also in units of the scale.
+    constexpr uint32_t kFrom = 65u << 23, kTo = 157u << 23;
     unfit |= (Uint32Lanes)(magnitude - kFrom > kTo - kFrom) & (Uint32Lanes)(magnitude != 0u);
   }
   uint32_t any = 0;
