@@ -245,8 +245,10 @@ void pack_codes(const Operand& op, int64_t lane0, int64_t lane_end, int64_t k0, 
     const int64_t row_bytes = op.matrix.row_stride * c.row_bytes;
     const auto byte_of = [&](int64_t lane) { return (op.matrix.first_col + lane) / info.block * info.block_bytes; };
     const uint8_t* row = c.data + (op.matrix.first_row + k0 * op.matrix.row_stride) * c.row_bytes;
-    const int64_t first = byte_of(lane0),
-                  last = byte_of(lane0 + panels * panel_lanes < lane_end ? lane0 + panels * panel_lanes : lane_end);
+    const int64_t end = lane0 + panels * panel_lanes < lane_end ? lane0 + panels * panel_lanes : lane_end;
+    const int64_t first = byte_of(lane0), last = byte_of(end);
+    // A panel is whole vectors.
+    const bool in_place = decodes_whole_vectors(c, op.matrix.first_col + lane0, end - lane0);
     for (int64_t k = 0; k < kc; ++k, row += row_bytes) {
       if (k + kRowsAhead < kc) {
         for (int64_t byte = first; byte < last; byte += 64) prefetch_l2(row + kRowsAhead * row_bytes + byte);
@@ -255,7 +257,7 @@ void pack_codes(const Operand& op, int64_t lane0, int64_t lane_end, int64_t k0, 
         const int64_t lane = lane0 + p * panel_lanes, left = lane_end - lane > 0 ? lane_end - lane : 0;
         const int64_t valid = left < panel_lanes ? left : panel_lanes;
         float* to = out + p * panel_step + k * stride;
-        if (decodes_whole_vectors(c, op.matrix.first_col + lane, valid)) {  // as a panel is
+        if (in_place) {
           decode_row(op.matrix, k0 + k, lane, valid, to);
         } else {
           decode_row(op.matrix, k0 + k, lane, valid, buffer);
