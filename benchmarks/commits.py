@@ -10,6 +10,7 @@ import sys
 import tarfile
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from .report import Record, ratio
 
@@ -37,8 +38,10 @@ def package_of(commit: str, root: Path) -> Path:
         with tempfile.TemporaryFile() as packed:
             subprocess.run(["git", "archive", commit], stdout=packed, cwd=root, check=True)
             packed.seek(0)
+            # Python before 3.10.12 and 3.11.4 has no filters.
+            safely: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
             with tarfile.open(fileobj=packed) as archive:
-                archive.extractall(tree, filter="data")
+                archive.extractall(tree, **safely)
         print(f"building the library of {commit}", flush=True)
         built = subprocess.run(
             [sys.executable, "setup.py", "build_ext", "--inplace"],

@@ -34,7 +34,7 @@ STEPS = (
         4.0,
         steps.tests_of(
             "test_accuracy.py", "test_gate.py", "test_gate_forms.py", "test_gradients.py", "test_determinism.py",
-            "test_memory.py", "test_huge_pages.py", "test_learned_act.py",
+            "test_memory.py", "test_learned_act.py",
         ),
     ),
     Step(

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -33,10 +35,17 @@ def can_collapse() -> bool:
     return bool(madvise((start + HUGE - 1) // HUGE * HUGE, HUGE, 25) == 0)  # MADV_COLLAPSE
 
 
-def huge_bytes() -> int:
-    """Of this process, as the system counts them."""
-    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("AnonHugePages"))
+def huge_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Of the mappings that hold these tensors, as the system counts them."""
+    places = [t.data_ptr() + t.nbytes // 2 for t in tensors]
+    total, held = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if span := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            begin, end = (int(each, 16) for each in span.groups())
+            held = any(begin <= place < end for place in places)
+        elif held and line.startswith("AnonHugePages"):
+            total += int(line.split()[1]) << 10
+    return total
 
 
 def layer() -> nn.Module:
@@ -53,12 +62,13 @@ def layer() -> nn.Module:
 @pytest.mark.skipif(not can_collapse(), reason="needs Linux 6.1 with transparent huge pages")
 def test_the_system_counts_what_is_returned() -> None:
     model = layer()
-    before = huge_bytes()
     moved = ffn_ops.use_huge_pages(model)
-    grown = huge_bytes() - before
+    pair = model.pair
+    held = [model.up.weight, model.down.codes, pair.a, pair.b]  # type: ignore[union-attr]
     total = 4 * 1025 * 2048 + model.down.nbytes + 2 * 4 * 512 * 2048  # type: ignore[union-attr,operator]
     assert 0.6 * total < moved <= total  # what shares its huge page with nothing of ours may stay
-    assert moved <= grown <= moved + 2 * HUGE * len(list(model.state_dict())), (moved, grown)
+    large = moved - (total - sum(t.nbytes for t in held))  # without what is smaller than a page
+    assert large <= huge_bytes(held), (moved, huge_bytes(held))
     assert ffn_ops.use_huge_pages(model) >= moved  # again: they lie there already
 
 
