@@ -88,8 +88,9 @@ void Phases::run(int64_t workers) const {
   if (phases_.empty()) return;
   int64_t most = 1;
   for (const Phase& phase : phases_) most = std::max(most, phase.end - phase.begin);
-  const int64_t begun = now();
-  if (workers = std::min(workers, most); workers <= 1 || begun < alone_until.load(std::memory_order_relaxed)) {
+  workers = std::min(workers, most);
+  const int64_t begun = workers > 1 ? now() : 0;
+  if (workers <= 1 || begun < alone_until.load(std::memory_order_relaxed)) {
     for (const Phase& phase : phases_)
       for (int64_t t = phase.begin; t < phase.end; ++t) phase.run(t - phase.begin, 0);
     return;

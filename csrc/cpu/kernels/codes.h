@@ -219,6 +219,11 @@ FFN_FN void decode_gguf_run(const Codes& c, const uint8_t* row, int64_t k, int64
   }
 }
 
+// That have one scale.
+FFN_FN int64_t columns_of_group(const Codes& c) {
+  return c.scales ? c.block_cols : c.format == Format::kQ6_K ? 16 : 32;
+}
+
 // Elements [k, k + n) of a row into scratch that holds whole vectors behind them.
 inline void decode_row(const Codes& c, int64_t n_row, int64_t k, int64_t n, float* out) {
   const uint8_t* row = c.data + n_row * c.row_bytes;
@@ -230,7 +235,7 @@ inline void decode_row(const Codes& c, int64_t n_row, int64_t k, int64_t n, floa
       k += run, out += run, n -= run;
     }
   } else {
-    const int64_t of_one_scale = c.format == Format::kQ6_K ? 16 : 32;
+    const int64_t of_one_scale = columns_of_group(c);
     while (n > 0) {
       const int64_t left = of_one_scale - k % of_one_scale, run = left < n ? left : n;
       decode_gguf_run(c, row, k, run, out);
@@ -243,7 +248,7 @@ inline void decode_row(const Codes& c, int64_t n_row, int64_t k, int64_t n, floa
 // within a vector is written to the vector's end.
 inline bool decodes_whole_vectors(const Codes& c, int64_t k, int64_t n) {
   constexpr int64_t W = Vec<float>::kLanes;
-  const int64_t of_one_scale = c.scales ? c.block_cols : c.format == Format::kQ6_K ? 16 : 32;
+  const int64_t of_one_scale = columns_of_group(c);
   return k % of_one_scale + n <= of_one_scale || (of_one_scale % W == 0 && k % W == 0);
 }
 

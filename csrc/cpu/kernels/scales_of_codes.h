@@ -14,10 +14,6 @@ struct CodeLanes {
   int64_t step;
 };
 
-FFN_FN int64_t columns_of_group(const Codes& c) {
-  return c.scales ? c.block_cols : c.format == Format::kQ6_K ? 16 : 32;
-}
-
 FFN_FN int64_t scale_bytes(const Codes& c) {
   return c.scale_type == ScaleType::kFloat32                                    ? 4
          : c.scale_type == ScaleType::kE8M0 || c.scale_type == ScaleType::kE4M3 ? 1
